@@ -1,0 +1,126 @@
+// One EWC-AdamW update of one element: the arithmetic that the CPU and the GPU share.
+//
+//   AdamW (Loshchilov & Hutter 2019) on L(theta) + lambda * sum_i F_i (theta_i - theta*_i)^2
+//   (Kirkpatrick et al. 2017, without their 1/2). With D = theta - theta*:
+//
+//   gradient    g <- g + 2 lambda F D, then AdamW
+//   decoupled   AdamW on g; theta <- theta - lr 2 lambda F D, D from before the step
+//   proximal    AdamW on g gives theta'; theta <- theta* + (theta' - theta*) / (1 + c),
+//               c = 2 lr lambda F
+#pragma once
+
+#include <cfloat>
+#include <cmath>
+#include <cstdint>
+
+#include "float_types.h"
+
+namespace cl_optim {
+
+enum class Penalty : int { none, gradient, decoupled, proximal };
+
+// One call's hyperparameters, as the user gave them.
+struct EWCAdamWOptions {
+  double lr;
+  double beta1;
+  double beta2;
+  double eps;
+  double weight_decay;
+  double ewc_lambda;
+  Penalty penalty;
+  bool amsgrad;
+  bool maximize;
+};
+
+// What the elements of one tensor share, rounded once to the type of the arithmetic.
+template <typename T>
+struct EWCAdamWConstants {
+  T one_minus_beta1;
+  T beta2;
+  T one_minus_beta2;
+  T eps;
+  T weight_decay;    // lr * weight_decay
+  T step_size;       // lr / (1 - beta1^step)
+  T inv_sqrt_bias2;  // 1 / sqrt(1 - beta2^step)
+  T pull;            // 2 lambda, times lr unless the penalty goes into the gradient
+  T grad_sign;       // -1 to maximize
+
+  CL_OPTIM_HD EWCAdamWConstants(const EWCAdamWOptions& o, double step)
+      : one_minus_beta1(static_cast<T>(1.0 - o.beta1)),
+        beta2(static_cast<T>(o.beta2)),
+        one_minus_beta2(static_cast<T>(1.0 - o.beta2)),
+        eps(static_cast<T>(o.eps)),
+        weight_decay(static_cast<T>(o.lr * o.weight_decay)),
+        step_size(static_cast<T>(o.lr / (1.0 - std::pow(o.beta1, step)))),
+        inv_sqrt_bias2(static_cast<T>(1.0 / std::sqrt(1.0 - std::pow(o.beta2, step)))),
+        pull(static_cast<T>(finite_pull(o))),
+        grad_sign(static_cast<T>(o.maximize ? -1 : 1)) {}
+
+ private:
+  // An infinite factor would turn F = 0 into NaN, so a lambda beyond the type's range saturates.
+  CL_OPTIM_HD static double finite_pull(const EWCAdamWOptions& o) {
+    const double largest = sizeof(T) == sizeof(float) ? double{FLT_MAX} : DBL_MAX;
+    const double pull = 2.0 * o.ewc_lambda * (o.penalty == Penalty::gradient ? 1.0 : o.lr);
+    return pull < largest ? pull : largest;
+  }
+};
+
+template <typename T>
+struct EWCAdamWElement {
+  T param;
+  T exp_avg;
+  T exp_avg_sq;
+  T max_exp_avg_sq;
+};
+
+template <Penalty penalty, bool amsgrad, typename T>
+CL_OPTIM_HD EWCAdamWElement<T> ewc_adamw_element(EWCAdamWElement<T> x, T grad, T importance,
+                                                 T anchor, const EWCAdamWConstants<T>& k) {
+  const T drift = x.param - anchor;
+  T g = k.grad_sign * grad;
+  if constexpr (penalty == Penalty::gradient) g += k.pull * (importance * drift);
+
+  x.exp_avg += k.one_minus_beta1 * (g - x.exp_avg);
+  x.exp_avg_sq = k.beta2 * x.exp_avg_sq + k.one_minus_beta2 * g * g;
+  T second_moment = x.exp_avg_sq;
+  if constexpr (amsgrad) {
+    // Not fmax: a NaN must stay visible, as in torch.maximum.
+    x.max_exp_avg_sq = x.max_exp_avg_sq > second_moment ? x.max_exp_avg_sq : second_moment;
+    second_moment = x.max_exp_avg_sq;
+  }
+  const T denominator = std::sqrt(second_moment) * k.inv_sqrt_bias2 + k.eps;
+
+  x.param -= k.weight_decay * x.param;
+  if constexpr (penalty == Penalty::decoupled) x.param -= k.pull * (importance * drift);
+  x.param -= k.step_size * x.exp_avg / denominator;
+  if constexpr (penalty == Penalty::proximal) {
+    const T c = k.pull * importance;
+    // Both forms are the same number. The first leaves the weight as it is where F = 0; the
+    // second is finite where c overflows.
+    const T toward = x.param + c / (T{1} + c) * (anchor - x.param);
+    const T from_anchor = anchor + (x.param - anchor) / (T{1} + c);
+    x.param = c < T{1} ? toward : from_anchor;
+  }
+  return x;
+}
+
+enum class ScalarKind : int { float32, float64, bfloat16, float16 };
+
+// One tensor as the kernels see it: `numel` elements of each array, in the same order in memory.
+// The gradient has the parameter's type; moments and importance have its arithmetic type; the
+// anchor has either. Null where the update does not use it.
+struct EWCAdamWTensor {
+  void* param;
+  const void* grad;
+  void* exp_avg;
+  void* exp_avg_sq;
+  void* max_exp_avg_sq;
+  const void* importance;
+  const void* anchor;
+  float* step;
+  int64_t numel;
+  ScalarKind param_kind;
+  ScalarKind anchor_kind;
+};
+
+}  // namespace cl_optim

@@ -1,0 +1,127 @@
+// The fused step on the CPU: one parallel region over all chunks of all tensors.
+#include <torch/csrc/stable/ops.h>
+
+#include "ewc_adamw_launch.h"
+#include "multi_tensor.h"
+
+// One binary for every x86-64 processor: the loader picks the widest version that runs.
+#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__)
+#define CL_OPTIM_SIMD_CLONES \
+  __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#else
+#define CL_OPTIM_SIMD_CLONES
+#endif
+
+// The arrays of one tensor never overlap; without this the compiler gives up on so many pointers.
+#ifdef __clang__
+#define CL_OPTIM_INDEPENDENT_ITERATIONS _Pragma("clang loop vectorize(assume_safety)")
+#else
+#define CL_OPTIM_INDEPENDENT_ITERATIONS _Pragma("GCC ivdep")
+#endif
+
+namespace cl_optim {
+namespace {
+
+// 16 384 elements of the widest update are 700 KB: small enough to balance two threads on a model
+// of a few tensors, large enough that the bias correction at a chunk's start is not seen.
+constexpr int64_t kChunkSize = 16384;
+// Below this a second thread costs more than it saves.
+constexpr int64_t kElementsPerThread = 32768;
+
+template <typename Param, typename Anchor, Penalty penalty, bool amsgrad>
+CL_OPTIM_SIMD_CLONES void update(const EWCAdamWTensor& tensor, int64_t begin, int64_t end,
+                                 const EWCAdamWOptions& options) {
+  using T = arithmetic_t<Param>;
+  const EWCAdamWConstants<T> constants(options, *tensor.step);
+  Param* param = static_cast<Param*>(tensor.param);
+  const Param* grad = static_cast<const Param*>(tensor.grad);
+  T* exp_avg = static_cast<T*>(tensor.exp_avg);
+  T* exp_avg_sq = static_cast<T*>(tensor.exp_avg_sq);
+  T* max_exp_avg_sq = static_cast<T*>(tensor.max_exp_avg_sq);
+  const T* importance = static_cast<const T*>(tensor.importance);
+  const Anchor* anchor = static_cast<const Anchor*>(tensor.anchor);
+  CL_OPTIM_INDEPENDENT_ITERATIONS
+  for (int64_t i = begin; i < end; ++i) {
+    EWCAdamWElement<T> x{load(param[i]), exp_avg[i], exp_avg_sq[i], T{0}};
+    if constexpr (amsgrad) x.max_exp_avg_sq = max_exp_avg_sq[i];
+    T element_importance{0}, element_anchor{0};
+    if constexpr (penalty != Penalty::none) {
+      element_importance = importance[i];
+      element_anchor = load(anchor[i]);
+    }
+    x = ewc_adamw_element<penalty, amsgrad, T>(x, load(grad[i]), element_importance, element_anchor,
+                                               constants);
+    store(param[i], x.param);
+    exp_avg[i] = x.exp_avg;
+    exp_avg_sq[i] = x.exp_avg_sq;
+    if constexpr (amsgrad) max_exp_avg_sq[i] = x.max_exp_avg_sq;
+  }
+}
+
+using Update = void (*)(const EWCAdamWTensor&, int64_t, int64_t, const EWCAdamWOptions&);
+
+template <typename Param, typename Anchor, bool amsgrad>
+Update choose(Penalty penalty) {
+  switch (penalty) {
+    case Penalty::none:
+      return update<Param, Param, Penalty::none, amsgrad>;  // one for all types of anchor
+    case Penalty::gradient:
+      return update<Param, Anchor, Penalty::gradient, amsgrad>;
+    case Penalty::decoupled:
+      return update<Param, Anchor, Penalty::decoupled, amsgrad>;
+    case Penalty::proximal:
+      return update<Param, Anchor, Penalty::proximal, amsgrad>;
+  }
+  return nullptr;
+}
+
+template <typename Param>
+Update choose(const EWCAdamWTensor& tensor, const EWCAdamWOptions& options) {
+  const Penalty penalty = tensor.importance == nullptr ? Penalty::none : options.penalty;
+  const bool wide_anchor = tensor.anchor_kind != tensor.param_kind;
+  using Wide = arithmetic_t<Param>;
+  if (options.amsgrad) {
+    return wide_anchor ? choose<Param, Wide, true>(penalty) : choose<Param, Param, true>(penalty);
+  }
+  return wide_anchor ? choose<Param, Wide, false>(penalty) : choose<Param, Param, false>(penalty);
+}
+
+Update choose(const EWCAdamWTensor& tensor, const EWCAdamWOptions& options) {
+  switch (tensor.param_kind) {
+    case ScalarKind::float32:
+      return choose<float>(tensor, options);
+    case ScalarKind::float64:
+      return choose<double>(tensor, options);
+    case ScalarKind::bfloat16:
+      return choose<BFloat16>(tensor, options);
+    case ScalarKind::float16:
+      return choose<Half>(tensor, options);
+  }
+  return nullptr;
+}
+
+}  // namespace
+
+void ewc_adamw_cpu(const std::vector<EWCAdamWTensor>& tensors, const EWCAdamWOptions& options) {
+  std::vector<int64_t> numels;
+  std::vector<Update> updates;
+  numels.reserve(tensors.size());
+  updates.reserve(tensors.size());
+  int64_t elements = 0;
+  for (const EWCAdamWTensor& tensor : tensors) {
+    *tensor.step += 1.0f;
+    numels.push_back(tensor.numel);
+    updates.push_back(choose(tensor, options));
+    elements += tensor.numel;
+  }
+  if (elements == 0) return;
+  const ChunkTable chunks(numels, kChunkSize);
+  const int64_t grain = std::max<int64_t>(1, chunks.size() * kElementsPerThread / elements);
+  torch::stable::parallel_for(0, chunks.size(), grain, [&](int64_t begin, int64_t end) {
+    chunks.for_each(begin, end, [&](const Chunk& chunk) {
+      updates[chunk.tensor](tensors[chunk.tensor], chunk.begin, chunk.begin + chunk.size, options);
+    });
+  });
+}
+
+}  // namespace cl_optim

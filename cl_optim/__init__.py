@@ -1,0 +1,7 @@
+"""Optimizers for PyTorch that protect what a network already knows, at no cost per step."""
+
+from cl_optim import functional
+from cl_optim.optim.ewc_adamw import EWCAdamW
+
+__all__ = ["EWCAdamW", "functional"]
+__version__ = "0.1.0"

@@ -1,0 +1,100 @@
+"""The kernels as functions, for research and for optimizers of your own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from cl_optim.ops import ewc_adamw
+
+__all__ = ["ewc_adamw_"]
+
+
+@torch.no_grad()
+def ewc_adamw_(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    importances: Sequence[Tensor],
+    anchors: Sequence[Tensor],
+    steps: Sequence[Tensor],
+    *,
+    lr: float,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    weight_decay: float = 1e-2,
+    ewc_lambda: float = 1.0,
+    penalty: ewc_adamw.Penalty = "gradient",
+    max_exp_avg_sqs: Sequence[Tensor] = (),
+    maximize: bool = False,
+    foreach: bool | None = None,
+    fused: bool | None = None,
+) -> None:
+    """One EWC-AdamW step, in place, on lists of tensors of one device.
+
+    The penalty is ``λ Σ F (θ − θ*)²`` of Kirkpatrick et al. 2017 (arXiv:1612.00796) without their
+    ½; :class:`cl_optim.EWCAdamW` describes its three forms.
+
+    Args:
+        params: θ: float32, float64, bfloat16 or float16 tensors of any shapes and strides; updated.
+        grads: The loss's gradients, of the parameters' dtypes and shapes.
+        exp_avgs: First moments, float32 (float64 for float64 parameters); updated.
+        exp_avg_sqs: Second moments, likewise; updated.
+        importances: F ≥ 0, the moments' dtype; an empty list for plain AdamW.
+        anchors: θ*, of the parameter's dtype or the moments'; an empty list for plain AdamW.
+        steps: Steps taken so far, one float32 number on the CPU per parameter; advanced by one.
+        lr: Learning rate.
+        betas: Decay of the first and of the second moment.
+        eps: Added to the denominator.
+        weight_decay: Decoupled weight decay, times lr.
+        ewc_lambda: λ.
+        penalty: ``"gradient"``, ``"decoupled"`` or ``"proximal"``.
+        max_exp_avg_sqs: The running maxima of the second moments for AMSGrad, which is on where
+            they are given; updated.
+        maximize: Ascend the loss. The penalty is descended all the same.
+        foreach: ``True`` takes the reference, written with ``torch._foreach_*``.
+        fused: ``True`` insists on the compiled kernel. ``None`` takes it if it is there.
+
+    Raises:
+        ValueError: A hyperparameter is out of range.
+        RuntimeError: Shapes, dtypes or devices do not fit, or ``fused=True`` is not possible.
+
+    Example:
+        >>> import torch
+        >>> from cl_optim import functional as F
+        >>> w, grad = torch.ones(3), torch.zeros(3)
+        >>> m, v, step = torch.zeros(3), torch.zeros(3), torch.tensor(0.0)
+        >>> fisher, anchor = torch.tensor([0.0, 1.0, 1e12]), torch.zeros(3)
+        >>> F.ewc_adamw_([w], [grad], [m], [v], [fisher], [anchor], [step], lr=0.5,
+        ...              weight_decay=0.0, penalty="proximal")
+        >>> w
+        tensor([1.0000e+00, 5.0000e-01, 1.0000e-12])
+    """
+    hyper = ewc_adamw.Hyperparameters(
+        lr=lr,
+        beta1=betas[0],
+        beta2=betas[1],
+        eps=eps,
+        weight_decay=weight_decay,
+        ewc_lambda=ewc_lambda,
+        penalty=penalty,
+        amsgrad=bool(max_exp_avg_sqs),
+        maximize=maximize,
+    )
+    if not params:
+        return
+    _, step = ewc_adamw.choose(params[0].device.type, use_foreach=foreach, use_fused=fused)
+    step(
+        params,
+        grads,
+        exp_avgs,
+        exp_avg_sqs,
+        max_exp_avg_sqs,
+        importances,
+        anchors,
+        steps,
+        hyper,
+    )

@@ -1,0 +1,1 @@
+"""One file per kernel family: what it computes, and who computes it."""

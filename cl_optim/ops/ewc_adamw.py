@@ -1,0 +1,238 @@
+"""One AdamW step with an EWC penalty, in place, over lists of tensors.
+
+:func:`foreach` is the reference: plain PyTorch on any device. :func:`fused` is the compiled
+operator ``torch.ops.cl_optim.ewc_adamw_``. Both take the same arguments and do the same arithmetic
+(``csrc/ewc_adamw.h``): float64 tensors in float64, all others in float32.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal, TypeAlias, get_args
+
+import torch
+from torch import Tensor
+
+from cl_optim.ops import library
+
+Penalty: TypeAlias = Literal["gradient", "decoupled", "proximal"]
+PENALTIES: tuple[str, ...] = get_args(Penalty)
+
+
+def state_dtype(param: Tensor) -> torch.dtype:
+    """The dtype of a parameter's moments and importance: that of the arithmetic."""
+    return torch.float64 if param.dtype == torch.float64 else torch.float32
+
+
+@dataclass(frozen=True)
+class Hyperparameters:
+    """What all tensors of one call share; checked on construction.
+
+    Raises:
+        ValueError: A value is outside its range; the message names it.
+    """
+
+    lr: float
+    beta1: float
+    beta2: float
+    eps: float
+    weight_decay: float
+    ewc_lambda: float = 0.0
+    penalty: str = "gradient"
+    amsgrad: bool = False
+    maximize: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("lr", "eps", "weight_decay", "ewc_lambda"):
+            value = getattr(self, name)
+            if not (0.0 <= value < math.inf):
+                raise ValueError(f"{name} must be finite and at least 0, not {value}.")
+        for name in ("beta1", "beta2"):
+            value = getattr(self, name)
+            if not (0.0 <= value < 1.0):
+                raise ValueError(f"{name} (of betas) must be in [0, 1), not {value}.")
+        if self.penalty not in PENALTIES:
+            raise ValueError(f"penalty must be one of {PENALTIES}, not {self.penalty!r}.")
+
+    def pull(self, dtype: torch.dtype) -> float:
+        """2λ, times lr unless the penalty goes into the gradient; saturates at dtype's maximum.
+
+        An infinite factor would turn an importance of 0 into NaN.
+        """
+        pull = 2.0 * self.ewc_lambda * (1.0 if self.penalty == "gradient" else self.lr)
+        return min(pull, torch.finfo(dtype).max)
+
+
+TensorList: TypeAlias = Sequence[Tensor]
+
+
+def fused(
+    params: TensorList,
+    grads: TensorList,
+    exp_avgs: TensorList,
+    exp_avg_sqs: TensorList,
+    max_exp_avg_sqs: TensorList,
+    importances: TensorList,
+    anchors: TensorList,
+    steps: TensorList,
+    hyper: Hyperparameters,
+) -> None:
+    """The compiled step; all tensors on one device that has kernels. Arguments as `foreach`."""
+    torch.ops.cl_optim.ewc_adamw_(
+        params,
+        grads,
+        exp_avgs,
+        exp_avg_sqs,
+        max_exp_avg_sqs,
+        importances,
+        anchors,
+        steps,
+        lr=hyper.lr,
+        beta1=hyper.beta1,
+        beta2=hyper.beta2,
+        eps=hyper.eps,
+        weight_decay=hyper.weight_decay,
+        ewc_lambda=hyper.ewc_lambda,
+        penalty=hyper.penalty,
+        amsgrad=hyper.amsgrad,
+        maximize=hyper.maximize,
+    )
+    # Writes through raw pointers pass autograd's version counters by.
+    for written in (params, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps):
+        if written:
+            torch.autograd.graph.increment_version(written)
+
+
+def foreach(
+    params: TensorList,
+    grads: TensorList,
+    exp_avgs: TensorList,
+    exp_avg_sqs: TensorList,
+    max_exp_avg_sqs: TensorList,
+    importances: TensorList,
+    anchors: TensorList,
+    steps: TensorList,
+    hyper: Hyperparameters,
+) -> None:
+    """The reference step, with ``torch._foreach_*``.
+
+    Args:
+        params: float32, float64, bfloat16 or float16 tensors of any shapes; updated.
+        grads: Same dtypes and shapes.
+        exp_avgs: First moments in `state_dtype`; updated.
+        exp_avg_sqs: Second moments in `state_dtype`; updated.
+        max_exp_avg_sqs: Their running maxima, empty unless ``hyper.amsgrad``; updated.
+        importances: Fisher diagonals in `state_dtype`, or an empty list for plain AdamW.
+        anchors: θ* for each importance, in the parameter's dtype or in `state_dtype`.
+        steps: Step counts before this step, one float32 number each; advanced by one.
+        hyper: The step's hyperparameters.
+    """
+    if not params:
+        return
+    penalty = hyper.penalty if importances else None
+    torch._foreach_add_(list(steps), 1.0)
+    theta = [p.to(state_dtype(p)) for p in params]
+    gradient = [g.to(t.dtype, copy=True) for g, t in zip(grads, theta, strict=True)]
+    if hyper.maximize:
+        torch._foreach_neg_(gradient)
+
+    drift: Sequence[Tensor] = []  # θ − θ* from before the step
+    if penalty in ("gradient", "decoupled"):
+        pulls = [hyper.pull(t.dtype) for t in theta]
+        wide = [a.to(t.dtype) for a, t in zip(anchors, theta, strict=True)]
+        drift = torch._foreach_sub(theta, wide)
+        torch._foreach_mul_(drift, list(importances))
+        torch._foreach_mul_(drift, pulls)
+    if penalty == "gradient":
+        torch._foreach_add_(gradient, list(drift))
+
+    torch._foreach_lerp_(list(exp_avgs), gradient, 1.0 - hyper.beta1)
+    torch._foreach_mul_(list(exp_avg_sqs), hyper.beta2)
+    torch._foreach_addcmul_(list(exp_avg_sqs), gradient, gradient, 1.0 - hyper.beta2)
+    second_moments = list(exp_avg_sqs)
+    if hyper.amsgrad:
+        torch._foreach_maximum_(list(max_exp_avg_sqs), second_moments)
+        second_moments = list(max_exp_avg_sqs)
+    denominators = torch._foreach_sqrt(second_moments)
+    counts = [float(step) for step in steps]
+    torch._foreach_mul_(denominators, [(1.0 - hyper.beta2**count) ** -0.5 for count in counts])
+    torch._foreach_add_(denominators, hyper.eps)
+
+    torch._foreach_add_(theta, theta, alpha=-hyper.lr * hyper.weight_decay)
+    if penalty == "decoupled":
+        torch._foreach_sub_(theta, list(drift))
+    step_sizes = [-hyper.lr / (1.0 - hyper.beta1**count) for count in counts]
+    torch._foreach_addcdiv_(theta, list(exp_avgs), denominators, step_sizes)
+    if penalty == "proximal":
+        _proximal_(theta, importances, anchors, hyper)
+    for param, value in zip(params, theta, strict=True):
+        if param is not value:
+            param.copy_(value)
+
+
+def _proximal_(
+    theta: TensorList, importances: TensorList, anchors: TensorList, hyper: Hyperparameters
+) -> None:
+    for value, importance, anchor in zip(theta, importances, anchors, strict=True):
+        c = importance * hyper.pull(value.dtype)
+        anchor = anchor.to(value.dtype)
+        # The same number twice: the first leaves F = 0 unmoved, the second survives c = inf.
+        toward = value + c / (1 + c) * (anchor - value)
+        from_anchor = anchor + (value - anchor) / (1 + c)
+        value.copy_(torch.where(c < 1, toward, from_anchor))
+
+
+Step: TypeAlias = Callable[
+    [
+        TensorList,
+        TensorList,
+        TensorList,
+        TensorList,
+        TensorList,
+        TensorList,
+        TensorList,
+        TensorList,
+        Hyperparameters,
+    ],
+    None,
+]
+
+
+def choose(
+    device_type: str, *, use_foreach: bool | None, use_fused: bool | None
+) -> tuple[str, Step]:
+    """Who computes the step on a device, by the ``foreach`` and ``fused`` that a user asked for.
+
+    ``None`` for both takes the compiled kernels, or the reference with one warning where there are
+    none.
+
+    Returns:
+        A name (the device type for compiled kernels, else ``"foreach"``) and the function.
+
+    Raises:
+        ValueError: Both are ``True``.
+        RuntimeError: ``use_fused=True`` where there are no compiled kernels; the message says why.
+    """
+    if use_foreach and use_fused:
+        raise ValueError("foreach=True and fused=True exclude each other: choose one.")
+    if use_fused and not library.available(device_type):
+        raise RuntimeError(f"fused=True is not possible: {library.explain(device_type)}")
+    wants_fused = use_fused or (use_fused is None and use_foreach is None)
+    if wants_fused and library.available(device_type):
+        return device_type, fused
+    if wants_fused:
+        _warn_once(device_type)
+    return "foreach", foreach
+
+
+@functools.cache
+def _warn_once(device_type: str) -> None:
+    warnings.warn(
+        f"EWC-AdamW runs on its slower reference: {library.explain(device_type)} "
+        "Pass foreach=True to choose the reference without this warning.",
+        stacklevel=4,
+    )

@@ -1,0 +1,78 @@
+"""Which compiled kernels there are, and why one is not: the only place that loads them."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass, field
+
+import torch
+
+INSTALL_HINT = (
+    "reinstall with a C++17 compiler and CL_OPTIM_REQUIRE=cpu set to see what stops the build"
+)
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One set of compiled kernels.
+
+    Attributes:
+        name: ``"cpu"`` or ``"cuda"``, the device that the kernels run on.
+        available: Whether the kernels are loaded.
+        reason: Why they are not, as one sentence; empty where they are.
+        info: What built them: compiler, torch version, vector instructions.
+    """
+
+    name: str
+    available: bool
+    reason: str = ""
+    info: dict[str, str] = field(default_factory=dict)
+
+
+@functools.cache
+def backends() -> dict[str, Backend]:
+    """Load the compiled kernels and say what became of each; the result is cached.
+
+    Returns:
+        ``{"cpu": Backend, "cuda": Backend}``.
+    """
+    return {"cpu": _load_cpu(), "cuda": _load_cuda()}
+
+
+def available(device_type: str) -> bool:
+    """Whether compiled kernels for a ``torch.device.type`` are loaded."""
+    backend = backends().get(device_type)
+    return backend is not None and backend.available
+
+
+def explain(device_type: str) -> str:
+    """One sentence on why there are no compiled kernels for a ``torch.device.type``."""
+    backend = backends().get(device_type)
+    if backend is None:
+        return f"cl_optim has no compiled kernels for {device_type} tensors."
+    return backend.reason
+
+
+def _load_cpu() -> Backend:
+    try:
+        from cl_optim import _C
+    except ImportError as error:
+        missing = isinstance(error, ModuleNotFoundError) or "cannot import name" in str(error)
+        what = "was not built" if missing else f"could not be loaded ({error})"
+        return Backend("cpu", False, f"The extension cl_optim._C {what}: {INSTALL_HINT}.")
+    _register_fakes()
+    return Backend("cpu", True, info=_C.build_info())
+
+
+def _load_cuda() -> Backend:
+    if torch.version.cuda is None:
+        return Backend("cuda", False, f"torch {torch.__version__} is a build without CUDA.")
+    return Backend("cuda", False, "This version of cl_optim has no CUDA kernels yet.")
+
+
+def _register_fakes() -> None:
+    # The operator only writes into its arguments: nothing to infer for torch.compile or export.
+    def ewc_adamw_(*args: object, **kwargs: object) -> None:
+        return None
+
+    torch.library.register_fake("cl_optim::ewc_adamw_", ewc_adamw_)

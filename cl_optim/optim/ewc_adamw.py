@@ -1,0 +1,498 @@
+"""EWCAdamW: AdamW with a quadratic pull towards the weights of earlier tasks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Literal, overload
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from cl_optim.ops import ewc_adamw as ops
+
+ANCHORS = ("latest",)
+_MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
+# What a saved group must have.
+_HYPERPARAMETERS = (
+    "lr",
+    "betas",
+    "eps",
+    "weight_decay",
+    "ewc_lambda",
+    "penalty",
+    "amsgrad",
+    "maximize",
+)
+
+
+class EWCAdamW(torch.optim.Optimizer):
+    r"""AdamW whose step includes the elastic weight consolidation (EWC) penalty.
+
+    Minimises :math:`L(θ) + λ Σ_i F_i (θ_i − θ^*_i)^2`, where the importance F is the diagonal of
+    the Fisher information of earlier tasks and the anchor θ* the weights that they left. There is
+    no ½: the gradient is 2λFΔ with Δ = θ − θ*, so λ here is half of Kirkpatrick's.
+
+    Before the first :meth:`consolidate` this is :class:`torch.optim.AdamW`. The three forms of the
+    penalty differ in where the pull enters the step:
+
+    ``"gradient"``
+        g ← g + 2λFΔ, then AdamW: the loss term as the papers write it. Adam's √v rescales the pull.
+    ``"decoupled"``
+        AdamW on g, and θ ← θ − lr·2λFΔ beside the weight decay, with Δ from before the step.
+    ``"proximal"``
+        AdamW on g gives θ′, then θ ← θ* + (θ′ − θ*)/(1 + 2·lr·λ·F): the implicit form, stable for
+        every finite λ.
+
+    Two things differ from adding the term to the loss: gradient clipping does not see the penalty,
+    and a parameter without a gradient in a step is skipped. ``maximize`` negates the gradient of
+    the task, not the penalty's.
+
+    The moments are float32 (float64 for float64 parameters) whatever the parameter's dtype, and so
+    is the arithmetic. Importance is stored in float32, the anchor in the parameter's dtype:
+    36 bytes per float32 parameter are read and written in a step, against 28 for AdamW.
+
+    Args:
+        params: Parameters, named parameters (``model.named_parameters()``, which lets
+            :meth:`consolidate` find them by name) or groups of either.
+        lr: Learning rate.
+        betas: Decay of the first and of the second moment.
+        eps: Added to the denominator.
+        weight_decay: Decoupled weight decay, times lr.
+        ewc_lambda: λ ≥ 0; may differ between groups.
+        penalty: ``"gradient"``, ``"decoupled"`` or ``"proximal"``; may differ between groups.
+        amsgrad: Use the running maximum of the second moment.
+        maximize: Ascend the loss.
+        foreach: ``True`` takes the reference, written with ``torch._foreach_*``.
+        fused: ``True`` insists on the compiled kernels. ``None`` takes them where they are, or the
+            reference with one warning that says why they are not.
+
+    Raises:
+        ValueError: A hyperparameter is out of range, or ``foreach`` and ``fused`` are both true.
+        RuntimeError: ``fused=True`` where there are no compiled kernels.
+
+    References:
+        Loshchilov & Hutter 2019, arXiv:1711.05101 (AdamW); Kirkpatrick et al. 2017,
+        arXiv:1612.00796 (EWC); Schwarz et al. 2018, arXiv:1805.06370 (online EWC).
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        ewc_lambda: float = 1.0,
+        penalty: ops.Penalty = "gradient",
+        *,
+        amsgrad: bool = False,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        fused: bool | None = None,
+    ) -> None:
+        self._backend = ""
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "ewc_lambda": ewc_lambda,
+            "penalty": penalty,
+            "amsgrad": amsgrad,
+            "maximize": maximize,
+            "foreach": foreach,
+            "fused": fused,
+        }
+        super().__init__(params, defaults)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group, in mid-training, too; it is unprotected until the next `consolidate`."""
+        _hyperparameters({**self.defaults, **param_group})
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        try:
+            for param in group["params"]:
+                if not param.is_floating_point():
+                    raise ValueError(
+                        f"parameter {_name(group, param)} must be of a real floating-point dtype, "
+                        f"not {param.dtype}."
+                    )
+                ops.choose(
+                    param.device.type, use_foreach=group["foreach"], use_fused=group["fused"]
+                )
+        except (ValueError, RuntimeError):
+            self.param_groups.pop()
+            raise
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore from a pickle, with the defaults of what an older version did not have."""
+        super().__setstate__(state)
+        self._backend = ""
+        for group in self.param_groups:
+            for key, value in self.defaults.items():
+                group.setdefault(key, value)
+
+    @property
+    def backend(self) -> str:
+        """What the last step ran on: ``"cpu"`` (compiled kernels), ``"foreach"``, or ``""``."""
+        return self._backend
+
+    # --- the step ---------------------------------------------------------------------------------
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """Update every parameter that has a gradient.
+
+        Args:
+            closure: Evaluates the model again and returns the loss, which is returned.
+
+        Raises:
+            ValueError: A hyperparameter of a group is out of range.
+            RuntimeError: A gradient is sparse; nothing has been updated then.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        work = [
+            (device, protected, batch, _hyperparameters(group), group)
+            for group in self.param_groups
+            for (device, protected), batch in self._batches(group).items()
+        ]
+        for device, protected, batch, hyper, group in work:
+            self._backend, step = ops.choose(
+                device.type, use_foreach=group["foreach"], use_fused=group["fused"]
+            )
+            params, grads, states = batch
+            step(
+                params,
+                grads,
+                [state["exp_avg"] for state in states],
+                [state["exp_avg_sq"] for state in states],
+                [state["max_exp_avg_sq"] for state in states] if hyper.amsgrad else [],
+                [state["importance"] for state in states] if protected else [],
+                [state["anchor"] for state in states] if protected else [],
+                [state["step"] for state in states],
+                hyper,
+            )
+        return loss
+
+    def _batches(
+        self, group: dict[str, Any]
+    ) -> dict[tuple[torch.device, bool], tuple[list[Tensor], list[Tensor], list[dict[str, Any]]]]:
+        """The group's parameters with gradients, by device and by whether they are protected."""
+        batches: dict[Any, tuple[list[Tensor], list[Tensor], list[dict[str, Any]]]] = {}
+        amsgrad = group["amsgrad"]
+        for param in group["params"]:
+            grad = param.grad
+            if grad is None:
+                continue
+            if grad.layout != torch.strided:
+                raise RuntimeError(
+                    f"the gradient of parameter {_name(group, param)} must be dense, not "
+                    f"{grad.layout}: EWCAdamW updates every weight in every step."
+                )
+            state = self.state[param]
+            if "step" not in state or (amsgrad and "max_exp_avg_sq" not in state):
+                _start_moments(state, param, amsgrad)
+            key = (param.device, "importance" in state)
+            if key not in batches:
+                batches[key] = ([], [], [])
+            params, grads, states = batches[key]
+            params.append(param)
+            grads.append(grad)
+            states.append(state)
+        return batches
+
+    # --- consolidation ----------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def consolidate(
+        self,
+        importance: Mapping[str, Tensor] | None,
+        decay: float = 1.0,
+        anchors: Literal["latest"] = "latest",
+        model: torch.nn.Module | None = None,
+        strict: bool = True,
+        reset_state: bool = False,
+    ) -> None:
+        """Protect what has been learned: the weights as they are now become the anchor.
+
+        Online EWC: F ← decay·F + importance, θ* ← θ. Call it at the end of each task.
+
+        Args:
+            importance: F ≥ 0 by parameter name, each of its parameter's shape and of any real
+                dtype (an :class:`cl_optim.Importance`, or any mapping). ``None`` protects all
+                weights equally (F = 1): L2-SP.
+            decay: What remains of the earlier tasks' importance, in [0, 1].
+            anchors: ``"latest"``, the weights as they are now.
+            model: Names the parameters, where the optimizer was made without names.
+            strict: An importance for an unknown parameter, or a parameter without importance, is
+                an error. ``False`` ignores the former and gives the latter F = 0 for this task.
+            reset_state: Start the moments and step counts anew.
+
+        Raises:
+            ValueError: An argument is out of range, or an importance has an unknown name, a wrong
+                shape, or a value that is not finite or negative. Nothing has been changed then.
+        """
+        if not 0.0 <= decay <= 1.0:
+            raise ValueError(f"decay must be in [0, 1], not {decay}.")
+        if anchors not in ANCHORS:
+            raise ValueError(f"anchors must be one of {ANCHORS}, not {anchors!r}.")
+        news = [
+            (param, self._new_importance(param, new, decay))
+            for param, new in self._match(importance, model, strict)
+        ]
+        for param, new_importance in news:
+            state = self.state[param]
+            if new_importance is not None:
+                state["importance"] = new_importance
+            if "importance" in state:
+                state["anchor"] = param.detach().clone(memory_format=torch.preserve_format)
+            if reset_state:
+                for key in ("step", *_MOMENTS):
+                    state.pop(key, None)
+
+    def _match(
+        self, importance: Mapping[str, Tensor] | None, model: torch.nn.Module | None, strict: bool
+    ) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """Each parameter with its checked importance, None where there is none for it."""
+        if importance is None:
+            for param in self._params():
+                yield param, torch.ones((), device=param.device).expand(param.shape)
+            return
+        named = self._named_params(model)
+        unknown = [name for name in importance if name not in named]
+        missing = [name for name in named if name not in importance]
+        if strict and unknown:
+            raise ValueError(
+                f"importance names {_listed(unknown)}, which this optimizer does not have "
+                "(strict=False ignores it)."
+            )
+        if strict and missing:
+            raise ValueError(
+                f"importance has nothing for parameter {_listed(missing)} "
+                "(strict=False leaves it without)."
+            )
+        for name, param in named.items():
+            new = importance.get(name)
+            if new is not None:
+                _check_importance(name, new, param)
+            yield param, new
+
+    def _new_importance(self, param: Tensor, new: Tensor | None, decay: float) -> Tensor | None:
+        old = self.state[param].get("importance") if param in self.state else None
+        if new is None:
+            return None if old is None else old * decay
+        merged = torch.empty_like(
+            param, dtype=ops.state_dtype(param), memory_format=torch.preserve_format
+        ).copy_(new)
+        return merged if old is None else merged.add_(old, alpha=decay)
+
+    def _params(self) -> Iterator[Tensor]:
+        for group in self.param_groups:
+            yield from group["params"]
+
+    def _named_params(self, model: torch.nn.Module | None) -> dict[str, Tensor]:
+        if model is not None:
+            names: dict[Tensor, str] = {p: name for name, p in model.named_parameters()}
+            absent = [p for p in self._params() if p not in names]
+            if absent:
+                raise ValueError(
+                    f"model must hold the optimizer's parameters; {len(absent)} of them are not "
+                    f"in it, the first of shape {tuple(absent[0].shape)}."
+                )
+            return {names[param]: param for param in self._params()}
+        named: dict[str, Tensor] = {}
+        for group in self.param_groups:
+            if "param_names" not in group:
+                raise ValueError(
+                    "the optimizer was made without parameter names: make it from "
+                    "model.named_parameters(), or pass model=model to consolidate()."
+                )
+            named.update(zip(group["param_names"], group["params"], strict=True))
+        return named
+
+    @torch.no_grad()
+    def penalty(self) -> Tensor:
+        """The penalty at the current weights, Σ_groups λ Σ F (θ − θ*)².
+
+        Returns:
+            A detached 0-dim float32 tensor (float64 where a parameter is) on the first parameter's
+            device; 0 before the first :meth:`consolidate`.
+        """
+        terms = [
+            (state["importance"] * (param - state["anchor"]).to(ops.state_dtype(param)).square())
+            .sum()
+            .mul(group["ewc_lambda"])
+            for group in self.param_groups
+            for param in group["params"]
+            if param in self.state and "importance" in (state := self.state[param])
+        ]
+        if not terms:
+            return torch.zeros((), device=next(self._params()).device)
+        return torch.stack([term.to(terms[0].device) for term in terms]).sum()
+
+    # --- state ------------------------------------------------------------------------------------
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state dict of this class; every tensor keeps the dtype it was saved in.
+
+        Args:
+            state_dict: What :meth:`state_dict` returned, for parameters of the same shapes.
+
+        Raises:
+            ValueError: The state dict is truncated or belongs to other parameters. The optimizer
+                is unchanged then.
+        """
+        loaded: dict[int, dict[str, Any]] = {}
+
+        def check(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
+            self._check_state_dict(state_dict)
+            indices = [index for group in state_dict["param_groups"] for index in group["params"]]
+            loaded.update(
+                {i: state_dict["state"].get(index, {}) for i, index in enumerate(indices)}
+            )
+
+        def restore(optimizer: torch.optim.Optimizer) -> None:
+            # torch casts all state but `step` to the parameter's dtype, and `step` stays the very
+            # tensor of the state dict, which the next step would advance.
+            for index, param in enumerate(self._params()):
+                for key, value in loaded[index].items():
+                    self.state[param][key] = _loaded(key, value, param)
+
+        # The check comes after the user's own hooks, which may replace the state dict.
+        first = self.register_load_state_dict_pre_hook(check)
+        last = self.register_load_state_dict_post_hook(restore, prepend=True)
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            first.remove()
+            last.remove()
+
+    def _check_state_dict(self, state_dict: dict[str, Any]) -> None:
+        for key in ("state", "param_groups"):
+            if key not in state_dict:
+                raise ValueError(f"the state dict is truncated: it has no {key!r}.")
+        groups = state_dict["param_groups"]
+        if [len(group.get("params", ())) for group in groups] != [
+            len(group["params"]) for group in self.param_groups
+        ]:
+            raise ValueError(
+                "the state dict belongs to other parameters: its groups have "
+                f"{[len(group.get('params', ())) for group in groups]} parameters, this "
+                f"optimizer's have {[len(group['params']) for group in self.param_groups]}."
+            )
+        for number, group in enumerate(groups):
+            for key in _HYPERPARAMETERS:
+                if key not in group:
+                    raise ValueError(
+                        f"the state dict is truncated: its group {number} has no {key!r}."
+                    )
+            _hyperparameters(group)
+        indices = [index for group in groups for index in group["params"]]
+        amsgrad = {index: group["amsgrad"] for group in groups for index in group["params"]}
+        names = {
+            index: _name(group, param)
+            for index, (group, param) in zip(
+                indices,
+                ((g, p) for g in self.param_groups for p in g["params"]),
+                strict=True,
+            )
+        }
+        for index, param in zip(indices, self._params(), strict=True):
+            state = state_dict["state"].get(index, {})
+            required: set[str] = set()
+            if state.keys() & {"step", *_MOMENTS}:
+                required |= {"step", "exp_avg", "exp_avg_sq"}
+                required |= {"max_exp_avg_sq"} if amsgrad[index] else set()
+            if state.keys() & {"importance", "anchor"}:
+                required |= {"importance", "anchor"}
+            for key in sorted(required):
+                if key not in state:
+                    raise ValueError(
+                        f"the state dict is truncated: parameter {names[index]} has no {key!r}."
+                    )
+                if key != "step" and state[key].shape != param.shape:
+                    raise ValueError(
+                        f"the state dict belongs to other parameters: {key!r} of parameter "
+                        f"{names[index]} has shape {tuple(state[key].shape)}, not "
+                        f"{tuple(param.shape)}."
+                    )
+
+
+def _hyperparameters(group: Mapping[str, Any]) -> ops.Hyperparameters:
+    beta1, beta2 = group["betas"]
+    return ops.Hyperparameters(
+        lr=float(group["lr"]),
+        beta1=beta1,
+        beta2=beta2,
+        eps=group["eps"],
+        weight_decay=group["weight_decay"],
+        ewc_lambda=group["ewc_lambda"],
+        penalty=group["penalty"],
+        amsgrad=group["amsgrad"],
+        maximize=group["maximize"],
+    )
+
+
+def _start_moments(state: dict[str, Any], param: Tensor, amsgrad: bool) -> None:
+    def zeros() -> Tensor:
+        return torch.zeros_like(
+            param, dtype=ops.state_dtype(param), memory_format=torch.preserve_format
+        )
+
+    if "step" not in state:
+        state["step"] = torch.zeros((), dtype=torch.float32)
+        state["exp_avg"] = zeros()
+        state["exp_avg_sq"] = zeros()
+    if amsgrad:
+        state["max_exp_avg_sq"] = zeros()
+
+
+def _loaded(key: str, value: Any, param: Tensor) -> Any:
+    if not isinstance(value, Tensor):
+        return value
+    if key == "step":
+        return value.to("cpu", torch.float32, copy=True)
+    dtype = value.dtype if key == "anchor" else ops.state_dtype(param)
+    copy = torch.empty_like(param, dtype=dtype, memory_format=torch.preserve_format)
+    return copy.copy_(value)
+
+
+def _name(group: Mapping[str, Any], param: Tensor) -> str:
+    """The parameter's name, or its place and shape where the optimizer was made without names."""
+    index = next(i for i, p in enumerate(group["params"]) if p is param)
+    if "param_names" in group:
+        return str(group["param_names"][index])
+    return f"{index} of its group (shape {tuple(param.shape)})"
+
+
+def _listed(names: list[str]) -> str:
+    shown = ", ".join(repr(name) for name in names[:3])
+    return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"
+
+
+def _check_importance(name: str, importance: Tensor, param: Tensor) -> None:
+    if not isinstance(importance, Tensor) or importance.is_complex():
+        raise ValueError(f"the importance of {name!r} must be a real tensor.")
+    if importance.shape != param.shape:
+        raise ValueError(
+            f"the importance of {name!r} must have the parameter's shape {tuple(param.shape)}, "
+            f"not {tuple(importance.shape)}."
+        )
+    if importance.numel() == 0:
+        return
+    low, high = (bound.item() for bound in importance.detach().aminmax())  # NaN shows in both
+    if not (low >= 0.0 and high < float("inf")):
+        raise ValueError(
+            f"the importance of {name!r} must be finite and at least 0; it reaches from {low} "
+            f"to {high}."
+        )

@@ -1,0 +1,456 @@
+"""EWCAdamW as a torch.optim.Optimizer: consolidation, state, groups, bad input."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+import warnings
+
+import pytest
+import torch
+from ewc_adamw_cases import OFF_DEFAULT, Problem, Setting, make_optimizer, make_params
+from torch import nn
+
+from cl_optim import EWCAdamW
+from cl_optim.ops import ewc_adamw as ops
+from cl_optim.ops import library
+
+
+@pytest.fixture
+def model() -> nn.Module:
+    return nn.Sequential(nn.Linear(5, 4), nn.ReLU(), nn.Linear(4, 3))
+
+
+def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int, seed: int = 0) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(steps):
+        x = torch.randn(8, 5, generator=generator).to(next(model.parameters()).dtype)
+        optimizer.zero_grad()
+        model(x).square().mean().backward()
+        optimizer.step()
+
+
+def importance_like(model: nn.Module, seed: int = 0) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return {n: torch.rand(p.shape, generator=generator) for n, p in model.named_parameters()}
+
+
+def snapshot(optimizer: torch.optim.Optimizer) -> object:
+    """Weights and state as plain numbers, comparable with ==."""
+
+    def plain(value: object) -> object:
+        if isinstance(value, torch.Tensor):
+            return value.dtype, value.tolist()
+        if isinstance(value, dict):
+            return {key: plain(item) for key, item in value.items()}
+        return [plain(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+    params = [p.detach() for group in optimizer.param_groups for p in group["params"]]
+    return plain([optimizer.param_groups, optimizer.state_dict()["state"], params])
+
+
+class TestConsolidate:
+    def test_online_ewc(self, model):
+        optimizer = EWCAdamW(model.named_parameters())
+        first, second = importance_like(model, 1), importance_like(model, 2)
+        optimizer.consolidate(first)
+        train(model, optimizer, 3)
+        optimizer.consolidate(second, decay=0.9)
+        for name, p in model.named_parameters():
+            state = optimizer.state[p]
+            torch.testing.assert_close(state["importance"], 0.9 * first[name] + second[name])
+            assert torch.equal(state["anchor"], p)
+            assert state["anchor"] is not p
+
+    def test_none_is_l2_sp_and_needs_no_names(self, model):
+        optimizer = EWCAdamW(model.parameters())
+        optimizer.consolidate(None)
+        for p in model.parameters():
+            assert torch.equal(optimizer.state[p]["importance"], torch.ones_like(p))
+        with torch.no_grad():
+            for p in model.parameters():
+                p.add_(0.5)
+        count = sum(p.numel() for p in model.parameters())
+        torch.testing.assert_close(optimizer.penalty(), torch.tensor(0.25 * count))
+
+    def test_model_names_the_parameters(self, model):
+        optimizer = EWCAdamW(model.parameters())
+        importance = importance_like(model)
+        optimizer.consolidate(importance, model=model)
+        for name, p in model.named_parameters():
+            assert torch.equal(optimizer.state[p]["importance"], importance[name])
+
+    def test_not_strict(self, model):
+        optimizer = EWCAdamW(model.named_parameters())
+        importance = importance_like(model)
+        optimizer.consolidate(
+            {"other": torch.ones(2), "0.bias": importance["0.bias"]}, strict=False
+        )
+        assert [n for n, p in model.named_parameters() if optimizer.state.get(p)] == ["0.bias"]
+        optimizer.consolidate({"2.bias": importance["2.bias"]}, decay=0.5, strict=False)
+        state = optimizer.state[model[0].bias]
+        torch.testing.assert_close(state["importance"], 0.5 * importance["0.bias"])
+        train(model, optimizer, 2)  # protected and unprotected parameters in one group
+        assert optimizer.backend == "cpu"
+
+    def test_reset_state(self, model):
+        optimizer = EWCAdamW(model.named_parameters(), amsgrad=True)
+        train(model, optimizer, 3)
+        optimizer.consolidate(importance_like(model), reset_state=True)
+        for p in model.parameters():
+            assert set(optimizer.state[p]) == {"importance", "anchor"}
+        train(model, optimizer, 1)
+        assert optimizer.state[model[0].weight]["step"] == 1
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+    def test_dtypes(self, model, dtype):
+        model.to(dtype)
+        optimizer = EWCAdamW(model.named_parameters())
+        optimizer.consolidate(importance_like(model))
+        train(model, optimizer, 1)
+        state = optimizer.state[model[0].weight]
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        assert state["anchor"].dtype == dtype
+        for key in ("importance", "exp_avg", "exp_avg_sq"):
+            assert state[key].dtype == wide
+
+    def test_the_gradient_form_is_the_gradient_of_the_penalty(self, model):
+        """SGD-like check through Adam's first moment: beta1 = 0 leaves g itself in it."""
+        model.double()
+        groups = [
+            {"params": [("0.weight", model[0].weight)], "ewc_lambda": 3.0},
+            {"params": [("2.weight", model[2].weight)]},
+        ]
+        optimizer = EWCAdamW(groups, lr=0.0, betas=(0.0, 0.9), ewc_lambda=0.5)
+        optimizer.consolidate({n: f for n, f in importance_like(model).items() if "weight" in n})
+        with torch.no_grad():
+            for p in model.parameters():
+                p.add_(torch.randn_like(p))
+        weights = [model[0].weight, model[2].weight]
+        loss = sum(
+            lambda_
+            * (optimizer.state[p]["importance"] * (p - optimizer.state[p]["anchor"]) ** 2).sum()
+            for lambda_, p in zip((3.0, 0.5), weights, strict=True)
+        )
+        torch.testing.assert_close(optimizer.penalty(), loss.detach())
+        assert not optimizer.penalty().requires_grad
+        expected = torch.autograd.grad(loss, weights)
+        for p in weights:
+            p.grad = torch.zeros_like(p)
+        optimizer.step()
+        for p, g in zip(weights, expected, strict=True):
+            torch.testing.assert_close(optimizer.state[p]["exp_avg"], g)
+
+    def test_no_penalty_before(self, model):
+        assert EWCAdamW(model.parameters()).penalty() == 0
+
+
+class TestState:
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+    def test_resume_is_bit_for_bit(self, model, dtype):
+        model.to(dtype)
+        optimizer = EWCAdamW(model.named_parameters(), amsgrad=True, **OFF_DEFAULT)
+        train(model, optimizer, 5)
+        optimizer.consolidate(importance_like(model))
+        train(model, optimizer, 5, seed=1)
+
+        other = copy.deepcopy(model)
+        file = io.BytesIO()
+        torch.save(optimizer.state_dict(), file)
+        file.seek(0)
+        resumed = EWCAdamW(other.named_parameters())
+        resumed.load_state_dict(torch.load(file, weights_only=True))
+        for p, q in zip(model.parameters(), other.parameters(), strict=True):
+            for key, value in optimizer.state[p].items():
+                assert resumed.state[q][key].dtype == value.dtype, key
+                assert torch.equal(resumed.state[q][key], value)
+        train(model, optimizer, 5, seed=2)
+        train(other, resumed, 5, seed=2)
+        for p, q in zip(model.parameters(), other.parameters(), strict=True):
+            assert torch.equal(p, q)
+
+    def test_hooks_see_the_restored_state(self, model):
+        model.bfloat16()
+        optimizer = EWCAdamW(model.named_parameters())
+        train(model, optimizer, 1)
+        saved = copy.deepcopy(optimizer.state_dict())
+        seen = []
+        optimizer.register_load_state_dict_pre_hook(lambda o, s: {**s, "extra": 1})
+        optimizer.register_load_state_dict_post_hook(
+            lambda o: seen.append(o.state[model[0].weight]["exp_avg"].dtype)
+        )
+        optimizer.load_state_dict(saved)
+        assert seen == [torch.float32]
+
+    def test_pickle_and_deepcopy(self, model):
+        optimizer = EWCAdamW(model.named_parameters())
+        train(model, optimizer, 2)
+        optimizer.consolidate(importance_like(model))
+        for duplicate in (copy.deepcopy(optimizer), pickle.loads(pickle.dumps(optimizer))):
+            assert snapshot(duplicate)[1:] == snapshot(optimizer)[1:]
+            duplicate.load_state_dict(optimizer.state_dict())
+            before = snapshot(optimizer)
+            for p in duplicate.param_groups[0]["params"]:
+                p.grad = torch.ones_like(p)
+            duplicate.step()
+            assert duplicate.backend == "cpu"
+            assert snapshot(optimizer) == before
+
+    @pytest.mark.parametrize(
+        ("damage", "message"),
+        [
+            (lambda s: s.pop("state"), "has no 'state'"),
+            (lambda s: s["param_groups"].pop(), "other parameters"),
+            (lambda s: s["param_groups"][0]["params"].pop(), "other parameters"),
+            (lambda s: s["param_groups"][0].pop("betas"), "group 0 has no 'betas'"),
+            (lambda s: s["state"][0].pop("exp_avg_sq"), "0.weight has no 'exp_avg_sq'"),
+            (lambda s: s["state"][1].pop("step"), "0.bias has no 'step'"),
+            (lambda s: s["state"][3].pop("anchor"), "2.bias has no 'anchor'"),
+            (lambda s: s["state"][3].pop("max_exp_avg_sq"), "2.bias has no 'max_exp_avg_sq'"),
+            (lambda s: s["state"][2].update(importance=torch.ones(2)), "2.weight has shape"),
+            (lambda s: s["param_groups"][0].update(ewc_lambda=-1.0), "ewc_lambda"),
+        ],
+    )
+    def test_damaged_state_dict(self, model, damage, message):
+        optimizer = EWCAdamW(model.named_parameters(), amsgrad=True)
+        train(model, optimizer, 2)
+        optimizer.consolidate(importance_like(model))
+        damaged = copy.deepcopy(optimizer.state_dict())
+        damage(damaged)
+        train(model, optimizer, 1)
+        before = snapshot(optimizer)
+        with pytest.raises(ValueError, match=message):
+            optimizer.load_state_dict(damaged)
+        assert snapshot(optimizer) == before
+
+
+class TestTorchOptimContract:
+    def test_missing_gradients_are_skipped(self, model):
+        optimizer = EWCAdamW(model.named_parameters())
+        optimizer.consolidate(importance_like(model))
+        with torch.no_grad():
+            model[0].weight.add_(1.0)
+        before = model[0].weight.clone()
+        model[2].weight.grad = torch.ones_like(model[2].weight)
+        optimizer.step()
+        assert torch.equal(model[0].weight, before)
+        assert "step" not in optimizer.state[model[0].weight]
+        assert optimizer.state[model[2].weight]["step"] == 1
+
+    def test_closure_runs_with_gradients_and_returns_its_loss(self, model):
+        optimizer = EWCAdamW(model.parameters())
+
+        def closure() -> torch.Tensor:
+            optimizer.zero_grad()
+            loss = model(torch.ones(2, 5)).square().sum()
+            loss.backward()
+            return loss
+
+        assert optimizer.step(closure) > optimizer.step(closure)
+
+    def test_groups_have_their_own_hyperparameters(self):
+        weights = [nn.Parameter(torch.tensor([1.0])) for _ in range(3)]
+        optimizer = EWCAdamW(
+            [
+                {"params": weights[:1], "ewc_lambda": 0.0},
+                {"params": weights[1:2], "penalty": "decoupled"},
+            ],
+            lr=0.1,
+            weight_decay=0.0,
+            ewc_lambda=2.0,
+        )
+        optimizer.add_param_group({"params": weights[2:], "penalty": "proximal"})
+        optimizer.consolidate(None)
+        with torch.no_grad():
+            for w in weights:
+                w.add_(1.0)
+                w.grad = torch.zeros(1)
+        optimizer.step()
+        assert [w.item() for w in weights] == pytest.approx([2.0, 2 - 0.1 * 4.0, 1 + 1 / 1.4])
+
+    def test_schedulers_act_at_the_next_step(self):
+        weight = nn.Parameter(torch.tensor([1.0]))
+        optimizer = EWCAdamW([weight], lr=0.1, weight_decay=0.0)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda epoch: 0.0**epoch)
+        for _ in range(2):
+            weight.grad = torch.ones(1)
+            optimizer.step()
+            scheduler.step()
+        assert weight.item() == pytest.approx(0.9)
+
+    def test_versions_advance(self):
+        """A weight saved for backward and then stepped is an error, as with torch's optimizers."""
+        weight = nn.Parameter(torch.ones(3))
+        loss = (weight * weight).sum()
+        weight.grad = torch.ones(3)
+        optimizer = EWCAdamW([weight])
+        optimizer.step()
+        assert optimizer.backend == "cpu"
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss.backward()
+
+    def test_every_step_reads_the_tensors_again(self):
+        """p.data and p.grad may be other memory in every step."""
+        start = Problem.of(make_params([(50, 3)], torch.float32))
+        setting = Setting("gradient")
+        still, moving = start.copy(torch.float32), start.copy(torch.float32)
+        optimizers = [make_optimizer(side, setting, fused=True) for side in (still, moving)]
+        for step in range(4):
+            for side, optimizer in zip((still, moving), optimizers, strict=True):
+                side.set_gradients(step, torch.float32)
+                if side is moving:
+                    (p,) = side.params
+                    p.data = p.data.clone().t().contiguous().t()
+                optimizer.step()
+        assert torch.equal(still.params[0], moving.params[0])
+
+    def test_amsgrad_may_be_switched_on(self):
+        weight = nn.Parameter(torch.ones(3))
+        optimizer = EWCAdamW([weight])
+        weight.grad = torch.ones(3)
+        optimizer.step()
+        optimizer.param_groups[0]["amsgrad"] = True
+        optimizer.step()
+        assert optimizer.state[weight]["step"] == 2
+        assert "max_exp_avg_sq" in optimizer.state[weight]
+
+    def test_gradient_scaler(self):
+        weight = nn.Parameter(torch.ones(3))
+        optimizer = EWCAdamW([weight], lr=0.1, weight_decay=0.0)
+        scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+        for value in (1.0, float("inf")):
+            optimizer.zero_grad()
+            scaler.scale((weight * value).sum()).backward()
+            scaler.step(optimizer)
+            scaler.update()
+        torch.testing.assert_close(weight.detach(), torch.full((3,), 0.9))
+        assert optimizer.state[weight]["step"] == 1
+
+
+class TestBadInput:
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            ({"more": torch.ones(2)}, "names 'more', which this optimizer does not have"),
+            ({"0.bias": torch.ones(5)}, r"'0.bias' must have the parameter's shape \(4,\)"),
+            ({"0.bias": torch.tensor([1, 1, float("nan"), 1])}, "'0.bias' must be finite"),
+            ({"2.bias": torch.tensor([1, 1, float("inf")])}, "'2.bias' must be finite"),
+            ({"2.bias": torch.tensor([1, 1, -1e-9])}, "'2.bias' must be finite and at least 0"),
+            ({"2.bias": torch.ones(3, dtype=torch.complex64)}, "'2.bias' must be a real tensor"),
+            ({"2.bias": [1.0, 1.0, 1.0]}, "'2.bias' must be a real tensor"),
+            ({"2.bias": None}, "nothing for parameter '2.bias'"),
+        ],
+    )
+    def test_importance(self, model, change, message):
+        optimizer = EWCAdamW(model.named_parameters())
+        train(model, optimizer, 1)
+        optimizer.consolidate(importance_like(model))
+        train(model, optimizer, 1)
+        before = snapshot(optimizer)
+        bad = {n: f for n, f in {**importance_like(model, 3), **change}.items() if f is not None}
+        with pytest.raises(ValueError, match=message):
+            optimizer.consolidate(bad)
+        assert snapshot(optimizer) == before
+
+    @pytest.mark.parametrize("decay", [-0.1, 1.1, float("nan")])
+    def test_decay(self, model, decay):
+        optimizer = EWCAdamW(model.parameters())
+        with pytest.raises(ValueError, match=r"decay must be in \[0, 1\]"):
+            optimizer.consolidate(None, decay=decay)
+        assert not optimizer.state
+
+    def test_anchors(self, model):
+        with pytest.raises(ValueError, match="anchors must be one of"):
+            EWCAdamW(model.parameters()).consolidate(None, anchors="first")
+
+    def test_names_are_needed(self, model):
+        optimizer = EWCAdamW(model.parameters())
+        with pytest.raises(ValueError, match="without parameter names"):
+            optimizer.consolidate(importance_like(model))
+        with pytest.raises(ValueError, match="model must hold the optimizer's parameters; 4"):
+            optimizer.consolidate(importance_like(model), model=nn.Linear(2, 2))
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"ewc_lambda": -1.0}, "ewc_lambda must be finite and at least 0, not -1.0"),
+            ({"ewc_lambda": float("inf")}, "ewc_lambda must be finite"),
+            ({"lr": -1.0}, "lr must be"),
+            ({"eps": float("nan")}, "eps must be"),
+            ({"weight_decay": -1.0}, "weight_decay must be"),
+            ({"betas": (1.0, 0.9)}, "beta1"),
+            ({"betas": (0.9, -0.1)}, "beta2"),
+            ({"penalty": "l1"}, "penalty must be one of"),
+            ({"foreach": True, "fused": True}, "exclude each other"),
+        ],
+    )
+    def test_hyperparameters(self, model, options, message):
+        with pytest.raises(ValueError, match=message):
+            EWCAdamW(model.parameters(), **options)
+        optimizer = EWCAdamW([model[0].weight])
+        with pytest.raises(ValueError, match=message):
+            optimizer.add_param_group({"params": [model[0].bias], **options})
+        assert len(optimizer.param_groups) == 1
+
+    def test_a_hyperparameter_set_in_mid_training(self, model):
+        optimizer = EWCAdamW([{"params": model[0].parameters()}, {"params": model[2].parameters()}])
+        train(model, optimizer, 1)
+        optimizer.param_groups[1]["ewc_lambda"] = -1.0
+        for p in model.parameters():
+            p.grad = torch.ones_like(p)
+        before = snapshot(optimizer)
+        with pytest.raises(ValueError, match="ewc_lambda"):
+            optimizer.step()
+        assert snapshot(optimizer) == before
+
+    def test_sparse_gradient(self):
+        embedding = nn.Embedding(4, 2, sparse=True)
+        linear = nn.Linear(2, 2)
+        named = [*linear.named_parameters(), ("tokens.weight", embedding.weight)]
+        optimizer = EWCAdamW(named)
+        linear(embedding(torch.tensor([1]))).sum().backward()
+        weight = linear.weight.clone()
+        with pytest.raises(
+            RuntimeError, match=r"gradient of parameter tokens\.weight must be dense"
+        ):
+            optimizer.step()
+        assert torch.equal(linear.weight, weight)
+
+    @pytest.mark.parametrize("dtype", [torch.complex64, torch.int64])
+    def test_complex_and_integer_parameters(self, dtype):
+        good = nn.Parameter(torch.ones(2))
+        bad = nn.Parameter(torch.ones(2, dtype=dtype), requires_grad=dtype.is_complex)
+        optimizer = EWCAdamW([("good", good)])
+        with pytest.raises(
+            ValueError, match="parameter bad must be of a real floating-point dtype"
+        ):
+            optimizer.add_param_group({"params": [("bad", bad)]})
+        optimizer.add_param_group({"params": [("other", nn.Parameter(torch.ones(1)))]})
+        assert len(optimizer.param_groups) == 2
+
+
+class TestWithoutTheExtension:
+    @pytest.fixture(autouse=True)
+    def hide(self, monkeypatch):
+        reason = "The extension cl_optim._C was not built: no compiler."
+        absent = {name: library.Backend(name, False, reason) for name in ("cpu", "cuda")}
+        monkeypatch.setattr(library, "backends", lambda: absent)
+        ops._warn_once.cache_clear()
+        yield
+        ops._warn_once.cache_clear()
+
+    def test_falls_back_with_one_warning(self, model):
+        with pytest.warns(UserWarning, match="was not built: no compiler") as caught:
+            optimizer = EWCAdamW(model.named_parameters())
+        train(model, optimizer, 2)  # a second warning would be an error
+        assert len(caught) == 1
+        assert optimizer.backend == "foreach"
+
+    def test_an_explicit_choice_is_kept(self, model):
+        with pytest.raises(RuntimeError, match=r"fused=True is not possible: .* no compiler"):
+            EWCAdamW(model.parameters(), fused=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            train(model, EWCAdamW(model.parameters(), foreach=True), 1)
+            train(model, EWCAdamW(model.parameters(), fused=False), 1)

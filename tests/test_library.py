@@ -1,0 +1,169 @@
+"""The operator as torch sees it, the chunk table, and what the extension says of itself."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cl_optim import _C
+from cl_optim import functional as F
+from cl_optim.ops import library
+
+ROOT = Path(__file__).parent.parent
+HYPERPARAMETERS = {
+    "lr": 1e-2,
+    "beta1": 0.9,
+    "beta2": 0.99,
+    "eps": 1e-8,
+    "weight_decay": 0.1,
+    "ewc_lambda": 0.5,
+    "penalty": "decoupled",
+    "maximize": False,
+}
+
+
+def arguments(*, amsgrad: bool = True, protected: bool = True, shapes=((3, 2), (5,))) -> list:
+    def tensors(count: int = 1) -> list:
+        return [torch.rand(shape) for shape in shapes] if count else []
+
+    return [
+        tensors(),
+        tensors(),
+        tensors(),
+        tensors(),
+        tensors(amsgrad),
+        tensors(protected),
+        tensors(protected),
+        [torch.tensor(2.0) for _ in shapes],
+    ]
+
+
+@pytest.mark.parametrize("amsgrad", [False, True])
+@pytest.mark.parametrize("protected", [False, True])
+def test_opcheck(amsgrad, protected):
+    torch.library.opcheck(
+        torch.ops.cl_optim.ewc_adamw_.default,
+        arguments(amsgrad=amsgrad, protected=protected),
+        {**HYPERPARAMETERS, "amsgrad": amsgrad},
+    )
+
+
+@pytest.mark.parametrize(
+    ("index", "change", "message"),
+    [
+        (1, lambda grads: grads[:1], "grads must hold 2 tensors, not 1"),
+        (4, lambda _: [], "max_exp_avg_sqs must hold 2 tensors, not 0"),
+        (6, lambda _: [], "anchors must hold 2 tensors, not 0"),
+        (2, lambda m: [m[0], m[1].double()], r"exp_avgs\[1\] must be Float, not Double"),
+        (5, lambda f: [f[0].t(), f[1]], r"importances\[0\] must have the shape of params\[0\]"),
+        (6, lambda a: [a[0], a[1].half()], r"anchors\[1\] must be Float, not Half"),
+        (7, lambda s: [s[0], torch.tensor(2)], r"steps\[1\] must be one float32 number"),
+        (0, lambda p: [p[0], p[1].to(torch.int32)], r"params\[1\] must be float32, float64"),
+    ],
+)
+def test_the_operator_checks_before_it_writes(index, change, message):
+    args = arguments()
+    before = [[t.clone() for t in tensors] for tensors in args]
+    bad = list(args)
+    bad[index] = change(args[index])
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.cl_optim.ewc_adamw_(*bad, **HYPERPARAMETERS, amsgrad=True)
+    for tensors, old in zip(args, before, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(tensors, old, strict=True))
+
+
+def test_functional_bad_input():
+    args = arguments(amsgrad=False)
+    del args[4]
+    with pytest.raises(ValueError, match="penalty must be one of"):
+        F.ewc_adamw_(*args, lr=0.1, penalty="l1")
+    with pytest.raises(ValueError, match="lr must be"):
+        F.ewc_adamw_(*args, lr=-0.1)
+    F.ewc_adamw_([], [], [], [], [], [], [], lr=0.1)
+
+
+def test_functional_under_compile():
+    """The fakes let torch.compile trace through the operator; aot_eager needs no compiler."""
+
+    def step(args: list) -> None:
+        torch.ops.cl_optim.ewc_adamw_(*args, **HYPERPARAMETERS, amsgrad=True)
+
+    torch.manual_seed(1)
+    eager = arguments()
+    torch.manual_seed(1)
+    compiled = arguments()
+    step(eager)
+    torch.compile(step, backend="aot_eager", fullgraph=True)(compiled)
+    for a, b in zip(eager, compiled, strict=True):
+        for x, y in zip(a, b, strict=True):
+            assert torch.equal(x, y)
+
+
+@given(
+    numels=st.lists(st.one_of(st.integers(0, 3), st.integers(0, 5000)), max_size=30),
+    chunk_size=st.integers(1, 1200),
+    cuts=st.lists(st.floats(0, 1), max_size=6),
+)
+def test_chunks_cover_every_element_once(numels, chunk_size, cuts):
+    count = len(_C.chunks(numels, chunk_size))
+    bounds = sorted({0, count, *(int(cut * count) for cut in cuts)})
+    seen = [torch.zeros(n, dtype=torch.int32) for n in numels]
+    for begin, end in zip(bounds, bounds[1:], strict=False):  # as threads take them
+        for tensor, first, size in _C.chunks(numels, chunk_size, begin, end):
+            assert 0 < size <= chunk_size
+            assert first + size <= numels[tensor]
+            seen[tensor][first : first + size] += 1
+    assert all((s == 1).all() for s in seen)
+
+
+def test_build_info():
+    backend = library.backends()["cpu"]
+    assert backend.available
+    assert backend.reason == ""
+    assert backend.info["torch_abi_target"] == "2.10"
+    assert backend.info["simd"] in ("avx512", "avx2", "baseline")
+    cuda = library.backends()["cuda"]
+    assert cuda.available or cuda.reason.endswith(".")
+
+
+def build(tmp_path: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "setup.py", "-q", "build_ext"]
+    command += ["--build-lib", str(tmp_path / "lib"), "--build-temp", str(tmp_path / "temp")]
+    environment = {**os.environ, "CL_OPTIM_REQUIRE": "", **environment}
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+
+
+class TestBuild:
+    NO_COMPILER = {"CC": "no-such-compiler", "CXX": "no-such-compiler"}  # noqa: RUF012
+
+    def test_without_a_compiler_the_package_is_installed_all_the_same(self, tmp_path):
+        result = build(tmp_path, **self.NO_COMPILER)
+        assert result.returncode == 0, result.stderr
+        assert not list(tmp_path.rglob("*.so"))
+
+    def test_a_required_backend_that_cannot_be_built_fails_the_build(self, tmp_path):
+        assert build(tmp_path, **self.NO_COMPILER, CL_OPTIM_REQUIRE="cpu").returncode != 0
+
+    def test_an_unknown_backend_cannot_be_required(self, tmp_path):
+        result = build(tmp_path, CL_OPTIM_REQUIRE="cpu,tpu")
+        assert result.returncode != 0
+        assert "CL_OPTIM_REQUIRE may name cpu, not tpu." in result.stderr
+
+
+def test_importing_loads_nothing_heavy():
+    code = "import sys, cl_optim; print([m for m in sys.argv[1:] if m in sys.modules])"
+    heavy = ["triton", "matplotlib", "transformers", "sklearn", "rich", "scipy"]
+    command = [sys.executable, "-c", code, *heavy]
+    loaded = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    alone = subprocess.run(
+        [sys.executable, "-c", code.replace("cl_optim", "torch"), *heavy],
+        cwd=ROOT, capture_output=True, text=True, check=True,
+    ).stdout  # fmt: skip
+    assert loaded == alone

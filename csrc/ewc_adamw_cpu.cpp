@@ -1,4 +1,4 @@
-// The fused step on the CPU: one parallel region over all chunks of all tensors.
+// The fused step on the CPU: one parallel region over the elements of all tensors.
 #include <torch/csrc/stable/ops.h>
 
 #include "ewc_adamw_launch.h"
@@ -22,10 +22,7 @@
 namespace cl_optim {
 namespace {
 
-// 16 384 elements of the widest update are 700 KB: small enough to balance two threads on a model
-// of a few tensors, large enough that the bias correction at a chunk's start is not seen.
-constexpr int64_t kChunkSize = 16384;
-// Below this a second thread costs more than it saves.
+// Fewer elements than these are not worth a second thread.
 constexpr int64_t kElementsPerThread = 32768;
 
 template <typename Param, typename Anchor, Penalty penalty, bool amsgrad>
@@ -107,19 +104,16 @@ void ewc_adamw_cpu(const std::vector<EWCAdamWTensor>& tensors, const EWCAdamWOpt
   std::vector<Update> updates;
   numels.reserve(tensors.size());
   updates.reserve(tensors.size());
-  int64_t elements = 0;
   for (const EWCAdamWTensor& tensor : tensors) {
     *tensor.step += 1.0f;
     numels.push_back(tensor.numel);
     updates.push_back(choose(tensor, options));
-    elements += tensor.numel;
   }
-  if (elements == 0) return;
-  const ChunkTable chunks(numels, kChunkSize);
-  const int64_t grain = std::max<int64_t>(1, chunks.size() * kElementsPerThread / elements);
-  torch::stable::parallel_for(0, chunks.size(), grain, [&](int64_t begin, int64_t end) {
-    chunks.for_each(begin, end, [&](const Chunk& chunk) {
-      updates[chunk.tensor](tensors[chunk.tensor], chunk.begin, chunk.begin + chunk.size, options);
+  const MultiTensor work(numels);
+  const int64_t grain = kElementsPerThread / kUnit;
+  torch::stable::parallel_for(0, work.units(), grain, [&](int64_t begin, int64_t end) {
+    work.for_each(begin, end, [&](const Piece& piece) {
+      updates[piece.tensor](tensors[piece.tensor], piece.begin, piece.end, options);
     });
   });
 }

@@ -25,13 +25,12 @@ const char* simd_level() {
   return "baseline";
 }
 
-std::vector<std::tuple<int64_t, int64_t, int64_t>> chunks(const std::vector<int64_t>& numels,
-                                                          int64_t chunk_size, int64_t begin,
-                                                          int64_t end) {
-  const cl_optim::ChunkTable table(numels, chunk_size);
+std::vector<std::tuple<int64_t, int64_t, int64_t>> pieces(const std::vector<int64_t>& numels,
+                                                          int64_t begin, int64_t end) {
+  const cl_optim::MultiTensor work(numels);
   std::vector<std::tuple<int64_t, int64_t, int64_t>> result;
-  table.for_each(begin, std::min(end, table.size()), [&](const cl_optim::Chunk& chunk) {
-    result.emplace_back(chunk.tensor, chunk.begin, chunk.size);
+  work.for_each(begin, std::min(end, work.units()), [&](const cl_optim::Piece& piece) {
+    result.emplace_back(piece.tensor, piece.begin, piece.end);
   });
   return result;
 }
@@ -51,7 +50,10 @@ PYBIND11_MODULE(_C, m) {
         return info;
       },
       "What built this extension, and the vector instructions it uses on this processor.");
-  m.def("chunks", &chunks, py::arg("numels"), py::arg("chunk_size"), py::arg("begin") = 0,
-        py::arg("end") = INT64_MAX,
-        "The pieces of work (tensor, first element, elements) with indices begin to end.");
+  m.def(
+      "units",
+      [](const std::vector<int64_t>& numels) { return cl_optim::MultiTensor(numels).units(); },
+      py::arg("numels"), "How many units of work tensors of these sizes make.");
+  m.def("pieces", &pieces, py::arg("numels"), py::arg("begin"), py::arg("end"),
+        "What the units from begin to end hold: (tensor, first element, last element + 1).");
 }

@@ -1,5 +1,7 @@
-// Splits a list of tensors into chunks of at most `chunk_size` elements, so that one parallel
-// region (CPU) or one launch (GPU) serves tensors of any sizes with equal pieces of work.
+// Lays a list of tensors end to end and cuts the whole into equal ranges of work, so that one
+// parallel region (CPU) or one launch (GPU) serves tensors of any sizes. The measure is a unit of
+// 64 elements: a tensor begins with a unit of its own, so that every range begins at a multiple of
+// 64 elements of some tensor, where vector accesses are aligned.
 #pragma once
 
 #include <algorithm>
@@ -8,40 +10,45 @@
 
 namespace cl_optim {
 
-struct Chunk {
+constexpr int64_t kUnit = 64;
+
+// The elements begin <= i < end of one tensor.
+struct Piece {
   int64_t tensor;
   int64_t begin;
-  int64_t size;
+  int64_t end;
 };
 
-class ChunkTable {
+class MultiTensor {
  public:
-  ChunkTable(const std::vector<int64_t>& numels, int64_t chunk_size)
-      : numels_(numels), chunk_size_(chunk_size), first_(numels.size() + 1, 0) {
+  explicit MultiTensor(const std::vector<int64_t>& numels)
+      : numels_(numels), first_unit_(numels.size() + 1, 0) {
     for (size_t i = 0; i < numels.size(); ++i) {
-      first_[i + 1] = first_[i] + (numels[i] + chunk_size - 1) / chunk_size;
+      first_unit_[i + 1] = first_unit_[i] + (numels[i] + kUnit - 1) / kUnit;
     }
   }
 
-  int64_t size() const { return first_.back(); }
+  int64_t units() const { return first_unit_.back(); }
 
-  // Calls f(Chunk) for the chunks begin <= index < end, in order of tensor and position.
+  // Calls f(Piece) for what the units begin <= unit < end hold, in order.
   template <typename F>
   void for_each(int64_t begin, int64_t end, F&& f) const {
     if (begin >= end) return;
-    // The last tensor whose first chunk is at or before `begin`; it is not empty.
-    int64_t tensor = std::upper_bound(first_.begin(), first_.end(), begin) - first_.begin() - 1;
-    for (int64_t index = begin; index < end; ++index) {
-      while (index >= first_[tensor + 1]) ++tensor;
-      const int64_t offset = (index - first_[tensor]) * chunk_size_;
-      f(Chunk{tensor, offset, std::min(chunk_size_, numels_[tensor] - offset)});
+    // The last tensor that begins at or before `begin`.
+    int64_t tensor =
+        std::upper_bound(first_unit_.begin(), first_unit_.end(), begin) - first_unit_.begin() - 1;
+    for (; begin < end; ++tensor) {
+      const int64_t first = first_unit_[tensor];
+      const int64_t last = std::min(end, first_unit_[tensor + 1]);
+      if (begin == last) continue;  // an empty tensor
+      f(Piece{tensor, (begin - first) * kUnit, std::min((last - first) * kUnit, numels_[tensor])});
+      begin = last;
     }
   }
 
  private:
   std::vector<int64_t> numels_;
-  int64_t chunk_size_;
-  std::vector<int64_t> first_;  // index of each tensor's first chunk, then the number of chunks
+  std::vector<int64_t> first_unit_;  // of each tensor, then the number of units
 };
 
 }  // namespace cl_optim

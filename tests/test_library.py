@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import subprocess
 import sys
@@ -108,18 +109,19 @@ def test_functional_under_compile():
 
 @given(
     numels=st.lists(st.one_of(st.integers(0, 3), st.integers(0, 5000)), max_size=30),
-    chunk_size=st.integers(1, 1200),
     cuts=st.lists(st.floats(0, 1), max_size=6),
 )
-def test_chunks_cover_every_element_once(numels, chunk_size, cuts):
-    count = len(_C.chunks(numels, chunk_size))
-    bounds = sorted({0, count, *(int(cut * count) for cut in cuts)})
+def test_pieces_cover_every_element_once(numels, cuts):
+    units = _C.units(numels)
+    bounds = sorted({0, units, *(int(cut * units) for cut in cuts)})
     seen = [torch.zeros(n, dtype=torch.int32) for n in numels]
-    for begin, end in zip(bounds, bounds[1:], strict=False):  # as threads take them
-        for tensor, first, size in _C.chunks(numels, chunk_size, begin, end):
-            assert 0 < size <= chunk_size
-            assert first + size <= numels[tensor]
-            seen[tensor][first : first + size] += 1
+    for first, last in itertools.pairwise(bounds):  # as threads or blocks take them
+        pieces = _C.pieces(numels, first, last)
+        assert sum(end - begin for _, begin, end in pieces) <= 64 * (last - first)
+        for tensor, begin, end in pieces:
+            assert begin % 64 == 0
+            assert begin < end <= numels[tensor]
+            seen[tensor][begin:end] += 1
     assert all((s == 1).all() for s in seen)
 
 

@@ -76,51 +76,91 @@ inline Penalty parse_penalty(const std::string& name) {
   throw std::logic_error("unreachable");
 }
 
+// The tensors of a step except the gradients.
+struct EWCAdamWLists {
+  const TensorList& params;
+  const TensorList& exp_avgs;
+  const TensorList& exp_avg_sqs;
+  const TensorList& max_exp_avg_sqs;  // empty without AMSGrad
+  const TensorList& importances;      // empty without a penalty
+  const TensorList& anchors;
+  const TensorList& steps;
+};
+
+// One parameter of a launch plan: what a step needs besides the parameter and its gradient, and
+// the dtype and layout that the parameter had.
+struct PlanRow {
+  EWCAdamWTensor tensor;
+  uint64_t layout;
+};
+constexpr int64_t kPlanWords = sizeof(PlanRow) / sizeof(int64_t);
+static_assert(sizeof(PlanRow) % sizeof(int64_t) == 0);
+
+// FNV-1a of sizes and strides.
+inline uint64_t layout_of(const Tensor& tensor) {
+  uint64_t hash = 0xcbf29ce484222325u;
+  const auto add = [&](int64_t value) {
+    hash = (hash ^ static_cast<uint64_t>(value)) * 0x100000001b3u;
+  };
+  for (int64_t size : tensor.sizes()) add(size);
+  for (int64_t stride : tensor.strides()) add(stride);
+  return hash;
+}
+
+inline ScalarType arithmetic_type(ScalarType type) {
+  return type == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
 // The arrays of one call. A tensor whose strides differ from its parameter's takes part as a copy
 // in the parameter's memory order, which write_back() copies to where it came from.
 class EWCAdamWArguments {
  public:
-  EWCAdamWArguments(const TensorList& params, const TensorList& grads, const TensorList& exp_avgs,
-                    const TensorList& exp_avg_sqs, const TensorList& max_exp_avg_sqs,
-                    const TensorList& importances, const TensorList& anchors,
-                    const TensorList& steps, bool amsgrad) {
-    const size_t n = params.size();
-    check_length("grads", grads, n);
-    check_length("exp_avgs", exp_avgs, n);
-    check_length("exp_avg_sqs", exp_avg_sqs, n);
-    check_length("max_exp_avg_sqs", max_exp_avg_sqs, amsgrad ? n : 0);
-    check_length("importances", importances, importances.empty() ? 0 : n);
-    check_length("anchors", anchors, importances.size());
-    check_length("steps", steps, n);
-    tensors_.reserve(n);
-    for (size_t i = 0; i < n; ++i) {
-      const ScalarType type = params[i].scalar_type();
-      const ScalarType wide = type == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-      const bool dense = is_dense(params[i]);
-      const Tensor param = dense ? params[i] : copy_in_order_of(params[i], params[i], true);
+  EWCAdamWArguments(const EWCAdamWLists& lists, const TensorList& grads, bool amsgrad) {
+    check_length("grads", grads, lists.params.size());
+    check_length("max_exp_avg_sqs", lists.max_exp_avg_sqs, amsgrad ? lists.params.size() : 0);
+    add_all(lists, &grads);
+  }
 
-      EWCAdamWTensor t{};
-      t.param_kind = t.anchor_kind = scalar_kind(type, "params", i);
-      t.numel = param.numel();
+  // A plan for steps on these tensors, int64 [n, kPlanWords], or [0, ...] where a tensor is
+  // not laid out like its parameter, which a plan does not support. Whoever keeps the plan keeps
+  // the tensors.
+  static Tensor plan(const EWCAdamWLists& lists) {
+    EWCAdamWArguments arguments;
+    arguments.add_all(lists, nullptr);
+    const bool possible = arguments.read_copies_.empty() && arguments.written_copies_.empty();
+    const int64_t rows = possible ? static_cast<int64_t>(lists.params.size()) : 0;
+    Tensor table = torch::stable::empty({rows, kPlanWords}, ScalarType::Long);
+    auto* row = static_cast<PlanRow*>(table.mutable_data_ptr());
+    for (int64_t i = 0; i < rows; ++i) {
+      row[i] = PlanRow{arguments.tensors_[i], layout_of(lists.params[i])};
+    }
+    return table;
+  }
+
+  // The arrays of a planned step; not valid() where a parameter is no longer as planned.
+  EWCAdamWArguments(const TensorList& params, const TensorList& grads, const Tensor& table,
+                    bool amsgrad) {
+    check_length("grads", grads, params.size());
+    check(table.dim() == 2 && table.size(0) == static_cast<int64_t>(params.size()) &&
+              table.size(1) == kPlanWords && table.scalar_type() == ScalarType::Long,
+          "plan must be what ewc_adamw_plan made of these parameters");
+    const auto* row = static_cast<const PlanRow*>(table.const_data_ptr());
+    tensors_.reserve(params.size());
+    for (size_t i = 0; i < params.size(); ++i) {
+      const Tensor& param = params[i];
+      const ScalarType type = param.scalar_type();
+      EWCAdamWTensor t = row[i].tensor;
+      valid_ = valid_ && scalar_kind(type, "params", i) == t.param_kind &&
+               layout_of(param) == row[i].layout;
+      if (!valid_) return;
+      check(!amsgrad || t.numel == 0 || t.max_exp_avg_sq, "the plan is one without AMSGrad");
       t.param = param.mutable_data_ptr();
       t.grad = read("grads", grads[i], i, param, type);
-      t.exp_avg = write("exp_avgs", exp_avgs[i], i, param, wide);
-      t.exp_avg_sq = write("exp_avg_sqs", exp_avg_sqs[i], i, param, wide);
-      if (amsgrad) {
-        t.max_exp_avg_sq = write("max_exp_avg_sqs", max_exp_avg_sqs[i], i, param, wide);
-      }
-      if (!importances.empty()) {
-        const ScalarType anchor_type = anchors[i].scalar_type();
-        t.importance = read("importances", importances[i], i, param, wide);
-        t.anchor = read("anchors", anchors[i], i, param, anchor_type == wide ? wide : type);
-        t.anchor_kind = scalar_kind(anchor_type, "anchors", i);
-      }
-      check(steps[i].numel() == 1 && steps[i].scalar_type() == ScalarType::Float, "steps[", i,
-            "] must be one float32 number");
-      t.step = static_cast<float*>(steps[i].mutable_data_ptr());
       tensors_.push_back(t);
     }
   }
+
+  bool valid() const { return valid_; }
 
   const std::vector<EWCAdamWTensor>& tensors() const { return tensors_; }
 
@@ -129,6 +169,48 @@ class EWCAdamWArguments {
   }
 
  private:
+  EWCAdamWArguments() = default;
+
+  void add_all(const EWCAdamWLists& lists, const TensorList* grads) {
+    const size_t n = lists.params.size();
+    const bool amsgrad = !lists.max_exp_avg_sqs.empty();
+    check_length("exp_avgs", lists.exp_avgs, n);
+    check_length("exp_avg_sqs", lists.exp_avg_sqs, n);
+    check_length("max_exp_avg_sqs", lists.max_exp_avg_sqs, amsgrad ? n : 0);
+    check_length("importances", lists.importances, lists.importances.empty() ? 0 : n);
+    check_length("anchors", lists.anchors, lists.importances.size());
+    check_length("steps", lists.steps, n);
+    tensors_.reserve(n);
+    for (size_t i = 0; i < n; ++i) {
+      const Tensor& given = lists.params[i];
+      const ScalarType type = given.scalar_type();
+      const ScalarType wide = arithmetic_type(type);
+      const Tensor param = is_dense(given) ? given : copy_in_order_of(given, given, true);
+
+      EWCAdamWTensor t{};
+      t.param_kind = t.anchor_kind = scalar_kind(type, "params", i);
+      t.numel = param.numel();
+      t.param = param.mutable_data_ptr();
+      if (grads) t.grad = read("grads", (*grads)[i], i, param, type);
+      t.exp_avg = write("exp_avgs", lists.exp_avgs[i], i, param, wide);
+      t.exp_avg_sq = write("exp_avg_sqs", lists.exp_avg_sqs[i], i, param, wide);
+      if (amsgrad) {
+        t.max_exp_avg_sq = write("max_exp_avg_sqs", lists.max_exp_avg_sqs[i], i, param, wide);
+      }
+      if (!lists.importances.empty()) {
+        const Tensor& anchor = lists.anchors[i];
+        t.importance = read("importances", lists.importances[i], i, param, wide);
+        t.anchor = read("anchors", anchor, i, param, anchor.scalar_type() == wide ? wide : type);
+        t.anchor_kind = scalar_kind(anchor.scalar_type(), "anchors", i);
+      }
+      const Tensor& step = lists.steps[i];
+      check(step.numel() == 1 && step.scalar_type() == ScalarType::Float, "steps[", i,
+            "] must be one float32 number");
+      t.step = static_cast<float*>(step.mutable_data_ptr());
+      tensors_.push_back(t);
+    }
+  }
+
   static void check_length(const char* name, const TensorList& list, size_t expected) {
     check(list.size() == expected, name, " must hold ", expected, " tensors, not ", list.size());
   }
@@ -179,6 +261,7 @@ class EWCAdamWArguments {
     return copy;
   }
 
+  bool valid_ = true;
   std::vector<EWCAdamWTensor> tensors_;
   std::vector<std::pair<Tensor, Tensor>> written_copies_;  // (original, copy)
   TensorList read_copies_;                                 // kept alive until the launch is over

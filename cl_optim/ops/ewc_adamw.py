@@ -28,9 +28,9 @@ def state_dtype(param: Tensor) -> torch.dtype:
     return torch.float64 if param.dtype == torch.float64 else torch.float32
 
 
-@dataclass(frozen=True)
+@dataclass
 class Hyperparameters:
-    """What all tensors of one call share; checked on construction.
+    """What all tensors of one call share; checked on construction. Do not change one afterwards.
 
     Raises:
         ValueError: A value is outside its range; the message names it.
@@ -82,27 +82,61 @@ def fused(
     hyper: Hyperparameters,
 ) -> None:
     """The compiled step; all tensors on one device that has kernels. Arguments as `foreach`."""
-    torch.ops.cl_optim.ewc_adamw_(
-        params,
-        grads,
-        exp_avgs,
-        exp_avg_sqs,
-        max_exp_avg_sqs,
-        importances,
-        anchors,
-        steps,
-        lr=hyper.lr,
-        beta1=hyper.beta1,
-        beta2=hyper.beta2,
-        eps=hyper.eps,
-        weight_decay=hyper.weight_decay,
-        ewc_lambda=hyper.ewc_lambda,
-        penalty=hyper.penalty,
-        amsgrad=hyper.amsgrad,
-        maximize=hyper.maximize,
-    )
+    states = (exp_avgs, exp_avg_sqs, max_exp_avg_sqs, importances, anchors, steps)
+    torch.ops.cl_optim.ewc_adamw_(params, grads, *states, **vars(hyper))
+    _increment_versions(params, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps)
+
+
+class Plan:
+    """The compiled step for the same parameters and state again and again.
+
+    Handing a tensor to an operator takes longer than updating a small one. What stays where it is
+    is therefore checked once and kept as a table of addresses; a step hands over the parameters
+    and gradients alone, whose addresses, dtypes, shapes and strides are read again each time.
+
+    Args:
+        params: As for `foreach`, and so the rest. The plan keeps these tensors alive.
+        exp_avgs: First moments.
+        exp_avg_sqs: Second moments.
+        max_exp_avg_sqs: Their running maxima, or empty.
+        importances: Fisher diagonals, or empty.
+        anchors: θ*, or empty.
+        steps: Step counts.
+    """
+
+    def __init__(
+        self,
+        params: TensorList,
+        exp_avgs: TensorList,
+        exp_avg_sqs: TensorList,
+        max_exp_avg_sqs: TensorList,
+        importances: TensorList,
+        anchors: TensorList,
+        steps: TensorList,
+    ) -> None:
+        self.states = (exp_avgs, exp_avg_sqs, max_exp_avg_sqs, importances, anchors, steps)
+        self._table = torch.ops.cl_optim.ewc_adamw_plan(params, *self.states)
+
+    def step(self, params: TensorList, grads: TensorList, hyper: Hyperparameters) -> bool:
+        """Take one step.
+
+        Returns:
+            Whether it was taken. It was not, and nothing has changed, where a parameter's dtype or
+            layout is not what it was, or a state tensor is not laid out like its parameter.
+        """
+        if len(self._table) != len(params):
+            return False
+        planned = torch.ops.cl_optim.ewc_adamw_planned_
+        if not planned(params, grads, self._table, **vars(hyper)):
+            return False
+        exp_avgs, exp_avg_sqs, max_exp_avg_sqs, _, _, steps = self.states
+        _increment_versions(params, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps)
+        return True
+
+
+def _increment_versions(*lists: TensorList) -> None:
     # Writes through raw pointers pass autograd's version counters by.
-    for written in (params, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps):
+    for written in lists:
         if written:
             torch.autograd.graph.increment_version(written)
 
@@ -186,20 +220,7 @@ def _proximal_(
         value.copy_(torch.where(c < 1, toward, from_anchor))
 
 
-Step: TypeAlias = Callable[
-    [
-        TensorList,
-        TensorList,
-        TensorList,
-        TensorList,
-        TensorList,
-        TensorList,
-        TensorList,
-        TensorList,
-        Hyperparameters,
-    ],
-    None,
-]
+Step: TypeAlias = Callable[..., None]  # with the arguments of `foreach`
 
 
 def choose(

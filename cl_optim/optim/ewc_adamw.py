@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from operator import is_, itemgetter
 from typing import Any, Literal, overload
 
 import torch
@@ -24,6 +25,80 @@ _HYPERPARAMETERS = (
     "amsgrad",
     "maximize",
 )
+
+
+_KEYS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "importance", "anchor", "step")
+
+
+class _Batch:
+    """Parameters that take their step in one call, with the tensors of their state.
+
+    It is kept from step to step, and is of use as long as it `is_current`: gathering the tensors
+    anew each time would cost more than updating small ones.
+    """
+
+    def __init__(self, device: torch.device, amsgrad: bool, protected: bool) -> None:
+        self.device = device
+        self.params: list[Tensor] = []
+        self.tensors: tuple[list[Tensor], ...] = ([], [], [], [], [], [])
+        used = (True, True, amsgrad, protected, protected, True)
+        self._keys = [key if use else None for key, use in zip(_KEYS, used, strict=True)]
+        self._states: list[dict[str, Any]] = []
+        self._size = 0
+        self._steps = 0
+        self._plan: ops.Plan | None = None
+
+    def add(self, param: Tensor, state: dict[str, Any]) -> None:
+        self.params.append(param)
+        self._states.append(state)
+        self._size += len(state)
+        for key, tensors in zip(self._keys, self.tensors, strict=True):
+            if key is not None:
+                tensors.append(state[key])
+
+    def grads(self) -> list[Tensor]:
+        return [param.grad for param in self.params if param.grad is not None]
+
+    def is_current(self, state: Mapping[Tensor, dict[str, Any]]) -> bool:
+        """Whether the parameters' state still holds these very tensors, and no others."""
+        return (
+            all(map(is_, map(state.get, self.params), self._states))
+            and sum(map(len, self._states)) == self._size
+            and all(
+                all(map(is_, map(itemgetter(key), self._states), tensors))
+                for key, tensors in zip(self._keys, self.tensors, strict=True)
+                if key is not None
+            )
+        )
+
+    def step_planned(self, grads: list[Tensor], hyper: ops.Hyperparameters) -> bool:
+        """Take the step by a launch plan, if one is worth while and possible."""
+        self._steps += 1
+        if self._steps == 1:
+            return False  # the next step may be one of other parameters
+        if self._plan is not None and self._plan.step(self.params, grads, hyper):
+            return True
+        self._plan = ops.Plan(self.params, *self.tensors)
+        return self._plan.step(self.params, grads, hyper)
+
+
+class _Prepared:
+    """The batches of a group, for the parameters that had a gradient in the last step."""
+
+    def __init__(self, params: list[Tensor], amsgrad: bool, batches: list[_Batch]) -> None:
+        self._params = params
+        self._amsgrad = amsgrad
+        self.batches = batches
+
+    def is_current(
+        self, params: list[Tensor], amsgrad: bool, state: Mapping[Tensor, dict[str, Any]]
+    ) -> bool:
+        return (
+            len(params) == len(self._params)
+            and all(map(is_, params, self._params))
+            and amsgrad == self._amsgrad
+            and all(batch.is_current(state) for batch in self.batches)
+        )
 
 
 class EWCAdamW(torch.optim.Optimizer):
@@ -92,6 +167,7 @@ class EWCAdamW(torch.optim.Optimizer):
         fused: bool | None = None,
     ) -> None:
         self._backend = ""
+        self._prepared: dict[int, _Prepared] = {}
         defaults = {
             "lr": lr,
             "betas": betas,
@@ -129,6 +205,7 @@ class EWCAdamW(torch.optim.Optimizer):
         """Restore from a pickle, with the defaults of what an older version did not have."""
         super().__setstate__(state)
         self._backend = ""
+        self._prepared = {}
         for group in self.param_groups:
             for key, value in self.defaults.items():
                 group.setdefault(key, value)
@@ -162,54 +239,48 @@ class EWCAdamW(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         work = [
-            (device, protected, batch, _hyperparameters(group), group)
+            (batch, batch.grads(), _hyperparameters(group), group)
             for group in self.param_groups
-            for (device, protected), batch in self._batches(group).items()
+            for batch in self._batches(group)
         ]
-        for device, protected, batch, hyper, group in work:
+        for batch, grads, hyper, group in work:
             self._backend, step = ops.choose(
-                device.type, use_foreach=group["foreach"], use_fused=group["fused"]
+                batch.device.type, use_foreach=group["foreach"], use_fused=group["fused"]
             )
-            params, grads, states = batch
-            step(
-                params,
-                grads,
-                [state["exp_avg"] for state in states],
-                [state["exp_avg_sq"] for state in states],
-                [state["max_exp_avg_sq"] for state in states] if hyper.amsgrad else [],
-                [state["importance"] for state in states] if protected else [],
-                [state["anchor"] for state in states] if protected else [],
-                [state["step"] for state in states],
-                hyper,
-            )
+            if step is not ops.fused or not batch.step_planned(grads, hyper):
+                step(batch.params, grads, *batch.tensors, hyper=hyper)
         return loss
 
-    def _batches(
-        self, group: dict[str, Any]
-    ) -> dict[tuple[torch.device, bool], tuple[list[Tensor], list[Tensor], list[dict[str, Any]]]]:
+    def _batches(self, group: dict[str, Any]) -> list[_Batch]:
         """The group's parameters with gradients, by device and by whether they are protected."""
-        batches: dict[Any, tuple[list[Tensor], list[Tensor], list[dict[str, Any]]]] = {}
-        amsgrad = group["amsgrad"]
-        for param in group["params"]:
-            grad = param.grad
-            if grad is None:
-                continue
-            if grad.layout != torch.strided:
-                raise RuntimeError(
-                    f"the gradient of parameter {_name(group, param)} must be dense, not "
-                    f"{grad.layout}: EWCAdamW updates every weight in every step."
-                )
+        params = [param for param in group["params"] if param.grad is not None]
+        if any(param.grad.layout is not torch.strided for param in params):
+            self._refuse_sparse(group)
+        prepared = self._prepared.get(id(group))
+        if prepared is None or not prepared.is_current(params, group["amsgrad"], self.state):
+            prepared = self._prepared[id(group)] = self._prepare(params, group["amsgrad"])
+        return prepared.batches
+
+    def _prepare(self, params: list[Tensor], amsgrad: bool) -> _Prepared:
+        batches: dict[tuple[torch.device, bool], _Batch] = {}
+        for param in params:
             state = self.state[param]
             if "step" not in state or (amsgrad and "max_exp_avg_sq" not in state):
                 _start_moments(state, param, amsgrad)
             key = (param.device, "importance" in state)
             if key not in batches:
-                batches[key] = ([], [], [])
-            params, grads, states = batches[key]
-            params.append(param)
-            grads.append(grad)
-            states.append(state)
-        return batches
+                batches[key] = _Batch(param.device, amsgrad, "importance" in state)
+            batches[key].add(param, state)
+        return _Prepared(params, amsgrad, list(batches.values()))
+
+    @staticmethod
+    def _refuse_sparse(group: dict[str, Any]) -> None:
+        for param in group["params"]:
+            if param.grad is not None and param.grad.layout is not torch.strided:
+                raise RuntimeError(
+                    f"the gradient of parameter {_name(group, param)} must be dense, not "
+                    f"{param.grad.layout}: EWCAdamW updates every weight in every step."
+                )
 
     # --- consolidation ----------------------------------------------------------------------------
 
@@ -250,6 +321,7 @@ class EWCAdamW(torch.optim.Optimizer):
             (param, self._new_importance(param, new, decay))
             for param, new in self._match(importance, model, strict)
         ]
+        self._prepared.clear()  # it would keep the replaced tensors alive
         for param, new_importance in news:
             state = self.state[param]
             if new_importance is not None:

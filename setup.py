@@ -1,27 +1,40 @@
-"""Builds cl_optim._C. Everything declarative is in pyproject.toml.
+"""Builds cl_optim._C and cl_optim._C_cuda. Everything declarative is in pyproject.toml.
 
-Environment: CL_OPTIM_REQUIRE=cpu turns a failed extension build into a failed installation.
+Environment:
+    CL_OPTIM_CUDA: 0 leaves the CUDA kernels out, 1 insists on them; by default they are built where
+        torch is a CUDA build and a toolkit is found. Whether there is a GPU does not matter.
+    CL_OPTIM_CUDA_ARCHS: Compute capabilities to compile for, "80,90,100" by default; the last one
+        also as PTX, which later GPUs compile for themselves.
+    CL_OPTIM_REQUIRE: Backends (cpu, cuda) that must build: without them the installation fails.
 """
 
+from __future__ import annotations
+
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pybind11
 import torch
 from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError
 
 # The oldest torch that the extension runs with; see "LibTorch stable ABI" in torch's docs.
 ABI_TARGET = "2.10"
 TORCH = Path(torch.__file__).parent
+HEADERS = [str(header) for header in Path("csrc").glob("*.h")]
+ARCHS = os.environ.get("CL_OPTIM_CUDA_ARCHS", "80,90,100").split(",")
 REQUIRED = set(filter(None, os.environ.get("CL_OPTIM_REQUIRE", "").split(",")))
+CXX_FLAGS = ["-std=c++17", "-O3", "-g0", "-fno-math-errno", "-fno-trapping-math"]
 
 
-def compiler_version() -> str:
-    compiler = os.environ.get("CXX", "c++").split()
+def first_line(*command: str) -> str:
     try:
-        shown = subprocess.run([*compiler, "--version"], capture_output=True, text=True, check=True)
+        shown = subprocess.run(command, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
     return shown.stdout.splitlines()[0]
@@ -32,37 +45,118 @@ def hexadecimal(version: str) -> str:
     return f"0x{major:02x}{minor:02x}000000000000"
 
 
-def cpu_extension() -> Extension:
-    definitions = {
+def cuda_home() -> Path | None:
+    """The toolkit: where CUDA_HOME says, else the usual place, else where nvcc says it lives."""
+    candidates = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
+    nvcc = shutil.which("nvcc")
+    if nvcc is not None:
+        # nvcc on the PATH may be a script elsewhere; a dry run names the toolkit it starts.
+        shown = subprocess.run([nvcc, "--dryrun", "-x", "cu", "-"], capture_output=True, text=True)
+        tops = [line for line in shown.stderr.splitlines() if line.startswith("#$ TOP=")]
+        candidates += [line.partition("=")[2] for line in tops]
+    for candidate in filter(None, candidates):
+        home = Path(candidate).resolve()
+        if (home / "bin" / "nvcc").exists() and (home / "include" / "cuda_runtime.h").exists():
+            return home
+    return None
+
+
+def extension(
+    name: str,
+    sources: list[str],
+    macros: dict[str, str],
+    library_dirs: tuple[str, ...] = (),
+    **options: Any,
+) -> Extension:
+    macros = {
         "TORCH_TARGET_VERSION": hexadecimal(ABI_TARGET),
         "CL_OPTIM_ABI_TARGET": f'"{ABI_TARGET}"',
         "CL_OPTIM_TORCH_VERSION": f'"{torch.__version__}"',
-        "CL_OPTIM_COMPILER": f'"{compiler_version()}"',
+        **macros,
     }
     return Extension(
-        "cl_optim._C",
-        sources=["csrc/ewc_adamw_cpu.cpp", "csrc/library.cpp", "csrc/module.cpp"],
-        depends=[str(header) for header in Path("csrc").glob("*.h")],
+        f"cl_optim.{name}",
+        sources=[f"csrc/{source}" for source in sources],
+        depends=HEADERS,
         # pybind11's own headers come before the copy in torch's include folder.
         include_dirs=[pybind11.get_include(), str(TORCH / "include")],
-        define_macros=list(definitions.items()),
-        # Importing torch loads libtorch_cpu; the link only records that it is needed.
-        library_dirs=[str(TORCH / "lib")],
-        libraries=["torch_cpu"],
-        extra_compile_args=[
-            "-std=c++17",
-            "-O3",
-            "-g0",
-            "-fno-math-errno",
-            "-fno-trapping-math",
-            "-fvisibility=hidden",
-        ],
+        define_macros=list(macros.items()),
+        library_dirs=[str(TORCH / "lib"), *library_dirs],
+        extra_compile_args=[*CXX_FLAGS, "-fvisibility=hidden"],
         language="c++",
+        **options,
+    )
+
+
+def cpu_extension() -> Extension:
+    compiler = first_line(*os.environ.get("CXX", "c++").split(), "--version")
+    return extension(
+        "_C",
+        ["ewc_adamw_cpu.cpp", "library.cpp", "module.cpp"],
+        {"CL_OPTIM_COMPILER": f'"{compiler}"'},
+        # Importing torch loads libtorch_cpu; the link only records that it is needed.
+        libraries=["torch_cpu"],
         optional="cpu" not in REQUIRED,
     )
 
 
-unknown = REQUIRED - {"cpu"}
-if unknown:
-    sys.exit(f"CL_OPTIM_REQUIRE may name cpu, not {', '.join(sorted(unknown))}.")
-setup(ext_modules=[cpu_extension()])
+def cuda_extension(home: Path) -> Extension:
+    built = subprocess.run([home / "bin" / "nvcc", "--version"], capture_output=True, text=True)
+    return extension(
+        "_C_cuda",
+        ["ewc_adamw_cuda.cu", "library_cuda.cpp", "module_cuda.cpp"],
+        {
+            "USE_CUDA": "1",
+            "CL_OPTIM_NVCC": f'"nvcc {built.stdout.splitlines()[-1]}"',
+            "CL_OPTIM_CUDA_ARCHS": f'"{",".join(ARCHS)}"',
+        },
+        libraries=["torch_cpu", "torch_cuda", "cudart_static", "dl", "rt", "pthread"],
+        library_dirs=(str(home / "lib64"),),
+        optional="cuda" not in REQUIRED,
+    )
+
+
+class BuildExt(build_ext):  # type: ignore[misc]
+    """setuptools' build_ext, with nvcc for .cu files."""
+
+    def build_extension(self, ext: Extension) -> None:
+        kernels = [source for source in ext.sources if source.endswith(".cu")]
+        ext.sources = [source for source in ext.sources if source not in kernels]
+        ext.extra_objects += [self.compile_cuda(source) for source in kernels]
+        super().build_extension(ext)
+
+    def compile_cuda(self, source: str) -> str:
+        home = cuda_home()
+        assert home is not None
+        target = Path(self.build_temp) / (source + ".o")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        codes = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in ARCHS]
+        codes.append(f"-gencode=arch=compute_{ARCHS[-1]},code=compute_{ARCHS[-1]}")
+        command = [str(home / "bin" / "nvcc"), "-c", source, "-o", str(target), *codes]
+        command += ["-std=c++17", "-O3", "--threads=2", "-Xcompiler=-fPIC,-fvisibility=hidden"]
+        if subprocess.run(command).returncode != 0:
+            raise CompileError(f"nvcc could not compile {source}")
+        return str(target)
+
+
+def extensions() -> list[Extension]:
+    unknown = REQUIRED - {"cpu", "cuda"}
+    if unknown:
+        sys.exit(f"CL_OPTIM_REQUIRE may name cpu and cuda, not {', '.join(sorted(unknown))}.")
+    choice = os.environ.get("CL_OPTIM_CUDA", "")
+    if choice not in ("", "0", "1"):
+        sys.exit(f"CL_OPTIM_CUDA must be 0 or 1, not {choice!r}.")
+    home = cuda_home()
+    lacking = []
+    if torch.version.cuda is None:
+        lacking.append(f"torch {torch.__version__} is a build without CUDA")
+    if home is None:
+        lacking.append("no CUDA toolkit was found (set CUDA_HOME)")
+    if lacking and (choice == "1" or "cuda" in REQUIRED):
+        sys.exit(f"The CUDA kernels cannot be built: {' and '.join(lacking)}.")
+    if choice == "0" or lacking or home is None:
+        return [cpu_extension()]
+    return [cpu_extension(), cuda_extension(home)]
+
+
+setup(ext_modules=extensions(), cmdclass={"build_ext": BuildExt})

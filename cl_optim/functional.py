@@ -45,7 +45,7 @@ def ewc_adamw_(
         exp_avg_sqs: Second moments, likewise; updated.
         importances: F ≥ 0, the moments' dtype; an empty list for plain AdamW.
         anchors: θ*, of the parameter's dtype or the moments'; an empty list for plain AdamW.
-        steps: Steps taken so far, one float32 number on the CPU per parameter; advanced by one.
+        steps: Steps taken so far, one float32 number per parameter, on its device; advanced by one.
         lr: Learning rate.
         betas: Decay of the first and of the second moment.
         eps: Added to the denominator.

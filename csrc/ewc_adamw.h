@@ -12,6 +12,7 @@
 #include <cfloat>
 #include <cmath>
 #include <cstdint>
+#include <type_traits>
 
 #include "float_types.h"
 
@@ -122,5 +123,52 @@ struct EWCAdamWTensor {
   ScalarKind param_kind;
   ScalarKind anchor_kind;
 };
+
+// The template arguments of an update, as a value.
+template <typename Param_, typename Anchor_, Penalty penalty_, bool amsgrad_>
+struct EWCAdamWInstance {
+  using Param = Param_;
+  using Anchor = Anchor_;
+  static constexpr Penalty penalty = penalty_;
+  static constexpr bool amsgrad = amsgrad_;
+};
+
+// Calls f(EWCAdamWInstance<...>{}) with the instance that a tensor needs, and returns what f does.
+// There are 44 of them; without a penalty the type of the anchor makes no difference.
+template <typename F>
+auto dispatch(const EWCAdamWTensor& tensor, const EWCAdamWOptions& options, F&& f) {
+  const auto by_penalty = [&](auto param, auto anchor, auto amsgrad) {
+    using P = decltype(param);
+    using A = decltype(anchor);
+    constexpr bool amsgrad_ = decltype(amsgrad)::value;
+    if (tensor.importance == nullptr) return f(EWCAdamWInstance<P, P, Penalty::none, amsgrad_>{});
+    if (options.penalty == Penalty::gradient) {
+      return f(EWCAdamWInstance<P, A, Penalty::gradient, amsgrad_>{});
+    }
+    if (options.penalty == Penalty::decoupled) {
+      return f(EWCAdamWInstance<P, A, Penalty::decoupled, amsgrad_>{});
+    }
+    return f(EWCAdamWInstance<P, A, Penalty::proximal, amsgrad_>{});
+  };
+  const auto by_anchor = [&](auto param, auto amsgrad) {
+    using Wide = arithmetic_t<decltype(param)>;
+    return tensor.anchor_kind == tensor.param_kind ? by_penalty(param, param, amsgrad)
+                                                   : by_penalty(param, Wide{}, amsgrad);
+  };
+  const auto by_amsgrad = [&](auto param) {
+    return options.amsgrad ? by_anchor(param, std::true_type{})
+                           : by_anchor(param, std::false_type{});
+  };
+  switch (tensor.param_kind) {
+    case ScalarKind::float64:
+      return by_amsgrad(double{});
+    case ScalarKind::bfloat16:
+      return by_amsgrad(BFloat16{});
+    case ScalarKind::float16:
+      return by_amsgrad(Half{});
+    default:
+      return by_amsgrad(float{});
+  }
+}
 
 }  // namespace cl_optim

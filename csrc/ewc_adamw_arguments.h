@@ -51,6 +51,10 @@ inline bool is_dense(const Tensor& tensor) {
   return true;
 }
 
+inline bool on_same_device(const Tensor& a, const Tensor& b) {
+  return a.is_cpu() == b.is_cpu() && a.get_device_index() == b.get_device_index();
+}
+
 inline ScalarKind scalar_kind(ScalarType type, const char* name, size_t index) {
   switch (type) {
     case ScalarType::Float:
@@ -204,8 +208,9 @@ class EWCAdamWArguments {
         t.anchor_kind = scalar_kind(anchor.scalar_type(), "anchors", i);
       }
       const Tensor& step = lists.steps[i];
-      check(step.numel() == 1 && step.scalar_type() == ScalarType::Float, "steps[", i,
-            "] must be one float32 number");
+      check(step.numel() == 1 && step.scalar_type() == ScalarType::Float &&
+                on_same_device(step, given),
+            "steps[", i, "] must be one float32 number on the device of params[", i, "]");
       t.step = static_cast<float*>(step.mutable_data_ptr());
       tensors_.push_back(t);
     }
@@ -222,9 +227,8 @@ class EWCAdamWArguments {
     check(tensor.scalar_type() == type, name, "[", i, "] must be ",
           torch::headeronly::toString(type), ", not ",
           torch::headeronly::toString(tensor.scalar_type()));
-    check(
-        tensor.is_cpu() == param.is_cpu() && tensor.get_device_index() == param.get_device_index(),
-        name, "[", i, "] must be on the device of params[", i, "]");
+    check(on_same_device(tensor, param), name, "[", i, "] must be on the device of params[", i,
+          "]");
   }
 
   const void* read(const char* name, const Tensor& tensor, size_t i, const Tensor& param,

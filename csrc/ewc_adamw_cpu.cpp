@@ -57,46 +57,6 @@ CL_OPTIM_SIMD_CLONES void update(const EWCAdamWTensor& tensor, int64_t begin, in
 
 using Update = void (*)(const EWCAdamWTensor&, int64_t, int64_t, const EWCAdamWOptions&);
 
-template <typename Param, typename Anchor, bool amsgrad>
-Update choose(Penalty penalty) {
-  switch (penalty) {
-    case Penalty::none:
-      return update<Param, Param, Penalty::none, amsgrad>;  // one for all types of anchor
-    case Penalty::gradient:
-      return update<Param, Anchor, Penalty::gradient, amsgrad>;
-    case Penalty::decoupled:
-      return update<Param, Anchor, Penalty::decoupled, amsgrad>;
-    case Penalty::proximal:
-      return update<Param, Anchor, Penalty::proximal, amsgrad>;
-  }
-  return nullptr;
-}
-
-template <typename Param>
-Update choose(const EWCAdamWTensor& tensor, const EWCAdamWOptions& options) {
-  const Penalty penalty = tensor.importance == nullptr ? Penalty::none : options.penalty;
-  const bool wide_anchor = tensor.anchor_kind != tensor.param_kind;
-  using Wide = arithmetic_t<Param>;
-  if (options.amsgrad) {
-    return wide_anchor ? choose<Param, Wide, true>(penalty) : choose<Param, Param, true>(penalty);
-  }
-  return wide_anchor ? choose<Param, Wide, false>(penalty) : choose<Param, Param, false>(penalty);
-}
-
-Update choose(const EWCAdamWTensor& tensor, const EWCAdamWOptions& options) {
-  switch (tensor.param_kind) {
-    case ScalarKind::float32:
-      return choose<float>(tensor, options);
-    case ScalarKind::float64:
-      return choose<double>(tensor, options);
-    case ScalarKind::bfloat16:
-      return choose<BFloat16>(tensor, options);
-    case ScalarKind::float16:
-      return choose<Half>(tensor, options);
-  }
-  return nullptr;
-}
-
 }  // namespace
 
 void ewc_adamw_cpu(const std::vector<EWCAdamWTensor>& tensors, const EWCAdamWOptions& options) {
@@ -107,7 +67,10 @@ void ewc_adamw_cpu(const std::vector<EWCAdamWTensor>& tensors, const EWCAdamWOpt
   for (const EWCAdamWTensor& tensor : tensors) {
     *tensor.step += 1.0f;
     numels.push_back(tensor.numel);
-    updates.push_back(choose(tensor, options));
+    updates.push_back(dispatch(tensor, options, [](auto instance) -> Update {
+      using I = decltype(instance);
+      return update<typename I::Param, typename I::Anchor, I::penalty, I::amsgrad>;
+    }));
   }
   const MultiTensor work(numels);
   const int64_t grain = kElementsPerThread / kUnit;

@@ -1,6 +1,7 @@
 // The launchers that the operator's implementations call, one per device.
 #pragma once
 
+#include <cstddef>
 #include <vector>
 
 #include "ewc_adamw.h"
@@ -9,5 +10,12 @@ namespace cl_optim {
 
 // Advances every tensor's step count and updates it. The arrays are in host memory.
 void ewc_adamw_cpu(const std::vector<EWCAdamWTensor>& tensors, const EWCAdamWOptions& options);
+
+// The same for arrays in the memory of the current CUDA device, on a cudaStream_t; returns before
+// the work is done. The workspace has as many bytes as the function below says, and stays until
+// then; tensors may share it in the order of the stream.
+void ewc_adamw_cuda(const std::vector<EWCAdamWTensor>& tensors, const EWCAdamWOptions& options,
+                    void* workspace, void* stream);
+size_t ewc_adamw_cuda_workspace(size_t tensors);
 
 }  // namespace cl_optim

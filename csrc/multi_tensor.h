@@ -4,9 +4,10 @@
 // 64 elements of some tensor, where vector accesses are aligned.
 #pragma once
 
-#include <algorithm>
 #include <cstdint>
 #include <vector>
+
+#include "float_types.h"
 
 namespace cl_optim {
 
@@ -14,41 +15,60 @@ constexpr int64_t kUnit = 64;
 
 // The elements begin <= i < end of one tensor.
 struct Piece {
-  int64_t tensor;
+  int tensor;
   int64_t begin;
   int64_t end;
 };
+
+// Calls f(Piece) for what the units begin <= unit < end hold, in order. first_unit[i] is the first
+// unit of tensor i, first_unit[count] the number of all units; numel(i) is the tensor's size.
+template <typename Numel, typename F>
+CL_OPTIM_HD void for_each_piece(const int64_t* first_unit, int count, Numel&& numel, int64_t begin,
+                                int64_t end, F&& f) {
+  if (begin >= end) return;
+  // Bisect for the last tensor that begins at or before `begin`: it is not empty.
+  int tensor = 0;
+  for (int above = count; above - tensor > 1;) {
+    const int middle = tensor + (above - tensor) / 2;
+    if (first_unit[middle] <= begin) {
+      tensor = middle;
+    } else {
+      above = middle;
+    }
+  }
+  for (; begin < end; ++tensor) {
+    const int64_t first = first_unit[tensor];
+    const int64_t last = end < first_unit[tensor + 1] ? end : first_unit[tensor + 1];
+    if (begin == last) continue;  // an empty tensor
+    const int64_t stop = (last - first) * kUnit;
+    f(Piece{tensor, (begin - first) * kUnit, stop < numel(tensor) ? stop : numel(tensor)});
+    begin = last;
+  }
+}
+
+inline int64_t units_of(int64_t numel) { return (numel + kUnit - 1) / kUnit; }
 
 class MultiTensor {
  public:
   explicit MultiTensor(const std::vector<int64_t>& numels)
       : numels_(numels), first_unit_(numels.size() + 1, 0) {
     for (size_t i = 0; i < numels.size(); ++i) {
-      first_unit_[i + 1] = first_unit_[i] + (numels[i] + kUnit - 1) / kUnit;
+      first_unit_[i + 1] = first_unit_[i] + units_of(numels[i]);
     }
   }
 
   int64_t units() const { return first_unit_.back(); }
 
-  // Calls f(Piece) for what the units begin <= unit < end hold, in order.
   template <typename F>
   void for_each(int64_t begin, int64_t end, F&& f) const {
-    if (begin >= end) return;
-    // The last tensor that begins at or before `begin`.
-    int64_t tensor =
-        std::upper_bound(first_unit_.begin(), first_unit_.end(), begin) - first_unit_.begin() - 1;
-    for (; begin < end; ++tensor) {
-      const int64_t first = first_unit_[tensor];
-      const int64_t last = std::min(end, first_unit_[tensor + 1]);
-      if (begin == last) continue;  // an empty tensor
-      f(Piece{tensor, (begin - first) * kUnit, std::min((last - first) * kUnit, numels_[tensor])});
-      begin = last;
-    }
+    for_each_piece(
+        first_unit_.data(), static_cast<int>(numels_.size()), [&](int i) { return numels_[i]; },
+        begin, end, f);
   }
 
  private:
   std::vector<int64_t> numels_;
-  std::vector<int64_t> first_unit_;  // of each tensor, then the number of units
+  std::vector<int64_t> first_unit_;
 };
 
 }  // namespace cl_optim

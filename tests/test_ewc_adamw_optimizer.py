@@ -142,6 +142,94 @@ class TestConsolidate:
         for p, g in zip(weights, expected, strict=True):
             torch.testing.assert_close(optimizer.state[p]["exp_avg"], g)
 
+    @pytest.mark.parametrize("decay", [1.0, 0.8])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+    def test_exact_anchors_are_the_sum_of_all_penalties(self, dtype, decay):
+        """Within 16 u · 2λF̄ (|θ| + max_k |θ*_k|), u the unit roundoff of the state's dtype."""
+        weight = nn.Parameter(torch.randn(20_000).to(dtype))
+        optimizer = EWCAdamW([("w", weight)], lr=0.0, betas=(0.0, 0.9), ewc_lambda=0.7)
+        tasks = []
+        for _ in range(3):
+            fisher = 10 ** (torch.randn(weight.shape) * 3)
+            fisher[torch.rand(weight.shape) < 0.2] = 0.0
+            with torch.no_grad():
+                weight.add_(torch.randn(weight.shape).to(dtype))
+            optimizer.consolidate({"w": fisher}, decay=decay, anchors="exact")
+            tasks = [(decay * f, anchor) for f, anchor in tasks]
+            tasks.append((fisher.double(), weight.detach().double().clone()))
+        with torch.no_grad():
+            weight.add_(torch.randn(weight.shape).to(dtype))
+        theta = weight.detach().double()
+        state = optimizer.state[weight]
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        assert state["anchor"].dtype == state["importance"].dtype == wide
+
+        expected = sum(2 * 0.7 * fisher * (theta - anchor) for fisher, anchor in tasks)
+        weight.grad = torch.zeros_like(weight)
+        optimizer.step()
+        assert optimizer.backend == "cpu"
+        total = sum(fisher for fisher, _ in tasks)
+        size = theta.abs() + torch.stack([anchor.abs() for _, anchor in tasks]).amax(0)
+        bound = 16 * torch.finfo(wide).eps / 2 * 2 * 0.7 * total * size
+        assert ((state["exp_avg"].double() - expected).abs() <= bound).all()
+
+    def test_exact_anchors_without_importance_follow_the_weights(self):
+        weight = nn.Parameter(torch.tensor([1.0, 2.0]))
+        optimizer = EWCAdamW([("w", weight)])
+        optimizer.consolidate({"w": torch.tensor([0.0, 1.0])}, anchors="exact")
+        with torch.no_grad():
+            weight.add_(1.0)
+        optimizer.consolidate({"w": torch.tensor([0.0, 3.0])}, anchors="exact")
+        assert optimizer.state[weight]["anchor"].tolist() == [2.0, 2.75]
+        optimizer.consolidate({}, decay=0.5, anchors="exact", strict=False)
+        assert optimizer.state[weight]["importance"].tolist() == [0.0, 2.0]
+        assert optimizer.state[weight]["anchor"].tolist() == [2.0, 2.75]
+
+    @pytest.mark.parametrize(
+        "wrapped",
+        [
+            "module.{}",
+            "_orig_mod.{}",
+            "module._orig_mod.{}",
+            "_fsdp_wrapped_module.{}",
+            "base_model.model.{}",
+            "module.base_model.model.{}",
+        ],
+    )
+    def test_names_match_through_wrappers(self, model, wrapped):
+        importance = importance_like(model)
+        outside = {wrapped.format(name): f for name, f in importance.items()}
+        named = [(wrapped.format(name), p) for name, p in model.named_parameters()]
+        for optimizer, given in (
+            (EWCAdamW(model.named_parameters()), outside),
+            (EWCAdamW(named), importance),
+        ):
+            optimizer.consolidate(given)
+            for name, p in model.named_parameters():
+                assert torch.equal(optimizer.state[p]["importance"], importance[name])
+
+    def test_real_wrappers(self, model):
+        """torch.compile's and DataParallel's own names, and groups without names as Trainers do."""
+        importance = importance_like(model)
+        wrapped = nn.DataParallel(torch.compile(model, backend="eager"))
+        decay = [p for p in wrapped.parameters() if p.dim() > 1]
+        rest = [p for p in wrapped.parameters() if p.dim() <= 1]
+        groups = [{"params": decay, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}]
+        optimizer = EWCAdamW(groups)
+        optimizer.consolidate(importance, model=wrapped)
+        for name, p in model.named_parameters():
+            assert torch.equal(optimizer.state[p]["importance"], importance[name])
+
+    def test_ambiguous_names(self):
+        weights = [nn.Parameter(torch.ones(1)) for _ in range(2)]
+        optimizer = EWCAdamW([("module.w", weights[0]), ("_orig_mod.w", weights[1])])
+        with pytest.raises(ValueError, match="name 'w' is ambiguous"):
+            optimizer.consolidate({"w": torch.ones(1)}, strict=False)
+        optimizer = EWCAdamW([("w", weights[0])])
+        with pytest.raises(ValueError, match=r"'w' and 'module\.w' both mean 'w'"):
+            optimizer.consolidate({"w": torch.ones(1), "module.w": torch.ones(1)})
+        assert not optimizer.state
+
     def test_no_penalty_before(self, model):
         assert EWCAdamW(model.parameters()).penalty() == 0
 

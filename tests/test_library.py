@@ -138,7 +138,7 @@ def test_build_info():
 def build(tmp_path: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "setup.py", "-q", "build_ext"]
     command += ["--build-lib", str(tmp_path / "lib"), "--build-temp", str(tmp_path / "temp")]
-    environment = {**os.environ, "CL_OPTIM_REQUIRE": "", **environment}
+    environment = {**os.environ, "CL_OPTIM_REQUIRE": "", "CL_OPTIM_CUDA": "0", **environment}
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
 
 
@@ -156,7 +156,12 @@ class TestBuild:
     def test_an_unknown_backend_cannot_be_required(self, tmp_path):
         result = build(tmp_path, CL_OPTIM_REQUIRE="cpu,tpu")
         assert result.returncode != 0
-        assert "CL_OPTIM_REQUIRE may name cpu, not tpu." in result.stderr
+        assert "CL_OPTIM_REQUIRE may name cpu and cuda, not tpu." in result.stderr
+
+    def test_cuda_is_0_or_1(self, tmp_path):
+        result = build(tmp_path, CL_OPTIM_CUDA="yes")
+        assert result.returncode != 0
+        assert "CL_OPTIM_CUDA must be 0 or 1, not 'yes'." in result.stderr
 
 
 def test_importing_loads_nothing_heavy():

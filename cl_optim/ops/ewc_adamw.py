@@ -12,7 +12,7 @@ import math
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeAlias, get_args
+from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor
@@ -162,7 +162,8 @@ def foreach(
         max_exp_avg_sqs: Their running maxima, empty unless ``hyper.amsgrad``; updated.
         importances: Fisher diagonals in `state_dtype`, or an empty list for plain AdamW.
         anchors: θ* for each importance, in the parameter's dtype or in `state_dtype`.
-        steps: Step counts before this step, one float32 number each; advanced by one.
+        steps: Step counts before this step, one float32 number each, on the parameter's device;
+            advanced by one.
         hyper: The step's hyperparameters.
     """
     if not params:
@@ -192,7 +193,7 @@ def foreach(
         torch._foreach_maximum_(list(max_exp_avg_sqs), second_moments)
         second_moments = list(max_exp_avg_sqs)
     denominators = torch._foreach_sqrt(second_moments)
-    counts = [float(step) for step in steps]
+    counts = [_count(step) for step in steps]
     torch._foreach_mul_(denominators, [(1.0 - hyper.beta2**count) ** -0.5 for count in counts])
     torch._foreach_add_(denominators, hyper.eps)
 
@@ -200,12 +201,20 @@ def foreach(
     if penalty == "decoupled":
         torch._foreach_sub_(theta, list(drift))
     step_sizes = [-hyper.lr / (1.0 - hyper.beta1**count) for count in counts]
-    torch._foreach_addcdiv_(theta, list(exp_avgs), denominators, step_sizes)
+    updates = torch._foreach_div(list(exp_avgs), denominators)
+    torch._foreach_mul_(updates, step_sizes)
+    torch._foreach_add_(theta, updates)
     if penalty == "proximal":
         _proximal_(theta, importances, anchors, hyper)
     for param, value in zip(params, theta, strict=True):
         if param is not value:
             param.copy_(value)
+
+
+def _count(step: Tensor) -> Any:
+    # A count on a GPU stays there, since reading it would wait for the GPU; in float64, where
+    # 1 − β² loses nothing.
+    return step.double() if step.is_cuda else step.item()
 
 
 def _proximal_(

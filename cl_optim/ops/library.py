@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import functools
+import importlib
 from dataclasses import dataclass, field
 
 import torch
 
-INSTALL_HINT = (
-    "reinstall with a C++17 compiler and CL_OPTIM_REQUIRE=cpu set to see what stops the build"
-)
+INSTALL_HINT = {
+    "cpu": "reinstall with a C++17 compiler, and CL_OPTIM_REQUIRE=cpu to see what stops the build",
+    "cuda": "reinstall with a CUDA toolkit, and CL_OPTIM_REQUIRE=cuda to see what stops the build",
+}
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,8 @@ def backends() -> dict[str, Backend]:
     Returns:
         ``{"cpu": Backend, "cuda": Backend}``.
     """
-    return {"cpu": _load_cpu(), "cuda": _load_cuda()}
+    cpu = _load_cpu()
+    return {"cpu": cpu, "cuda": _load_cuda(cpu)}
 
 
 def available(device_type: str) -> bool:
@@ -54,20 +57,29 @@ def explain(device_type: str) -> str:
 
 
 def _load_cpu() -> Backend:
-    try:
-        from cl_optim import _C
-    except ImportError as error:
-        missing = isinstance(error, ModuleNotFoundError) or "cannot import name" in str(error)
-        what = "was not built" if missing else f"could not be loaded ({error})"
-        return Backend("cpu", False, f"The extension cl_optim._C {what}: {INSTALL_HINT}.")
-    _register_fakes()
-    return Backend("cpu", True, info=_C.build_info())
+    backend = _load("cpu", "_C")
+    if backend.available:
+        _register_fakes()
+    return backend
 
 
-def _load_cuda() -> Backend:
+def _load_cuda(cpu: Backend) -> Backend:
     if torch.version.cuda is None:
         return Backend("cuda", False, f"torch {torch.__version__} is a build without CUDA.")
-    return Backend("cuda", False, "This version of cl_optim has no CUDA kernels yet.")
+    if not cpu.available:
+        return Backend("cuda", False, "The CUDA kernels need the extension cl_optim._C as well.")
+    return _load("cuda", "_C_cuda")
+
+
+def _load(name: str, module: str) -> Backend:
+    try:
+        extension = importlib.import_module(f"cl_optim.{module}")
+    except ImportError as error:
+        missing = isinstance(error, ModuleNotFoundError)
+        what = "was not built" if missing else f"could not be loaded ({error})"
+        hint = INSTALL_HINT[name]
+        return Backend(name, False, f"The extension cl_optim.{module} {what}: {hint}.")
+    return Backend(name, True, info=extension.build_info())
 
 
 def _register_fakes() -> None:

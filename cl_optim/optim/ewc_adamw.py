@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
+from cl_optim.importance.names import match_names
 from cl_optim.ops import ewc_adamw as ops
 
-ANCHORS = ("latest",)
+ANCHORS = ("latest", "exact")
 _MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 # What a saved group must have.
 _HYPERPARAMETERS = (
@@ -212,7 +213,7 @@ class EWCAdamW(torch.optim.Optimizer):
 
     @property
     def backend(self) -> str:
-        """What the last step ran on: ``"cpu"`` (compiled kernels), ``"foreach"``, or ``""``."""
+        """What the last step ran on: ``"cpu"``, ``"cuda"`` (compiled kernels), or ``"foreach"``."""
         return self._backend
 
     # --- the step ---------------------------------------------------------------------------------
@@ -289,48 +290,70 @@ class EWCAdamW(torch.optim.Optimizer):
         self,
         importance: Mapping[str, Tensor] | None,
         decay: float = 1.0,
-        anchors: Literal["latest"] = "latest",
+        anchors: Literal["latest", "exact"] = "latest",
         model: torch.nn.Module | None = None,
         strict: bool = True,
         reset_state: bool = False,
     ) -> None:
         """Protect what has been learned: the weights as they are now become the anchor.
 
-        Online EWC: F ← decay·F + importance, θ* ← θ. Call it at the end of each task.
+        Call it at the end of each task. Both ways of keeping earlier tasks cost the same per step:
+        ``anchors="latest"`` is online EWC, one quadratic around the newest weights;
+        ``anchors="exact"`` keeps the sum of all tasks' quadratics, which is one quadratic, too.
 
         Args:
             importance: F ≥ 0 by parameter name, each of its parameter's shape and of any real
-                dtype (an :class:`cl_optim.Importance`, or any mapping). ``None`` protects all
-                weights equally (F = 1): L2-SP.
+                dtype, on any device (an :class:`cl_optim.Importance`, or any mapping). Names
+                match without what DDP, torch.compile, FSDP and PEFT put into them. ``None``
+                protects all weights equally (F = 1): L2-SP.
             decay: What remains of the earlier tasks' importance, in [0, 1].
-            anchors: ``"latest"``, the weights as they are now.
+            anchors: ``"latest"``: F ← decay·F + importance, θ* ← θ, in the parameter's dtype.
+                ``"exact"``: F̄ ← decay·F̄ + F and θ̄ ← θ̄ + (F/F̄)(θ − θ̄), in float32.
             model: Names the parameters, where the optimizer was made without names.
             strict: An importance for an unknown parameter, or a parameter without importance, is
                 an error. ``False`` ignores the former and gives the latter F = 0 for this task.
             reset_state: Start the moments and step counts anew.
 
         Raises:
-            ValueError: An argument is out of range, or an importance has an unknown name, a wrong
-                shape, or a value that is not finite or negative. Nothing has been changed then.
+            ValueError: An argument is out of range, or an importance has an unknown or ambiguous
+                name, a wrong shape, or a value that is not finite or negative. Nothing has been
+                changed then.
         """
         if not 0.0 <= decay <= 1.0:
             raise ValueError(f"decay must be in [0, 1], not {decay}.")
         if anchors not in ANCHORS:
             raise ValueError(f"anchors must be one of {ANCHORS}, not {anchors!r}.")
-        news = [
-            (param, self._new_importance(param, new, decay))
-            for param, new in self._match(importance, model, strict)
-        ]
+        matched = list(self._match(importance, model, strict))
+        merge = self._merge_exact if anchors == "exact" else self._merge_latest
         self._prepared.clear()  # it would keep the replaced tensors alive
-        for param, new_importance in news:
-            state = self.state[param]
-            if new_importance is not None:
-                state["importance"] = new_importance
-            if "importance" in state:
-                state["anchor"] = param.detach().clone(memory_format=torch.preserve_format)
+        for param, new in matched:
+            merge(param, new, decay)
             if reset_state:
                 for key in ("step", *_MOMENTS):
-                    state.pop(key, None)
+                    self.state[param].pop(key, None)
+
+    def _merge_latest(self, param: Tensor, new: Tensor | None, decay: float) -> None:
+        """F ← dF + F_new, θ* ← θ."""
+        state = self.state[param]
+        if "importance" in state:
+            state["importance"].mul_(decay)
+        if new is not None:
+            state["importance"] = _wide(param, new).add_(state.get("importance", 0.0))
+        if "importance" in state:
+            state["anchor"] = param.detach().clone(memory_format=torch.preserve_format)
+
+    def _merge_exact(self, param: Tensor, new: Tensor | None, decay: float) -> None:
+        """F̄ ← dF̄ + F, θ̄ ← θ̄ + (F/F̄)(θ − θ̄): dF̄(·−θ̄)² + F(·−θ)² up to a constant."""
+        state = self.state[param]
+        if "importance" in state:
+            state["importance"].mul_(decay)
+        if new is None:
+            return
+        theta, new = _wide(param, param.detach()), _wide(param, new)
+        total = state["importance"] = new + state.get("importance", 0.0)
+        anchor = _wide(param, state["anchor"]) if "anchor" in state else theta
+        moved = anchor + new / total * (theta - anchor)
+        state["anchor"] = torch.where(total == 0, theta, moved)
 
     def _match(
         self, importance: Mapping[str, Tensor] | None, model: torch.nn.Module | None, strict: bool
@@ -341,8 +364,10 @@ class EWCAdamW(torch.optim.Optimizer):
                 yield param, torch.ones((), device=param.device).expand(param.shape)
             return
         named = self._named_params(model)
-        unknown = [name for name in importance if name not in named]
-        missing = [name for name in named if name not in importance]
+        meanings = match_names(importance, named)
+        names = {meaning: name for name, meaning in meanings.items()}
+        unknown = [name for name in importance if name not in meanings]
+        missing = [name for name in named if name not in names]
         if strict and unknown:
             raise ValueError(
                 f"importance names {_listed(unknown)}, which this optimizer does not have "
@@ -354,19 +379,10 @@ class EWCAdamW(torch.optim.Optimizer):
                 "(strict=False leaves it without)."
             )
         for name, param in named.items():
-            new = importance.get(name)
+            new = importance[names[name]] if name in names else None
             if new is not None:
                 _check_importance(name, new, param)
             yield param, new
-
-    def _new_importance(self, param: Tensor, new: Tensor | None, decay: float) -> Tensor | None:
-        old = self.state[param].get("importance") if param in self.state else None
-        if new is None:
-            return None if old is None else old * decay
-        merged = torch.empty_like(
-            param, dtype=ops.state_dtype(param), memory_format=torch.preserve_format
-        ).copy_(new)
-        return merged if old is None else merged.add_(old, alpha=decay)
 
     def _params(self) -> Iterator[Tensor]:
         for group in self.param_groups:
@@ -515,6 +531,14 @@ def _hyperparameters(group: Mapping[str, Any]) -> ops.Hyperparameters:
     )
 
 
+def _wide(param: Tensor, value: Tensor) -> Tensor:
+    """A copy in the dtype of the parameter's state, on its device, laid out like it."""
+    copy = torch.empty_like(
+        param, dtype=ops.state_dtype(param), memory_format=torch.preserve_format
+    )
+    return copy.copy_(value)
+
+
 def _start_moments(state: dict[str, Any], param: Tensor, amsgrad: bool) -> None:
     def zeros() -> Tensor:
         return torch.zeros_like(
@@ -522,7 +546,7 @@ def _start_moments(state: dict[str, Any], param: Tensor, amsgrad: bool) -> None:
         )
 
     if "step" not in state:
-        state["step"] = torch.zeros((), dtype=torch.float32)
+        state["step"] = torch.zeros((), dtype=torch.float32, device=param.device)
         state["exp_avg"] = zeros()
         state["exp_avg_sq"] = zeros()
     if amsgrad:
@@ -533,7 +557,7 @@ def _loaded(key: str, value: Any, param: Tensor) -> Any:
     if not isinstance(value, Tensor):
         return value
     if key == "step":
-        return value.to("cpu", torch.float32, copy=True)
+        return value.to(param.device, torch.float32, copy=True)
     dtype = value.dtype if key == "anchor" else ops.state_dtype(param)
     copy = torch.empty_like(param, dtype=dtype, memory_format=torch.preserve_format)
     return copy.copy_(value)

@@ -1,0 +1,62 @@
+"""Parameter names across the wrappers that change them."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable
+
+# Path segments that DataParallel and DDP, torch.compile, FSDP, activation checkpointing and PEFT's
+# adapted layers put into names.
+_WRAPPERS = {
+    "module",
+    "_orig_mod",
+    "_fsdp_wrapped_module",
+    "_checkpoint_wrapped_module",
+    "base_layer",
+}
+_PEFT_PREFIX = ["base_model", "model"]
+
+
+def canonical_name(name: str) -> str:
+    """The name that a parameter has in the bare model.
+
+    Example:
+        >>> canonical_name("module._orig_mod.layers.0.weight")
+        'layers.0.weight'
+        >>> canonical_name("base_model.model.lm_head.base_layer.weight")
+        'lm_head.weight'
+    """
+    segments = [segment for segment in name.split(".") if segment not in _WRAPPERS]
+    if segments[:2] == _PEFT_PREFIX:
+        segments = segments[2:]
+    return ".".join(segments)
+
+
+def match_names(given: Iterable[str], known: Iterable[str]) -> dict[str, str]:
+    """Which known name each given name means: the same name, or the same one without wrappers.
+
+    Returns:
+        A known name for each given name that has one.
+
+    Raises:
+        ValueError: A name could mean two, or two mean the same one; the message lists them.
+    """
+    known = list(known)
+    exact = set(known)
+    by_canonical: dict[str, list[str]] = defaultdict(list)
+    for name in known:
+        by_canonical[canonical_name(name)].append(name)
+    meanings: dict[str, str] = {}
+    givens: dict[str, str] = {}
+    for name in given:
+        candidates = [name] if name in exact else by_canonical.get(canonical_name(name), [])
+        if not candidates:
+            continue
+        if len(candidates) > 1:
+            raise ValueError(f"the name {name!r} is ambiguous: it could mean {candidates}.")
+        (meaning,) = candidates
+        if meaning in givens:
+            raise ValueError(f"the names {givens[meaning]!r} and {name!r} both mean {meaning!r}.")
+        meanings[name] = meaning
+        givens[meaning] = name
+    return meanings

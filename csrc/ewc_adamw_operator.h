@@ -1,0 +1,53 @@
+// The operators of the EWC-AdamW step for one device, given what launches on that device.
+#pragma once
+
+#include "ewc_adamw_arguments.h"
+
+namespace cl_optim {
+
+using EWCAdamWLauncher = void (*)(const std::vector<EWCAdamWTensor>& tensors,
+                                  const EWCAdamWOptions& options, const Tensor& on_device);
+
+template <EWCAdamWLauncher launch>
+void ewc_adamw_(const TensorList& params, const TensorList& grads, const TensorList& exp_avgs,
+                const TensorList& exp_avg_sqs, const TensorList& max_exp_avg_sqs,
+                const TensorList& importances, const TensorList& anchors, const TensorList& steps,
+                double lr, double beta1, double beta2, double eps, double weight_decay,
+                double ewc_lambda, const std::string& penalty, bool amsgrad, bool maximize) {
+  const EWCAdamWOptions options{
+      lr, beta1, beta2, eps, weight_decay, ewc_lambda, parse_penalty(penalty), amsgrad, maximize};
+  EWCAdamWArguments arguments(
+      {params, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, importances, anchors, steps}, grads,
+      amsgrad);
+  if (!params.empty()) launch(arguments.tensors(), options, params[0]);
+  arguments.write_back();
+}
+
+inline Tensor ewc_adamw_plan(const TensorList& params, const TensorList& exp_avgs,
+                             const TensorList& exp_avg_sqs, const TensorList& max_exp_avg_sqs,
+                             const TensorList& importances, const TensorList& anchors,
+                             const TensorList& steps) {
+  return EWCAdamWArguments::plan(
+      {params, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, importances, anchors, steps});
+}
+
+template <EWCAdamWLauncher launch>
+bool ewc_adamw_planned_(const TensorList& params, const TensorList& grads, const Tensor& plan,
+                        double lr, double beta1, double beta2, double eps, double weight_decay,
+                        double ewc_lambda, const std::string& penalty, bool amsgrad,
+                        bool maximize) {
+  const EWCAdamWOptions options{
+      lr, beta1, beta2, eps, weight_decay, ewc_lambda, parse_penalty(penalty), amsgrad, maximize};
+  const EWCAdamWArguments arguments(params, grads, plan, amsgrad);
+  if (arguments.valid() && !params.empty()) launch(arguments.tensors(), options, params[0]);
+  return arguments.valid();
+}
+
+template <EWCAdamWLauncher launch>
+void implement_ewc_adamw(torch::stable::detail::StableLibrary& m) {
+  m.impl("ewc_adamw_", TORCH_BOX(&ewc_adamw_<launch>));
+  m.impl("ewc_adamw_plan", TORCH_BOX(&ewc_adamw_plan));
+  m.impl("ewc_adamw_planned_", TORCH_BOX(&ewc_adamw_planned_<launch>));
+}
+
+}  // namespace cl_optim

@@ -88,12 +88,12 @@ class Problem:
             anchors.append((p.detach() + torch.randn(p.shape, generator=generator)).to(p.dtype))
         return cls(params, importances, anchors)
 
-    def copy(self, dtype: torch.dtype) -> Problem:
+    def copy(self, dtype: torch.dtype, device: str = "cpu") -> Problem:
         wide = torch.float64 if dtype == torch.float64 else torch.float32
         return Problem(
-            [torch.nn.Parameter(p.detach().clone().to(dtype)) for p in self.params],
-            [f.clone().to(wide) for f in self.importances],
-            [a.clone().to(dtype) for a in self.anchors],
+            [torch.nn.Parameter(p.detach().clone().to(device, dtype)) for p in self.params],
+            [f.clone().to(device, wide) for f in self.importances],
+            [a.clone().to(device, dtype) for a in self.anchors],
         )
 
     def set_gradients(self, step: int, dtype: torch.dtype) -> None:
@@ -101,7 +101,7 @@ class Problem:
         generator = torch.Generator().manual_seed(100 + step)
         for p in self.params:
             scale = 10 ** (torch.rand((), generator=generator) * 4 - 3)
-            grad = (torch.randn(p.shape, generator=generator) * scale).to(dtype).to(p.dtype)
+            grad = (torch.randn(p.shape, generator=generator) * scale).to(dtype)
             p.grad = torch.empty_like(p).copy_(grad)
 
 

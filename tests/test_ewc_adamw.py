@@ -29,8 +29,13 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 STEPS = 100
 
 
-def backend_of(implementation: dict[str, bool]) -> str:
-    return "cpu" if implementation.get("fused") else "foreach"
+def backend_of(implementation: dict[str, bool], device: str) -> str:
+    return device if implementation.get("fused") else "foreach"
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> str:
+    return request.param
 
 
 def run_reference(problem: Problem, setting: Setting, gradient_dtype: torch.dtype) -> list:
@@ -44,7 +49,7 @@ def run_reference(problem: Problem, setting: Setting, gradient_dtype: torch.dtyp
 
 def error(params: list, exact: list) -> float:
     return max(
-        ((p.double() - e).norm() / e.norm()).item()
+        ((p.double().to(e.device) - e).norm() / e.norm()).item()
         for p, e in zip(params, exact, strict=True)
         if p.numel()
     )
@@ -53,17 +58,17 @@ def error(params: list, exact: list) -> float:
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS, ids=LABELS)
 @pytest.mark.parametrize("transposed", [False, True], ids=["contiguous", "transposed"])
 @pytest.mark.parametrize("setting", SETTINGS, ids=str)
-def test_float32_is_as_exact_as_the_reference(setting, transposed, implementation):
+def test_float32_is_as_exact_as_the_reference(setting, transposed, implementation, device):
     start = Problem.of(make_params(SHAPES, torch.float32, transposed=transposed))
     exact = run_reference(start.copy(torch.float64), setting, torch.float32)
     literal = run_reference(start.copy(torch.float32), setting, torch.float32)
 
-    problem = start.copy(torch.float32)
+    problem = start.copy(torch.float32, device)
     optimizer = make_optimizer(problem, setting, **implementation)
     for step in range(STEPS):
         problem.set_gradients(step, torch.float32)
         optimizer.step()
-        assert optimizer.backend == backend_of(implementation)
+        assert optimizer.backend == backend_of(implementation, device)
         if step == STEPS // 2:
             optimizer = reload(
                 optimizer, lambda: make_optimizer(problem, setting, **implementation)
@@ -73,10 +78,10 @@ def test_float32_is_as_exact_as_the_reference(setting, transposed, implementatio
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS, ids=LABELS)
 @pytest.mark.parametrize("setting", SETTINGS, ids=str)
-def test_float64_computes_in_float64(setting, implementation):
+def test_float64_computes_in_float64(setting, implementation, device):
     start = Problem.of(make_params(SHAPES, torch.float64))
     exact = run_reference(start.copy(torch.float64), setting, torch.float64)
-    problem = start.copy(torch.float64)
+    problem = start.copy(torch.float64, device)
     optimizer = make_optimizer(problem, setting, **implementation)
     for step in range(STEPS):
         problem.set_gradients(step, torch.float64)
@@ -91,10 +96,10 @@ def test_float64_computes_in_float64(setting, implementation):
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS, ids=LABELS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
 @pytest.mark.parametrize("setting", SETTINGS, ids=str)
-def test_one_step_in_16_bits_is_the_rounded_exact_step(setting, dtype, implementation):
+def test_one_step_in_16_bits_is_the_rounded_exact_step(setting, dtype, implementation, device):
     start = Problem.of(make_params(SHAPES, dtype))
     exact = start.copy(torch.float64)
-    problem = start.copy(dtype)
+    problem = start.copy(dtype, device)
     reference = ReferenceEWCAdamW(exact.params, **setting.arguments())
     reference.set_importance(exact.importances, exact.anchors)
     optimizer = make_optimizer(problem, setting, **implementation)
@@ -102,16 +107,16 @@ def test_one_step_in_16_bits_is_the_rounded_exact_step(setting, dtype, implement
         side.set_gradients(0, dtype)
     reference.step()
     optimizer.step()
-    assert optimizer.backend == backend_of(implementation)
+    assert optimizer.backend == backend_of(implementation, device)
     for p, e in zip(problem.params, exact.params, strict=True):
-        assert (ulps(p, e.to(dtype)) <= 1).all()
+        assert (ulps(p.cpu(), e.to(dtype)) <= 1).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
 @pytest.mark.parametrize("setting", SETTINGS, ids=str)
-def test_100_steps_in_16_bits_fused_equals_foreach(setting, dtype):
+def test_100_steps_in_16_bits_fused_equals_foreach(setting, dtype, device):
     start = Problem.of(make_params(SHAPES, dtype, transposed=True))
-    sides = [start.copy(dtype), start.copy(dtype)]
+    sides = [start.copy(dtype, device), start.copy(dtype, device)]
     optimizers = [
         make_optimizer(side, setting, **implementation)
         for side, implementation in zip(sides, IMPLEMENTATIONS, strict=True)
@@ -129,11 +134,11 @@ def test_100_steps_in_16_bits_fused_equals_foreach(setting, dtype):
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS, ids=LABELS)
 @pytest.mark.parametrize("maximize", [False, True])
 @pytest.mark.parametrize("amsgrad", [False, True])
-def test_before_consolidation_it_is_adamw(amsgrad, maximize, implementation):
+def test_before_consolidation_it_is_adamw(amsgrad, maximize, implementation, device):
     options = {key: OFF_DEFAULT[key] for key in ("lr", "betas", "eps", "weight_decay")}
     options |= {"amsgrad": amsgrad, "maximize": maximize}
     ours, theirs, exact = (
-        Problem.of(make_params(SHAPES, torch.float32)).copy(dtype)
+        Problem.of(make_params(SHAPES, torch.float32)).copy(dtype, device)
         for dtype in (torch.float32, torch.float32, torch.float64)
     )
     optimizers = [
@@ -145,22 +150,22 @@ def test_before_consolidation_it_is_adamw(amsgrad, maximize, implementation):
         for side, optimizer in zip((ours, theirs, exact), optimizers, strict=True):
             side.set_gradients(step, torch.float32)
             optimizer.step()
-    assert optimizers[0].backend == backend_of(implementation)
+    assert optimizers[0].backend == backend_of(implementation, device)
     assert error(ours.params, exact.params) <= 4 * error(theirs.params, exact.params)
 
 
-@pytest.mark.parametrize("count", [1, 2, 63, 500])
-def test_many_tensors_in_one_step(count):
+@pytest.mark.parametrize("count", [1, 2, 63, 500])  # a CUDA launch takes 384
+def test_many_tensors_in_one_step(count, device):
     shapes = [(1 + 37 * i % 211,) for i in range(count)]
     setting = Setting("decoupled", amsgrad=True)
     start = Problem.of(make_params(shapes, torch.float32))
-    sides = [start.copy(torch.float32), start.copy(torch.float32)]
+    sides = [start.copy(torch.float32, device), start.copy(torch.float32, device)]
     for side, implementation in zip(sides, IMPLEMENTATIONS, strict=True):
         optimizer = make_optimizer(side, setting, **implementation)
         for step in range(5):
             side.set_gradients(step, torch.float32)
             optimizer.step()
-        assert optimizer.backend == backend_of(implementation)
+        assert optimizer.backend == backend_of(implementation, device)
     for a, b in zip(sides[0].params, sides[1].params, strict=True):
         torch.testing.assert_close(a, b, rtol=2e-6, atol=1e-7)
 
@@ -302,3 +307,50 @@ def test_not_a_number_stays_where_it_is():
                 problem.params[0].grad[17] = torch.nan
                 optimizer.step()
             assert problem.params[0].isnan().nonzero().tolist() == [[17]]
+
+
+@pytest.mark.gpu
+class TestOnTheGPU:
+    @pytest.mark.parametrize("protected", [False, True])
+    def test_a_step_does_not_wait_for_the_gpu(self, protected):
+        problem = Problem.of(make_params(SHAPES, torch.float32)).copy(torch.float32, "cuda")
+        for implementation in IMPLEMENTATIONS:
+            named = [(f"p{i}", p) for i, p in enumerate(problem.params)]
+            optimizer = EWCAdamW(named, **implementation)
+            if protected:
+                protect(optimizer, problem)
+            problem.set_gradients(0, torch.float32)
+            torch.cuda.set_sync_debug_mode("error")
+            try:
+                for _ in range(3):
+                    optimizer.step()
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+
+    def test_unaligned_memory(self):
+        """Views that begin where 16-byte accesses are not possible."""
+        results = []
+        for offset in (0, 1, 3):
+            memory = torch.zeros(1000 + offset, device="cuda")
+            weight = torch.nn.Parameter(memory[offset:])
+            problem = Problem.of([torch.nn.Parameter(torch.ones(1000))]).copy(torch.float32, "cuda")
+            problem.params = [weight]
+            optimizer = make_optimizer(problem, Setting("proximal", amsgrad=True), fused=True)
+            for step in range(3):
+                problem.set_gradients(step, torch.float32)
+                optimizer.step()
+            results.append(weight.detach().clone())
+        assert torch.equal(results[0], results[1])
+        assert torch.equal(results[0], results[2])
+
+    def test_both_devices_in_one_optimizer(self):
+        problem = Problem.of(make_params([(100,), (100,)], torch.float32))
+        moved = problem.copy(torch.float32, "cuda")
+        problem.params[1] = moved.params[1]
+        problem.anchors[1] = moved.anchors[1]
+        optimizer = make_optimizer(problem, Setting("gradient"))
+        for step in range(3):
+            problem.set_gradients(step, torch.float32)
+            optimizer.step()
+        devices = {p.device.type: optimizer.state[p]["step"].device.type for p in problem.params}
+        assert devices == {"cpu": "cpu", "cuda": "cuda"}

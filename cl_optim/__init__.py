@@ -1,7 +1,9 @@
 """Optimizers for PyTorch that protect what a network already knows, at no cost per step."""
 
 from cl_optim import functional
+from cl_optim.fisher import FisherEstimator, estimate_fisher
+from cl_optim.importance import Importance
 from cl_optim.optim.ewc_adamw import EWCAdamW
 
-__all__ = ["EWCAdamW", "functional"]
+__all__ = ["EWCAdamW", "FisherEstimator", "Importance", "estimate_fisher", "functional"]
 __version__ = "0.1.0"

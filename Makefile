@@ -18,7 +18,7 @@ test: install
 	$(RUN) -m pytest
 
 gpu-test: install
-	$(RUN) -m pytest -m gpu
+	PYTHON=$(RUN) bench/gpu.sh runs/gpu
 
 bench: install
 	$(RUN) -m pytest bench --benchmark-json=bench/results.json -p no:cacheprovider

@@ -1,9 +1,16 @@
 """Optimizers for PyTorch that protect what a network already knows, at no cost per step."""
 
 from cl_optim import functional
+from cl_optim._version import __version__
 from cl_optim.fisher import FisherEstimator, estimate_fisher
 from cl_optim.importance import Importance
 from cl_optim.optim.ewc_adamw import EWCAdamW
 
-__all__ = ["EWCAdamW", "FisherEstimator", "Importance", "estimate_fisher", "functional"]
-__version__ = "0.1.0"
+__all__ = [
+    "EWCAdamW",
+    "FisherEstimator",
+    "Importance",
+    "__version__",
+    "estimate_fisher",
+    "functional",
+]

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointError
 
+from cl_optim._version import __version__
 from cl_optim.fisher.observation import Observation
 from cl_optim.importance.importance import Importance
 
@@ -213,8 +214,6 @@ class FisherEstimator:
 
 def _provenance(model: nn.Module, parameters: dict[str, nn.Parameter]) -> dict[str, Any]:
     """What made an importance: versions, time, and the model by names, shapes and dtypes."""
-    from cl_optim import __version__  # the package is not complete while this module is imported
-
     return {
         "cl_optim": __version__,
         "torch": torch.__version__,

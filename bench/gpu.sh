@@ -1,0 +1,15 @@
+#!/usr/bin/env bash
+# Builds, tests and measures all that needs a GPU, in a few minutes; leaves its output in $1.
+# Needs torch, a CUDA toolkit, pybind11 and pytest; installs nothing.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+out=${1:?usage: bench/gpu.sh FOLDER}
+mkdir -p "$out"
+export CL_OPTIM_REQUIRE=cpu,cuda PYTHONPATH=$PWD
+python=${PYTHON:-python3}
+nvidia-smi >"$out/nvidia-smi.txt"
+$python setup.py build_ext --inplace >"$out/build.txt" 2>&1
+$python -m pytest -m gpu -p no:cacheprovider -q 2>&1 | tee "$out/tests.txt"
+$python bench/gpu_step.py --json "$out/step-gpu.json" | tee "$out/step-gpu.txt"
+compute-sanitizer --error-exitcode 1 $python -m pytest -m gpu -p no:cacheprovider -q \
+  -k "many_tensors or unaligned" 2>&1 | tee "$out/sanitizer.txt"

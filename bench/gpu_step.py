@@ -1,0 +1,71 @@
+"""Time of one protected step on a GPU, by CUDA events; prints JSON and the ratios.
+
+Needs nothing but torch and cl_optim: `python bench/gpu_step.py --json step-gpu.json`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from pathlib import Path
+
+import torch
+from contenders import CONTENDERS, Problem, gpt2_shapes
+
+from cl_optim.ops import library
+
+TURNS, ROUNDS = 7, 20
+SETS = {
+    "GPT-2 149 tensors 163 M": gpt2_shapes(embeddings=True),
+    "1 tensor of 163 M": [(163_000_000,)],
+    "1000 tensors of 64": [(64,)] * 1000,
+}
+
+
+def milliseconds(step: object) -> float:
+    """Median time on the GPU of one call, over ROUNDS calls."""
+    times = []
+    for _ in range(ROUNDS):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        step()  # type: ignore[operator]
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end))
+    return statistics.median(times)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--json", type=Path, required=True, help="where the samples go")
+    path = parser.parse_args().json
+    if not library.available("cuda"):
+        raise SystemExit(library.explain("cuda"))
+    report: dict[str, object] = {
+        "gpu": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "backend": library.backends()["cuda"].info,
+        "unit": "ms, the median of each turn",
+    }
+    for name, shapes in SETS.items():
+        turns: dict[str, list[float]] = {contender: [] for contender in CONTENDERS}
+        steps = {contender: make(Problem(shapes, "cuda")) for contender, make in CONTENDERS.items()}
+        for turn in range(TURNS + 1):
+            for contender, step in steps.items():
+                time = milliseconds(step)
+                if turn > 0:  # the first one warms up
+                    turns[contender].append(time)
+        report[name] = turns
+        plain = turns["AdamW fused"]
+        print(name)
+        for contender, times in turns.items():
+            ratio = statistics.median(a / b for a, b in zip(times, plain, strict=True))
+            print(f"  {contender:32}{statistics.median(times):9.3f} ms  {ratio:6.2f} x AdamW fused")
+        del steps
+        torch.cuda.empty_cache()
+    path.write_text(json.dumps(report, indent=1))
+
+
+if __name__ == "__main__":
+    main()

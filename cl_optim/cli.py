@@ -1,0 +1,151 @@
+"""The command line: ``cl-optim``, or ``python -m cl_optim.cli``."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import platform
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NoReturn
+
+import torch
+
+import cl_optim
+from cl_optim.ops import library
+
+_DEMO_EXTRA = ("matplotlib", "rich", "scipy", "sklearn")
+_MAX_SEEDS = 1000  # the sweep's seeds begin there
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one sentence, without the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}\n")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+        argv: Its arguments; ``sys.argv`` if None.
+
+    Returns:
+        The exit code: 0, or 1 where training failed.
+
+    Raises:
+        SystemExit: With code 2, after a sentence on stderr, where an argument is wrong.
+    """
+    parser = _Parser(prog="cl-optim", description=cl_optim.__doc__)
+    parser.add_argument("--version", action="version", version=f"cl-optim {cl_optim.__version__}")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    _add_demo(commands.add_parser("demo", help="forgetting, and what prevents it, on real data"))
+    _add_info(commands.add_parser("info", help="versions and compiled kernels"))
+    arguments = parser.parse_args(argv)
+    run: Callable[[argparse.Namespace], int] = arguments.run
+    return run(arguments)
+
+
+# --- cl-optim demo --------------------------------------------------------------------------------
+
+
+def _add_demo(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Learn five permutations of scikit-learn's handwritten digits one after another with "
+        "AdamW, L2-SP and EWC; print what each method remembers, and draw it."
+    )
+    whole = _whole_number
+    parser.add_argument(
+        "--seeds", type=whole(1, _MAX_SEEDS), metavar="N", help="runs per method (5; sweep: 3)"
+    )
+    parser.add_argument("--tasks", type=whole(2, 50), default=5, metavar="T", help="tasks (5)")
+    parser.add_argument(
+        "--epochs", type=whole(1, 1000), default=10, metavar="E", help="epochs per task (10)"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/demo"), metavar="DIR",
+        help="where the tables, the picture and the JSON go (runs/demo)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--sweep", action="store_true",
+        help="choose learning rates and λ anew, on a validation split and seeds of its own",
+    )  # fmt: skip
+    parser.set_defaults(run=lambda arguments: _demo(parser, arguments))
+
+
+def _demo(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> int:
+    missing = [name for name in _DEMO_EXTRA if importlib.util.find_spec(name) is None]
+    if missing:
+        parser.error(f"the demo needs {', '.join(missing)}: pip install 'cl-optim[demo]'.")
+    _make_writable(parser, arguments.out)
+
+    from rich.console import Console
+
+    from cl_optim.demo import report, sweep
+    from cl_optim.demo.commands import run_demo, run_sweep
+    from cl_optim.demo.train import Config, DivergedError
+
+    console = Console()
+    if not console.is_terminal:
+        console.width = report.WIDTH
+    config = Config(tasks=arguments.tasks, epochs=arguments.epochs)
+    try:
+        if arguments.sweep:
+            run_sweep(config, arguments.seeds or sweep.SEEDS, arguments.out, console)
+        else:
+            run_demo(config, arguments.seeds or 5, arguments.out, console)
+    except DivergedError as error:
+        print(f"{parser.prog}: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _make_writable(parser: argparse.ArgumentParser, directory: Path) -> None:
+    """Find out before the training, not after it."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=directory):
+            pass
+    except OSError as error:
+        parser.error(f"cannot write into --out {directory}: {error.strerror}.")
+
+
+def _whole_number(low: int, high: int) -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = low - 1
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(
+                f"must be a whole number from {low} to {high}, not {text!r}."
+            )
+        return value
+
+    return parse
+
+
+# --- cl-optim info --------------------------------------------------------------------------------
+
+
+def _add_info(parser: argparse.ArgumentParser) -> None:
+    parser.description = "Print versions, and which compiled kernels there are, or why not."
+    parser.set_defaults(run=_info)
+
+
+def _info(arguments: argparse.Namespace) -> int:
+    print(f"cl-optim {cl_optim.__version__}")
+    print(f"torch {torch.__version__}, CUDA {torch.version.cuda or 'none'}")
+    print(f"Python {platform.python_version()} on {platform.machine()}")
+    for name, backend in library.backends().items():
+        print(f"{name} kernels: {'yes' if backend.available else f'no. {backend.reason}'}")
+        for key, value in backend.info.items():
+            print(f"  {key}: {value}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""``cl-optim demo``: forgetting, and what prevents it, on real data in about a minute."""

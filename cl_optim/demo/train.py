@@ -1,0 +1,217 @@
+"""Training on one task after another, and what is recorded on the way."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from cl_optim.demo.methods import Method
+from cl_optim.demo.scenarios import Scenario, Split, generator
+
+HeldOut = Literal["validation", "test"]
+
+# Weights beyond this have left every useful region; waiting for infinity only makes it later.
+_DIVERGED = 1e6
+
+
+class DivergedError(RuntimeError):
+    """Training left the region of useful weights."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """What all methods have in common.
+
+    Attributes:
+        tasks: How many tasks follow each other.
+        epochs: Per task; joint training has as many over all tasks together.
+        batch_size: Samples per step.
+        hidden: Width of the one hidden layer.
+        evaluate_every: Steps between two points of the accuracy curves; None for no curves.
+    """
+
+    tasks: int = 5
+    epochs: int = 10
+    batch_size: int = 32
+    hidden: int = 1000
+    evaluate_every: int | None = 18
+
+
+@dataclass(frozen=True)
+class Run:
+    """One method, trained with one seed.
+
+    Attributes:
+        method: What was trained.
+        seed: Fixes permutations, initial weights and the order of the samples.
+        matrix: R [T, T], the accuracies on all tasks after each; [1, T] for joint training.
+        curve_steps: Steps taken at each point of the curves, [points].
+        curves: Accuracy on each task at these points, [points, T]; NaN before a task begins.
+        step_seconds: Of one training step: forward, backward, optimizer; the median.
+        optimizer_seconds: Of the optimizer in it; the median.
+        end_task_seconds: Of what a method does at a task's end (Fisher, consolidation); the median.
+        backend: What the optimizer's steps ran on.
+    """
+
+    method: Method
+    seed: int
+    matrix: NDArray[np.float64]
+    curve_steps: NDArray[np.int64]
+    curves: NDArray[np.float64]
+    step_seconds: float
+    optimizer_seconds: float
+    end_task_seconds: float
+    backend: str
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Let torch use one thread inside.
+
+    A step of a small MLP takes a third of a millisecond, in kernels of a few dozen microseconds. A
+    second thread made it 15 % faster on an idle machine and several times slower on a busy one.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def mlp(features: int, hidden: int, classes: int, seed: int) -> nn.Sequential:
+    """A network with one hidden layer; the seed fixes its weights."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return nn.Sequential(nn.Linear(features, hidden), nn.ReLU(), nn.Linear(hidden, classes))
+
+
+def train(
+    method: Method,
+    scenario: Scenario,
+    config: Config,
+    seed: int,
+    held_out: HeldOut = "test",
+    on_progress: Callable[[float], None] = lambda fraction: None,
+) -> Run:
+    """Train a network on the scenario's tasks, one after another, or jointly.
+
+    Methods given the same seed start from the same weights and see the same batches.
+
+    Args:
+        method: How to train.
+        scenario: What to learn.
+        config: The network and the length of training.
+        seed: Of the weights and the order of the samples.
+        held_out: The split that accuracies are measured on.
+        on_progress: Called now and then with the fraction of the training that is done.
+
+    Raises:
+        DivergedError: The weights have become useless.
+    """
+    model = mlp(scenario.features, config.hidden, scenario.classes, seed)
+    learner = method.learner(model)
+    order = generator(seed, "order")
+    recorder = _Recorder(model, [getattr(task, held_out) for task in scenario.tasks])
+    stages = [task.train for task in scenario.tasks]
+    if method.joint:
+        stages = [Split(*(torch.cat(tensors) for tensors in zip(*stages, strict=True)))]
+    every = config.evaluate_every
+    total = config.epochs * sum(-(-len(data.x) // config.batch_size) for data in stages)
+    for number, data in enumerate(stages):
+        begun = len(scenario.tasks) if method.joint else number + 1
+        for x, y in _batches(data, config, order):
+            recorder.step(learner.optimizer, x, y)
+            if every is not None and recorder.steps % every == 0:
+                recorder.add_point(begun)
+                on_progress(recorder.steps / total)
+        _check_weights(model, method, number)
+        recorder.add_row()
+        start = time.perf_counter()
+        learner.end_task(data)
+        recorder.end_task_seconds.append(time.perf_counter() - start)
+    on_progress(1.0)
+    return recorder.run(method, seed, learner.backend)
+
+
+def _batches(
+    data: Split, config: Config, order: torch.Generator
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """All epochs' batches; one gather per epoch keeps Python out of the step."""
+    for _ in range(config.epochs):
+        shuffled = torch.randperm(len(data.x), generator=order)
+        yield from zip(
+            torch.split(data.x[shuffled], config.batch_size),
+            torch.split(data.y[shuffled], config.batch_size),
+            strict=True,
+        )
+
+
+class _Recorder:
+    """Takes the steps of one run, times them, and keeps its accuracies."""
+
+    def __init__(self, model: nn.Module, held_out: list[Split]) -> None:
+        self.model = model
+        self.held_out = held_out
+        self.matrix: list[list[float]] = []
+        self.curve_steps: list[int] = []
+        self.curves: list[list[float]] = []
+        self.step_seconds: list[float] = []
+        self.optimizer_seconds: list[float] = []
+        self.end_task_seconds: list[float] = []
+
+    @property
+    def steps(self) -> int:
+        return len(self.step_seconds)
+
+    def step(self, optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor) -> None:
+        start = time.perf_counter()
+        optimizer.zero_grad()
+        torch.autograd.backward(F.cross_entropy(self.model(x), y))
+        middle = time.perf_counter()
+        optimizer.step()
+        end = time.perf_counter()
+        self.step_seconds.append(end - start)
+        self.optimizer_seconds.append(end - middle)
+
+    @torch.inference_mode()
+    def accuracies(self, begun: int) -> list[float]:
+        return [
+            (self.model(x).argmax(1) == y).double().mean().item() if task < begun else float("nan")
+            for task, (x, y) in enumerate(self.held_out)
+        ]
+
+    def add_point(self, begun: int) -> None:
+        self.curve_steps.append(self.steps)
+        self.curves.append(self.accuracies(begun))
+
+    def add_row(self) -> None:
+        self.matrix.append(self.accuracies(len(self.held_out)))
+
+    def run(self, method: Method, seed: int, backend: str) -> Run:
+        return Run(
+            method=method,
+            seed=seed,
+            matrix=np.array(self.matrix),
+            curve_steps=np.array(self.curve_steps, dtype=np.int64),
+            curves=np.array(self.curves).reshape(-1, len(self.held_out)),
+            step_seconds=float(np.median(self.step_seconds)),
+            optimizer_seconds=float(np.median(self.optimizer_seconds)),
+            end_task_seconds=float(np.median(self.end_task_seconds)),
+            backend=backend,
+        )
+
+
+def _check_weights(model: nn.Module, method: Method, number: int) -> None:
+    largest = max(param.detach().abs().max().item() for param in model.parameters())
+    if not largest < _DIVERGED:  # true for NaN as well
+        raise DivergedError(f"{method.label} diverged while learning task {number + 1}.")

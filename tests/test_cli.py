@@ -1,0 +1,116 @@
+"""The command line: what it prints, and how it says no."""
+
+from __future__ import annotations
+
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import cl_optim
+from cl_optim import cli
+from cl_optim.demo import commands
+from cl_optim.demo.train import DivergedError
+from cl_optim.ops import library
+from cl_optim.ops.library import Backend
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "required: COMMAND"),
+        (["dmeo"], "'dmeo'"),
+        (["demo", "--seeds", "0"], "--seeds: must be a whole number from 1 to 1000, not '0'"),
+        (["demo", "--seeds", "five"], "--seeds: must be a whole number from 1 to 1000, not 'five'"),
+        (["demo", "--seeds", "1001"], "not '1001'"),
+        (["demo", "--tasks", "1"], "--tasks: must be a whole number from 2 to 50, not '1'"),
+        (["demo", "--epochs", "-3"], "--epochs: must be a whole number from 1 to 1000, not '-3'"),
+        (["demo", "--epochs", "2.5"], "not '2.5'"),
+        (["demo", "--lambda", "1"], "unrecognized arguments: --lambda 1"),
+        (["info", "--seeds", "1"], "unrecognized arguments: --seeds 1"),
+    ],
+)
+def test_a_wrong_argument_is_one_sentence(arguments, message, capsys):
+    assert refused(arguments, capsys).count(message) == 1
+
+
+def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """The one line on stderr of a command that must not run."""
+    with pytest.raises(SystemExit) as exit_:
+        cli.main(arguments)
+    out, err = capsys.readouterr()
+    assert exit_.value.code == 2
+    assert out == ""
+    assert err.startswith("cl-optim")
+    assert err.count("\n") == 1
+    return err
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_training(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(commands, "run_demo", None)
+    file = tmp_path / "file"
+    file.touch()
+    for out in (file, file / "below"):
+        assert f"cannot write into --out {out}: " in refused(["demo", "--out", str(out)], capsys)
+
+
+def test_a_missing_extra_is_named(capsys, monkeypatch, tmp_path):
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util,
+        "find_spec",
+        lambda name: None if name in ("sklearn", "matplotlib") else find_spec(name),
+    )
+    error = refused(["demo", "--out", str(tmp_path / "out")], capsys)
+    assert "the demo needs matplotlib, sklearn: pip install 'cl-optim[demo]'" in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_failed_training_is_one_sentence(tmp_path, capsys, monkeypatch):
+    def diverge(*args: object) -> None:
+        raise DivergedError("L2-SP diverged while learning task 2.")
+
+    monkeypatch.setattr(commands, "run_demo", diverge)
+    assert cli.main(["demo", "--out", str(tmp_path)]) == 1
+    assert capsys.readouterr().err == "cl-optim demo: L2-SP diverged while learning task 2.\n"
+
+
+def test_info(capsys, monkeypatch):
+    backends = {
+        "cpu": Backend("cpu", True, info={"compiler": "c++ 99", "simd": "avx2"}),
+        "cuda": Backend("cuda", False, "No kernels here."),
+    }
+    monkeypatch.setattr(library, "backends", lambda: backends)
+    assert cli.main(["info"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == f"cl-optim {cl_optim.__version__}"
+    assert lines[1].startswith(f"torch {torch.__version__}, ")
+    assert lines[3:] == [
+        "cpu kernels: yes",
+        "  compiler: c++ 99",
+        "  simd: avx2",
+        "cuda kernels: no. No kernels here.",
+    ]
+
+
+def test_as_a_module_info_needs_nothing_heavy():
+    heavy = ["matplotlib", "sklearn", "scipy", "rich"]
+    program = (
+        "import sys, torch; before = set(sys.modules)\n"
+        "from cl_optim.cli import main\n"
+        "assert main(['info']) == 0\n"
+        f"print(sorted((set(sys.modules) - before) & set({heavy})))"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.splitlines()[-1] == "[]"
+    module = [sys.executable, "-m", "cl_optim.cli", "--version"]
+    result = subprocess.run(module, cwd=ROOT, capture_output=True, text=True)
+    assert result.stdout == f"cl-optim {cl_optim.__version__}\n"

@@ -21,8 +21,9 @@ gpu-test: install
 	PYTHON=$(RUN) bench/gpu.sh runs/gpu
 
 bench: install
-	$(RUN) -m pytest bench --benchmark-json=bench/results.json -p no:cacheprovider
-	$(RUN) bench/summary.py bench/results.json
+	mkdir -p runs
+	$(RUN) -m pytest bench --benchmark-json=runs/bench.json -q -p no:cacheprovider
+	$(RUN) bench/summary.py runs/bench.json
 
 lint: install
 	$(VENV)/bin/pre-commit run --all-files --show-diff-on-failure

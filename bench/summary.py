@@ -9,6 +9,7 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -31,29 +32,50 @@ def ratio(a: dict[int, float], b: dict[int, float]) -> tuple[float, float, float
     return statistics.median(ratios), ratios[0], ratios[-1]
 
 
+def table(name: str, contenders: dict[str, dict[int, float]], style: box.Box) -> Table:
+    """One set of tensors: a row for each contender."""
+    result = Table(title=name, box=style, title_justify="left")
+    for column in ("", "median ms", "÷ AdamW fused", "÷ " + OURS, "range", "of the floor"):
+        result.add_column(column, justify="right" if column else "left")
+    for contender, turns in contenders.items():
+        plain, _, _ = ratio(turns, contenders["AdamW fused"])
+        ours, low, high = ratio(turns, contenders[OURS])
+        floor, _, _ = ratio(contenders[FLOOR], turns)
+        result.add_row(
+            contender,
+            f"{statistics.median(turns.values()) * 1e3:.3f}",
+            f"{plain:.2f}",
+            f"{ours:.2f}",
+            f"{low:.2f}–{high:.2f}",
+            f"{floor:.0%}" if "EWC" in contender else "",
+        )
+    return result
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("report", type=Path)
-    report = json.loads(parser.parse_args().report.read_text())
+    parser.add_argument("report", type=Path, help="what --benchmark-json wrote")
+    parser.add_argument("--samples", type=Path, help="write every sample here, in microseconds")
+    parser.add_argument("--markdown", action="store_true", help="print tables as Markdown")
+    arguments = parser.parse_args()
+    report = json.loads(arguments.report.read_text())
     console = Console(width=120)
     console.print(report["machine_info"])
     for name, contenders in samples(report).items():
-        table = Table(title=name)
-        for column in ("", "median ms", "÷ AdamW fused", "÷ " + OURS, "[range]", "of the floor"):
-            table.add_column(column, justify="right" if column else "left")
-        for contender, turns in contenders.items():
-            plain, _, _ = ratio(turns, contenders["AdamW fused"])
-            ours, low, high = ratio(turns, contenders[OURS])
-            floor, _, _ = ratio(contenders[FLOOR], turns)
-            table.add_row(
-                contender,
-                f"{statistics.median(turns.values()) * 1e3:.3f}",
-                f"{plain:.2f}",
-                f"{ours:.2f}",
-                f"{low:.2f}-{high:.2f}",
-                f"{floor:.0%}" if "EWC" in contender else "",
-            )
-        console.print(table)
+        style = box.MARKDOWN if arguments.markdown else box.SIMPLE_HEAD
+        console.print(table(name, contenders, style))
+    if arguments.samples:
+        rows = [
+            {
+                "set": benchmark["group"],
+                **benchmark["extra_info"],
+                "us": [round(seconds * 1e6, 1) for seconds in benchmark["stats"]["data"]],
+            }
+            for benchmark in report["benchmarks"]
+        ]
+        lines = ",\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
+        machine = json.dumps(report["machine_info"])
+        arguments.samples.write_text(f'{{"machine": {machine},\n"samples": [\n{lines}\n]}}\n')
 
 
 if __name__ == "__main__":

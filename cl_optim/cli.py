@@ -8,6 +8,7 @@ import platform
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn
 
@@ -54,20 +55,33 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _add_demo(parser: argparse.ArgumentParser) -> None:
     parser.description = (
-        "Learn five permutations of scikit-learn's handwritten digits one after another with "
-        "AdamW, L2-SP and EWC; print what each method remembers, and draw it."
+        "Learn tasks one after another with AdamW, L2-SP and EWC; print what each method "
+        "remembers, and draw it. Permuted: each task shuffles the pixels in its own way. Split: "
+        "each task has classes and a head of its own."
     )
     whole = _whole_number
     parser.add_argument(
-        "--seeds", type=whole(1, _MAX_SEEDS), metavar="N", help="runs per method (5; sweep: 3)"
-    )
-    parser.add_argument("--tasks", type=whole(2, 50), default=5, metavar="T", help="tasks (5)")
+        "--scenario", choices=("permuted", "split", "both"), default="both",
+        help="which tasks (both)",
+    )  # fmt: skip
     parser.add_argument(
-        "--epochs", type=whole(1, 1000), default=10, metavar="E", help="epochs per task (10)"
+        "--data", choices=("digits", "fashion-mnist"), default="digits",
+        help="scikit-learn's handwritten digits, or Fashion-MNIST (digits)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--data-dir", type=Path, metavar="DIR",
+        help="the folder of Fashion-MNIST's gzipped IDX files (Debian's, else torchvision's)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--seeds", type=whole(1, _MAX_SEEDS), metavar="N", help="runs per method (5, split: 20)"
+    )
+    parser.add_argument("--tasks", type=whole(2, 50), metavar="T", help="tasks (5)")
+    parser.add_argument(
+        "--epochs", type=whole(1, 1000), metavar="E", help="epochs per task (10; Fashion-MNIST: 1)"
     )
     parser.add_argument(
         "--out", type=Path, default=Path("runs/demo"), metavar="DIR",
-        help="where the tables, the picture and the JSON go (runs/demo)",
+        help="where the tables, the pictures and the JSON go (runs/demo)",
     )  # fmt: skip
     parser.add_argument(
         "--sweep", action="store_true",
@@ -80,23 +94,46 @@ def _demo(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> int
     missing = [name for name in _DEMO_EXTRA if importlib.util.find_spec(name) is None]
     if missing:
         parser.error(f"the demo needs {', '.join(missing)}: pip install 'cl-optim[demo]'.")
+    if arguments.data_dir is not None and arguments.data != "fashion-mnist":
+        parser.error("--data-dir goes with --data fashion-mnist.")
     _make_writable(parser, arguments.out)
 
     from rich.console import Console
 
-    from cl_optim.demo import report, sweep
+    from cl_optim.demo import report
     from cl_optim.demo.commands import run_demo, run_sweep
-    from cl_optim.demo.train import Config, DivergedError
+    from cl_optim.demo.experiments import EXPERIMENTS
+    from cl_optim.demo.fashion_mnist import fashion_mnist
+    from cl_optim.demo.scenarios import DataError, digits
+    from cl_optim.demo.train import DivergedError
 
     console = Console()
     if not console.is_terminal:
         console.width = report.WIDTH
-    config = Config(tasks=arguments.tasks, epochs=arguments.epochs)
+    config = {
+        name: value
+        for name in ("tasks", "epochs")
+        if (value := getattr(arguments, name)) is not None
+    }
     try:
-        if arguments.sweep:
-            run_sweep(config, arguments.seeds or sweep.SEEDS, arguments.out, console)
-        else:
-            run_demo(config, arguments.seeds or 5, arguments.out, console)
+        data = digits() if arguments.data == "digits" else fashion_mnist(arguments.data_dir)
+        experiments = [
+            replace(experiment, config=replace(experiment.config, **config))
+            for experiment in EXPERIMENTS
+            if experiment.data == arguments.data
+            and arguments.scenario in (experiment.scenario, "both")
+        ]
+        for experiment in experiments:  # before any training
+            experiment.build(data, experiment.config.tasks, 0)
+        for experiment in experiments:
+            if arguments.sweep:
+                seeds = arguments.seeds or experiment.sweep_seeds
+                run_sweep(experiment, data, seeds, arguments.out, console)
+            else:
+                seeds = arguments.seeds or experiment.seeds
+                run_demo(experiment, data, seeds, arguments.out, console)
+    except DataError as error:
+        parser.error(str(error))
     except DivergedError as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)
         return 1

@@ -31,11 +31,17 @@ ROOT = Path(__file__).parent.parent
         (["demo", "--tasks", "1"], "--tasks: must be a whole number from 2 to 50, not '1'"),
         (["demo", "--epochs", "-3"], "--epochs: must be a whole number from 1 to 1000, not '-3'"),
         (["demo", "--epochs", "2.5"], "not '2.5'"),
+        (["demo", "--data", "mnist"], "'mnist'"),
+        (["demo", "--scenario", "class"], "'class'"),
+        (["demo", "--data-dir", "x"], "--data-dir goes with --data fashion-mnist"),
+        (["demo", "--data", "fashion-mnist", "--data-dir", "x"], "does not exist"),
+        (["demo", "--scenario", "split", "--tasks", "3"], "cannot be split into 3 equal tasks"),
         (["demo", "--lambda", "1"], "unrecognized arguments: --lambda 1"),
         (["info", "--seeds", "1"], "unrecognized arguments: --seeds 1"),
     ],
 )
-def test_a_wrong_argument_is_one_sentence(arguments, message, capsys):
+def test_a_wrong_argument_is_one_sentence(arguments, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     assert refused(arguments, capsys).count(message) == 1
 
 

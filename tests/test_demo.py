@@ -15,16 +15,20 @@ from scipy import stats
 from torch import nn
 
 from cl_optim import cli
-from cl_optim.demo import methods, metrics, scenarios, sweep
-from cl_optim.demo.methods import METHODS, Learner, Method, Protected
+from cl_optim.demo import experiments, metrics, scenarios, sweep
+from cl_optim.demo.experiments import EXPERIMENTS, PERMUTED_DIGITS, SPLIT_DIGITS, Experiment, Grid
+from cl_optim.demo.methods import Learner, Method, Protected
 from cl_optim.demo.metrics import Interval
 from cl_optim.demo.report import Results
 from cl_optim.demo.scenarios import Split, Task
-from cl_optim.demo.sweep import Grid, Score
+from cl_optim.demo.sweep import Score
 from cl_optim.demo.train import Config, DivergedError, Run, train
 
-SWEEP_RECORD = Path(__file__).parent.parent / "docs" / "sweep.json"
+DOCS = Path(__file__).parent.parent / "docs"
 TINY = Config(tasks=2, epochs=1, hidden=32, batch_size=64)
+TINY_EXPERIMENT = replace(PERMUTED_DIGITS, config=TINY)
+PERMUTED = {method.key: method for method in PERMUTED_DIGITS.methods}
+SPLIT = {method.key: method for method in SPLIT_DIGITS.methods}
 
 
 @pytest.fixture(scope="module")
@@ -71,10 +75,10 @@ class TestMetrics:
 
     def test_paired_difference_is_scipys(self):
         ewc, adamw = [0.8, 0.9, 0.7], [0.6, 0.75, 0.4]
-        runs = [fake_run(methods.EWC_GRADIENT, seed, acc) for seed, acc in enumerate(ewc)]
-        runs += [fake_run(methods.ADAMW, seed, acc) for seed, acc in enumerate(adamw)]
-        shuffled = Results("test", TINY, tuple(runs[i] for i in (4, 0, 5, 2, 3, 1)))
-        difference = shuffled.paired(methods.EWC_GRADIENT, methods.ADAMW, metrics.acc)
+        runs = [fake_run(PERMUTED["ewc-gradient"], seed, acc) for seed, acc in enumerate(ewc)]
+        runs += [fake_run(PERMUTED["adamw"], seed, acc) for seed, acc in enumerate(adamw)]
+        shuffled = Results(TINY_EXPERIMENT, tuple(runs[i] for i in (4, 0, 5, 2, 3, 1)))
+        difference = shuffled.paired(PERMUTED["ewc-gradient"], PERMUTED["adamw"], metrics.acc)
         low, high = stats.ttest_rel(ewc, adamw).confidence_interval(0.95)
         assert difference.mean - difference.half_width == pytest.approx(low)
         assert difference.mean + difference.half_width == pytest.approx(high)
@@ -147,12 +151,12 @@ class TestTraining:
         assert not any(torch.equal(a, b) for a, b in zip(first, other, strict=True))
 
     def test_run_record(self, data):
-        config = replace(TINY, evaluate_every=10)
-        run = train(methods.EWC_PROXIMAL, scenarios.permuted(data, 2, 0), config, seed=0)
+        config = replace(TINY, points=3)
+        run = train(PERMUTED["ewc-proximal"], scenarios.permuted(data, 2, 0), config, seed=0)
         assert run.backend == "cpu"
         assert run.matrix.shape == (2, 2)
-        assert run.curve_steps.tolist() == [10, 20, 30]
-        assert np.isnan(run.curves[:, 1]).tolist() == [True, False, False]  # task 2 begins at 18
+        assert run.curve_steps.tolist() == [6, 12, 18, 24, 30, 36]
+        assert np.isnan(run.curves[:, 1]).tolist() == [True] * 3 + [False] * 3
         assert 0 < run.optimizer_seconds < run.step_seconds
 
     def test_joint_training_sees_all_tasks(self, data):
@@ -164,8 +168,8 @@ class TestTraining:
 
     def test_consolidation(self, data):
         model = nn.Sequential(nn.Linear(64, 8), nn.ReLU(), nn.Linear(8, 10))
-        ewc = methods.EWC_GRADIENT.learner(model)
-        l2_sp = methods.L2_SP.learner(model)
+        ewc = PERMUTED["ewc-gradient"].learner(model)
+        l2_sp = PERMUTED["l2-sp"].learner(model)
         weight = model[0].weight
         ewc.end_task(data.train)
         once = ewc.optimizer.state[weight]["importance"].clone()
@@ -179,19 +183,103 @@ class TestTraining:
             assert torch.equal(learner.optimizer.state[weight]["anchor"], weight)
 
     def test_ewc_remembers(self, data):
-        config = Config(tasks=3, epochs=5, hidden=256, evaluate_every=None)
+        config = Config(tasks=3, epochs=5, hidden=256, points=0)
         scenario = scenarios.permuted(data, 3, seed=0)
         adamw, ewc = (
             train(method, scenario, config, seed=0).matrix
-            for method in (replace(methods.ADAMW, lr=methods.EWC_GRADIENT.lr), methods.EWC_GRADIENT)
+            for method in (
+                replace(PERMUTED["adamw"], lr=PERMUTED["ewc-gradient"].lr),
+                PERMUTED["ewc-gradient"],
+            )
         )
         assert metrics.acc(ewc) > metrics.acc(adamw) + 0.1
         assert metrics.learning_accuracy(ewc) > 0.85
 
     def test_divergence_is_an_error_that_names_the_method(self, data):
-        method = replace(methods.EWC_DECOUPLED, ewc_lambda=1e9)
+        method = replace(PERMUTED["ewc-decoupled"], ewc_lambda=1e9)
         with pytest.raises(DivergedError, match="EWC, decoupled diverged while learning task 2"):
             train(method, scenarios.permuted(data, 2, 0), TINY, seed=0)
+
+
+class TestSplit:
+    def test_every_class_has_one_task(self, data):
+        scenario = scenarios.split(data, 5, seed=3)
+        assert (scenario.classes, scenario.heads) == (2, 5)
+        for part in ("train", "validation", "test"):
+            whole = getattr(data, part)
+            pieces = [getattr(task, part) for task in scenario.tasks]
+            assert sum(len(piece.x) for piece in pieces) == len(whole.x)
+            rows = {row.numpy().tobytes(): label.item() for row, label in zip(*whole, strict=True)}
+            seen = []
+            for piece in pieces:
+                groups: dict[int, set[int]] = {0: set(), 1: set()}
+                for row, label in zip(*piece, strict=True):
+                    groups[label.item()].add(rows[row.numpy().tobytes()])
+                assert [len(group) for group in groups.values()] == [1, 1]
+                seen += [*groups[0], *groups[1]]
+            assert sorted(seen) == list(range(10))
+
+    def test_the_seed_deals_the_classes(self, data):
+        first, again, other = (scenarios.split(data, 5, seed).tasks[0].test for seed in (1, 1, 2))
+        assert torch.equal(first.x, again.x)
+        assert not torch.equal(first.x[:20], other.x[:20])
+
+    def test_curves_of_tasks_of_any_length_have_a_mean(self, data):
+        config = replace(TINY, points=9)  # more than the steps of a task
+        for key in ("adamw", "joint"):
+            for seed in (0, 1):
+                scenario = scenarios.split(data, 5, seed)
+                run = train(SPLIT[key], scenario, config, seed)
+                assert run.curves.shape == (45, 5)
+                assert (np.diff(run.curve_steps) >= 0).all()
+
+    def test_uneven_tasks(self, data):
+        with pytest.raises(
+            scenarios.DataError, match="10 classes cannot be split into 3 equal tasks"
+        ):
+            scenarios.split(data, 3, seed=0)
+
+    def test_heads_of_other_tasks_do_not_move(self, data):
+        scenario = scenarios.split(data, 5, seed=0)
+        scenario = replace(scenario, tasks=scenario.tasks[:2])
+        heads = []
+
+        @dataclass(frozen=True)
+        class HeadSpy(Method):
+            def learner(self, model: nn.Module) -> Learner:
+                heads.extend(model.heads)
+                heads.append(model.heads[2].weight.detach().clone())
+                return super().learner(model)
+
+        train(HeadSpy("spy", "spy", 1e-2), scenario, TINY, seed=0)
+        assert torch.equal(heads[2].weight, heads[-1])
+        assert heads[0].weight.abs().max() != heads[1].weight.abs().max()
+
+    @pytest.mark.parametrize("key", ["ewc-gradient", "ewc-exact"])
+    def test_consolidation_is_of_the_head_in_use(self, data, key):
+        scenario = scenarios.split(data, 5, seed=0)
+        models = []
+
+        @dataclass(frozen=True)
+        class ModelSpy(Protected):
+            def learner(self, model: nn.Module) -> Learner:
+                learner = super().learner(model)
+                models.append((model, learner.optimizer))
+                return learner
+
+        method = SPLIT[key]
+        spy = ModelSpy(**{**vars(method)})
+        train(spy, replace(scenario, tasks=scenario.tasks[:2]), TINY, seed=0)
+        ((model, optimizer),) = models
+        used = [optimizer.state[head.weight]["importance"].max().item() for head in model.heads]
+        assert [value > 0 for value in used] == [True, True, False, False, False]
+        assert optimizer.state[model.hidden.weight]["importance"].max() > 0
+
+    def test_joint_training_uses_every_head(self, data):
+        scenario = scenarios.split(data, 5, seed=0)
+        run = train(SPLIT["joint"], scenario, replace(TINY, epochs=8), seed=0)
+        assert run.matrix.shape == (1, 5)
+        assert (run.matrix > 0.8).all()
 
 
 class TestSweep:
@@ -201,18 +289,18 @@ class TestSweep:
 
         nan = math.nan
         scores = [
-            scored(methods.ADAMW, 1e-4, 0.65, 0.85),
-            scored(methods.ADAMW, 1e-3, 0.60, 0.92),
-            scored(methods.ADAMW, 1e-2, 0.50, 0.96),
-            scored(methods.EWC_GRADIENT, 1e-3, 0.80, 0.92),
-            scored(methods.EWC_GRADIENT, 1e-2, 0.90, 0.90),
-            scored(methods.EWC_DECOUPLED, 1e-3, nan, nan),
-            scored(methods.EWC_DECOUPLED, 1e-2, 0.55, 0.95),
-            scored(methods.L2_SP, 1e-2, 0.99, 0.50),
-            scored(methods.JOINT, 1e-2, 0.95, nan),
-            scored(methods.JOINT, 1e-1, nan, nan),
+            scored(PERMUTED["adamw"], 1e-4, 0.65, 0.85),
+            scored(PERMUTED["adamw"], 1e-3, 0.60, 0.92),
+            scored(PERMUTED["adamw"], 1e-2, 0.50, 0.96),
+            scored(PERMUTED["ewc-gradient"], 1e-3, 0.80, 0.92),
+            scored(PERMUTED["ewc-gradient"], 1e-2, 0.90, 0.90),
+            scored(PERMUTED["ewc-decoupled"], 1e-3, nan, nan),
+            scored(PERMUTED["ewc-decoupled"], 1e-2, 0.55, 0.95),
+            scored(PERMUTED["l2-sp"], 1e-2, 0.99, 0.50),
+            scored(PERMUTED["joint"], 1e-2, 0.95, nan),
+            scored(PERMUTED["joint"], 1e-1, nan, nan),
         ]
-        chosen = sweep.choose(scores)
+        chosen = sweep.choose(scores, 0.05)
         assert {key: method.lr for key, method in chosen.items()} == {
             "adamw": 1e-3,
             "adamw-slow": 1e-4,
@@ -223,7 +311,7 @@ class TestSweep:
 
     def test_score_is_of_the_validation_split_alone(self, data):
         def score(data: Task) -> float:
-            return sweep.score(methods.ADAMW, data, TINY, seeds=1).acc
+            return sweep.score(PERMUTED["adamw"], TINY_EXPERIMENT, data, seeds=1).acc
 
         test = Split(data.test.x, data.test.y.roll(1))
         validation = Split(data.validation.x, data.validation.y.roll(1))
@@ -240,22 +328,24 @@ class TestSweep:
                 seeds.append(seed) or fake_run(method, seed, 0.5)
             ),
         )
-        sweep.score(methods.ADAMW, data, TINY, seeds=3)
+        sweep.score(PERMUTED["adamw"], TINY_EXPERIMENT, data, seeds=3)
         assert seeds == [1000, 1001, 1002]
 
     def test_divergence_is_a_score(self, data):
-        method = replace(methods.EWC_DECOUPLED, ewc_lambda=1e9)
-        assert math.isnan(sweep.score(method, data, TINY, seeds=1).acc)
+        method = replace(PERMUTED["ewc-decoupled"], ewc_lambda=1e9)
+        assert math.isnan(sweep.score(method, TINY_EXPERIMENT, data, seeds=1).acc)
 
     def test_edges_are_noted(self):
-        grid = next(grid for grid in sweep.GRIDS if grid.method.key == "l2-sp")
-        method = replace(methods.L2_SP, lr=grid.lrs[0], ewc_lambda=grid.lambdas[-1])
-        assert sweep.at_edge(method) == ["lr", "λ"]
-        assert sweep.at_edge(replace(method, lr=grid.lrs[1], ewc_lambda=grid.lambdas[1])) == []
+        grid = next(grid for grid in PERMUTED_DIGITS.grids if grid.method.key == "l2-sp")
+        method = replace(PERMUTED["l2-sp"], lr=grid.lrs[0], ewc_lambda=grid.lambdas[-1])
+        assert sweep.at_edge(method, PERMUTED_DIGITS) == ["lr", "λ"]
+        method = replace(method, lr=grid.lrs[1], ewc_lambda=grid.lambdas[1])
+        assert sweep.at_edge(method, PERMUTED_DIGITS) == []
 
-    def test_the_settings_in_the_code_are_those_that_the_sweep_chose(self):
-        record = json.loads(SWEEP_RECORD.read_text())
-        kinds = {method.key: type(method) for method in METHODS}
+    @pytest.mark.parametrize("experiment", EXPERIMENTS, ids=lambda experiment: experiment.key)
+    def test_the_settings_in_the_code_are_those_that_the_sweep_chose(self, experiment: Experiment):
+        record = json.loads((DOCS / f"sweep-{experiment.key}.json").read_text())
+        kinds = {method.key: type(method) for method in experiment.methods}
         scores = [
             Score(
                 kinds[score["method"]["key"]](**score["method"]),
@@ -263,23 +353,26 @@ class TestSweep:
             )
             for score in record["scores"]
         ]
-        assert {s.method for s in scores} == {m for g in sweep.GRIDS for m in g.candidates()}
-        assert set(sweep.choose(scores).values()) == set(METHODS)
+        assert {s.method for s in scores} == {m for g in experiment.grids for m in g.candidates()}
+        assert len(record["seeds"]) == experiment.sweep_seeds
+        chosen = sweep.choose(scores, experiment.learning_loss)
+        assert set(chosen.values()) == set(experiment.methods)
 
 
 class TestCommands:
     def test_demo(self, tmp_path, capsys):
-        arguments = ["demo", "--seeds", "2", "--tasks", "2", "--epochs", "1"]
-        assert cli.main([*arguments, "--out", str(tmp_path / "new" / "folder")]) == 0
+        arguments = ["demo", "--scenario", "permuted", "--seeds", "2", "--tasks", "2"]
+        arguments += ["--epochs", "1", "--out", str(tmp_path / "new" / "folder")]
+        assert cli.main(arguments) == 0
         text = capsys.readouterr().out
         written = tmp_path / "new" / "folder"
-        assert (written / "demo.png").read_bytes().startswith(b"\x89PNG")
-        record = json.loads((written / "demo.json").read_text())
-        markdown = (written / "demo.md").read_text()
+        assert (written / "permuted-digits.png").read_bytes().startswith(b"\x89PNG")
+        record = json.loads((written / "permuted-digits.json").read_text())
+        markdown = (written / "permuted-digits.md").read_text()
         assert record["config"]["epochs"] == 1
         assert record["versions"]["torch"] == torch.__version__
-        assert len(record["runs"]) == 2 * len(METHODS)
-        for method in METHODS:
+        assert len(record["runs"]) == 2 * len(PERMUTED)
+        for method in PERMUTED_DIGITS.methods:
             runs = [run for run in record["runs"] if run["method"]["key"] == method.key]
             assert [run["seed"] for run in runs] == [0, 1]
             accs = [np.mean(run["matrix"][-1]) for run in runs]
@@ -291,16 +384,21 @@ class TestCommands:
                 "cpu" if isinstance(method, Protected) else "torch"
             }
         assert "ran on the compiled extension cl_optim._C" in text
+        assert "Split-Digits" not in text
         assert "ACC(EWC, gradient) − ACC(AdamW) = " in text
         assert "paired over 2 seeds" in text
 
     def test_sweep(self, tmp_path, capsys, monkeypatch):
-        grids = [Grid(methods.ADAMW, (1e-3, 1e-2)), Grid(methods.EWC_GRADIENT, (1e-2,), (1.0, 1e7))]
-        monkeypatch.setattr(sweep, "GRIDS", grids)
+        grids = (
+            Grid(PERMUTED["adamw"], (1e-3, 1e-2)),
+            Grid(PERMUTED["ewc-gradient"], (1e-2,), (1.0, 1e7)),
+        )
+        tiny = replace(TINY_EXPERIMENT, grids=grids)
+        monkeypatch.setattr(experiments, "EXPERIMENTS", [tiny])
         arguments = ["demo", "--sweep", "--seeds", "1", "--tasks", "2", "--epochs", "1"]
         assert cli.main([*arguments, "--out", str(tmp_path)]) == 0
         text = capsys.readouterr().out
-        record = json.loads((tmp_path / "sweep.json").read_text())
+        record = json.loads((tmp_path / "sweep-permuted-digits.json").read_text())
         assert record["seeds"] == [1000]
         assert [(s["method"]["lr"], s["method"].get("ewc_lambda")) for s in record["scores"]] == [
             (1e-3, None),
@@ -311,4 +409,4 @@ class TestCommands:
         assert record["chosen"]["ewc-gradient"]["ewc_lambda"] == 1.0
         assert "λ at the edge of the grid" in text
         assert "no candidate learns well enough" in text
-        assert "λ = 1e+07" in (tmp_path / "sweep.md").read_text()
+        assert "λ = 1e+07" in (tmp_path / "sweep-permuted-digits.md").read_text()

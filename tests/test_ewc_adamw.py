@@ -18,6 +18,7 @@ from ewc_adamw_cases import (
 )
 
 from cl_optim import EWCAdamW
+from cl_optim.ops import ewc_adamw as ops
 from cl_optim.optim.reference import ReferenceEWCAdamW
 
 SHAPES = [(0,), (1,), (31,), (65_537,), (37, 53), (2, 3, 5, 7), ()]
@@ -166,6 +167,23 @@ def test_many_tensors_in_one_step(count, device):
         assert optimizer.backend == backend_of(implementation, device)
     for a, b in zip(sides[0].params, sides[1].params, strict=True):
         torch.testing.assert_close(a, b, rtol=2e-6, atol=1e-7)
+
+
+def test_step_counts_may_stay_on_a_device(monkeypatch):
+    """The reference on a GPU reads no step count: the same numbers with counts left in tensors."""
+    setting = Setting("gradient", amsgrad=True)
+    start = Problem.of(make_params([(50,), (3, 4)], torch.float32))
+    results = []
+    for count in (ops._count, lambda step: step.double()):
+        monkeypatch.setattr(ops, "_count", count)
+        problem = start.copy(torch.float32)
+        optimizer = make_optimizer(problem, setting, foreach=True)
+        for step in range(5):
+            problem.set_gradients(step, torch.float32)
+            optimizer.step()
+        results.append(problem.params)
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
 
 
 def one_step(importance: float, lambda_: float, lr: float = 0.1, penalty: str = "proximal", **kw):

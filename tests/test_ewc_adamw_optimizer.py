@@ -379,17 +379,19 @@ class TestTorchOptimContract:
             loss.backward()
 
     def test_every_step_reads_the_tensors_again(self):
-        """p.data and p.grad may be other memory in every step."""
+        """p.data, p.grad and the state may be other memory in every step."""
         start = Problem.of(make_params([(50, 3)], torch.float32))
         setting = Setting("gradient")
         still, moving = start.copy(torch.float32), start.copy(torch.float32)
         optimizers = [make_optimizer(side, setting, fused=True) for side in (still, moving)]
-        for step in range(4):
+        for step in range(6):
             for side, optimizer in zip((still, moving), optimizers, strict=True):
                 side.set_gradients(step, torch.float32)
-                if side is moving:
+                if side is moving and step != 2:
                     (p,) = side.params
                     p.data = p.data.clone().t().contiguous().t()
+                    for value in optimizer.state[p].values():
+                        value.data = value.data.clone()
                 optimizer.step()
         assert torch.equal(still.params[0], moving.params[0])
 

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from cl_optim.demo import fashion_mnist as module
-from cl_optim.demo.fashion_mnist import DEBIAN_FOLDER, DataError, fashion_mnist
+from cl_optim.demo.fashion_mnist import DEBIAN_FOLDER, fashion_mnist
+from cl_optim.demo.scenarios import DataError
 
 
 def write_idx(path: Path, array: np.ndarray) -> None:

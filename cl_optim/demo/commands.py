@@ -10,62 +10,66 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from cl_optim.demo import report, sweep
-from cl_optim.demo.methods import METHODS
+from cl_optim.demo.experiments import Experiment
 from cl_optim.demo.report import Results
-from cl_optim.demo.scenarios import digits, permuted
+from cl_optim.demo.scenarios import Task
 from cl_optim.demo.sweep import Score
-from cl_optim.demo.train import Config, Run, one_thread, train
+from cl_optim.demo.train import Run, one_thread, train
 
 
-def run_demo(config: Config, seeds: int, out: Path, console: Console) -> Results:
+def run_demo(
+    experiment: Experiment, data: Task, seeds: int, out: Path, console: Console
+) -> Results:
     """Train every method with every seed; print the tables, write them and the picture.
 
     Args:
-        config: The network and the length of training.
+        experiment: What to run.
+        data: Its data.
         seeds: How many; they are 0, 1, ...
         out: An existing directory.
         console: Where to print.
     """
-    data = digits()
     runs: list[Run] = []
     with one_thread(), _progress(console) as progress:
-        bar = progress.add_task("", total=seeds * len(METHODS))
+        bar = progress.add_task("", total=seeds * len(experiment.methods))
         for seed in range(seeds):
-            scenario = permuted(data, config.tasks, seed)
+            scenario = experiment.build(data, experiment.config.tasks, seed)
             # Methods take turns, so that a slow moment of the machine meets all of them.
-            for method in METHODS:
+            for method in experiment.methods:
                 progress.update(bar, description=f"seed {seed}: {method.label}")
 
                 def advance(fraction: float, done: int = len(runs)) -> None:
                     progress.update(bar, completed=done + fraction)
 
-                runs.append(train(method, scenario, config, seed, on_progress=advance))
-    results = Results(scenario.name, config, tuple(runs))
+                runs.append(train(method, scenario, experiment.config, seed, on_progress=advance))
+    results = Results(experiment, tuple(runs))
     console.print(report.render(results))
     _announce(report.write(results, out), console)
     return results
 
 
-def run_sweep(config: Config, seeds: int, out: Path, console: Console) -> list[Score]:
+def run_sweep(
+    experiment: Experiment, data: Task, seeds: int, out: Path, console: Console
+) -> list[Score]:
     """Score every candidate on the validation split; print and write the grids and the choice.
 
     Args:
-        config: The network and the length of training.
+        experiment: Whose settings to choose.
+        data: Its data.
         seeds: How many; they begin at ``sweep.FIRST_SEED``.
         out: An existing directory.
         console: Where to print.
     """
-    data = digits()
+    candidates = [method for grid in experiment.grids for method in grid.candidates()]
     scores = []
     with one_thread(), _progress(console) as progress:
-        bar = progress.add_task("", total=sum(len(grid.candidates()) for grid in sweep.GRIDS))
-        for grid in sweep.GRIDS:
-            for method in grid.candidates():
-                progress.update(bar, description=f"{method.label}, lr={method.lr:g}")
-                scores.append(sweep.score(method, data, config, seeds))
-                progress.advance(bar)
-    console.print(report.render_sweep(scores, seeds))
-    _announce(report.write_sweep(scores, seeds, out), console)
+        bar = progress.add_task("", total=len(candidates))
+        for method in candidates:
+            progress.update(bar, description=f"{method.label}, lr={method.lr:g}")
+            scores.append(sweep.score(method, experiment, data, seeds))
+            progress.advance(bar)
+    console.print(report.render_sweep(experiment, scores, seeds))
+    _announce(report.write_sweep(experiment, scores, seeds, out), console)
     return scores
 
 

@@ -11,17 +11,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cl_optim.demo.scenarios import Split, Task, generator
+from cl_optim.demo.scenarios import DataError, Split, Task, generator
 
 # Where Debian's package dataset-fashion-mnist puts the files.
 DEBIAN_FOLDER = Path("/usr/share/datasets/fashion-mnist")
 _IMAGES = {"train": "train-images-idx3-ubyte.gz", "t10k": "t10k-images-idx3-ubyte.gz"}
 _LABELS = {"train": "train-labels-idx1-ubyte.gz", "t10k": "t10k-labels-idx1-ubyte.gz"}
 _VALIDATION_SIZE = 10_000
-
-
-class DataError(RuntimeError):
-    """The data is not there, or is not what it should be; the message says what to do."""
 
 
 def fashion_mnist(folder: Path | None = None) -> Task:

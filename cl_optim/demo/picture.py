@@ -46,7 +46,7 @@ def draw(results: Results, path: Path) -> None:
 
     compared = results.methods
     rows = math.ceil((len(compared) + 1) / _COLUMNS)
-    tasks = results.config.tasks
+    tasks = results.experiment.config.tasks
     colours = mpl.colormaps["viridis"](np.linspace(0.0, 0.88, tasks))
     with mpl.rc_context(_STYLE):
         height = 2.6 * rows + 0.75
@@ -63,7 +63,7 @@ def draw(results: Results, path: Path) -> None:
             axes.set_axis_off()
         figure.text(
             0.008, 1 - 0.1 / height, va="top", fontsize=14, fontweight="bold",
-            s=f"{results.scenario}: accuracy on each of {tasks} tasks, learned one after another",
+            s=f"{results.experiment.name}: accuracy on {tasks} tasks learned one after another",
         )  # fmt: skip
         seeds = len(results.seeds)
         figure.text(
@@ -81,10 +81,10 @@ def draw(results: Results, path: Path) -> None:
 def _curves(axes: Axes, results: Results, method: Method, colours: NDArray[np.float64]) -> None:
     """One method: a line for each task, from where its training begins."""
     runs = results.of(method)
-    tasks = results.config.tasks
-    steps = runs[0].curve_steps
+    tasks = results.experiment.config.tasks
+    steps = np.mean([run.curve_steps for run in runs], axis=0)  # tasks may differ in length
     curves = np.stack([run.curves for run in runs])  # [seeds, points, tasks]
-    end = int(steps[-1])
+    end = float(steps[-1])
     if not method.joint:
         for task in range(1, tasks):
             axes.axvline(task * end / tasks, color=_FAINT, linewidth=0.8, zorder=0)

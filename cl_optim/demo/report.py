@@ -18,11 +18,12 @@ from rich.table import Table
 from rich.text import Text
 
 import cl_optim
-from cl_optim.demo import methods, metrics, sweep
-from cl_optim.demo.methods import METHODS, Method, Protected
+from cl_optim.demo import metrics, sweep
+from cl_optim.demo.experiments import ADAMW, ADAMW_SLOW, Experiment
+from cl_optim.demo.methods import Method, Protected
 from cl_optim.demo.metrics import Interval, Matrix
 from cl_optim.demo.sweep import Score, choose
-from cl_optim.demo.train import Config, Run
+from cl_optim.demo.train import Run
 from cl_optim.ops import library
 
 WIDTH = 120  # where the output is no terminal
@@ -38,10 +39,10 @@ _DEFINITIONS = (
     "Lopez-Paz & Ranzato 2017, eq. 2–3, BWT averaged over the T−1 earlier tasks); forgetting: best "
     "earlier minus final accuracy (Chaudhry et al. 2018); learning accuracy: on each task right "
     "after learning it. Joint training sees all tasks at once: the ceiling. Every lr and λ is the "
-    "best for validation ACC among those that learn (learning accuracy at most "
-    f"{100 * sweep.MAX_LEARNING_LOSS:.0f} points below AdamW's best); the small lr is the best for "
-    "AdamW without that condition."
+    "best for validation ACC among those that learn (learning accuracy at most {:.0f} points below "
+    "AdamW's best)."
 )
+_SLOW = " The small lr is the best for AdamW without that condition."
 
 
 @dataclass(frozen=True)
@@ -49,13 +50,11 @@ class Results:
     """All runs of a demo.
 
     Attributes:
-        scenario: Its name.
-        config: What the runs have in common.
+        experiment: What was run, with its length as it was.
         runs: In any order; every method has the same seeds.
     """
 
-    scenario: str
-    config: Config
+    experiment: Experiment
     runs: tuple[Run, ...]
 
     @property
@@ -86,17 +85,20 @@ class Results:
 
 def render(results: Results, table_box: box.Box = box.SIMPLE_HEAD) -> RenderableType:
     """The tables and sentences of a demo."""
-    config = results.config
+    config = results.experiment.config
     seeds = len(results.seeds)
+    definitions = _DEFINITIONS.format(100 * results.experiment.learning_loss)
+    if any(method.key == ADAMW_SLOW.key for method in results.methods):
+        definitions += _SLOW
     interval = " ± 95 % t-interval" if seeds > 1 else ""
     setting = (
-        f"{results.scenario}: {config.tasks} tasks, {seeds} seed{'s' * (seeds > 1)}; MLP with "
-        f"{config.hidden} hidden units, batches of {config.batch_size}, {config.epochs} epochs per "
-        f"task. Accuracies in per cent: mean{interval}."
+        f"{results.experiment.name}: {config.tasks} tasks, {seeds} seed{'s' * (seeds > 1)}; MLP "
+        f"with {config.hidden} hidden units, batches of {config.batch_size}, {config.epochs} epoch"
+        f"{'s' * (config.epochs > 1)} per task. Accuracies in per cent: mean{interval}."
     )
-    parts: list[RenderableType] = [setting, "", _main_table(results, table_box), _DEFINITIONS, ""]
+    parts: list[RenderableType] = [setting, "", _main_table(results, table_box), definitions, ""]
     parts += [_backend(results), ""]
-    parts += [_paired_table(results, table_box), _headline(results)]
+    parts += [_paired_table(results, table_box), *_headlines(results)]
     return Group(*(Text(part) if isinstance(part, str) else part for part in parts))
 
 
@@ -123,7 +125,7 @@ def _main_table(results: Results, table_box: box.Box) -> Table:
 
 
 def _paired_table(results: Results, table_box: box.Box) -> Table:
-    baselines = (methods.ADAMW, methods.ADAMW_SLOW)
+    baselines = [m for m in results.methods if not (isinstance(m, Protected) or m.joint)]
     compared = (("ACC", metrics.acc), ("learning acc.", metrics.learning_accuracy))
     headers = [f"{name} −\n{baseline.label}" for baseline in baselines for name, _ in compared]
     table = _table(table_box, "Paired difference", *headers)
@@ -149,10 +151,15 @@ def _table(table_box: box.Box, first: str, *others: str) -> Table:
     return table
 
 
-def _headline(results: Results) -> str:
-    ewc = methods.EWC_GRADIENT
-    acc = results.paired(ewc, methods.ADAMW, metrics.acc)
-    learning = results.paired(ewc, methods.ADAMW, metrics.learning_accuracy)
+def _headlines(results: Results) -> list[str]:
+    adamw = next(method for method in results.methods if method.key == ADAMW.key)
+    protected = [m for m in results.methods if m.key in results.experiment.headline]
+    return [_headline(results, method, adamw) for method in protected]
+
+
+def _headline(results: Results, method: Method, adamw: Method) -> str:
+    acc = results.paired(method, adamw, metrics.acc)
+    learning = results.paired(method, adamw, metrics.learning_accuracy)
     seeds = len(results.seeds)
     if seeds == 1:
         certainty = "one seed"
@@ -160,7 +167,7 @@ def _headline(results: Results) -> str:
         low, high = 100 * (acc.mean - acc.half_width), 100 * (acc.mean + acc.half_width)
         certainty = f"95 % interval [{low:+.1f}, {high:+.1f}], paired over {seeds} seeds"
     return (
-        f"ACC({ewc.label}) − ACC(AdamW) = {100 * acc.mean:+.1f} points ({certainty}), at "
+        f"ACC({method.label}) − ACC(AdamW) = {100 * acc.mean:+.1f} points ({certainty}), at "
         f"{100 * learning.mean:+.1f} points of learning accuracy."
     )
 
@@ -193,22 +200,25 @@ def _number(interval: Interval, form: str) -> str:
 
 
 def render_sweep(
-    scores: Sequence[Score], seeds: int, table_box: box.Box = box.SIMPLE_HEAD
+    experiment: Experiment,
+    scores: Sequence[Score],
+    seeds: int,
+    table_box: box.Box = box.SIMPLE_HEAD,
 ) -> RenderableType:
     """The grid of every method with its validation ACC, and what was chosen."""
-    chosen = choose(scores)
+    chosen = choose(scores, experiment.learning_loss)
     last = sweep.FIRST_SEED + seeds - 1
     parts: list[RenderableType] = [
         Text(
-            f"Validation ACC (learning accuracy) in per cent, mean over seeds {sweep.FIRST_SEED} "
-            f"to {last}. Chosen (*): the highest ACC among those whose learning accuracy is at "
-            f"most {100 * sweep.MAX_LEARNING_LOSS:.0f} points below AdamW's best."
+            f"{experiment.name}: validation ACC (learning accuracy) in per cent, mean over seeds "
+            f"{sweep.FIRST_SEED} to {last}. Chosen (*): the highest ACC among those whose learning "
+            f"accuracy is at most {100 * experiment.learning_loss:.0f} points below AdamW's best."
         )
     ]
     for key in dict.fromkeys(score.method.key for score in scores):
         of_method = [score for score in scores if score.method.key == key]
         parts += [Text(), _grid_table(of_method, chosen.get(key), table_box)]
-    parts += [Text(), _chosen_table(chosen, table_box)]
+    parts += [Text(), _chosen_table(experiment, chosen, table_box)]
     return Group(*parts)
 
 
@@ -232,14 +242,14 @@ def _cell(score: Score, best: bool) -> str:
     return f"{_points(score.acc)}{learning}{' *' if best else ''}"
 
 
-def _chosen_table(chosen: dict[str, Method], table_box: box.Box) -> Table:
-    table = _table(table_box, "Chosen", "lr", "λ", "in methods.py", "note")
-    for method in METHODS:
+def _chosen_table(experiment: Experiment, chosen: dict[str, Method], table_box: box.Box) -> Table:
+    table = _table(table_box, "Chosen", "lr", "λ", "in experiments.py", "note")
+    for method in experiment.methods:
         best = chosen.get(method.key)
         if best is None:
             table.add_row(method.label, "", "", "", "no candidate learns well enough")
             continue
-        edges = sweep.at_edge(best)
+        edges = sweep.at_edge(best, experiment)
         table.add_row(
             *_settings(best),
             "the same" if best == method else " ".join(_settings(method)[1:]),
@@ -273,8 +283,8 @@ def versions() -> dict[str, str]:
 def to_json(results: Results) -> dict[str, Any]:
     """Every run, and the versions that made it, as JSON knows it."""
     return {
-        "scenario": results.scenario,
-        "config": asdict(results.config),
+        "experiment": results.experiment.name,
+        "config": asdict(results.experiment.config),
         "versions": versions(),
         "runs": [
             {
@@ -294,20 +304,24 @@ def to_json(results: Results) -> dict[str, Any]:
 
 
 def write(results: Results, directory: Path) -> list[Path]:
-    """Write ``demo.json``, ``demo.md`` and ``demo.png`` into an existing directory."""
+    """Write JSON, Markdown and a PNG named after the experiment into an existing directory."""
     from cl_optim.demo import picture  # needs matplotlib, which nothing else here does
 
-    paths = [directory / name for name in ("demo.json", "demo.md", "demo.png")]
+    paths = [directory / f"{results.experiment.key}.{kind}" for kind in ("json", "md", "png")]
     paths[0].write_text(json.dumps(to_json(results)) + "\n", encoding="utf-8")
     write_markdown(render(results, box.MARKDOWN), paths[1])
     picture.draw(results, paths[2])
     return paths
 
 
-def write_sweep(scores: Sequence[Score], seeds: int, directory: Path) -> list[Path]:
-    """Write ``sweep.json`` and ``sweep.md`` into an existing directory."""
-    paths = [directory / name for name in ("sweep.json", "sweep.md")]
+def write_sweep(
+    experiment: Experiment, scores: Sequence[Score], seeds: int, directory: Path
+) -> list[Path]:
+    """Write JSON and Markdown named after the experiment into an existing directory."""
+    paths = [directory / f"sweep-{experiment.key}.{kind}" for kind in ("json", "md")]
+    chosen = choose(scores, experiment.learning_loss)
     record = {
+        "experiment": experiment.name,
         "versions": versions(),
         "seeds": list(range(sweep.FIRST_SEED, sweep.FIRST_SEED + seeds)),
         "scores": [
@@ -318,10 +332,10 @@ def write_sweep(scores: Sequence[Score], seeds: int, directory: Path) -> list[Pa
             }
             for score in scores
         ],
-        "chosen": {key: asdict(method) for key, method in choose(scores).items()},
+        "chosen": {key: asdict(method) for key, method in chosen.items()},
     }
     paths[0].write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    write_markdown(render_sweep(scores, seeds, box.MARKDOWN), paths[1])
+    write_markdown(render_sweep(experiment, scores, seeds, box.MARKDOWN), paths[1])
     return paths
 
 

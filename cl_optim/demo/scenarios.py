@@ -15,6 +15,10 @@ _VALIDATION_SIZE = 297
 _TEST_SIZE = 360
 
 
+class DataError(RuntimeError):
+    """The data is not there, or not what is needed; the message says what to do."""
+
+
 class Split(NamedTuple):
     """Samples and their labels.
 
@@ -47,16 +51,16 @@ class Scenario:
     """Tasks to be learned one after another.
 
     Attributes:
-        name: As the table and the picture show it.
-        tasks: In the order of learning; all share one head.
+        tasks: In the order of learning.
         features: Inputs of the network.
-        classes: Outputs of the network.
+        classes: Outputs of each head.
+        heads: 1 if all tasks share a head, or as many as there are tasks.
     """
 
-    name: str
     tasks: tuple[Task, ...]
     features: int
     classes: int
+    heads: int = 1
 
 
 def generator(seed: int, purpose: str) -> torch.Generator:
@@ -87,7 +91,7 @@ def digits() -> Task:
 
 
 def permuted(data: Task, tasks: int, seed: int) -> Scenario:
-    """Permuted-Digits (domain-incremental): each task shuffles the pixels in its own way.
+    """Permuted pixels (domain-incremental): each task shuffles the pixels in its own way.
 
     The first task leaves the pixels where they are; each later one has a permutation drawn from
     the seed, the same for all of its images. The classes, and so the head, are shared.
@@ -106,11 +110,45 @@ def permuted(data: Task, tasks: int, seed: int) -> Scenario:
         return Split(split.x[:, permutation], split.y)
 
     return Scenario(
-        name="Permuted-Digits",
         tasks=tuple(
             Task(*(shuffle(split, p) for split in (data.train, data.validation, data.test)))
             for p in permutations
         ),
         features=features,
         classes=int(data.train.y.max()) + 1,
+    )
+
+
+def split(data: Task, tasks: int, seed: int) -> Scenario:
+    """Split classes (task-incremental): each task has classes and a head of its own.
+
+    Which classes go together is drawn from the seed. A task's labels count its own classes.
+
+    Args:
+        data: The task to split.
+        tasks: How many; the number of classes is a multiple of it.
+        seed: Draws the order of the classes.
+
+    Raises:
+        DataError: The classes cannot be dealt out evenly.
+    """
+    classes = int(data.train.y.max()) + 1
+    if classes % tasks != 0:
+        raise DataError(f"{classes} classes cannot be split into {tasks} equal tasks.")
+    order = torch.randperm(classes, generator=generator(seed, "classes"))
+
+    def take(part: Split, of_task: Tensor) -> Split:
+        label = torch.full((classes,), -1)
+        label[of_task] = torch.arange(len(of_task))
+        rows = label[part.y] >= 0
+        return Split(part.x[rows], label[part.y[rows]])
+
+    return Scenario(
+        tasks=tuple(
+            Task(*(take(part, group) for part in (data.train, data.validation, data.test)))
+            for group in order.chunk(tasks)
+        ),
+        features=data.train.x.shape[1],
+        classes=classes // tasks,
+        heads=tasks,
     )

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeAlias
 
 import numpy as np
 import torch
@@ -36,14 +36,14 @@ class Config:
         epochs: Per task; joint training has as many over all tasks together.
         batch_size: Samples per step.
         hidden: Width of the one hidden layer.
-        evaluate_every: Steps between two points of the accuracy curves; None for no curves.
+        points: Points of the accuracy curves per task; 0 for no curves.
     """
 
     tasks: int = 5
     epochs: int = 10
     batch_size: int = 32
     hidden: int = 1000
-    evaluate_every: int | None = 18
+    points: int = 20
 
 
 @dataclass(frozen=True)
@@ -88,11 +88,32 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def mlp(features: int, hidden: int, classes: int, seed: int) -> nn.Sequential:
-    """A network with one hidden layer; the seed fixes its weights."""
+class Network(nn.Module):
+    """An MLP with one hidden layer and one head, or one for each task.
+
+    Attributes:
+        task: Whose head is used.
+    """
+
+    def __init__(self, scenario: Scenario, hidden: int) -> None:
+        super().__init__()
+        self.hidden = nn.Linear(scenario.features, hidden)
+        heads = (nn.Linear(hidden, scenario.classes) for _ in range(scenario.heads))
+        self.heads = nn.ModuleList(heads)
+        self.task = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits of the task's classes, [samples, classes]."""
+        head = self.heads[self.task if len(self.heads) > 1 else 0]
+        logits: Tensor = head(F.relu(self.hidden(x)))
+        return logits
+
+
+def network(scenario: Scenario, hidden: int, seed: int) -> Network:
+    """A network whose weights the seed fixes."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return nn.Sequential(nn.Linear(features, hidden), nn.ReLU(), nn.Linear(hidden, classes))
+        return Network(scenario, hidden)
 
 
 def train(
@@ -118,48 +139,68 @@ def train(
     Raises:
         DivergedError: The weights have become useless.
     """
-    model = mlp(scenario.features, config.hidden, scenario.classes, seed)
+    model = network(scenario, config.hidden, seed)
     learner = method.learner(model)
     order = generator(seed, "order")
     recorder = _Recorder(model, [getattr(task, held_out) for task in scenario.tasks])
-    stages = [task.train for task in scenario.tasks]
-    if method.joint:
-        stages = [Split(*(torch.cat(tensors) for tensors in zip(*stages, strict=True)))]
-    every = config.evaluate_every
-    total = config.epochs * sum(-(-len(data.x) // config.batch_size) for data in stages)
-    for number, data in enumerate(stages):
+    stages = _stages(scenario, method.joint)
+    # As many points from every run, whatever its number of steps, so that runs have a mean.
+    points = config.points * len(scenario.tasks) // len(stages)
+    for number, stage in enumerate(stages):
         begun = len(scenario.tasks) if method.joint else number + 1
-        for x, y in _batches(data, config, order):
-            recorder.step(learner.optimizer, x, y)
-            if every is not None and recorder.steps % every == 0:
+        batches = config.epochs * sum(-(-len(data.x) // config.batch_size) for _, data in stage)
+        added = 0
+        for done, (task, x, y) in enumerate(_batches(stage, config, order), start=1):
+            recorder.step(learner.optimizer, task, x, y)
+            while added < points * done // batches:
                 recorder.add_point(begun)
-                on_progress(recorder.steps / total)
+                added += 1
+                on_progress((number + done / batches) / len(stages))
         _check_weights(model, method, number)
         recorder.add_row()
-        start = time.perf_counter()
-        learner.end_task(data)
-        recorder.end_task_seconds.append(time.perf_counter() - start)
+        if not method.joint:
+            ((model.task, data),) = stage
+            start = time.perf_counter()
+            learner.end_task(data)
+            recorder.end_task_seconds.append(time.perf_counter() - start)
     on_progress(1.0)
     return recorder.run(method, seed, learner.backend)
 
 
+# What is learned at a time: the training samples of each task in it, with the task's number.
+Stage: TypeAlias = list[tuple[int, Split]]
+
+
+def _stages(scenario: Scenario, joint: bool) -> list[Stage]:
+    parts = [(number, task.train) for number, task in enumerate(scenario.tasks)]
+    if not joint:
+        return [[part] for part in parts]
+    if scenario.heads > 1:
+        return [parts]
+    samples = zip(*(data for _, data in parts), strict=True)
+    return [[(0, Split(*(torch.cat(tensors) for tensors in samples)))]]
+
+
 def _batches(
-    data: Split, config: Config, order: torch.Generator
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """All epochs' batches; one gather per epoch keeps Python out of the step."""
+    stage: Stage, config: Config, order: torch.Generator
+) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """All epochs' batches, each of one task; one gather per epoch keeps Python out of the step."""
     for _ in range(config.epochs):
-        shuffled = torch.randperm(len(data.x), generator=order)
-        yield from zip(
-            torch.split(data.x[shuffled], config.batch_size),
-            torch.split(data.y[shuffled], config.batch_size),
-            strict=True,
-        )
+        batches: list[tuple[int, Tensor, Tensor]] = []
+        for task, data in stage:
+            shuffled = torch.randperm(len(data.x), generator=order)
+            xs = torch.split(data.x[shuffled], config.batch_size)
+            ys = torch.split(data.y[shuffled], config.batch_size)
+            batches += [(task, x, y) for x, y in zip(xs, ys, strict=True)]
+        if len(stage) > 1:
+            batches = [batches[i] for i in torch.randperm(len(batches), generator=order)]
+        yield from batches
 
 
 class _Recorder:
     """Takes the steps of one run, times them, and keeps its accuracies."""
 
-    def __init__(self, model: nn.Module, held_out: list[Split]) -> None:
+    def __init__(self, model: Network, held_out: list[Split]) -> None:
         self.model = model
         self.held_out = held_out
         self.matrix: list[list[float]] = []
@@ -173,7 +214,8 @@ class _Recorder:
     def steps(self) -> int:
         return len(self.step_seconds)
 
-    def step(self, optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor) -> None:
+    def step(self, optimizer: torch.optim.Optimizer, task: int, x: Tensor, y: Tensor) -> None:
+        self.model.task = task
         start = time.perf_counter()
         optimizer.zero_grad()
         torch.autograd.backward(F.cross_entropy(self.model(x), y))
@@ -185,10 +227,11 @@ class _Recorder:
 
     @torch.inference_mode()
     def accuracies(self, begun: int) -> list[float]:
-        return [
-            (self.model(x).argmax(1) == y).double().mean().item() if task < begun else float("nan")
-            for task, (x, y) in enumerate(self.held_out)
-        ]
+        accuracies = [float("nan")] * len(self.held_out)
+        for task, (x, y) in enumerate(self.held_out[:begun]):
+            self.model.task = task
+            accuracies[task] = (self.model(x).argmax(1) == y).double().mean().item()
+        return accuracies
 
     def add_point(self, begun: int) -> None:
         self.curve_steps.append(self.steps)
@@ -206,7 +249,7 @@ class _Recorder:
             curves=np.array(self.curves).reshape(-1, len(self.held_out)),
             step_seconds=float(np.median(self.step_seconds)),
             optimizer_seconds=float(np.median(self.optimizer_seconds)),
-            end_task_seconds=float(np.median(self.end_task_seconds)),
+            end_task_seconds=float(np.median(self.end_task_seconds or [0.0])),
             backend=backend,
         )
 

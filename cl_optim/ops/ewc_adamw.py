@@ -115,16 +115,21 @@ class Plan:
         steps: TensorList,
     ) -> None:
         self.states = (exp_avgs, exp_avg_sqs, max_exp_avg_sqs, importances, anchors, steps)
+        self._addresses = self._state_addresses()
         self._table = torch.ops.cl_optim.ewc_adamw_plan(params, *self.states)
+
+    def _state_addresses(self) -> list[int]:
+        return [address for tensors in self.states for address in map(Tensor.data_ptr, tensors)]
 
     def step(self, params: TensorList, grads: TensorList, hyper: Hyperparameters) -> bool:
         """Take one step.
 
         Returns:
             Whether it was taken. It was not, and nothing has changed, where a parameter's dtype or
-            layout is not what it was, or a state tensor is not laid out like its parameter.
+            layout is not what it was, a state tensor was given other memory (``t.data = …``), or
+            one is not laid out like its parameter.
         """
-        if len(self._table) != len(params):
+        if len(self._table) != len(params) or self._addresses != self._state_addresses():
             return False
         planned = torch.ops.cl_optim.ewc_adamw_planned_
         if not planned(params, grads, self._table, **vars(hyper)):

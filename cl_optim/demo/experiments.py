@@ -1,0 +1,192 @@
+"""What the demo can run: data, tasks, methods, and the settings that the sweep chose for each.
+
+Every lr and λ below is what ``cl-optim demo --sweep --out docs`` found for the experiment, with
+``--scenario`` and ``--data`` as in its key; sweep.py has the rule, docs/sweep-*.md the grids. The
+sweep sees neither the test split nor the seeds that are reported.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from cl_optim.demo.methods import Method, Protected
+from cl_optim.demo.scenarios import Scenario, Task, permuted, split
+from cl_optim.demo.train import Config
+
+ADAMW = Method("adamw", "AdamW", lr=1e-3)
+# At the learning rate that is best for AdamW's ACC if learning less is no objection.
+ADAMW_SLOW = Method("adamw-slow", "AdamW, small lr", lr=1e-4)
+L2_SP = Protected("l2-sp", "L2-SP", lr=1e-3, importance="ones")
+EWC_GRADIENT = Protected("ewc-gradient", "EWC, gradient", lr=1e-3, penalty="gradient")
+EWC_DECOUPLED = Protected("ewc-decoupled", "EWC, decoupled", lr=1e-3, penalty="decoupled")
+EWC_PROXIMAL = Protected("ewc-proximal", "EWC, proximal", lr=1e-3, penalty="proximal")
+EWC_EXACT = Protected("ewc-exact", "EWC, exact anchors", lr=1e-3, anchors="exact")
+JOINT = Method("joint", "Joint training", lr=1e-3, joint=True)
+
+
+def powers(first: int, last: int) -> tuple[float, ...]:
+    """Powers of √10 from √10^first to √10^last, to two digits."""
+    return tuple(float(f"{10 ** (k / 2):.2g}") for k in range(first, last + 1))
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The candidates of one method.
+
+    Attributes:
+        method: What is varied.
+        lrs: Learning rates.
+        lambdas: Values of λ; empty for a method that has none.
+    """
+
+    method: Method
+    lrs: tuple[float, ...]
+    lambdas: tuple[float, ...] = ()
+
+    def candidates(self) -> list[Method]:
+        """The method with each combination of values."""
+        method = self.method
+        if not isinstance(method, Protected):
+            return [replace(method, lr=lr) for lr in self.lrs]
+        return [
+            replace(method, lr=lr, ewc_lambda=value) for lr in self.lrs for value in self.lambdas
+        ]
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A scenario on some data, and the methods compared on it.
+
+    Attributes:
+        name: As tables and pictures show it; in small letters, the name of its files.
+        data: ``"digits"`` or ``"fashion-mnist"``.
+        build: Makes the tasks from the data, their number and a seed.
+        config: The network and the length of training.
+        seeds: How many are reported: 0, 1, ...
+        methods: With the chosen settings; AdamW first.
+        grids: What the sweep chose from.
+        sweep_seeds: How many seeds the sweep has.
+        learning_loss: The learning accuracy that a method may lose against AdamW's best.
+        headline: The keys of the methods whose gain over AdamW is put into a sentence.
+    """
+
+    name: str
+    data: str
+    build: Callable[[Task, int, int], Scenario]
+    config: Config
+    seeds: int
+    methods: tuple[Method, ...]
+    grids: tuple[Grid, ...]
+    sweep_seeds: int = 3
+    learning_loss: float = 0.05
+    headline: tuple[str, ...] = (EWC_GRADIENT.key, EWC_EXACT.key)
+
+    @property
+    def scenario(self) -> str:
+        """``"permuted"`` or ``"split"``."""
+        return self.key.partition("-")[0]
+
+    @property
+    def key(self) -> str:
+        """Its name in file names."""
+        return self.name.lower()
+
+
+PERMUTED_DIGITS = Experiment(
+    name="Permuted-Digits",
+    data="digits",
+    build=permuted,
+    config=Config(),
+    seeds=5,
+    methods=(
+        replace(ADAMW, lr=3.2e-4),
+        replace(ADAMW_SLOW, lr=3.2e-5),
+        replace(L2_SP, lr=1e-3, ewc_lambda=0.01),
+        replace(EWC_GRADIENT, lr=1e-2, ewc_lambda=32.0),
+        # An explicit step along the pull is stable while lr·2λF < 2: at three times this λ it
+        # diverges.
+        replace(EWC_DECOUPLED, lr=1e-3, ewc_lambda=3200.0),
+        replace(EWC_PROXIMAL, lr=3.2e-3, ewc_lambda=32000.0),
+        replace(JOINT, lr=1e-3),
+    ),
+    grids=(
+        Grid(ADAMW, powers(-10, -4)),
+        Grid(L2_SP, powers(-7, -4), powers(-6, -1)),
+        Grid(EWC_GRADIENT, powers(-6, -3), powers(1, 6)),
+        Grid(EWC_DECOUPLED, powers(-7, -4), powers(4, 9)),
+        Grid(EWC_PROXIMAL, powers(-6, -3), powers(6, 11)),
+        Grid(JOINT, powers(-8, -4)),
+    ),
+)
+
+SPLIT_DIGITS = Experiment(
+    name="Split-Digits",
+    data="digits",
+    build=split,
+    # Two classes are learned in a few steps; a small network trained for long forgets them.
+    config=Config(epochs=30, hidden=32),
+    seeds=20,
+    methods=(
+        replace(ADAMW, lr=3.2e-3),
+        replace(L2_SP, lr=1e-2, ewc_lambda=0.0032),
+        replace(EWC_GRADIENT, lr=3.2e-3, ewc_lambda=32.0),
+        replace(EWC_EXACT, lr=3.2e-3, ewc_lambda=32.0),
+        replace(JOINT, lr=1e-2),
+    ),
+    grids=(
+        Grid(ADAMW, powers(-8, -4)),
+        Grid(L2_SP, powers(-6, -3), powers(-7, -2)),
+        Grid(EWC_GRADIENT, powers(-6, -3), powers(-2, 5)),
+        Grid(EWC_EXACT, powers(-6, -3), powers(-2, 5)),
+        Grid(JOINT, powers(-7, -3)),
+    ),
+    sweep_seeds=6,
+    learning_loss=0.02,
+)
+
+_FASHION = Config(epochs=1, batch_size=256, hidden=256)
+
+PERMUTED_FASHION = Experiment(
+    name="Permuted-Fashion-MNIST",
+    data="fashion-mnist",
+    build=permuted,
+    config=_FASHION,
+    seeds=5,
+    methods=(
+        replace(ADAMW, lr=1e-3),
+        replace(EWC_GRADIENT, lr=3.2e-3, ewc_lambda=10.0),
+        replace(EWC_EXACT, lr=3.2e-3, ewc_lambda=10.0),
+        replace(JOINT, lr=3.2e-3),
+    ),
+    grids=(
+        Grid(ADAMW, powers(-8, -5)),
+        Grid(EWC_GRADIENT, powers(-6, -4), powers(0, 3)),
+        Grid(EWC_EXACT, powers(-6, -4), powers(0, 3)),
+        Grid(JOINT, powers(-6, -4)),
+    ),
+    sweep_seeds=1,
+)
+
+SPLIT_FASHION = replace(
+    PERMUTED_FASHION,
+    name="Split-Fashion-MNIST",
+    build=split,
+    seeds=10,
+    methods=(
+        replace(ADAMW, lr=3.2e-4),
+        replace(EWC_GRADIENT, lr=3.2e-3, ewc_lambda=3200.0),
+        replace(EWC_EXACT, lr=3.2e-3, ewc_lambda=3200.0),
+        replace(JOINT, lr=1e-3),
+    ),
+    grids=(
+        Grid(ADAMW, powers(-8, -5)),
+        Grid(EWC_GRADIENT, powers(-6, -3), powers(4, 9)),
+        Grid(EWC_EXACT, powers(-6, -3), powers(4, 9)),
+        Grid(JOINT, powers(-7, -5)),
+    ),
+    sweep_seeds=3,
+    learning_loss=0.02,
+)
+
+EXPERIMENTS = (PERMUTED_DIGITS, SPLIT_DIGITS, PERMUTED_FASHION, SPLIT_FASHION)

@@ -1,0 +1,195 @@
+r"""Small convex quadratic programs with a lower bound, batched: the dual problem of GEM.
+
+    minimise ½ vᵀQv + cᵀv   subject to   v ≥ lower
+
+with a symmetric positive semidefinite, possibly singular Q = GGᵀ and c = Gg. With the solution v,
+g + Gᵀv is the vector nearest to g + lower·ΣG_k that has no negative product with a row of G
+(Lopez-Paz & Ranzato 2017, arXiv:1706.08840, eq. 11).
+
+:func:`reference` solves one problem after the other by Lawson & Hanson's active-set method (1974,
+chapter 23), with a new Cholesky factor for every set. Rows that depend on the active ones are
+blocked, so that Q needs no regularisation.
+"""
+
+from __future__ import annotations
+
+import math
+from enum import IntEnum
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+EPSILON = 2.0**-53
+MAX_SIZE = 1024
+
+
+class Status(IntEnum):
+    """What became of a problem. Negative: there is no solution, and v must not be used."""
+
+    SOLVED = 0
+    """The certificate holds: w = Qv + c ≥ 0 up to rounding, and 0 where v > lower."""
+    DEPENDENT = 1
+    """Solved, but for rows that depend on active ones: w of such a row may be as low as
+    −√threshold·‖row‖·‖g̃‖, which is rounding of another kind (see `threshold`)."""
+    INACTIVE = 2
+    """No c_k is negative, and v = 0: nothing to project (`only_violated`)."""
+    UNCONVERGED = -1
+    """The certificate was not reached."""
+    INVALID = -2
+    """NaN or Inf in Q or c, or a Q that is not positive semidefinite; v is NaN."""
+
+
+class Solution(NamedTuple):
+    """Solutions of a batch of problems, on the problems' device.
+
+    Attributes:
+        v: [B, t] float64, at least ``lower`` exactly.
+        status: [B] int8, a :class:`Status` per problem.
+        gap: [B] float64: (v − lower)ᵀ(Qv + c). Where w ≥ 0, it bounds the distance from the exact
+            projection: ‖g̃ − g̃*‖² ≤ 2·max(gap, 0).
+    """
+
+    v: Tensor
+    status: Tensor
+    gap: Tensor
+
+
+def threshold(size: int, gram_error: float) -> float:
+    """The Schur pivot, relative to the row's square, at which a row counts as dependent.
+
+    A smaller pivot is made of rounding: of the elimination, or of the Gram matrix itself.
+    """
+    return max(64.0 * EPSILON * size, 8.0 * gram_error)
+
+
+def tolerance(gram_error: float) -> float:
+    """How far w_i may be below 0, relative to |c_i| + Σ_j |Q_ij| v_j."""
+    return 8.0 * max(EPSILON, gram_error)
+
+
+def check(gram: Tensor, linear: Tensor, lower: float, gram_error: float) -> None:
+    """Refuse what is not a batch of problems.
+
+    Raises:
+        ValueError: Naming the argument and what it should be.
+    """
+    if gram.dim() != 3 or gram.shape[1] != gram.shape[2]:
+        raise ValueError(f"gram must be [B, t, t], not {list(gram.shape)}.")
+    if linear.shape != gram.shape[:2]:
+        raise ValueError(f"linear must be {list(gram.shape[:2])}, not {list(linear.shape)}.")
+    if gram.shape[1] > MAX_SIZE:
+        raise ValueError(f"gram may have {MAX_SIZE} rows at most, not {gram.shape[1]}.")
+    for name, tensor in (("gram", gram), ("linear", linear)):
+        if tensor.dtype not in (torch.float32, torch.float64):
+            raise ValueError(f"{name} must be float32 or float64, not {tensor.dtype}.")
+    if gram.device != linear.device:
+        raise ValueError(f"linear is on {linear.device}, but gram is on {gram.device}.")
+    if not 0.0 <= lower < math.inf:
+        raise ValueError(f"lower must be finite and at least 0, not {lower}.")
+    if not 0.0 <= gram_error < 1.0:
+        raise ValueError(f"gram_error must be in [0, 1), not {gram_error}.")
+
+
+@torch.no_grad()
+def reference(
+    gram: Tensor,
+    linear: Tensor,
+    lower: float = 0.0,
+    *,
+    gram_error: float = EPSILON,
+    only_violated: bool = False,
+) -> Solution:
+    """Solve a batch of problems, one after the other, in float64 on the host.
+
+    Args:
+        gram: Q [B, t, t], symmetric positive semidefinite; float32 or float64.
+        linear: c [B, t].
+        lower: The bound of every v_k, finite and ≥ 0.
+        gram_error: Relative accuracy of the entries of Q and c; about 2⁻⁵³√P where they are
+            float64 sums of P products.
+        only_violated: As GEM was published: v = 0, below ``lower`` if that is positive, where no
+            c_k is negative.
+    """
+    check(gram, linear, lower, gram_error)
+    problems = zip(gram.double().cpu(), linear.double().cpu(), strict=True)
+    solved = [_solve(q, c, lower, gram_error, only_violated) for q, c in problems]
+    v = torch.stack([s[0] for s in solved]) if solved else linear.new_zeros(linear.shape)
+    status = torch.tensor([s[1] for s in solved], dtype=torch.int8)
+    gap = torch.tensor([s[2] for s in solved], dtype=torch.float64)
+    return Solution(v.double().to(gram.device), status.to(gram.device), gap.to(gram.device))
+
+
+def _solve(
+    q: Tensor, c: Tensor, lower: float, gram_error: float, only_violated: bool
+) -> tuple[Tensor, Status, float]:
+    size = len(c)
+    if not (q.isfinite().all() and c.isfinite().all()):
+        return torch.full_like(c, math.nan), Status.INVALID, math.nan
+    if only_violated and not (c < 0).any():
+        return torch.zeros_like(c), Status.INACTIVE, 0.0
+    diagonal = q.diagonal()
+    if (diagonal < 0).any():
+        return torch.full_like(c, math.nan), Status.INVALID, math.nan
+    # Powers of two make the rows' norms alike without rounding anything.
+    scale = torch.where(diagonal > 0, torch.exp2(-torch.log2(diagonal.sqrt()).round()), 1.0)
+    q = scale[:, None] * q * scale
+    shift = lower / scale  # x = v / scale − shift ≥ 0
+    c = scale * c
+    c_shifted = c + q @ shift
+    x, active, dependent = torch.zeros_like(c), torch.zeros(size, dtype=torch.bool), False
+    blocked = torch.zeros(size, dtype=torch.bool)
+    status = Status.UNCONVERGED
+    for _ in range(10 * size + 10):
+        w = c_shifted + q @ x
+        slack = tolerance(gram_error) * (c.abs() + q.abs() @ (x + shift))
+        violation = torch.where(active | blocked | (w >= -slack), 0.0, w.square() / q.diagonal())
+        dependent = bool((blocked & (w < -slack)).any())
+        if not violation.any():
+            status = Status.DEPENDENT if dependent else Status.SOLVED
+            break
+        entering = int(violation.argmax())
+        if _pivot(q, active, entering) <= threshold(size, gram_error) * q[entering, entering]:
+            blocked[entering] = True
+            continue
+        active[entering] = True
+        while True:
+            solution = _on_support(q, c_shifted, active)
+            if (solution[active] > 0).all():
+                break
+            # Go as far as the bound allows, and leave the set there.
+            falling = active & (solution <= 0)
+            ratio = torch.where(falling, x / (x - solution), math.inf)
+            leaving = int(ratio.argmin())
+            x += ratio[leaving] * (solution - x)
+            active[leaving] = False
+            x = torch.where(active, x, 0.0)
+        x = solution
+        blocked[:] = False
+    w = c_shifted + q @ x
+    return lower + scale * x, status, float(x @ w)
+
+
+def _pivot(q: Tensor, active: Tensor, row: int) -> float:
+    """The square of the row's part that does not depend on the active rows."""
+    if not active.any():
+        return float(q[row, row])
+    factor = torch.linalg.cholesky(q[active][:, active])
+    part = torch.linalg.solve_triangular(factor, q[active][:, [row]], upper=False)
+    return float(q[row, row] - part.square().sum())
+
+
+def _on_support(q: Tensor, c: Tensor, active: Tensor) -> Tensor:
+    """The minimiser among all x that are 0 outside the active rows, refined once."""
+    x = torch.zeros_like(c)
+    if not active.any():
+        return x
+    block = q[active][:, active]
+    factor = torch.linalg.cholesky(block)
+    x_active = torch.cholesky_solve(-c[active, None], factor)
+    residual = -c[active, None] - block @ x_active
+    x[active] = (x_active + torch.cholesky_solve(residual, factor))[:, 0]
+    return x
+
+
+nnqp = reference

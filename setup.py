@@ -92,7 +92,7 @@ def cpu_extension() -> Extension:
     compiler = first_line(*os.environ.get("CXX", "c++").split(), "--version")
     return extension(
         "_C",
-        ["ewc_adamw_cpu.cpp", "library.cpp", "module.cpp"],
+        ["ewc_adamw_cpu.cpp", "library.cpp", "module.cpp", "nnqp_cpu.cpp"],
         {"CL_OPTIM_COMPILER": f'"{compiler}"'},
         # Importing torch loads libtorch_cpu; the link only records that it is needed.
         libraries=["torch_cpu"],
@@ -104,7 +104,7 @@ def cuda_extension(home: Path) -> Extension:
     built = subprocess.run([home / "bin" / "nvcc", "--version"], capture_output=True, text=True)
     return extension(
         "_C_cuda",
-        ["ewc_adamw_cuda.cu", "library_cuda.cpp", "module_cuda.cpp"],
+        ["ewc_adamw_cuda.cu", "library_cuda.cpp", "module_cuda.cpp", "nnqp_cuda.cu"],
         {
             "USE_CUDA": "1",
             "CL_OPTIM_NVCC": f'"nvcc {built.stdout.splitlines()[-1]}"',

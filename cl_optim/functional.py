@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from cl_optim.ops import ewc_adamw
+from cl_optim.ops.nnqp import nnqp
 from cl_optim.ops.squared_grad import squared_grad_sum_
 
-__all__ = ["ewc_adamw_", "squared_grad_sum_"]
+__all__ = ["ewc_adamw_", "nnqp", "squared_grad_sum_"]
 
 
 @torch.no_grad()

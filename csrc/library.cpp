@@ -1,6 +1,7 @@
 // The operators' schemas and their CPU implementations, on LibTorch's stable ABI.
 #include "ewc_adamw_launch.h"
 #include "ewc_adamw_operator.h"
+#include "nnqp_operator.h"
 
 namespace cl_optim {
 namespace {
@@ -8,6 +9,10 @@ namespace {
 void launch(const std::vector<EWCAdamWTensor>& tensors, const EWCAdamWOptions& options,
             const Tensor&) {
   ewc_adamw_cpu(tensors, options);
+}
+
+void launch_nnqp(const NNQPBatch& batch, const NNQPOptions& options, const Tensor&) {
+  nnqp_cpu(batch, options);
 }
 
 }  // namespace
@@ -28,8 +33,15 @@ STABLE_TORCH_LIBRARY(cl_optim, m) {
       "ewc_adamw_planned_(Tensor(a!)[] params, Tensor[] grads, Tensor plan, *, float lr, "
       "float beta1, float beta2, float eps, float weight_decay, float ewc_lambda, str penalty, "
       "bool amsgrad, bool maximize) -> bool");
+  m.def(
+      "nnqp(Tensor gram, Tensor linear, Tensor(a!)? state, *, float lower, float tolerance, "
+      "float threshold, bool only_violated, int max_pivots) -> (Tensor v, Tensor status, "
+      "Tensor gap)");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(cl_optim, CPU, m) { implement_ewc_adamw<launch>(m); }
+STABLE_TORCH_LIBRARY_IMPL(cl_optim, CPU, m) {
+  implement_ewc_adamw<launch>(m);
+  m.impl("nnqp", TORCH_BOX(&nnqp<launch_nnqp>));
+}
 
 }  // namespace cl_optim

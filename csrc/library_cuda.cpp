@@ -4,25 +4,44 @@
 
 #include "ewc_adamw_launch.h"
 #include "ewc_adamw_operator.h"
+#include "nnqp_operator.h"
 
 namespace cl_optim {
 namespace {
 
+// What a launch on a tensor's device needs: the device made current, its stream, and memory that
+// goes back to the caching allocator at the end, which hands it out in the order of the stream.
+struct Device {
+  Device(const Tensor& on_device, size_t workspace_bytes)
+      : guard(on_device.get_device_index()),
+        workspace(torch::stable::empty({static_cast<int64_t>(workspace_bytes)}, ScalarType::Byte,
+                                       std::nullopt, on_device.device())) {
+    STABLE_TORCH_ERROR_CODE_CHECK(
+        aoti_torch_get_current_cuda_stream(on_device.get_device_index(), &stream));
+  }
+
+  torch::stable::accelerator::DeviceGuard guard;
+  Tensor workspace;
+  void* stream = nullptr;
+};
+
 void launch(const std::vector<EWCAdamWTensor>& tensors, const EWCAdamWOptions& options,
             const Tensor& on_device) {
-  const int32_t device = on_device.get_device_index();
-  const torch::stable::accelerator::DeviceGuard guard(device);
-  void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
-  // Back to the caching allocator at the end of the call, which hands it out in stream order.
-  const auto bytes = static_cast<int64_t>(ewc_adamw_cuda_workspace(tensors.size()));
-  const Tensor workspace =
-      torch::stable::empty({bytes}, ScalarType::Byte, std::nullopt, on_device.device());
-  ewc_adamw_cuda(tensors, options, workspace.mutable_data_ptr(), stream);
+  const Device device(on_device, ewc_adamw_cuda_workspace(tensors.size()));
+  ewc_adamw_cuda(tensors, options, device.workspace.mutable_data_ptr(), device.stream);
+}
+
+void launch_nnqp(const NNQPBatch& batch, const NNQPOptions& options, const Tensor& on_device) {
+  const torch::stable::accelerator::DeviceGuard guard(on_device.get_device_index());
+  const Device device(on_device, nnqp_cuda_workspace(batch.count, batch.size));
+  nnqp_cuda(batch, options, device.workspace.mutable_data_ptr(), device.stream);
 }
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(cl_optim, CUDA, m) { implement_ewc_adamw<launch>(m); }
+STABLE_TORCH_LIBRARY_IMPL(cl_optim, CUDA, m) {
+  implement_ewc_adamw<launch>(m);
+  m.impl("nnqp", TORCH_BOX(&nnqp<launch_nnqp>));
+}
 
 }  // namespace cl_optim

@@ -7,6 +7,7 @@ import importlib
 from dataclasses import dataclass, field
 
 import torch
+from torch import Tensor
 
 INSTALL_HINT = {
     "cpu": "reinstall with a C++17 compiler, and CL_OPTIM_REQUIRE=cpu to see what stops the build",
@@ -83,8 +84,15 @@ def _load(name: str, module: str) -> Backend:
 
 
 def _register_fakes() -> None:
-    # The operator only writes into its arguments: nothing to infer for torch.compile or export.
+    # This operator only writes into its arguments: nothing to infer for torch.compile or export.
     def ewc_adamw_(*args: object, **kwargs: object) -> None:
         return None
 
+    def nnqp(
+        gram: Tensor, linear: Tensor, state: Tensor | None, **kwargs: object
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        v = torch.empty_like(linear)
+        return v, v.new_empty(len(v), dtype=torch.int8), v.new_empty(len(v))
+
     torch.library.register_fake("cl_optim::ewc_adamw_", ewc_adamw_)
+    torch.library.register_fake("cl_optim::nnqp", nnqp)

@@ -8,17 +8,22 @@ g + Gᵀv is the vector nearest to g + lower·ΣG_k that has no negative product
 
 :func:`reference` solves one problem after the other by Lawson & Hanson's active-set method (1974,
 chapter 23), with a new Cholesky factor for every set. Rows that depend on the active ones are
-blocked, so that Q needs no regularisation.
+blocked, so that Q needs no regularisation. :func:`compiled` is the operator
+``torch.ops.cl_optim.nnqp`` (``csrc/nnqp.h``): the same for a batch at once, on the device.
 """
 
 from __future__ import annotations
 
+import functools
 import math
+import warnings
 from enum import IntEnum
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from cl_optim.ops import library
 
 EPSILON = 2.0**-53
 MAX_SIZE = 1024
@@ -28,16 +33,17 @@ class Status(IntEnum):
     """What became of a problem. Negative: there is no solution, and v must not be used."""
 
     SOLVED = 0
-    """The certificate holds: w = Qv + c ≥ 0 up to rounding, and 0 where v > lower."""
+    """For every k, w = Qv + c is at least −`tolerance`·(|c_k| + Σ_j |Q_kj| v_j)."""
     DEPENDENT = 1
-    """Solved, but for rows that depend on active ones: w of such a row may be as low as
-    −√threshold·‖row‖·‖g̃‖, which is rounding of another kind (see `threshold`)."""
+    """Solved, but for rows that depend on the active ones (v > lower) as far as Q can tell. Of
+    such a row w may be as low as −√`threshold`·‖G_k‖·‖g̃‖, and further by the rounding above, of
+    itself and of the active rows times its coefficients in them."""
     INACTIVE = 2
-    """No c_k is negative, and v = 0: nothing to project (`only_violated`)."""
+    """No c_k is negative, and v = 0: nothing to project (``only_violated``)."""
     UNCONVERGED = -1
     """The certificate was not reached."""
     INVALID = -2
-    """NaN or Inf in Q or c, or a Q that is not positive semidefinite; v is NaN."""
+    """NaN or Inf in Q or c, a negative square, or a zero row with c_k < 0; v is NaN."""
 
 
 class Solution(NamedTuple):
@@ -129,7 +135,7 @@ def _solve(
     if only_violated and not (c < 0).any():
         return torch.zeros_like(c), Status.INACTIVE, 0.0
     diagonal = q.diagonal()
-    if (diagonal < 0).any():
+    if ((diagonal < 0) | ((diagonal == 0) & (c < 0))).any():
         return torch.full_like(c, math.nan), Status.INVALID, math.nan
     # Powers of two make the rows' norms alike without rounding anything.
     scale = torch.where(diagonal > 0, torch.exp2(-torch.log2(diagonal.sqrt()).round()), 1.0)
@@ -192,4 +198,112 @@ def _on_support(q: Tensor, c: Tensor, active: Tensor) -> Tensor:
     return x
 
 
-nnqp = reference
+@torch.no_grad()
+def compiled(
+    gram: Tensor,
+    linear: Tensor,
+    lower: float = 0.0,
+    *,
+    gram_error: float = EPSILON,
+    only_violated: bool = False,
+    state: Tensor | None = None,
+    max_pivots: int = 0,
+) -> Solution:
+    """Solve a batch of problems on its device, without waiting for it. Arguments as `reference`.
+
+    Args:
+        gram: Q [B, t, t].
+        linear: c [B, t].
+        lower: The bound of every v_k.
+        gram_error: Relative accuracy of the entries of Q and c.
+        only_violated: v = 0 where no c_k is negative.
+        state: From `new_state`, for calls with the same Q again and again: each begins where the
+            last one ended, and an unchanged set of active rows costs no elimination.
+        max_pivots: Eliminations before the method begins again from another guess (ADMM); 0 for a
+            number that has always been enough.
+    """
+    check(gram, linear, lower, gram_error)
+    solved = torch.ops.cl_optim.nnqp(
+        gram.double().contiguous(),
+        linear.double().contiguous(),
+        state,
+        lower=lower,
+        tolerance=tolerance(gram_error),
+        threshold=threshold(gram.shape[1], gram_error),
+        only_violated=only_violated,
+        max_pivots=max_pivots,
+    )
+    return Solution(*solved)
+
+
+def new_state(problems: int, size: int, device: torch.device | str = "cpu") -> Tensor:
+    """Nothing known yet: what `compiled` keeps for B problems with t rows, [B, t, t + 1] float64.
+
+    Set it to zero (``state.zero_()``) when Q changes.
+    """
+    return torch.zeros(problems, size, size + 1, dtype=torch.float64, device=device)
+
+
+def nnqp(
+    gram: Tensor,
+    linear: Tensor,
+    lower: float = 0.0,
+    *,
+    gram_error: float = EPSILON,
+    only_violated: bool = False,
+    state: Tensor | None = None,
+) -> Solution:
+    """Solve a batch of small quadratic programs: min ½ vᵀQv + cᵀv subject to v ≥ lower.
+
+    Exact: no regularisation, whatever the rank and the scale of Q. In float64, on the problems'
+    device, without waiting for it; every problem by itself, whatever the others hold. Runs on the
+    compiled kernels where there are some (`compiled`), else on `reference`, with one warning that
+    says why.
+
+    Args:
+        gram: Q [B, t, t], float32 or float64, symmetric positive semidefinite, perhaps singular;
+            t ≤ 1024.
+        linear: c [B, t], float32 or float64.
+        lower: The bound of every v_k, finite and ≥ 0.
+        gram_error: Relative accuracy of the entries of Q and c; about 2⁻⁵³√P where they are
+            float64 sums of P products. What is smaller counts as rounding.
+        only_violated: As GEM was published: where no c_k is negative, v = 0 and the status is
+            INACTIVE, whatever ``lower`` says.
+        state: From `new_state`, for calls with the same Q again and again: each begins where the
+            last one ended, and an unchanged set of active rows costs no elimination.
+
+    Returns:
+        v [B, t] float64, at least ``lower`` exactly; status [B] int8, a :class:`Status`; gap [B]
+        float64, (v − lower)ᵀ(Qv + c). v is unique only where Q is regular; Gᵀv always is.
+
+    Raises:
+        ValueError: Shapes, dtypes or devices do not fit, or a number is out of its range.
+
+    References:
+        Lopez-Paz & Ranzato 2017, arXiv:1706.08840 (the problem); Goldfarb & Idnani 1983 (the
+        method).
+
+    Example:
+        >>> import torch
+        >>> from cl_optim import functional as F
+        >>> memory = torch.tensor([[1.0, 0.0], [1.0, 0.0]])  # twice the same row: Q is singular
+        >>> grad = torch.tensor([-1.0, 1.0])
+        >>> v, status, gap = F.nnqp((memory @ memory.T)[None], (memory @ grad)[None])
+        >>> grad.double() + v[0] @ memory.double()
+        tensor([0., 1.], dtype=torch.float64)
+    """
+    device = gram.device.type
+    if library.available(device):
+        return compiled(
+            gram, linear, lower, gram_error=gram_error, only_violated=only_violated, state=state
+        )
+    _warn_once(device)
+    return reference(gram, linear, lower, gram_error=gram_error, only_violated=only_violated)
+
+
+@functools.cache
+def _warn_once(device_type: str) -> None:
+    warnings.warn(
+        f"Quadratic programs run on their slower reference: {library.explain(device_type)}",
+        stacklevel=3,
+    )

@@ -33,6 +33,12 @@ struct EWCAdamWOptions {
   bool maximize;
 };
 
+// What torch.amp.GradScaler knows, in the memory of the tensors' device; null without one.
+struct GradScaling {
+  const float* scale;      // the gradients are this times too large
+  const float* found_inf;  // not 0: they have overflowed, and nothing is to change
+};
+
 // What the elements of one tensor share, rounded once to the type of the arithmetic.
 template <typename T>
 struct EWCAdamWConstants {
@@ -44,9 +50,9 @@ struct EWCAdamWConstants {
   T step_size;       // lr / (1 - beta1^step)
   T inv_sqrt_bias2;  // 1 / sqrt(1 - beta2^step)
   T pull;            // 2 lambda, times lr unless the penalty goes into the gradient
-  T grad_sign;       // -1 to maximize
+  T grad_factor;     // 1 / GradScaler's scale, negative to maximize
 
-  CL_OPTIM_HD EWCAdamWConstants(const EWCAdamWOptions& o, double step)
+  CL_OPTIM_HD EWCAdamWConstants(const EWCAdamWOptions& o, double step, double grad_scale)
       : one_minus_beta1(static_cast<T>(1.0 - o.beta1)),
         beta2(static_cast<T>(o.beta2)),
         one_minus_beta2(static_cast<T>(1.0 - o.beta2)),
@@ -55,7 +61,7 @@ struct EWCAdamWConstants {
         step_size(static_cast<T>(o.lr / (1.0 - std::pow(o.beta1, step)))),
         inv_sqrt_bias2(static_cast<T>(1.0 / std::sqrt(1.0 - std::pow(o.beta2, step)))),
         pull(static_cast<T>(finite_pull(o))),
-        grad_sign(static_cast<T>(o.maximize ? -1 : 1)) {}
+        grad_factor(static_cast<T>((o.maximize ? -1.0 : 1.0) / grad_scale)) {}
 
  private:
   // An infinite factor would turn F = 0 into NaN, so a lambda beyond the type's range saturates.
@@ -78,7 +84,7 @@ template <Penalty penalty, bool amsgrad, typename T>
 CL_OPTIM_HD EWCAdamWElement<T> ewc_adamw_element(EWCAdamWElement<T> x, T grad, T importance,
                                                  T anchor, const EWCAdamWConstants<T>& k) {
   const T drift = x.param - anchor;
-  T g = k.grad_sign * grad;
+  T g = k.grad_factor * grad;
   if constexpr (penalty == Penalty::gradient) g += k.pull * (importance * drift);
 
   x.exp_avg += k.one_minus_beta1 * (g - x.exp_avg);
@@ -107,6 +113,16 @@ CL_OPTIM_HD EWCAdamWElement<T> ewc_adamw_element(EWCAdamWElement<T> x, T grad, T
 
 enum class ScalarKind : int { float32, float64, bfloat16, float16 };
 
+// Gradients of other tasks that are added to a tensor's own, each times a number: what is left of
+// the gradient when GEM has projected it.
+struct MemoryRows {
+  const void* rows;            // [count][stride], each laid out like the tensor; null for none
+  const double* coefficients;  // [count]; a row whose number is 0 is not read
+  int64_t stride;              // in elements
+  int count;
+  ScalarKind kind;
+};
+
 // One tensor as the kernels see it: `numel` elements of each array, in the same order in memory.
 // The gradient has the parameter's type; moments and importance have its arithmetic type; the
 // anchor has either. Null where the update does not use it.
@@ -122,6 +138,7 @@ struct EWCAdamWTensor {
   int64_t numel;
   ScalarKind param_kind;
   ScalarKind anchor_kind;
+  MemoryRows memory;
 };
 
 // The template arguments of an update, as a value.

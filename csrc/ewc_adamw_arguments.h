@@ -7,6 +7,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
+#include <optional>
 #include <sstream>
 #include <stdexcept>
 #include <string>
@@ -91,6 +92,27 @@ struct EWCAdamWLists {
   const TensorList& steps;
 };
 
+// What changes from step to step.
+struct EWCAdamWGradients {
+  const TensorList& grads;
+  const TensorList& memories;      // [t, ...] for each gradient, or empty
+  const TensorList& coefficients;  // [t] for each of them
+};
+
+inline const float* one_float(const char* name, const std::optional<Tensor>& tensor,
+                              const Tensor& beside) {
+  if (!tensor) return nullptr;
+  check(tensor->numel() == 1 && tensor->scalar_type() == ScalarType::Float &&
+            on_same_device(*tensor, beside),
+        name, " must be one float32 number on the parameters' device");
+  return static_cast<const float*>(tensor->const_data_ptr());
+}
+
+inline GradScaling grad_scaling(const std::optional<Tensor>& grad_scale,
+                                const std::optional<Tensor>& found_inf, const Tensor& beside) {
+  return {one_float("grad_scale", grad_scale, beside), one_float("found_inf", found_inf, beside)};
+}
+
 // One parameter of a launch plan: what a step needs besides the parameter and its gradient, and
 // the dtype and layout that the parameter had.
 struct PlanRow {
@@ -119,10 +141,10 @@ inline ScalarType arithmetic_type(ScalarType type) {
 // in the parameter's memory order, which write_back() copies to where it came from.
 class EWCAdamWArguments {
  public:
-  EWCAdamWArguments(const EWCAdamWLists& lists, const TensorList& grads, bool amsgrad) {
-    check_length("grads", grads, lists.params.size());
+  EWCAdamWArguments(const EWCAdamWLists& lists, const EWCAdamWGradients& gradients, bool amsgrad) {
+    check_lengths(gradients, lists.params.size());
     check_length("max_exp_avg_sqs", lists.max_exp_avg_sqs, amsgrad ? lists.params.size() : 0);
-    add_all(lists, &grads);
+    add_all(lists, &gradients);
   }
 
   // A plan for steps on these tensors, int64 [n, kPlanWords], or [0, ...] where a tensor is
@@ -142,9 +164,9 @@ class EWCAdamWArguments {
   }
 
   // The arrays of a planned step; not valid() where a parameter is no longer as planned.
-  EWCAdamWArguments(const TensorList& params, const TensorList& grads, const Tensor& table,
-                    bool amsgrad) {
-    check_length("grads", grads, params.size());
+  EWCAdamWArguments(const TensorList& params, const EWCAdamWGradients& gradients,
+                    const Tensor& table, bool amsgrad) {
+    check_lengths(gradients, params.size());
     check(table.dim() == 2 && table.size(0) == static_cast<int64_t>(params.size()) &&
               table.size(1) == kPlanWords && table.scalar_type() == ScalarType::Long,
           "plan must be what ewc_adamw_plan made of these parameters");
@@ -159,7 +181,8 @@ class EWCAdamWArguments {
       if (!valid_) return;
       check(!amsgrad || t.numel == 0 || t.max_exp_avg_sq, "the plan is one without AMSGrad");
       t.param = param.mutable_data_ptr();
-      t.grad = read("grads", grads[i], i, param, type);
+      t.grad = read("grads", gradients.grads[i], i, param, type);
+      t.memory = memory(gradients, i, param);
       tensors_.push_back(t);
     }
   }
@@ -175,7 +198,7 @@ class EWCAdamWArguments {
  private:
   EWCAdamWArguments() = default;
 
-  void add_all(const EWCAdamWLists& lists, const TensorList* grads) {
+  void add_all(const EWCAdamWLists& lists, const EWCAdamWGradients* gradients) {
     const size_t n = lists.params.size();
     const bool amsgrad = !lists.max_exp_avg_sqs.empty();
     check_length("exp_avgs", lists.exp_avgs, n);
@@ -195,7 +218,10 @@ class EWCAdamWArguments {
       t.param_kind = t.anchor_kind = scalar_kind(type, "params", i);
       t.numel = param.numel();
       t.param = param.mutable_data_ptr();
-      if (grads) t.grad = read("grads", (*grads)[i], i, param, type);
+      if (gradients) {
+        t.grad = read("grads", gradients->grads[i], i, param, type);
+        t.memory = memory(*gradients, i, param);
+      }
       t.exp_avg = write("exp_avgs", lists.exp_avgs[i], i, param, wide);
       t.exp_avg_sq = write("exp_avg_sqs", lists.exp_avg_sqs[i], i, param, wide);
       if (amsgrad) {
@@ -218,6 +244,33 @@ class EWCAdamWArguments {
 
   static void check_length(const char* name, const TensorList& list, size_t expected) {
     check(list.size() == expected, name, " must hold ", expected, " tensors, not ", list.size());
+  }
+
+  static void check_lengths(const EWCAdamWGradients& gradients, size_t expected) {
+    check_length("grads", gradients.grads, expected);
+    check_length("memories", gradients.memories, gradients.memories.empty() ? 0 : expected);
+    check_length("coefficients", gradients.coefficients, gradients.memories.size());
+  }
+
+  static MemoryRows memory(const EWCAdamWGradients& gradients, size_t i, const Tensor& param) {
+    if (gradients.memories.empty()) return MemoryRows{};
+    const Tensor& rows = gradients.memories[i];
+    const Tensor& coefficients = gradients.coefficients[i];
+    const auto sizes = rows.sizes(), strides = rows.strides();
+    check(rows.dim() == param.dim() + 1 && same(sizes.slice(1), param.sizes()) &&
+              same(strides.slice(1), param.strides()),
+          "memories[", i, "] must be rows of the shape and strides of params[", i, "]");
+    check(on_same_device(rows, param) && on_same_device(coefficients, param), "memories[", i,
+          "] and coefficients[", i, "] must be on the device of params[", i, "]");
+    check(coefficients.dim() == 1 && coefficients.size(0) == rows.size(0) &&
+              coefficients.scalar_type() == ScalarType::Double && coefficients.is_contiguous(),
+          "coefficients[", i, "] must be contiguous float64, one for each row of memories[", i,
+          "]");
+    check(rows.scalar_type() != ScalarType::Double || param.scalar_type() == ScalarType::Double,
+          "memories[", i, "] may be float64 only where params[", i, "] is");
+    return {rows.const_data_ptr(), static_cast<const double*>(coefficients.const_data_ptr()),
+            rows.stride(0), static_cast<int>(rows.size(0)),
+            scalar_kind(rows.scalar_type(), "memories", i)};
   }
 
   static void check_like(const char* name, const Tensor& tensor, size_t i, const Tensor& param,

@@ -1,6 +1,8 @@
 // The fused step on the CPU: one parallel region over the elements of all tensors.
 #include <torch/csrc/stable/ops.h>
 
+#include <algorithm>
+
 #include "ewc_adamw_launch.h"
 #include "multi_tensor.h"
 #include "simd.h"
@@ -13,9 +15,9 @@ constexpr int64_t kElementsPerThread = 32768;
 
 template <typename Param, typename Anchor, Penalty penalty, bool amsgrad>
 CL_OPTIM_SIMD_CLONES void update(const EWCAdamWTensor& tensor, int64_t begin, int64_t end,
-                                 const EWCAdamWOptions& options) {
+                                 const EWCAdamWOptions& options, double grad_scale) {
   using T = arithmetic_t<Param>;
-  const EWCAdamWConstants<T> constants(options, *tensor.step);
+  const EWCAdamWConstants<T> constants(options, *tensor.step, grad_scale);
   Param* param = static_cast<Param*>(tensor.param);
   const Param* grad = static_cast<const Param*>(tensor.grad);
   T* exp_avg = static_cast<T*>(tensor.exp_avg);
@@ -41,11 +43,87 @@ CL_OPTIM_SIMD_CLONES void update(const EWCAdamWTensor& tensor, int64_t begin, in
   }
 }
 
-using Update = void (*)(const EWCAdamWTensor&, int64_t, int64_t, const EWCAdamWOptions&);
+using Update = void (*)(const EWCAdamWTensor&, int64_t, int64_t, const EWCAdamWOptions&, double);
+
+constexpr int64_t kProjected = 1024;  // elements at a time: they stay in the first-level cache
+
+template <typename T, typename Row>
+CL_OPTIM_SIMD_CLONES void add_row(T* sum, const void* rows, int64_t first, int64_t count,
+                                  double coefficient) {
+  const Row* row = static_cast<const Row*>(rows) + first;
+  const T factor = static_cast<T>(coefficient);
+  CL_OPTIM_INDEPENDENT_ITERATIONS
+  for (int64_t i = 0; i < count; ++i) sum[i] += factor * load(row[i]);
+}
+
+template <typename T>
+void add_row(T* sum, const MemoryRows& memory, int64_t first, int64_t count, double coefficient) {
+  switch (memory.kind) {
+    case ScalarKind::float64:
+      return add_row<T, double>(sum, memory.rows, first, count, coefficient);
+    case ScalarKind::bfloat16:
+      return add_row<T, BFloat16>(sum, memory.rows, first, count, coefficient);
+    case ScalarKind::float16:
+      return add_row<T, Half>(sum, memory.rows, first, count, coefficient);
+    default:
+      return add_row<T, float>(sum, memory.rows, first, count, coefficient);
+  }
+}
+
+// Updates with the projected gradient, a few elements at a time: it is written nowhere else.
+template <typename Param>
+void update_projected(Update update, const EWCAdamWTensor& tensor, int64_t begin, int64_t end,
+                      const EWCAdamWOptions& options, double grad_scale) {
+  using T = arithmetic_t<Param>;
+  const Param* grad = static_cast<const Param*>(tensor.grad);
+  const MemoryRows& memory = tensor.memory;
+  T sum[kProjected];
+  Param projected[kProjected];
+  EWCAdamWTensor here = tensor;
+  for (; begin < end; begin += kProjected) {
+    const int64_t count = std::min(kProjected, end - begin);
+    for (int64_t i = 0; i < count; ++i) sum[i] = load(grad[begin + i]);
+    for (int k = 0; k < memory.count; ++k) {
+      const double coefficient = memory.coefficients[k];
+      if (coefficient == 0.0) continue;
+      add_row(sum, memory, k * memory.stride + begin, count, coefficient);
+    }
+    for (int64_t i = 0; i < count; ++i) store(projected[i], sum[i]);
+    // The update finds element `begin` of the gradient where the others are.
+    here.grad = projected - begin;
+    update(here, begin, begin + count, options, grad_scale);
+  }
+}
+
+bool is_projected(const MemoryRows& memory) {
+  return std::any_of(memory.coefficients, memory.coefficients + memory.count,
+                     [](double coefficient) { return coefficient != 0.0; });
+}
+
+void update_piece(Update update, const EWCAdamWTensor& tensor, const Piece& piece,
+                  const EWCAdamWOptions& options, double grad_scale) {
+  if (!is_projected(tensor.memory)) {
+    return update(tensor, piece.begin, piece.end, options, grad_scale);
+  }
+  switch (tensor.param_kind) {
+    case ScalarKind::float64:
+      return update_projected<double>(update, tensor, piece.begin, piece.end, options, grad_scale);
+    case ScalarKind::bfloat16:
+      return update_projected<BFloat16>(update, tensor, piece.begin, piece.end, options,
+                                        grad_scale);
+    case ScalarKind::float16:
+      return update_projected<Half>(update, tensor, piece.begin, piece.end, options, grad_scale);
+    default:
+      return update_projected<float>(update, tensor, piece.begin, piece.end, options, grad_scale);
+  }
+}
 
 }  // namespace
 
-void ewc_adamw_cpu(const std::vector<EWCAdamWTensor>& tensors, const EWCAdamWOptions& options) {
+void ewc_adamw_cpu(const std::vector<EWCAdamWTensor>& tensors, const EWCAdamWOptions& options,
+                   const GradScaling& scaling) {
+  if (scaling.found_inf != nullptr && *scaling.found_inf != 0.0f) return;
+  const double grad_scale = scaling.scale == nullptr ? 1.0 : *scaling.scale;
   std::vector<int64_t> numels;
   std::vector<Update> updates;
   numels.reserve(tensors.size());
@@ -62,7 +140,7 @@ void ewc_adamw_cpu(const std::vector<EWCAdamWTensor>& tensors, const EWCAdamWOpt
   const int64_t grain = kElementsPerThread / kUnit;
   torch::stable::parallel_for(0, work.units(), grain, [&](int64_t begin, int64_t end) {
     work.for_each(begin, end, [&](const Piece& piece) {
-      updates[piece.tensor](tensors[piece.tensor], piece.begin, piece.end, options);
+      update_piece(updates[piece.tensor], tensors[piece.tensor], piece, options, grad_scale);
     });
   });
 }

@@ -7,6 +7,7 @@
 #include <map>
 #include <stdexcept>
 #include <string>
+#include <tuple>
 #include <utility>
 #include <vector>
 
@@ -37,24 +38,44 @@ struct Work {
   int count;
   bool aligned;
 };
-static_assert(sizeof(Work) <= 32764 - 64, "the arguments of a kernel");
+// The memory rows of the tensors of a launch, if it has some; then it takes fewer tensors.
+template <bool projected>
+struct Projection {
+  static constexpr int kTensors = kTensorsPerLaunch;
+};
+template <>
+struct Projection<true> {
+  static constexpr int kTensors = 144;
+  const void* rows[kTensors];
+  const double* coefficients[kTensors];
+  int64_t stride[kTensors];
+  int count[kTensors];
+  ScalarKind kind[kTensors];
+};
+static_assert(sizeof(Work) + sizeof(Projection<true>) <= 32764 - 64, "the arguments of a kernel");
 
 struct Steps {
   float* step[kTensorsPerLaunch];
   int count;
 };
 
+__device__ bool overflowed(const GradScaling& scaling) {
+  return scaling.found_inf != nullptr && *scaling.found_inf != 0.0f;
+}
+
 // Advances the step counts and leaves each tensor's constants for the update that follows: the two
 // powers are computed once per tensor, in double, and not by every block.
 template <typename T>
 __global__ void advance(const __grid_constant__ Steps steps,
                         const __grid_constant__ EWCAdamWOptions options,
+                        const __grid_constant__ GradScaling scaling,
                         EWCAdamWConstants<T>* constants) {
   const int i = blockIdx.x * blockDim.x + threadIdx.x;
-  if (i >= steps.count) return;
+  if (i >= steps.count || overflowed(scaling)) return;
   const float step = *steps.step[i] + 1.0f;
   *steps.step[i] = step;
-  constants[i] = EWCAdamWConstants<T>(options, step);
+  const double grad_scale = scaling.scale == nullptr ? 1.0 : *scaling.scale;
+  constants[i] = EWCAdamWConstants<T>(options, step, grad_scale);
 }
 
 // Neighbouring elements that a thread loads at once: 16 bytes of the narrowest array.
@@ -63,9 +84,47 @@ struct alignas(sizeof(T) * n) Vector {
   T values[n];
 };
 
-template <typename Instance, int n, typename T>
-__device__ void update(const Work& work, int tensor, int64_t i,
-                       const EWCAdamWConstants<T>& constants) {
+template <typename Row, int n, typename T>
+__device__ void add_rows(const Projection<true>& projection, int tensor, int64_t i, T (&sum)[n]) {
+  using Rows = Vector<Row, n>;
+  const double* coefficients = projection.coefficients[tensor];
+  const Row* row = static_cast<const Row*>(projection.rows[tensor]) + i;
+  for (int k = 0; k < projection.count[tensor]; ++k, row += projection.stride[tensor]) {
+    const T coefficient = static_cast<T>(coefficients[k]);
+    if (coefficients[k] == 0.0) continue;  // all threads alike
+    const Rows values = *reinterpret_cast<const Rows*>(row);
+#pragma unroll
+    for (int j = 0; j < n; ++j) sum[j] += coefficient * load(values.values[j]);
+  }
+}
+
+// The projected gradient, in the gradient's place.
+template <typename Param, int n>
+__device__ void project(const Projection<true>& projection, int tensor, int64_t i,
+                        Vector<Param, n>& grad) {
+  arithmetic_t<Param> sum[n];
+#pragma unroll
+  for (int j = 0; j < n; ++j) sum[j] = load(grad.values[j]);
+  switch (projection.kind[tensor]) {
+    case ScalarKind::float64:
+      add_rows<double>(projection, tensor, i, sum);
+      break;
+    case ScalarKind::bfloat16:
+      add_rows<BFloat16>(projection, tensor, i, sum);
+      break;
+    case ScalarKind::float16:
+      add_rows<Half>(projection, tensor, i, sum);
+      break;
+    default:
+      add_rows<float>(projection, tensor, i, sum);
+  }
+#pragma unroll
+  for (int j = 0; j < n; ++j) store(grad.values[j], sum[j]);
+}
+
+template <typename Instance, int n, bool projected, typename T>
+__device__ void update(const Work& work, const Projection<projected>& projection, int tensor,
+                       int64_t i, const EWCAdamWConstants<T>& constants) {
   using Param = typename Instance::Param;
   using Anchor = typename Instance::Anchor;
   using Params = Vector<Param, n>;
@@ -76,8 +135,7 @@ __device__ void update(const Work& work, int tensor, int64_t i,
   auto* exp_avg_at = reinterpret_cast<Moments*>(static_cast<T*>(work.exp_avg[tensor]) + i);
   auto* exp_avg_sq_at = reinterpret_cast<Moments*>(static_cast<T*>(work.exp_avg_sq[tensor]) + i);
   Params param = *param_at;
-  const Params grad =
-      *reinterpret_cast<const Params*>(static_cast<const Param*>(work.grad[tensor]) + i);
+  Params grad = *reinterpret_cast<const Params*>(static_cast<const Param*>(work.grad[tensor]) + i);
   Moments exp_avg = *exp_avg_at;
   Moments exp_avg_sq = *exp_avg_sq_at;
   Moments max_exp_avg_sq{};
@@ -92,6 +150,7 @@ __device__ void update(const Work& work, int tensor, int64_t i,
         *reinterpret_cast<const Moments*>(static_cast<const T*>(work.importance[tensor]) + i);
     anchor = *reinterpret_cast<const Anchors*>(static_cast<const Anchor*>(work.anchor[tensor]) + i);
   }
+  if constexpr (projected) project<Param, n>(projection, tensor, i, grad);
 #pragma unroll
   for (int j = 0; j < n; ++j) {
     EWCAdamWElement<T> x{load(param.values[j]), exp_avg.values[j], exp_avg_sq.values[j],
@@ -111,9 +170,12 @@ __device__ void update(const Work& work, int tensor, int64_t i,
   }
 }
 
-template <typename Instance, typename T>
+template <typename Instance, bool projected, typename T>
 __global__ void __launch_bounds__(kThreads)
-    ewc_adamw(const __grid_constant__ Work work, const EWCAdamWConstants<T>* constants) {
+    ewc_adamw(const __grid_constant__ Work work,
+              const __grid_constant__ Projection<projected> projection,
+              const __grid_constant__ GradScaling scaling, const EWCAdamWConstants<T>* constants) {
+  if (overflowed(scaling)) return;
   constexpr int n = 16 / sizeof(typename Instance::Param);
   const int64_t begin = blockIdx.x * work.units_per_block;
   const int64_t units = work.first_unit[work.count];
@@ -125,10 +187,10 @@ __global__ void __launch_bounds__(kThreads)
         const int64_t vectors_end =
             work.aligned ? piece.begin + (piece.end - piece.begin) / n * n : piece.begin;
         for (int64_t i = piece.begin + threadIdx.x * n; i < vectors_end; i += kThreads * n) {
-          update<Instance, n>(work, piece.tensor, i, k);
+          update<Instance, n>(work, projection, piece.tensor, i, k);
         }
         for (int64_t i = vectors_end + threadIdx.x; i < piece.end; i += kThreads) {
-          update<Instance, 1>(work, piece.tensor, i, k);
+          update<Instance, 1>(work, projection, piece.tensor, i, k);
         }
       });
 }
@@ -143,27 +205,44 @@ void check(cudaError_t error) {
 bool is_aligned(const EWCAdamWTensor& t) {
   const void* all[] = {t.param,          t.grad,       t.exp_avg, t.exp_avg_sq,
                        t.max_exp_avg_sq, t.importance, t.anchor};
-  return std::all_of(std::begin(all), std::end(all), [](const void* pointer) {
-    return reinterpret_cast<uintptr_t>(pointer) % 32 == 0;
-  });
+  const bool rows =
+      t.memory.rows == nullptr ||
+      (reinterpret_cast<uintptr_t>(t.memory.rows) % 32 == 0 && t.memory.stride % 16 == 0);
+  return rows && std::all_of(std::begin(all), std::end(all), [](const void* pointer) {
+           return reinterpret_cast<uintptr_t>(pointer) % 32 == 0;
+         });
 }
 
-using Launch = void (*)(Work& work, const Steps& steps, const EWCAdamWOptions& options,
+// What one launch takes.
+struct Share {
+  Work work{};
+  Projection<true> projection{};
+  Steps steps{};
+};
+
+using Launch = void (*)(Share& share, const EWCAdamWOptions& options, const GradScaling& scaling,
                         void* workspace, cudaStream_t stream);
 
-template <typename Instance>
-void launch(Work& work, const Steps& steps, const EWCAdamWOptions& options, void* workspace,
-            cudaStream_t stream) {
+template <typename Instance, bool projected>
+void launch(Share& share, const EWCAdamWOptions& options, const GradScaling& scaling,
+            void* workspace, cudaStream_t stream) {
+  auto& [work, projection, steps] = share;
   using T = arithmetic_t<typename Instance::Param>;
   auto* constants = static_cast<EWCAdamWConstants<T>*>(workspace);
-  advance<T><<<(steps.count + 127) / 128, 128, 0, stream>>>(steps, options, constants);
+  advance<T><<<(steps.count + 127) / 128, 128, 0, stream>>>(steps, options, scaling, constants);
   check(cudaGetLastError());
   const int64_t units = work.first_unit[work.count];
   if (units == 0) return;
-  const int64_t share = (units + kBlocksWanted - 1) / kBlocksWanted;
-  work.units_per_block = std::min(share, kMostUnitsPerBlock);
+  const int64_t wanted = (units + kBlocksWanted - 1) / kBlocksWanted;
+  work.units_per_block = std::min(wanted, kMostUnitsPerBlock);
   const int64_t blocks = (units + work.units_per_block - 1) / work.units_per_block;
-  ewc_adamw<Instance, T><<<blocks, kThreads, 0, stream>>>(work, constants);
+  if constexpr (projected) {
+    ewc_adamw<Instance, true, T>
+        <<<blocks, kThreads, 0, stream>>>(work, projection, scaling, constants);
+  } else {
+    ewc_adamw<Instance, false, T>
+        <<<blocks, kThreads, 0, stream>>>(work, Projection<false>{}, scaling, constants);
+  }
   check(cudaGetLastError());
 }
 
@@ -174,21 +253,32 @@ size_t ewc_adamw_cuda_workspace(size_t tensors) {
 }
 
 void ewc_adamw_cuda(const std::vector<EWCAdamWTensor>& tensors, const EWCAdamWOptions& options,
-                    void* workspace, void* stream) {
+                    const GradScaling& scaling, void* workspace, void* stream) {
   // The tensors that one kernel takes, in order.
-  std::map<std::pair<Launch, bool>, std::vector<size_t>> groups;
+  struct Group {
+    Launch launch;
+    bool projected, aligned;
+    bool operator<(const Group& other) const {
+      return std::tie(launch, aligned) < std::tie(other.launch, other.aligned);
+    }
+  };
+  std::map<Group, std::vector<size_t>> groups;
   for (size_t i = 0; i < tensors.size(); ++i) {
-    const Launch kernel = dispatch(
-        tensors[i], options, [](auto instance) -> Launch { return launch<decltype(instance)>; });
-    groups[{kernel, is_aligned(tensors[i])}].push_back(i);
+    const bool projected = tensors[i].memory.rows != nullptr;
+    const Launch kernel = dispatch(tensors[i], options, [&](auto instance) -> Launch {
+      using Instance = decltype(instance);
+      return projected ? launch<Instance, true> : launch<Instance, false>;
+    });
+    groups[{kernel, projected, is_aligned(tensors[i])}].push_back(i);
   }
   auto* free = static_cast<std::byte*>(workspace);
-  for (const auto& [key, indices] : groups) {
-    for (size_t first = 0; first < indices.size(); first += kTensorsPerLaunch) {
-      const size_t last = std::min(indices.size(), first + kTensorsPerLaunch);
-      Work work{};
-      Steps steps{};
-      work.aligned = key.second;
+  for (const auto& [group, indices] : groups) {
+    const size_t most = group.projected ? Projection<true>::kTensors : Projection<false>::kTensors;
+    for (size_t first = 0; first < indices.size(); first += most) {
+      const size_t last = std::min(indices.size(), first + most);
+      Share share;
+      auto& [work, projection, steps] = share;
+      work.aligned = group.aligned;
       work.count = steps.count = static_cast<int>(last - first);
       for (int i = 0; i < work.count; ++i) {
         const EWCAdamWTensor& t = tensors[indices[first + i]];
@@ -202,8 +292,14 @@ void ewc_adamw_cuda(const std::vector<EWCAdamWTensor>& tensors, const EWCAdamWOp
         work.anchor[i] = t.anchor;
         work.numel[i] = t.numel;
         work.first_unit[i + 1] = work.first_unit[i] + units_of(t.numel);
+        if (!group.projected) continue;
+        projection.rows[i] = t.memory.rows;
+        projection.coefficients[i] = t.memory.coefficients;
+        projection.stride[i] = t.memory.stride;
+        projection.count[i] = t.memory.count;
+        projection.kind[i] = t.memory.kind;
       }
-      key.first(work, steps, options, free, static_cast<cudaStream_t>(stream));
+      group.launch(share, options, scaling, free, static_cast<cudaStream_t>(stream));
       free += ewc_adamw_cuda_workspace(last - first);
     }
   }

@@ -12,12 +12,13 @@ import math
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 import torch
 from torch import Tensor
 
 from cl_optim.ops import library
+from cl_optim.ops.gram import combine_
 
 Penalty: TypeAlias = Literal["gradient", "decoupled", "proximal"]
 PENALTIES: tuple[str, ...] = get_args(Penalty)
@@ -70,6 +71,27 @@ class Hyperparameters:
 TensorList: TypeAlias = Sequence[Tensor]
 
 
+class Gradients(NamedTuple):
+    """What is to be done to the gradients before a step; none of it is written into them.
+
+    Attributes:
+        memories: For each gradient the rows that GEM adds to it, [t, ...] of its shape and strides,
+            of any floating dtype no wider than its arithmetic; or empty.
+        coefficients: How much of them, [t] float64 for each gradient. A row with 0 is not read.
+        grad_scale: The gradients are this times too large (``torch.amp.GradScaler``); one float32.
+        found_inf: Not 0: nothing is updated, and no step counted; one float32. Neither it nor
+            ``grad_scale`` is read on the host by the compiled step.
+    """
+
+    memories: TensorList = ()
+    coefficients: TensorList = ()
+    grad_scale: Tensor | None = None
+    found_inf: Tensor | None = None
+
+
+PLAIN = Gradients()
+
+
 def fused(
     params: TensorList,
     grads: TensorList,
@@ -80,10 +102,12 @@ def fused(
     anchors: TensorList,
     steps: TensorList,
     hyper: Hyperparameters,
+    gradients: Gradients | None = None,
 ) -> None:
     """The compiled step; all tensors on one device that has kernels. Arguments as `foreach`."""
     states = (exp_avgs, exp_avg_sqs, max_exp_avg_sqs, importances, anchors, steps)
-    torch.ops.cl_optim.ewc_adamw_(params, grads, *states, **vars(hyper))
+    more = gradients or PLAIN
+    torch.ops.cl_optim.ewc_adamw_(params, grads, *states, *more, **vars(hyper))
     _increment_versions(params, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps)
 
 
@@ -121,7 +145,13 @@ class Plan:
     def _state_addresses(self) -> list[int]:
         return [address for tensors in self.states for address in map(Tensor.data_ptr, tensors)]
 
-    def step(self, params: TensorList, grads: TensorList, hyper: Hyperparameters) -> bool:
+    def step(
+        self,
+        params: TensorList,
+        grads: TensorList,
+        hyper: Hyperparameters,
+        gradients: Gradients | None = None,
+    ) -> bool:
         """Take one step.
 
         Returns:
@@ -132,7 +162,7 @@ class Plan:
         if len(self._table) != len(params) or self._addresses != self._state_addresses():
             return False
         planned = torch.ops.cl_optim.ewc_adamw_planned_
-        if not planned(params, grads, self._table, **vars(hyper)):
+        if not planned(params, grads, self._table, *(gradients or PLAIN), **vars(hyper)):
             return False
         exp_avgs, exp_avg_sqs, max_exp_avg_sqs, _, _, steps = self.states
         _increment_versions(params, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps)
@@ -156,6 +186,7 @@ def foreach(
     anchors: TensorList,
     steps: TensorList,
     hyper: Hyperparameters,
+    gradients: Gradients | None = None,
 ) -> None:
     """The reference step, with ``torch._foreach_*``.
 
@@ -170,13 +201,22 @@ def foreach(
         steps: Step counts before this step, one float32 number each, on the parameter's device;
             advanced by one.
         hyper: The step's hyperparameters.
+        gradients: What is to be done to ``grads`` first.
     """
     if not params:
         return
+    memories, coefficients, grad_scale, found_inf = gradients or PLAIN
+    if found_inf is not None and found_inf.item() != 0.0:
+        return
+    if memories:
+        grads = [grad.clone() for grad in grads]
+        combine_(grads, memories, torch.stack(list(coefficients)), range(len(grads)))
     penalty = hyper.penalty if importances else None
     torch._foreach_add_(list(steps), 1.0)
     theta = [p.to(state_dtype(p)) for p in params]
     gradient = [g.to(t.dtype, copy=True) for g, t in zip(grads, theta, strict=True)]
+    if grad_scale is not None:
+        torch._foreach_mul_(gradient, 1.0 / grad_scale.double())
     if hyper.maximize:
         torch._foreach_neg_(gradient)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from operator import is_, itemgetter
-from typing import Any, Literal, overload
+from typing import Any, Literal, TypeAlias, overload
 
 import torch
 from torch import Tensor
@@ -29,6 +29,9 @@ _HYPERPARAMETERS = (
 
 
 _KEYS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "importance", "anchor", "step")
+
+
+_Projection: TypeAlias = tuple[Mapping[Tensor, Tensor], Mapping[Tensor, Tensor]]
 
 
 class _Batch:
@@ -72,15 +75,17 @@ class _Batch:
             )
         )
 
-    def step_planned(self, grads: list[Tensor], hyper: ops.Hyperparameters) -> bool:
+    def step_planned(
+        self, grads: list[Tensor], hyper: ops.Hyperparameters, gradients: ops.Gradients
+    ) -> bool:
         """Take the step by a launch plan, if one is worth while and possible."""
         self._steps += 1
         if self._steps == 1:
             return False  # the next step may be one of other parameters
-        if self._plan is not None and self._plan.step(self.params, grads, hyper):
+        if self._plan is not None and self._plan.step(self.params, grads, hyper, gradients):
             return True
         self._plan = ops.Plan(self.params, *self.tensors)
-        return self._plan.step(self.params, grads, hyper)
+        return self._plan.step(self.params, grads, hyper, gradients)
 
 
 class _Prepared:
@@ -169,6 +174,7 @@ class EWCAdamW(torch.optim.Optimizer):
     ) -> None:
         self._backend = ""
         self._prepared: dict[int, _Prepared] = {}
+        self._projection: _Projection | None = None
         defaults = {
             "lr": lr,
             "betas": betas,
@@ -182,6 +188,9 @@ class EWCAdamW(torch.optim.Optimizer):
             "fused": fused,
         }
         super().__init__(params, defaults)
+
+    # GradScaler leaves it to the step to unscale the gradients and to skip overflowed ones.
+    _step_supports_amp_scaling = True
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, in mid-training, too; it is unprotected until the next `consolidate`."""
@@ -207,6 +216,7 @@ class EWCAdamW(torch.optim.Optimizer):
         super().__setstate__(state)
         self._backend = ""
         self._prepared = {}
+        self._projection = None
         for group in self.param_groups:
             for key, value in self.defaults.items():
                 group.setdefault(key, value)
@@ -248,9 +258,35 @@ class EWCAdamW(torch.optim.Optimizer):
             self._backend, step = ops.choose(
                 batch.device.type, use_foreach=group["foreach"], use_fused=group["fused"]
             )
-            if step is not ops.fused or not batch.step_planned(grads, hyper):
-                step(batch.params, grads, *batch.tensors, hyper=hyper)
+            gradients = self._gradients(batch)
+            if step is not ops.fused or not batch.step_planned(grads, hyper, gradients):
+                step(batch.params, grads, *batch.tensors, hyper=hyper, gradients=gradients)
         return loss
+
+    def step_projected(
+        self, memories: Mapping[Tensor, Tensor], coefficients: Mapping[Tensor, Tensor]
+    ) -> None:
+        """Take a step with g + Gᵀv in place of each gradient g, which is not written: for GEM.
+
+        Args:
+            memories: G by parameter: [t, ...], rows of the parameter's shape and strides.
+            coefficients: v by parameter: [t] float64, on its device.
+        """
+        self._projection = (memories, coefficients)
+        try:
+            self.step()
+        finally:
+            self._projection = None
+
+    def _gradients(self, batch: _Batch) -> ops.Gradients:
+        memories, coefficients = self._projection or ({}, {})
+        # GradScaler sets these two for the time of a step.
+        scaling = (getattr(self, name, None) for name in ("grad_scale", "found_inf"))
+        return ops.Gradients(
+            [memories[param] for param in batch.params] if memories else [],
+            [coefficients[param] for param in batch.params] if memories else [],
+            *(None if number is None else number.to(batch.device) for number in scaling),
+        )
 
     def _batches(self, group: dict[str, Any]) -> list[_Batch]:
         """The group's parameters with gradients, by device and by whether they are protected."""

@@ -47,37 +47,37 @@ using Update = void (*)(const EWCAdamWTensor&, int64_t, int64_t, const EWCAdamWO
 
 constexpr int64_t kProjected = 1024;  // elements at a time: they stay in the first-level cache
 
-template <typename T, typename Row>
-CL_OPTIM_SIMD_CLONES void add_row(T* sum, const void* rows, int64_t first, int64_t count,
+template <typename Row>
+CL_OPTIM_SIMD_CLONES void add_row(double* sum, const void* rows, int64_t first, int64_t count,
                                   double coefficient) {
   const Row* row = static_cast<const Row*>(rows) + first;
-  const T factor = static_cast<T>(coefficient);
   CL_OPTIM_INDEPENDENT_ITERATIONS
-  for (int64_t i = 0; i < count; ++i) sum[i] += factor * load(row[i]);
+  for (int64_t i = 0; i < count; ++i) sum[i] += coefficient * load(row[i]);
 }
 
-template <typename T>
-void add_row(T* sum, const MemoryRows& memory, int64_t first, int64_t count, double coefficient) {
+void add_row(double* sum, const MemoryRows& memory, int64_t first, int64_t count,
+             double coefficient) {
   switch (memory.kind) {
     case ScalarKind::float64:
-      return add_row<T, double>(sum, memory.rows, first, count, coefficient);
+      return add_row<double>(sum, memory.rows, first, count, coefficient);
     case ScalarKind::bfloat16:
-      return add_row<T, BFloat16>(sum, memory.rows, first, count, coefficient);
+      return add_row<BFloat16>(sum, memory.rows, first, count, coefficient);
     case ScalarKind::float16:
-      return add_row<T, Half>(sum, memory.rows, first, count, coefficient);
+      return add_row<Half>(sum, memory.rows, first, count, coefficient);
     default:
-      return add_row<T, float>(sum, memory.rows, first, count, coefficient);
+      return add_row<float>(sum, memory.rows, first, count, coefficient);
   }
 }
 
-// Updates with the projected gradient, a few elements at a time: it is written nowhere else.
+// Updates with the projected gradient, a few elements at a time: it is written nowhere else. Summed
+// in float64: a coefficient may be far outside float32's range where the rows' scales differ.
 template <typename Param>
 void update_projected(Update update, const EWCAdamWTensor& tensor, int64_t begin, int64_t end,
                       const EWCAdamWOptions& options, double grad_scale) {
   using T = arithmetic_t<Param>;
   const Param* grad = static_cast<const Param*>(tensor.grad);
   const MemoryRows& memory = tensor.memory;
-  T sum[kProjected];
+  double sum[kProjected];
   Param projected[kProjected];
   EWCAdamWTensor here = tensor;
   for (; begin < end; begin += kProjected) {
@@ -88,7 +88,7 @@ void update_projected(Update update, const EWCAdamWTensor& tensor, int64_t begin
       if (coefficient == 0.0) continue;
       add_row(sum, memory, k * memory.stride + begin, count, coefficient);
     }
-    for (int64_t i = 0; i < count; ++i) store(projected[i], sum[i]);
+    for (int64_t i = 0; i < count; ++i) store(projected[i], static_cast<T>(sum[i]));
     // The update finds element `begin` of the gradient where the others are.
     here.grad = projected - begin;
     update(here, begin, begin + count, options, grad_scale);

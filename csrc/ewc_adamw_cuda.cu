@@ -84,25 +84,26 @@ struct alignas(sizeof(T) * n) Vector {
   T values[n];
 };
 
-template <typename Row, int n, typename T>
-__device__ void add_rows(const Projection<true>& projection, int tensor, int64_t i, T (&sum)[n]) {
+template <typename Row, int n>
+__device__ void add_rows(const Projection<true>& projection, int tensor, int64_t i,
+                         double (&sum)[n]) {
   using Rows = Vector<Row, n>;
   const double* coefficients = projection.coefficients[tensor];
   const Row* row = static_cast<const Row*>(projection.rows[tensor]) + i;
   for (int k = 0; k < projection.count[tensor]; ++k, row += projection.stride[tensor]) {
-    const T coefficient = static_cast<T>(coefficients[k]);
-    if (coefficients[k] == 0.0) continue;  // all threads alike
+    const double coefficient = coefficients[k];
+    if (coefficient == 0.0) continue;  // all threads alike
     const Rows values = *reinterpret_cast<const Rows*>(row);
 #pragma unroll
     for (int j = 0; j < n; ++j) sum[j] += coefficient * load(values.values[j]);
   }
 }
 
-// The projected gradient, in the gradient's place.
+// The projected gradient, in the gradient's place. Summed in float64, as on the CPU.
 template <typename Param, int n>
 __device__ void project(const Projection<true>& projection, int tensor, int64_t i,
                         Vector<Param, n>& grad) {
-  arithmetic_t<Param> sum[n];
+  double sum[n];
 #pragma unroll
   for (int j = 0; j < n; ++j) sum[j] = load(grad.values[j]);
   switch (projection.kind[tensor]) {
@@ -119,7 +120,7 @@ __device__ void project(const Projection<true>& projection, int tensor, int64_t 
       add_rows<float>(projection, tensor, i, sum);
   }
 #pragma unroll
-  for (int j = 0; j < n; ++j) store(grad.values[j], sum[j]);
+  for (int j = 0; j < n; ++j) store(grad.values[j], static_cast<arithmetic_t<Param>>(sum[j]));
 }
 
 template <typename Instance, int n, bool projected, typename T>

@@ -145,8 +145,9 @@ def test_build_info():
     assert cuda.available or cuda.reason.endswith(".")
 
 
-# Kernels, and bytes spilled by all of them together: a few numbers in one instance of many.
-CUDA_FILES = {"ewc_adamw_cuda.cu": (88, 8), "nnqp_cuda.cu": (2, 16)}
+# Kernels, and the bytes that all of them together may spill: a few numbers in some instances that
+# add memory rows, on sm_100, and in the warp's solver.
+CUDA_FILES = {"ewc_adamw_cuda.cu": (88, 96), "nnqp_cuda.cu": (2, 72)}
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs a CUDA toolkit")

@@ -3,10 +3,11 @@ PYTHON ?= python3
 # Another torch: make test TORCH=torch==2.13.0 (in a fresh folder, or after make clean).
 TORCH ?= torch>=2.10
 VENV := .venv
+PEERS := .venv-peers
 RUN := $(VENV)/bin/python
 SOURCES := pyproject.toml setup.py $(wildcard csrc/*)
 
-.PHONY: demo sweep test gpu-test bench lint install clean
+.PHONY: demo sweep test gpu-test bench bench-peers lint install clean
 
 demo: install
 	$(VENV)/bin/cl-optim demo
@@ -22,8 +23,22 @@ gpu-test: install
 
 bench: install
 	mkdir -p runs
-	$(RUN) -m pytest bench --benchmark-json=runs/bench.json -q -p no:cacheprovider
+	$(RUN) -m pytest bench --ignore=bench/peers --benchmark-json=runs/bench.json -q -p no:cacheprovider
 	$(RUN) bench/summary.py runs/bench.json
+
+# Against packages whose requirements conflict with ours: an environment beside .venv, which it sees.
+bench-peers: install $(PEERS)/.installed
+	mkdir -p runs
+	$(PEERS)/bin/python -m pytest bench/peers --benchmark-json=runs/bench-peers.json -q -p no:cacheprovider
+	$(RUN) bench/summary.py runs/bench-peers.json
+	$(PEERS)/bin/python bench/peers/failures.py
+
+$(PEERS)/.installed: $(VENV)/.torch bench/peers/requirements.txt
+	$(PYTHON) -m venv $(PEERS)
+	$(RUN) -c "import site; print(site.getsitepackages()[0])" > \
+	  $$($(PEERS)/bin/python -c "import site; print(site.getsitepackages()[0])")/base.pth
+	$(PEERS)/bin/python -m pip install --quiet --no-deps -r bench/peers/requirements.txt
+	touch $@
 
 lint: install
 	$(VENV)/bin/pre-commit run --all-files --show-diff-on-failure
@@ -41,4 +56,4 @@ $(VENV)/.installed: $(VENV)/.torch $(SOURCES)
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info cl_optim/_C*.so
+	rm -rf $(VENV) $(PEERS) build dist *.egg-info cl_optim/_C*.so

@@ -1,4 +1,4 @@
-"""GEM's projection as others compute it, with the interface of `cl_optim.functional.gem_project`."""
+"""GEM's projection as others compute it, like `cl_optim.functional.gem_project`."""
 
 from __future__ import annotations
 

@@ -13,6 +13,8 @@ import torch
 from contenders import CONTENDERS, Problem, gpt2_shapes
 
 REPEATS = 7
+# What the others are divided by.
+BASES = ["36 B per parameter in place", "AdamW fused", "EWCAdamW gradient"]
 
 SETS: dict[str, tuple[list[tuple[int, ...]], int]] = {
     # name: shapes, rounds per turn
@@ -34,5 +36,5 @@ def steps(request: pytest.FixtureRequest) -> dict[str, Callable[[], None]]:
 def test_step(benchmark, request, steps, turn, contender) -> None:
     name = request.node.callspec.params["steps"]
     benchmark.group = name
-    benchmark.extra_info.update(turn=turn, contender=contender)
+    benchmark.extra_info.update(turn=turn, contender=contender, bases=BASES)
     benchmark.pedantic(steps[contender], rounds=SETS[name][1], warmup_rounds=2)

@@ -13,41 +13,38 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-OURS = "EWCAdamW gradient"
-FLOOR = "36 B per parameter in place"
+Turns = dict[int, float]  # the median in seconds of each turn
 
 
-def samples(report: dict[str, Any]) -> dict[str, dict[str, dict[int, float]]]:
-    """The median in seconds by set, contender and turn."""
-    medians: dict[str, dict[str, dict[int, float]]] = defaultdict(lambda: defaultdict(dict))
+def samples(report: dict[str, Any]) -> dict[str, dict[str, Turns]]:
+    """By group and contender."""
+    medians: dict[str, dict[str, Turns]] = defaultdict(lambda: defaultdict(dict))
     for benchmark in report["benchmarks"]:
         info = benchmark["extra_info"]
         medians[benchmark["group"]][info["contender"]][info["turn"]] = benchmark["stats"]["median"]
     return medians
 
 
-def ratio(a: dict[int, float], b: dict[int, float]) -> tuple[float, float, float]:
+def ratio(a: Turns, b: Turns) -> tuple[float, float, float]:
     """Median, least and greatest a/b over the turns."""
     ratios = sorted(a[turn] / b[turn] for turn in a)
     return statistics.median(ratios), ratios[0], ratios[-1]
 
 
-def table(name: str, contenders: dict[str, dict[int, float]], style: box.Box) -> Table:
-    """One set of tensors: a row for each contender."""
+def table(name: str, contenders: dict[str, Turns], bases: list[str], style: box.Box) -> Table:
+    """One group: a row for each contender, its time as a multiple of each base's."""
     result = Table(title=name, box=style, title_justify="left")
-    for column in ("", "median ms", "÷ AdamW fused", "÷ " + OURS, "range", "of the floor"):
-        result.add_column(column, justify="right" if column else "left")
+    result.add_column("")
+    for column in ("median ms", *(f"÷ {base}" for base in bases), "range"):
+        result.add_column(column, justify="right")
     for contender, turns in contenders.items():
-        plain, _, _ = ratio(turns, contenders["AdamW fused"])
-        ours, low, high = ratio(turns, contenders[OURS])
-        floor, _, _ = ratio(contenders[FLOOR], turns)
+        ratios = [ratio(turns, contenders[base]) for base in bases]
+        _, low, high = ratios[-1]
         result.add_row(
             contender,
             f"{statistics.median(turns.values()) * 1e3:.3f}",
-            f"{plain:.2f}",
-            f"{ours:.2f}",
+            *(f"{median:.2f}" for median, _, _ in ratios),
             f"{low:.2f}–{high:.2f}",
-            f"{floor:.0%}" if "EWC" in contender else "",
         )
     return result
 
@@ -61,14 +58,19 @@ def main() -> None:
     report = json.loads(arguments.report.read_text())
     console = Console(width=120)
     console.print(report["machine_info"])
+    bases = {
+        benchmark["group"]: benchmark["extra_info"].get("bases")
+        for benchmark in report["benchmarks"]
+    }
     for name, contenders in samples(report).items():
         style = box.MARKDOWN if arguments.markdown else box.SIMPLE_HEAD
-        console.print(table(name, contenders, style))
+        console.print(table(name, contenders, bases[name] or [next(iter(contenders))], style))
     if arguments.samples:
         rows = [
             {
                 "set": benchmark["group"],
-                **benchmark["extra_info"],
+                "turn": benchmark["extra_info"]["turn"],
+                "contender": benchmark["extra_info"]["contender"],
                 "us": [round(seconds * 1e6, 1) for seconds in benchmark["stats"]["data"]],
             }
             for benchmark in report["benchmarks"]

@@ -20,6 +20,7 @@ from cl_optim.ops import gram, nnqp
 
 ROWS, PARAMETERS = 10, int(os.environ.get("P", "124_000_000"))
 TURNS = 3
+BASES = ["floor: every row read once", "cl_optim, rows recomputed"]
 
 
 class Problem:
@@ -70,5 +71,5 @@ def test_all_agree(problem) -> None:
 @pytest.mark.parametrize("turn", range(TURNS))
 def test_projection(benchmark, problem, turn, contender) -> None:
     benchmark.group = f"GEM projection, {ROWS} rows of {PARAMETERS / 1e6:.0f} M"
-    benchmark.extra_info.update(turn=turn, contender=contender)
+    benchmark.extra_info.update(turn=turn, contender=contender, bases=BASES)
     benchmark.pedantic(CONTENDERS[contender], args=(problem,), rounds=2, warmup_rounds=1)

@@ -33,10 +33,14 @@ struct EWCAdamWOptions {
   bool maximize;
 };
 
-// What torch.amp.GradScaler knows, in the memory of the tensors' device; null without one.
-struct GradScaling {
-  const float* scale;      // the gradients are this times too large
-  const float* found_inf;  // not 0: they have overflowed, and nothing is to change
+// What the host does not know, in the memory of the tensors' device; null where there is no such
+// number.
+struct DeviceNumbers {
+  const float* lr;          // in place of the options'
+  const float* grad_scale;  // the gradients are this times too large (torch.amp.GradScaler)
+  const float* found_inf;   // not 0: they have overflowed, and nothing is to change
+
+  CL_OPTIM_HD bool overflowed() const { return found_inf != nullptr && *found_inf != 0.0f; }
 };
 
 // What the elements of one tensor share, rounded once to the type of the arithmetic.
@@ -52,22 +56,27 @@ struct EWCAdamWConstants {
   T pull;            // 2 lambda, times lr unless the penalty goes into the gradient
   T grad_factor;     // 1 / GradScaler's scale, negative to maximize
 
-  CL_OPTIM_HD EWCAdamWConstants(const EWCAdamWOptions& o, double step, double grad_scale)
+  CL_OPTIM_HD EWCAdamWConstants(const EWCAdamWOptions& o, const DeviceNumbers& numbers, double step)
+      : EWCAdamWConstants(o, numbers.lr == nullptr ? o.lr : double{*numbers.lr},
+                          numbers.grad_scale == nullptr ? 1.0 : double{*numbers.grad_scale}, step) {
+  }
+
+ private:
+  CL_OPTIM_HD EWCAdamWConstants(const EWCAdamWOptions& o, double lr, double grad_scale, double step)
       : one_minus_beta1(static_cast<T>(1.0 - o.beta1)),
         beta2(static_cast<T>(o.beta2)),
         one_minus_beta2(static_cast<T>(1.0 - o.beta2)),
         eps(static_cast<T>(o.eps)),
-        weight_decay(static_cast<T>(o.lr * o.weight_decay)),
-        step_size(static_cast<T>(o.lr / (1.0 - std::pow(o.beta1, step)))),
+        weight_decay(static_cast<T>(lr * o.weight_decay)),
+        step_size(static_cast<T>(lr / (1.0 - std::pow(o.beta1, step)))),
         inv_sqrt_bias2(static_cast<T>(1.0 / std::sqrt(1.0 - std::pow(o.beta2, step)))),
-        pull(static_cast<T>(finite_pull(o))),
+        pull(static_cast<T>(finite_pull(o, lr))),
         grad_factor(static_cast<T>((o.maximize ? -1.0 : 1.0) / grad_scale)) {}
 
- private:
   // An infinite factor would turn F = 0 into NaN, so a lambda beyond the type's range saturates.
-  CL_OPTIM_HD static double finite_pull(const EWCAdamWOptions& o) {
+  CL_OPTIM_HD static double finite_pull(const EWCAdamWOptions& o, double lr) {
     const double largest = sizeof(T) == sizeof(float) ? double{FLT_MAX} : DBL_MAX;
-    const double pull = 2.0 * o.ewc_lambda * (o.penalty == Penalty::gradient ? 1.0 : o.lr);
+    const double pull = 2.0 * o.ewc_lambda * (o.penalty == Penalty::gradient ? 1.0 : lr);
     return pull < largest ? pull : largest;
   }
 };

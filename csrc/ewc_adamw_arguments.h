@@ -108,9 +108,11 @@ inline const float* one_float(const char* name, const std::optional<Tensor>& ten
   return static_cast<const float*>(tensor->const_data_ptr());
 }
 
-inline GradScaling grad_scaling(const std::optional<Tensor>& grad_scale,
-                                const std::optional<Tensor>& found_inf, const Tensor& beside) {
-  return {one_float("grad_scale", grad_scale, beside), one_float("found_inf", found_inf, beside)};
+inline DeviceNumbers device_numbers(const std::optional<Tensor>& lr,
+                                    const std::optional<Tensor>& grad_scale,
+                                    const std::optional<Tensor>& found_inf, const Tensor& beside) {
+  return {one_float("lr_tensor", lr, beside), one_float("grad_scale", grad_scale, beside),
+          one_float("found_inf", found_inf, beside)};
 }
 
 // One parameter of a launch plan: what a step needs besides the parameter and its gradient, and

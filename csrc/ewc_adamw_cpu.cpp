@@ -15,9 +15,9 @@ constexpr int64_t kElementsPerThread = 32768;
 
 template <typename Param, typename Anchor, Penalty penalty, bool amsgrad>
 CL_OPTIM_SIMD_CLONES void update(const EWCAdamWTensor& tensor, int64_t begin, int64_t end,
-                                 const EWCAdamWOptions& options, double grad_scale) {
+                                 const EWCAdamWOptions& options, const DeviceNumbers& numbers) {
   using T = arithmetic_t<Param>;
-  const EWCAdamWConstants<T> constants(options, *tensor.step, grad_scale);
+  const EWCAdamWConstants<T> constants(options, numbers, *tensor.step);
   Param* param = static_cast<Param*>(tensor.param);
   const Param* grad = static_cast<const Param*>(tensor.grad);
   T* exp_avg = static_cast<T*>(tensor.exp_avg);
@@ -43,7 +43,8 @@ CL_OPTIM_SIMD_CLONES void update(const EWCAdamWTensor& tensor, int64_t begin, in
   }
 }
 
-using Update = void (*)(const EWCAdamWTensor&, int64_t, int64_t, const EWCAdamWOptions&, double);
+using Update = void (*)(const EWCAdamWTensor&, int64_t, int64_t, const EWCAdamWOptions&,
+                        const DeviceNumbers&);
 
 constexpr int64_t kProjected = 1024;  // elements at a time: they stay in the first-level cache
 
@@ -73,7 +74,7 @@ void add_row(double* sum, const MemoryRows& memory, int64_t first, int64_t count
 // in float64: a coefficient may be far outside float32's range where the rows' scales differ.
 template <typename Param>
 void update_projected(Update update, const EWCAdamWTensor& tensor, int64_t begin, int64_t end,
-                      const EWCAdamWOptions& options, double grad_scale) {
+                      const EWCAdamWOptions& options, const DeviceNumbers& numbers) {
   using T = arithmetic_t<Param>;
   const Param* grad = static_cast<const Param*>(tensor.grad);
   const MemoryRows& memory = tensor.memory;
@@ -91,7 +92,7 @@ void update_projected(Update update, const EWCAdamWTensor& tensor, int64_t begin
     for (int64_t i = 0; i < count; ++i) store(projected[i], static_cast<T>(sum[i]));
     // The update finds element `begin` of the gradient where the others are.
     here.grad = projected - begin;
-    update(here, begin, begin + count, options, grad_scale);
+    update(here, begin, begin + count, options, numbers);
   }
 }
 
@@ -101,29 +102,27 @@ bool is_projected(const MemoryRows& memory) {
 }
 
 void update_piece(Update update, const EWCAdamWTensor& tensor, const Piece& piece,
-                  const EWCAdamWOptions& options, double grad_scale) {
+                  const EWCAdamWOptions& options, const DeviceNumbers& numbers) {
   if (!is_projected(tensor.memory)) {
-    return update(tensor, piece.begin, piece.end, options, grad_scale);
+    return update(tensor, piece.begin, piece.end, options, numbers);
   }
   switch (tensor.param_kind) {
     case ScalarKind::float64:
-      return update_projected<double>(update, tensor, piece.begin, piece.end, options, grad_scale);
+      return update_projected<double>(update, tensor, piece.begin, piece.end, options, numbers);
     case ScalarKind::bfloat16:
-      return update_projected<BFloat16>(update, tensor, piece.begin, piece.end, options,
-                                        grad_scale);
+      return update_projected<BFloat16>(update, tensor, piece.begin, piece.end, options, numbers);
     case ScalarKind::float16:
-      return update_projected<Half>(update, tensor, piece.begin, piece.end, options, grad_scale);
+      return update_projected<Half>(update, tensor, piece.begin, piece.end, options, numbers);
     default:
-      return update_projected<float>(update, tensor, piece.begin, piece.end, options, grad_scale);
+      return update_projected<float>(update, tensor, piece.begin, piece.end, options, numbers);
   }
 }
 
 }  // namespace
 
 void ewc_adamw_cpu(const std::vector<EWCAdamWTensor>& tensors, const EWCAdamWOptions& options,
-                   const GradScaling& scaling) {
-  if (scaling.found_inf != nullptr && *scaling.found_inf != 0.0f) return;
-  const double grad_scale = scaling.scale == nullptr ? 1.0 : *scaling.scale;
+                   const DeviceNumbers& numbers) {
+  if (numbers.overflowed()) return;
   std::vector<int64_t> numels;
   std::vector<Update> updates;
   numels.reserve(tensors.size());
@@ -140,7 +139,7 @@ void ewc_adamw_cpu(const std::vector<EWCAdamWTensor>& tensors, const EWCAdamWOpt
   const int64_t grain = kElementsPerThread / kUnit;
   torch::stable::parallel_for(0, work.units(), grain, [&](int64_t begin, int64_t end) {
     work.for_each(begin, end, [&](const Piece& piece) {
-      update_piece(updates[piece.tensor], tensors[piece.tensor], piece, options, grad_scale);
+      update_piece(updates[piece.tensor], tensors[piece.tensor], piece, options, numbers);
     });
   });
 }

@@ -59,23 +59,18 @@ struct Steps {
   int count;
 };
 
-__device__ bool overflowed(const GradScaling& scaling) {
-  return scaling.found_inf != nullptr && *scaling.found_inf != 0.0f;
-}
-
 // Advances the step counts and leaves each tensor's constants for the update that follows: the two
 // powers are computed once per tensor, in double, and not by every block.
 template <typename T>
 __global__ void advance(const __grid_constant__ Steps steps,
                         const __grid_constant__ EWCAdamWOptions options,
-                        const __grid_constant__ GradScaling scaling,
+                        const __grid_constant__ DeviceNumbers numbers,
                         EWCAdamWConstants<T>* constants) {
   const int i = blockIdx.x * blockDim.x + threadIdx.x;
-  if (i >= steps.count || overflowed(scaling)) return;
+  if (i >= steps.count || numbers.overflowed()) return;
   const float step = *steps.step[i] + 1.0f;
   *steps.step[i] = step;
-  const double grad_scale = scaling.scale == nullptr ? 1.0 : *scaling.scale;
-  constants[i] = EWCAdamWConstants<T>(options, step, grad_scale);
+  constants[i] = EWCAdamWConstants<T>(options, numbers, step);
 }
 
 // Neighbouring elements that a thread loads at once: 16 bytes of the narrowest array.
@@ -175,8 +170,9 @@ template <typename Instance, bool projected, typename T>
 __global__ void __launch_bounds__(kThreads)
     ewc_adamw(const __grid_constant__ Work work,
               const __grid_constant__ Projection<projected> projection,
-              const __grid_constant__ GradScaling scaling, const EWCAdamWConstants<T>* constants) {
-  if (overflowed(scaling)) return;
+              const __grid_constant__ DeviceNumbers numbers,
+              const EWCAdamWConstants<T>* constants) {
+  if (numbers.overflowed()) return;
   constexpr int n = 16 / sizeof(typename Instance::Param);
   const int64_t begin = blockIdx.x * work.units_per_block;
   const int64_t units = work.first_unit[work.count];
@@ -221,16 +217,16 @@ struct Share {
   Steps steps{};
 };
 
-using Launch = void (*)(Share& share, const EWCAdamWOptions& options, const GradScaling& scaling,
+using Launch = void (*)(Share& share, const EWCAdamWOptions& options, const DeviceNumbers& numbers,
                         void* workspace, cudaStream_t stream);
 
 template <typename Instance, bool projected>
-void launch(Share& share, const EWCAdamWOptions& options, const GradScaling& scaling,
+void launch(Share& share, const EWCAdamWOptions& options, const DeviceNumbers& numbers,
             void* workspace, cudaStream_t stream) {
   auto& [work, projection, steps] = share;
   using T = arithmetic_t<typename Instance::Param>;
   auto* constants = static_cast<EWCAdamWConstants<T>*>(workspace);
-  advance<T><<<(steps.count + 127) / 128, 128, 0, stream>>>(steps, options, scaling, constants);
+  advance<T><<<(steps.count + 127) / 128, 128, 0, stream>>>(steps, options, numbers, constants);
   check(cudaGetLastError());
   const int64_t units = work.first_unit[work.count];
   if (units == 0) return;
@@ -239,10 +235,10 @@ void launch(Share& share, const EWCAdamWOptions& options, const GradScaling& sca
   const int64_t blocks = (units + work.units_per_block - 1) / work.units_per_block;
   if constexpr (projected) {
     ewc_adamw<Instance, true, T>
-        <<<blocks, kThreads, 0, stream>>>(work, projection, scaling, constants);
+        <<<blocks, kThreads, 0, stream>>>(work, projection, numbers, constants);
   } else {
     ewc_adamw<Instance, false, T>
-        <<<blocks, kThreads, 0, stream>>>(work, Projection<false>{}, scaling, constants);
+        <<<blocks, kThreads, 0, stream>>>(work, Projection<false>{}, numbers, constants);
   }
   check(cudaGetLastError());
 }
@@ -254,7 +250,7 @@ size_t ewc_adamw_cuda_workspace(size_t tensors) {
 }
 
 void ewc_adamw_cuda(const std::vector<EWCAdamWTensor>& tensors, const EWCAdamWOptions& options,
-                    const GradScaling& scaling, void* workspace, void* stream) {
+                    const DeviceNumbers& numbers, void* workspace, void* stream) {
   // The tensors that one kernel takes, in order.
   struct Group {
     Launch launch;
@@ -300,7 +296,7 @@ void ewc_adamw_cuda(const std::vector<EWCAdamWTensor>& tensors, const EWCAdamWOp
         projection.count[i] = t.memory.count;
         projection.kind[i] = t.memory.kind;
       }
-      group.launch(share, options, scaling, free, static_cast<cudaStream_t>(stream));
+      group.launch(share, options, numbers, free, static_cast<cudaStream_t>(stream));
       free += ewc_adamw_cuda_workspace(last - first);
     }
   }

@@ -10,13 +10,13 @@ namespace cl_optim {
 
 // Advances every tensor's step count and updates it. The arrays are in host memory.
 void ewc_adamw_cpu(const std::vector<EWCAdamWTensor>& tensors, const EWCAdamWOptions& options,
-                   const GradScaling& scaling);
+                   const DeviceNumbers& numbers);
 
 // The same for arrays in the memory of the current CUDA device, on a cudaStream_t; returns before
 // the work is done. The workspace has as many bytes as the function below says, and stays until
 // then; tensors may share it in the order of the stream.
 void ewc_adamw_cuda(const std::vector<EWCAdamWTensor>& tensors, const EWCAdamWOptions& options,
-                    const GradScaling& scaling, void* workspace, void* stream);
+                    const DeviceNumbers& numbers, void* workspace, void* stream);
 size_t ewc_adamw_cuda_workspace(size_t tensors);
 
 }  // namespace cl_optim

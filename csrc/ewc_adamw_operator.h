@@ -6,7 +6,7 @@
 namespace cl_optim {
 
 using EWCAdamWLauncher = void (*)(const std::vector<EWCAdamWTensor>& tensors,
-                                  const EWCAdamWOptions& options, const GradScaling& scaling,
+                                  const EWCAdamWOptions& options, const DeviceNumbers& numbers,
                                   const Tensor& on_device);
 
 template <EWCAdamWLauncher launch>
@@ -14,17 +14,18 @@ void ewc_adamw_(const TensorList& params, const TensorList& grads, const TensorL
                 const TensorList& exp_avg_sqs, const TensorList& max_exp_avg_sqs,
                 const TensorList& importances, const TensorList& anchors, const TensorList& steps,
                 const TensorList& memories, const TensorList& coefficients,
-                const std::optional<Tensor>& grad_scale, const std::optional<Tensor>& found_inf,
-                double lr, double beta1, double beta2, double eps, double weight_decay,
-                double ewc_lambda, const std::string& penalty, bool amsgrad, bool maximize) {
+                const std::optional<Tensor>& lr_tensor, const std::optional<Tensor>& grad_scale,
+                const std::optional<Tensor>& found_inf, double lr, double beta1, double beta2,
+                double eps, double weight_decay, double ewc_lambda, const std::string& penalty,
+                bool amsgrad, bool maximize) {
   const EWCAdamWOptions options{
       lr, beta1, beta2, eps, weight_decay, ewc_lambda, parse_penalty(penalty), amsgrad, maximize};
   EWCAdamWArguments arguments(
       {params, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, importances, anchors, steps},
       {grads, memories, coefficients}, amsgrad);
   if (params.empty()) return;
-  const GradScaling scaling = grad_scaling(grad_scale, found_inf, params[0]);
-  launch(arguments.tensors(), options, scaling, params[0]);
+  const DeviceNumbers numbers = device_numbers(lr_tensor, grad_scale, found_inf, params[0]);
+  launch(arguments.tensors(), options, numbers, params[0]);
   arguments.write_back();
 }
 
@@ -39,6 +40,7 @@ inline Tensor ewc_adamw_plan(const TensorList& params, const TensorList& exp_avg
 template <EWCAdamWLauncher launch>
 bool ewc_adamw_planned_(const TensorList& params, const TensorList& grads, const Tensor& plan,
                         const TensorList& memories, const TensorList& coefficients,
+                        const std::optional<Tensor>& lr_tensor,
                         const std::optional<Tensor>& grad_scale,
                         const std::optional<Tensor>& found_inf, double lr, double beta1,
                         double beta2, double eps, double weight_decay, double ewc_lambda,
@@ -48,8 +50,8 @@ bool ewc_adamw_planned_(const TensorList& params, const TensorList& grads, const
   const EWCAdamWArguments arguments(params, {grads, memories, coefficients}, plan, amsgrad);
   if (!arguments.valid()) return false;
   if (params.empty()) return true;
-  const GradScaling scaling = grad_scaling(grad_scale, found_inf, params[0]);
-  launch(arguments.tensors(), options, scaling, params[0]);
+  const DeviceNumbers numbers = device_numbers(lr_tensor, grad_scale, found_inf, params[0]);
+  launch(arguments.tensors(), options, numbers, params[0]);
   return true;
 }
 

@@ -7,8 +7,8 @@ namespace cl_optim {
 namespace {
 
 void launch(const std::vector<EWCAdamWTensor>& tensors, const EWCAdamWOptions& options,
-            const GradScaling& scaling, const Tensor&) {
-  ewc_adamw_cpu(tensors, options, scaling);
+            const DeviceNumbers& numbers, const Tensor&) {
+  ewc_adamw_cpu(tensors, options, numbers);
 }
 
 void launch_nnqp(const NNQPBatch& batch, const NNQPOptions& options, const Tensor&) {
@@ -24,17 +24,18 @@ STABLE_TORCH_LIBRARY(cl_optim, m) {
       "ewc_adamw_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, "
       "Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] max_exp_avg_sqs, Tensor[] importances, "
       "Tensor[] anchors, Tensor(e!)[] steps, Tensor[] memories, Tensor[] coefficients, "
-      "Tensor? grad_scale, Tensor? found_inf, *, float lr, float beta1, float beta2, float eps, "
-      "float weight_decay, float ewc_lambda, str penalty, bool amsgrad, bool maximize) -> ()");
+      "Tensor? lr_tensor, Tensor? grad_scale, Tensor? found_inf, *, float lr, float beta1, "
+      "float beta2, float eps, float weight_decay, float ewc_lambda, str penalty, bool amsgrad, "
+      "bool maximize) -> ()");
   m.def(
       "ewc_adamw_plan(Tensor[] params, Tensor[] exp_avgs, Tensor[] exp_avg_sqs, "
       "Tensor[] max_exp_avg_sqs, Tensor[] importances, Tensor[] anchors, Tensor[] steps) "
       "-> Tensor");
   m.def(
       "ewc_adamw_planned_(Tensor(a!)[] params, Tensor[] grads, Tensor plan, Tensor[] memories, "
-      "Tensor[] coefficients, Tensor? grad_scale, Tensor? found_inf, *, float lr, float beta1, "
-      "float beta2, float eps, float weight_decay, float ewc_lambda, str penalty, "
-      "bool amsgrad, bool maximize) -> bool");
+      "Tensor[] coefficients, Tensor? lr_tensor, Tensor? grad_scale, Tensor? found_inf, *, "
+      "float lr, float beta1, float beta2, float eps, float weight_decay, float ewc_lambda, "
+      "str penalty, bool amsgrad, bool maximize) -> bool");
   m.def(
       "nnqp(Tensor gram, Tensor linear, Tensor(a!)? state, *, float lower, float tolerance, "
       "float threshold, bool only_violated, int max_pivots) -> (Tensor v, Tensor status, "

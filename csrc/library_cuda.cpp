@@ -26,9 +26,9 @@ struct Device {
 };
 
 void launch(const std::vector<EWCAdamWTensor>& tensors, const EWCAdamWOptions& options,
-            const GradScaling& scaling, const Tensor& on_device) {
+            const DeviceNumbers& numbers, const Tensor& on_device) {
   const Device device(on_device, ewc_adamw_cuda_workspace(tensors.size()));
-  ewc_adamw_cuda(tensors, options, scaling, device.workspace.mutable_data_ptr(), device.stream);
+  ewc_adamw_cuda(tensors, options, numbers, device.workspace.mutable_data_ptr(), device.stream);
 }
 
 void launch_nnqp(const NNQPBatch& batch, const NNQPOptions& options, const Tensor& on_device) {

@@ -59,37 +59,43 @@ class Hyperparameters:
         if self.penalty not in PENALTIES:
             raise ValueError(f"penalty must be one of {PENALTIES}, not {self.penalty!r}.")
 
-    def pull(self, dtype: torch.dtype) -> float:
+    def pull(self, dtype: torch.dtype, lr: float | Tensor) -> Any:
         """2λ, times lr unless the penalty goes into the gradient; saturates at dtype's maximum.
 
-        An infinite factor would turn an importance of 0 into NaN.
+        An infinite factor would turn an importance of 0 into NaN. A tensor if lr is one.
         """
-        pull = 2.0 * self.ewc_lambda * (1.0 if self.penalty == "gradient" else self.lr)
-        return min(pull, torch.finfo(dtype).max)
+        pull: float | Tensor = 2.0 * self.ewc_lambda
+        if self.penalty != "gradient":
+            pull = pull * lr
+        largest = torch.finfo(dtype).max
+        return pull.clamp(max=largest) if isinstance(pull, Tensor) else min(pull, largest)
 
 
 TensorList: TypeAlias = Sequence[Tensor]
 
 
-class Gradients(NamedTuple):
-    """What is to be done to the gradients before a step; none of it is written into them.
+class Inputs(NamedTuple):
+    """What a step takes besides, none of which the compiled step reads on the host.
+
+    The gradients are used as it says, and stay as they are.
 
     Attributes:
         memories: For each gradient the rows that GEM adds to it, [t, ...] of its shape and strides,
             of any floating dtype no wider than its arithmetic; or empty.
         coefficients: How much of them, [t] float64 for each gradient. A row with 0 is not read.
-        grad_scale: The gradients are this times too large (``torch.amp.GradScaler``); one float32.
-        found_inf: Not 0: nothing is updated, and no step counted; one float32. Neither it nor
-            ``grad_scale`` is read on the host by the compiled step.
+        lr: In place of the hyperparameter; one float32, and so the rest.
+        grad_scale: The gradients are this times too large (``torch.amp.GradScaler``).
+        found_inf: Not 0: nothing is updated, and no step counted.
     """
 
     memories: TensorList = ()
     coefficients: TensorList = ()
+    lr: Tensor | None = None
     grad_scale: Tensor | None = None
     found_inf: Tensor | None = None
 
 
-PLAIN = Gradients()
+NO_INPUTS = Inputs()
 
 
 def fused(
@@ -102,12 +108,11 @@ def fused(
     anchors: TensorList,
     steps: TensorList,
     hyper: Hyperparameters,
-    gradients: Gradients | None = None,
+    inputs: Inputs = NO_INPUTS,
 ) -> None:
     """The compiled step; all tensors on one device that has kernels. Arguments as `foreach`."""
     states = (exp_avgs, exp_avg_sqs, max_exp_avg_sqs, importances, anchors, steps)
-    more = gradients or PLAIN
-    torch.ops.cl_optim.ewc_adamw_(params, grads, *states, *more, **vars(hyper))
+    torch.ops.cl_optim.ewc_adamw_(params, grads, *states, *inputs, **vars(hyper))
     _increment_versions(params, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps)
 
 
@@ -150,7 +155,7 @@ class Plan:
         params: TensorList,
         grads: TensorList,
         hyper: Hyperparameters,
-        gradients: Gradients | None = None,
+        inputs: Inputs = NO_INPUTS,
     ) -> bool:
         """Take one step.
 
@@ -162,7 +167,7 @@ class Plan:
         if len(self._table) != len(params) or self._addresses != self._state_addresses():
             return False
         planned = torch.ops.cl_optim.ewc_adamw_planned_
-        if not planned(params, grads, self._table, *(gradients or PLAIN), **vars(hyper)):
+        if not planned(params, grads, self._table, *inputs, **vars(hyper)):
             return False
         exp_avgs, exp_avg_sqs, max_exp_avg_sqs, _, _, steps = self.states
         _increment_versions(params, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps)
@@ -186,7 +191,7 @@ def foreach(
     anchors: TensorList,
     steps: TensorList,
     hyper: Hyperparameters,
-    gradients: Gradients | None = None,
+    inputs: Inputs = NO_INPUTS,
 ) -> None:
     """The reference step, with ``torch._foreach_*``.
 
@@ -201,11 +206,12 @@ def foreach(
         steps: Step counts before this step, one float32 number each, on the parameter's device;
             advanced by one.
         hyper: The step's hyperparameters.
-        gradients: What is to be done to ``grads`` first.
+        inputs: What the step takes besides.
     """
     if not params:
         return
-    memories, coefficients, grad_scale, found_inf = gradients or PLAIN
+    memories, coefficients, lr_tensor, grad_scale, found_inf = inputs
+    lr = hyper.lr if lr_tensor is None else lr_tensor.double()
     if found_inf is not None and found_inf.item() != 0.0:
         return
     if memories:
@@ -221,39 +227,44 @@ def foreach(
         torch._foreach_neg_(gradient)
 
     drift: Sequence[Tensor] = []  # θ − θ* from before the step
+    pulls = [hyper.pull(t.dtype, lr) for t in theta]
     if penalty in ("gradient", "decoupled"):
-        pulls = [hyper.pull(t.dtype) for t in theta]
         wide = [a.to(t.dtype) for a, t in zip(anchors, theta, strict=True)]
-        drift = torch._foreach_sub(theta, wide)
-        torch._foreach_mul_(drift, list(importances))
-        torch._foreach_mul_(drift, pulls)
+        drift = torch._foreach_mul(torch._foreach_sub(_saved(theta), wide), list(importances))
+        drift = torch._foreach_mul(drift, pulls)
     if penalty == "gradient":
         torch._foreach_add_(gradient, list(drift))
 
     torch._foreach_lerp_(list(exp_avgs), gradient, 1.0 - hyper.beta1)
     torch._foreach_mul_(list(exp_avg_sqs), hyper.beta2)
     torch._foreach_addcmul_(list(exp_avg_sqs), gradient, gradient, 1.0 - hyper.beta2)
-    second_moments = list(exp_avg_sqs)
+    second_moments = _saved(exp_avg_sqs)
     if hyper.amsgrad:
         torch._foreach_maximum_(list(max_exp_avg_sqs), second_moments)
-        second_moments = list(max_exp_avg_sqs)
-    denominators = torch._foreach_sqrt(second_moments)
+        second_moments = _saved(max_exp_avg_sqs)
     counts = [_count(step) for step in steps]
-    torch._foreach_mul_(denominators, [(1.0 - hyper.beta2**count) ** -0.5 for count in counts])
+    corrections = [(1.0 - hyper.beta2**count) ** -0.5 for count in counts]
+    denominators = torch._foreach_mul(torch._foreach_sqrt(second_moments), corrections)
     torch._foreach_add_(denominators, hyper.eps)
 
-    torch._foreach_add_(theta, theta, alpha=-hyper.lr * hyper.weight_decay)
+    torch._foreach_sub_(theta, torch._foreach_mul(_saved(theta), lr * hyper.weight_decay))
     if penalty == "decoupled":
         torch._foreach_sub_(theta, list(drift))
-    step_sizes = [-hyper.lr / (1.0 - hyper.beta1**count) for count in counts]
-    updates = torch._foreach_div(list(exp_avgs), denominators)
+    step_sizes = [-lr / (1.0 - hyper.beta1**count) for count in counts]
+    updates = torch._foreach_div(_saved(exp_avgs), denominators)
     torch._foreach_mul_(updates, step_sizes)
     torch._foreach_add_(theta, updates)
     if penalty == "proximal":
-        _proximal_(theta, importances, anchors, hyper)
+        _proximal_(theta, importances, anchors, pulls)
     for param, value in zip(params, theta, strict=True):
         if param is not value:
             param.copy_(value)
+
+
+def _saved(tensors: TensorList) -> list[Tensor]:
+    # Where autograd looks on (differentiable=True), what it saves may not be written in place by
+    # the next step.
+    return [t.clone() for t in tensors] if torch.is_grad_enabled() else list(tensors)
 
 
 def _count(step: Tensor) -> Any:
@@ -263,10 +274,10 @@ def _count(step: Tensor) -> Any:
 
 
 def _proximal_(
-    theta: TensorList, importances: TensorList, anchors: TensorList, hyper: Hyperparameters
+    theta: TensorList, importances: TensorList, anchors: TensorList, pulls: Sequence[Any]
 ) -> None:
-    for value, importance, anchor in zip(theta, importances, anchors, strict=True):
-        c = importance * hyper.pull(value.dtype)
+    for value, importance, anchor, pull in zip(theta, importances, anchors, pulls, strict=True):
+        c = importance * pull
         anchor = anchor.to(value.dtype)
         # The same number twice: the first leaves F = 0 unmoved, the second survives c = inf.
         toward = value + c / (1 + c) * (anchor - value)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from operator import is_, itemgetter
-from typing import Any, Literal, TypeAlias, overload
+from typing import Any, Literal, TypeAlias, TypeGuard, overload
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 from torch.optim.optimizer import ParamsT
 
 from cl_optim.importance.names import match_names
@@ -76,16 +78,16 @@ class _Batch:
         )
 
     def step_planned(
-        self, grads: list[Tensor], hyper: ops.Hyperparameters, gradients: ops.Gradients
+        self, grads: list[Tensor], hyper: ops.Hyperparameters, inputs: ops.Inputs
     ) -> bool:
         """Take the step by a launch plan, if one is worth while and possible."""
         self._steps += 1
         if self._steps == 1:
             return False  # the next step may be one of other parameters
-        if self._plan is not None and self._plan.step(self.params, grads, hyper, gradients):
+        if self._plan is not None and self._plan.step(self.params, grads, hyper, inputs):
             return True
         self._plan = ops.Plan(self.params, *self.tensors)
-        return self._plan.step(self.params, grads, hyper, gradients)
+        return self._plan.step(self.params, grads, hyper, inputs)
 
 
 class _Prepared:
@@ -136,7 +138,8 @@ class EWCAdamW(torch.optim.Optimizer):
     Args:
         params: Parameters, named parameters (``model.named_parameters()``, which lets
             :meth:`consolidate` find them by name) or groups of either.
-        lr: Learning rate.
+        lr: Learning rate, a number or a 0-dim tensor. A tensor on a GPU is read there: the way to
+            change it between replays of a CUDA graph.
         betas: Decay of the first and of the second moment.
         eps: Added to the denominator.
         weight_decay: Decoupled weight decay, times lr.
@@ -144,12 +147,15 @@ class EWCAdamW(torch.optim.Optimizer):
         penalty: ``"gradient"``, ``"decoupled"`` or ``"proximal"``; may differ between groups.
         amsgrad: Use the running maximum of the second moment.
         maximize: Ascend the loss.
+        capturable: Accepted as torch's optimizers do; on a GPU every step can be captured.
+        differentiable: Let autograd see the step, for gradients through it; takes the reference.
         foreach: ``True`` takes the reference, written with ``torch._foreach_*``.
         fused: ``True`` insists on the compiled kernels. ``None`` takes them where they are, or the
-            reference with one warning that says why they are not.
+            reference with one warning that says why they are not. Neither waits for a GPU.
 
     Raises:
-        ValueError: A hyperparameter is out of range, or ``foreach`` and ``fused`` are both true.
+        ValueError: A hyperparameter is out of range; ``foreach`` or ``differentiable`` is true
+            and so is ``fused``; a parameter is complex, or a DTensor.
         RuntimeError: ``fused=True`` where there are no compiled kernels.
 
     References:
@@ -160,7 +166,7 @@ class EWCAdamW(torch.optim.Optimizer):
     def __init__(
         self,
         params: ParamsT,
-        lr: float = 1e-3,
+        lr: float | Tensor = 1e-3,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 1e-2,
@@ -171,6 +177,8 @@ class EWCAdamW(torch.optim.Optimizer):
         maximize: bool = False,
         foreach: bool | None = None,
         fused: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
     ) -> None:
         self._backend = ""
         self._prepared: dict[int, _Prepared] = {}
@@ -186,6 +194,8 @@ class EWCAdamW(torch.optim.Optimizer):
             "maximize": maximize,
             "foreach": foreach,
             "fused": fused,
+            "capturable": capturable,
+            "differentiable": differentiable,
         }
         super().__init__(params, defaults)
 
@@ -204,9 +214,12 @@ class EWCAdamW(torch.optim.Optimizer):
                         f"parameter {_name(group, param)} must be of a real floating-point dtype, "
                         f"not {param.dtype}."
                     )
-                ops.choose(
-                    param.device.type, use_foreach=group["foreach"], use_fused=group["fused"]
-                )
+                if is_dtensor(param):
+                    raise ValueError(
+                        f"parameter {_name(group, param)} must not be a DTensor: give the "
+                        "optimizer its local shard, param.to_local()."
+                    )
+                _choose(group, param.device)
         except (ValueError, RuntimeError):
             self.param_groups.pop()
             raise
@@ -234,7 +247,7 @@ class EWCAdamW(torch.optim.Optimizer):
     @overload
     def step(self, closure: Callable[[], float]) -> float: ...
 
-    @torch.no_grad()
+    @_disable_dynamo  # it hands addresses to the kernels
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """Update every parameter that has a gradient.
 
@@ -249,19 +262,21 @@ class EWCAdamW(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        with torch.set_grad_enabled(self.defaults["differentiable"]):
+            self._step()
+        return loss
+
+    def _step(self) -> None:
         work = [
             (batch, batch.grads(), _hyperparameters(group), group)
             for group in self.param_groups
             for batch in self._batches(group)
         ]
         for batch, grads, hyper, group in work:
-            self._backend, step = ops.choose(
-                batch.device.type, use_foreach=group["foreach"], use_fused=group["fused"]
-            )
-            gradients = self._gradients(batch)
-            if step is not ops.fused or not batch.step_planned(grads, hyper, gradients):
-                step(batch.params, grads, *batch.tensors, hyper=hyper, gradients=gradients)
-        return loss
+            self._backend, step = _choose(group, batch.device)
+            inputs = self._inputs(batch, group["lr"])
+            if step is not ops.fused or not batch.step_planned(grads, hyper, inputs):
+                step(batch.params, grads, *batch.tensors, hyper=hyper, inputs=inputs)
 
     def step_projected(
         self, memories: Mapping[Tensor, Tensor], coefficients: Mapping[Tensor, Tensor]
@@ -278,14 +293,19 @@ class EWCAdamW(torch.optim.Optimizer):
         finally:
             self._projection = None
 
-    def _gradients(self, batch: _Batch) -> ops.Gradients:
+    def _inputs(self, batch: _Batch, lr: float | Tensor) -> ops.Inputs:
         memories, coefficients = self._projection or ({}, {})
-        # GradScaler sets these two for the time of a step.
-        scaling = (getattr(self, name, None) for name in ("grad_scale", "found_inf"))
-        return ops.Gradients(
+
+        def on_device(number: Tensor | None) -> Tensor | None:
+            return None if number is None else number.to(batch.device, torch.float32)
+
+        return ops.Inputs(
             [memories[param] for param in batch.params] if memories else [],
             [coefficients[param] for param in batch.params] if memories else [],
-            *(None if number is None else number.to(batch.device) for number in scaling),
+            on_device(lr) if _stays_on_device(lr) else None,
+            # GradScaler sets these two for the time of a step.
+            on_device(getattr(self, "grad_scale", None)),
+            on_device(getattr(self, "found_inf", None)),
         )
 
     def _batches(self, group: dict[str, Any]) -> list[_Batch]:
@@ -467,7 +487,11 @@ class EWCAdamW(torch.optim.Optimizer):
     # --- state ------------------------------------------------------------------------------------
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state dict of this class; every tensor keeps the dtype it was saved in.
+        """Load a state dict of this class, or of torch.optim.AdamW, so that a job can switch.
+
+        Importance, moments and anchors keep their precision: nothing is cast to the parameter's
+        dtype, and 16-bit moments are widened. AdamW's state dict leaves this optimizer's λ and
+        form of the penalty, and no protection.
 
         Args:
             state_dict: What :meth:`state_dict` returned, for parameters of the same shapes.
@@ -478,12 +502,16 @@ class EWCAdamW(torch.optim.Optimizer):
         """
         loaded: dict[int, dict[str, Any]] = {}
 
-        def check(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
+        def check(
+            optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]
+        ) -> dict[str, Any] | None:
+            state_dict = self._from_adamw(state_dict)
             self._check_state_dict(state_dict)
             indices = [index for group in state_dict["param_groups"] for index in group["params"]]
             loaded.update(
                 {i: state_dict["state"].get(index, {}) for i, index in enumerate(indices)}
             )
+            return state_dict
 
         def restore(optimizer: torch.optim.Optimizer) -> None:
             # torch casts all state but `step` to the parameter's dtype, and `step` stays the very
@@ -500,6 +528,24 @@ class EWCAdamW(torch.optim.Optimizer):
         finally:
             first.remove()
             last.remove()
+
+    def _from_adamw(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """A state dict of torch's AdamW with what it lacks; any other as it is."""
+        groups = state_dict.get("param_groups", ())
+        if not groups or not all("decoupled_weight_decay" in group for group in groups):
+            return state_dict
+        if any(not g["decoupled_weight_decay"] and g["weight_decay"] != 0 for g in groups):
+            raise ValueError(
+                "the state dict is one of torch.optim.Adam with weight decay in the gradient, "
+                "which this optimizer does not have."
+            )
+        groups = [
+            {**{key: here[key] for key in ("ewc_lambda", "penalty")}, **group}
+            for here, group in zip(self.param_groups, groups, strict=False)
+        ] + list(groups[len(self.param_groups) :])
+        for group in groups:
+            del group["decoupled_weight_decay"]
+        return {**state_dict, "param_groups": groups}
 
     def _check_state_dict(self, state_dict: dict[str, Any]) -> None:
         for key in ("state", "param_groups"):
@@ -552,10 +598,25 @@ class EWCAdamW(torch.optim.Optimizer):
                     )
 
 
+def _choose(group: Mapping[str, Any], device: torch.device) -> tuple[str, ops.Step]:
+    differentiable = group["differentiable"]
+    if differentiable and group["fused"]:
+        raise ValueError("differentiable=True and fused=True exclude each other: choose one.")
+    return ops.choose(
+        device.type, use_foreach=differentiable or group["foreach"], use_fused=group["fused"]
+    )
+
+
+def _stays_on_device(lr: float | Tensor) -> TypeGuard[Tensor]:
+    """Whether reading the learning rate on the host would wait for a device."""
+    return isinstance(lr, Tensor) and lr.device.type != "cpu"
+
+
 def _hyperparameters(group: Mapping[str, Any]) -> ops.Hyperparameters:
     beta1, beta2 = group["betas"]
+    lr = group["lr"]
     return ops.Hyperparameters(
-        lr=float(group["lr"]),
+        lr=0.0 if _stays_on_device(lr) else float(lr),
         beta1=beta1,
         beta2=beta2,
         eps=group["eps"],
@@ -597,6 +658,12 @@ def _loaded(key: str, value: Any, param: Tensor) -> Any:
     dtype = value.dtype if key == "anchor" else ops.state_dtype(param)
     copy = torch.empty_like(param, dtype=dtype, memory_format=torch.preserve_format)
     return copy.copy_(value)
+
+
+def is_dtensor(param: Tensor) -> bool:
+    """Whether the parameter is a DTensor; without importing what that takes a second to import."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(param, module.DTensor)
 
 
 def _name(group: Mapping[str, Any], param: Tensor) -> str:

@@ -5,8 +5,10 @@ from cl_optim._version import __version__
 from cl_optim.fisher import FisherEstimator, estimate_fisher
 from cl_optim.importance import Importance
 from cl_optim.optim.ewc_adamw import EWCAdamW
+from cl_optim.optim.gem import GEM
 
 __all__ = [
+    "GEM",
     "EWCAdamW",
     "FisherEstimator",
     "Importance",

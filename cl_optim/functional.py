@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from cl_optim.ops import ewc_adamw
-from cl_optim.ops.nnqp import nnqp
+from cl_optim.ops import gram as gram_ops
+from cl_optim.ops.nnqp import EPSILON, Solution, nnqp
 from cl_optim.ops.squared_grad import squared_grad_sum_
 
-__all__ = ["ewc_adamw_", "nnqp", "squared_grad_sum_"]
+__all__ = ["ewc_adamw_", "gem_project", "nnqp", "squared_grad_sum_"]
 
 
 @torch.no_grad()
@@ -100,3 +102,72 @@ def ewc_adamw_(
         steps,
         hyper,
     )
+
+
+@torch.no_grad()
+def gem_project(
+    grad: Tensor, memory: Tensor, memory_strength: float = 0.0
+) -> tuple[Tensor, Solution]:
+    """Project gradients as GEM does: no product with a memory row is negative afterwards.
+
+    The result is g̃ = g + Gᵀv, v the minimiser of ½ vᵀGGᵀv + (Gg)ᵀv with v ≥ ``memory_strength``
+    (Lopez-Paz & Ranzato 2017, arXiv:1706.08840, eq. 11). With ``memory_strength=0`` it is the
+    vector nearest to g that satisfies G g̃ ≥ 0. A gradient that violates nothing is returned bit
+    for bit, whatever the strength, as in the authors' code; so is one whose problem has no
+    solution: its status is negative then.
+
+    Args:
+        grad: g [B, P], or [P] for a single problem; any real floating-point dtype.
+        memory: G [B, t, P] or [t, P] on the same device; its dtype may differ.
+        memory_strength: γ ≥ 0.
+
+    Returns:
+        g̃, a new tensor like ``grad``, and its certificate (``v`` [B, t] float64, ``status`` [B]
+        int8, ``gap`` [B] float64, all without B for a single problem); the class
+        :class:`cl_optim.ops.nnqp.Solution` says what they prove.
+
+    Raises:
+        ValueError: Shapes, dtypes or devices do not fit, or ``memory_strength`` is out of range.
+
+    Example:
+        >>> import torch
+        >>> from cl_optim import functional as F
+        >>> projected, certificate = F.gem_project(torch.tensor([-1.0, 1.0]), torch.eye(2))
+        >>> projected, certificate.v
+        (tensor([0., 1.]), tensor([1., 0.], dtype=torch.float64))
+    """
+    if grad.dim() not in (1, 2):
+        raise ValueError(f"grad must be [P] or [B, P], not {list(grad.shape)}.")
+    wanted = (*grad.shape[:-1], memory.shape[-2] if memory.dim() > 1 else 1, grad.shape[-1])
+    if memory.shape != wanted:
+        raise ValueError(
+            f"memory must be {'[B, t, P]' if grad.dim() == 2 else '[t, P]'} for a grad of shape "
+            f"{list(grad.shape)}, not {list(memory.shape)}."
+        )
+    for name, tensor in (("grad", grad), ("memory", memory)):
+        if not tensor.is_floating_point():
+            raise ValueError(f"{name} must be of a real floating-point dtype, not {tensor.dtype}.")
+    if grad.device != memory.device:
+        raise ValueError(f"memory is on {memory.device}, but grad is on {grad.device}.")
+    if not 0.0 <= memory_strength < math.inf:
+        raise ValueError(f"memory_strength must be finite and at least 0, not {memory_strength}.")
+    if grad.dim() == 1:
+        projected, certificate = gem_project(grad[None], memory[None], memory_strength)
+        return projected[0], Solution(*(part[0] for part in certificate))
+
+    problems, size, length = memory.shape
+    if memory.numel() == 0:
+        products = grad.new_zeros(problems, size + 1, size + 1, dtype=torch.float64)
+    else:
+        products = gram_ops.gram_per_tensor(memory.unbind(), grad.unbind())
+    certificate = nnqp(
+        products[:, :size, :size],
+        products[:, :size, size],
+        memory_strength,
+        gram_error=EPSILON * max(1.0, math.sqrt(length)),
+        only_violated=True,
+    )
+    v = torch.where(certificate.status[:, None] < 0, 0.0, certificate.v)
+    projected = grad.clone()
+    gram_ops.combine_(projected.unbind(), memory.unbind(), v, range(problems))
+    return projected, certificate

@@ -284,7 +284,8 @@ class EWCAdamW(torch.optim.Optimizer):
         """Take a step with g + Gᵀv in place of each gradient g, which is not written: for GEM.
 
         Args:
-            memories: G by parameter: [t, ...], rows of the parameter's shape and strides.
+            memories: G by parameter: [t, ...], rows of the parameter's shape and strides. A
+                parameter that is not in it has none.
             coefficients: v by parameter: [t] float64, on its device.
         """
         self._projection = (memories, coefficients)
@@ -295,13 +296,14 @@ class EWCAdamW(torch.optim.Optimizer):
 
     def _inputs(self, batch: _Batch, lr: float | Tensor) -> ops.Inputs:
         memories, coefficients = self._projection or ({}, {})
+        none = torch.empty(0, dtype=torch.float64, device=batch.device)
 
         def on_device(number: Tensor | None) -> Tensor | None:
             return None if number is None else number.to(batch.device, torch.float32)
 
         return ops.Inputs(
-            [memories[param] for param in batch.params] if memories else [],
-            [coefficients[param] for param in batch.params] if memories else [],
+            [memories.get(param, param[None][:0]) for param in batch.params] if memories else [],
+            [coefficients.get(param, none) for param in batch.params] if memories else [],
             on_device(lr) if _stays_on_device(lr) else None,
             # GradScaler sets these two for the time of a step.
             on_device(getattr(self, "grad_scale", None)),

@@ -9,8 +9,9 @@ export CL_OPTIM_REQUIRE=cpu,cuda PYTHONPATH=$PWD
 python=${PYTHON:-python3}
 nvidia-smi >"$out/nvidia-smi.txt"
 $python setup.py build_ext --inplace >"$out/build.txt" 2>&1
-$python -m pytest tests/test_ewc_adamw.py -m gpu -p no:cacheprovider -q 2>&1 |
+$python -m pytest tests/test_ewc_adamw.py tests/test_gram.py -m gpu -p no:cacheprovider -q 2>&1 |
   tee "$out/tests.txt"
 $python bench/gpu_step.py --json "$out/step-gpu.json" | tee "$out/step-gpu.txt"
+$python bench/gpu_gram.py --json "$out/gram-gpu.json" | tee "$out/gram-gpu.txt"
 compute-sanitizer --error-exitcode 1 $python -m pytest tests/test_ewc_adamw.py -m gpu -q \
   -p no:cacheprovider -k "many_tensors or unaligned" 2>&1 | tee "$out/sanitizer.txt"

@@ -105,8 +105,6 @@ CL_OPTIM_HD EWCAdamWElement<T> ewc_adamw_element(EWCAdamWElement<T> x, T grad, T
   return x;
 }
 
-enum class ScalarKind : int { float32, float64, bfloat16, float16 };
-
 // One tensor as the kernels see it: `numel` elements of each array, in the same order in memory.
 // The gradient has the parameter's type; moments and importance have its arithmetic type; the
 // anchor has either. Null where the update does not use it.

@@ -1,6 +1,7 @@
 // The operators' schemas and their CPU implementations, on LibTorch's stable ABI.
 #include "ewc_adamw_launch.h"
 #include "ewc_adamw_operator.h"
+#include "gram_operator.h"
 
 namespace cl_optim {
 namespace {
@@ -28,8 +29,16 @@ STABLE_TORCH_LIBRARY(cl_optim, m) {
       "ewc_adamw_planned_(Tensor(a!)[] params, Tensor[] grads, Tensor plan, *, float lr, "
       "float beta1, float beta2, float eps, float weight_decay, float ewc_lambda, str penalty, "
       "bool amsgrad, bool maximize) -> bool");
+  m.def("gram_per_tensor(Tensor[] memory, Tensor[] grads) -> Tensor");
+  m.def("gram_dots_per_tensor(Tensor[] memory, Tensor[] grads) -> Tensor");
+  m.def(
+      "gram_combine_(Tensor(a!)[] grads, Tensor[] memory, Tensor coefficients, int[] blocks) "
+      "-> ()");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(cl_optim, CPU, m) { implement_ewc_adamw<launch>(m); }
+STABLE_TORCH_LIBRARY_IMPL(cl_optim, CPU, m) {
+  implement_ewc_adamw<launch>(m);
+  implement_gram(m);
+}
 
 }  // namespace cl_optim

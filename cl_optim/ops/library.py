@@ -7,6 +7,7 @@ import importlib
 from dataclasses import dataclass, field
 
 import torch
+from torch import Tensor
 
 INSTALL_HINT = {
     "cpu": "reinstall with a C++17 compiler, and CL_OPTIM_REQUIRE=cpu to see what stops the build",
@@ -83,8 +84,18 @@ def _load(name: str, module: str) -> Backend:
 
 
 def _register_fakes() -> None:
-    # The operator only writes into its arguments: nothing to infer for torch.compile or export.
-    def ewc_adamw_(*args: object, **kwargs: object) -> None:
+    # Some operators only write into their arguments: nothing to infer for torch.compile or export.
+    def in_place(*args: object, **kwargs: object) -> None:
         return None
 
-    torch.library.register_fake("cl_optim::ewc_adamw_", ewc_adamw_)
+    def gram_per_tensor(memory: list[Tensor], grads: list[Tensor]) -> Tensor:
+        size = len(memory[0]) + 1
+        return memory[0].new_empty(len(memory), size, size, dtype=torch.float64)
+
+    def gram_dots_per_tensor(memory: list[Tensor], grads: list[Tensor]) -> Tensor:
+        return memory[0].new_empty(len(memory), len(memory[0]) + 1, dtype=torch.float64)
+
+    torch.library.register_fake("cl_optim::ewc_adamw_", in_place)
+    torch.library.register_fake("cl_optim::gram_per_tensor", gram_per_tensor)
+    torch.library.register_fake("cl_optim::gram_dots_per_tensor", gram_dots_per_tensor)
+    torch.library.register_fake("cl_optim::gram_combine_", in_place)

@@ -13,7 +13,7 @@ from cl_optim.ops import gram as gram_ops
 from cl_optim.ops.nnqp import EPSILON, Solution, nnqp
 from cl_optim.ops.squared_grad import squared_grad_sum_
 
-__all__ = ["ewc_adamw_", "gem_project", "nnqp", "squared_grad_sum_"]
+__all__ = ["ewc_adamw_", "gem_project", "gram", "nnqp", "squared_grad_sum_"]
 
 
 @torch.no_grad()
@@ -102,6 +102,46 @@ def ewc_adamw_(
         steps,
         hyper,
     )
+
+
+def gram(
+    memory: Sequence[Tensor] | Tensor, grad: Sequence[Tensor] | Tensor
+) -> tuple[Tensor, Tensor]:
+    """The products of memory rows with each other and with a gradient, in one pass over the data.
+
+    They are the matrix and the vector of the quadratic program of GEM (Lopez-Paz & Ranzato 2017,
+    arXiv:1706.08840, eq. 11), whose rows are the gradients of t old tasks. A model's parameters
+    are given as a list; they are neither flattened nor concatenated.
+
+    Products are exact and summed in float64, each entry in the same order: equal rows give equal
+    entries and g = −G_k gives c = −Q_k, bit for bit. On a CPU the result does not depend on the
+    number of threads.
+
+    Args:
+        memory: G: [t, ...], or a list of n such tensors, one per parameter; t ≤ 1024. float32,
+            float64, bfloat16 or float16, of any strides; dense rows are read as they lie.
+        grad: g: [...], or a list of n such tensors, on the device of ``memory``; their dtypes may
+            differ from the rows'.
+
+    Returns:
+        Q = GGᵀ, [t, t] float64, and c = Gg, [t] float64, on the device of ``grad``.
+
+    Raises:
+        ValueError: Shapes, dtypes or devices do not fit; the message names the argument.
+
+    Example:
+        >>> import torch
+        >>> from cl_optim import functional as F
+        >>> old_tasks = [torch.tensor([[1.0, 0.0], [1.0, 1.0]]), torch.tensor([2.0, 0.0])]
+        >>> grad = [torch.tensor([-1.0, 0.0]), torch.tensor(-1.0)]
+        >>> Q, c = F.gram(old_tasks, grad)
+        >>> Q
+        tensor([[5., 1.],
+                [1., 2.]], dtype=torch.float64)
+        >>> c
+        tensor([-3., -1.], dtype=torch.float64)
+    """
+    return gram_ops.gram(memory, grad)
 
 
 @torch.no_grad()

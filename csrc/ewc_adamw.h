@@ -120,8 +120,6 @@ CL_OPTIM_HD EWCAdamWElement<T> ewc_adamw_element(EWCAdamWElement<T> x, T grad, T
   return x;
 }
 
-enum class ScalarKind : int { float32, float64, bfloat16, float16 };
-
 // Gradients of other tasks that are added to a tensor's own, each times a number: what is left of
 // the gradient when GEM has projected it.
 struct MemoryRows {

@@ -21,6 +21,9 @@ struct Half {
   uint16_t bits;
 };
 
+// The type of a tensor's elements, as a value.
+enum class ScalarKind : int { float32, float64, bfloat16, float16 };
+
 // The type in which a storage type is computed.
 template <typename Storage>
 struct Arithmetic {

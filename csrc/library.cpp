@@ -1,6 +1,7 @@
 // The operators' schemas and their CPU implementations, on LibTorch's stable ABI.
 #include "ewc_adamw_launch.h"
 #include "ewc_adamw_operator.h"
+#include "gram_operator.h"
 #include "nnqp_operator.h"
 
 namespace cl_optim {
@@ -36,6 +37,11 @@ STABLE_TORCH_LIBRARY(cl_optim, m) {
       "Tensor[] coefficients, Tensor? lr_tensor, Tensor? grad_scale, Tensor? found_inf, *, "
       "float lr, float beta1, float beta2, float eps, float weight_decay, float ewc_lambda, "
       "str penalty, bool amsgrad, bool maximize) -> bool");
+  m.def("gram_per_tensor(Tensor[] memory, Tensor[] grads) -> Tensor");
+  m.def("gram_dots_per_tensor(Tensor[] memory, Tensor[] grads) -> Tensor");
+  m.def(
+      "gram_combine_(Tensor(a!)[] grads, Tensor[] memory, Tensor coefficients, int[] blocks) "
+      "-> ()");
   m.def(
       "nnqp(Tensor gram, Tensor linear, Tensor(a!)? state, *, float lower, float tolerance, "
       "float threshold, bool only_violated, int max_pivots) -> (Tensor v, Tensor status, "
@@ -44,6 +50,7 @@ STABLE_TORCH_LIBRARY(cl_optim, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(cl_optim, CPU, m) {
   implement_ewc_adamw<launch>(m);
+  implement_gram(m);
   m.impl("nnqp", TORCH_BOX(&nnqp<launch_nnqp>));
 }
 

@@ -84,9 +84,16 @@ def _load(name: str, module: str) -> Backend:
 
 
 def _register_fakes() -> None:
-    # This operator only writes into its arguments: nothing to infer for torch.compile or export.
-    def ewc_adamw_(*args: object, **kwargs: object) -> None:
+    # Some operators only write into their arguments: nothing to infer for torch.compile or export.
+    def in_place(*args: object, **kwargs: object) -> None:
         return None
+
+    def gram_per_tensor(memory: list[Tensor], grads: list[Tensor]) -> Tensor:
+        size = len(memory[0]) + 1
+        return memory[0].new_empty(len(memory), size, size, dtype=torch.float64)
+
+    def gram_dots_per_tensor(memory: list[Tensor], grads: list[Tensor]) -> Tensor:
+        return memory[0].new_empty(len(memory), len(memory[0]) + 1, dtype=torch.float64)
 
     def nnqp(
         gram: Tensor, linear: Tensor, state: Tensor | None, **kwargs: object
@@ -94,5 +101,8 @@ def _register_fakes() -> None:
         v = torch.empty_like(linear)
         return v, v.new_empty(len(v), dtype=torch.int8), v.new_empty(len(v))
 
-    torch.library.register_fake("cl_optim::ewc_adamw_", ewc_adamw_)
+    torch.library.register_fake("cl_optim::ewc_adamw_", in_place)
+    torch.library.register_fake("cl_optim::gram_per_tensor", gram_per_tensor)
+    torch.library.register_fake("cl_optim::gram_dots_per_tensor", gram_dots_per_tensor)
+    torch.library.register_fake("cl_optim::gram_combine_", in_place)
     torch.library.register_fake("cl_optim::nnqp", nnqp)

@@ -744,13 +744,13 @@ class GEM(torch.optim.Optimizer):
     def _by_block(self, values: Tensor, used: Sequence[int], blocks: Sequence[int]) -> Tensor:
         """Sums over the parameters of each block; 0 for a block without gradients.
 
-        In an order of its own, not by atomic additions: data-parallel processes must agree.
+        Every entry in the same order, which `gram_ops.total` takes care of.
         """
         if self.blocks == "global":
-            return values.sum(0, keepdim=True)
+            return gram_ops.total(values)[None]
         if self.blocks == "group":
             sizes = [blocks.count(number) for number in range(len(self.param_groups))]
-            return torch.stack([part.sum(0) for part in torch.split(values, sizes)])
+            return torch.stack([gram_ops.total(part) for part in torch.split(values, sizes)])
         if len(used) == len(self._rows.params):
             return values
         whole = values.new_zeros(len(self._rows.params), *values.shape[1:])

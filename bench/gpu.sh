@@ -15,5 +15,6 @@ $python -m pytest $tests -m gpu -p no:cacheprovider -q 2>&1 |
   tee "$out/tests.txt"
 $python bench/gpu_step.py --json "$out/step-gpu.json" | tee "$out/step-gpu.txt"
 $python bench/gpu_gram.py --json "$out/gram-gpu.json" | tee "$out/gram-gpu.txt"
+$python bench/gpu_gem.py --json "$out/gem-gpu.json" | tee "$out/gem-gpu.txt"
 compute-sanitizer --error-exitcode 1 $python -m pytest $tests -m gpu -q \
   -p no:cacheprovider -k "many_tensors or unaligned or take_no_part or in_a_graph" 2>&1 | tee "$out/sanitizer.txt"

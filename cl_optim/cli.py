@@ -57,12 +57,13 @@ def _add_demo(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         "Learn tasks one after another with AdamW, L2-SP and EWC; print what each method "
         "remembers, and draw it. Permuted: each task shuffles the pixels in its own way. Split: "
-        "each task has classes and a head of its own."
+        "each task has classes and a head of its own. GEM: the permuted digits, with gradient "
+        "memories around AdamW and SGD."
     )
     whole = _whole_number
     parser.add_argument(
-        "--scenario", choices=("permuted", "split", "both"), default="both",
-        help="which tasks (both)",
+        "--scenario", choices=("permuted", "split", "gem", "all"), default="all",
+        help="which tasks, or GEM (all)",
     )  # fmt: skip
     parser.add_argument(
         "--data", choices=("digits", "fashion-mnist"), default="digits",
@@ -121,8 +122,10 @@ def _demo(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> int
             replace(experiment, config=replace(experiment.config, **config))
             for experiment in EXPERIMENTS
             if experiment.data == arguments.data
-            and arguments.scenario in (experiment.scenario, "both")
+            and arguments.scenario in (experiment.scenario, "all")
         ]
+        if not experiments:
+            parser.error(f"there is no scenario {arguments.scenario} for --data {arguments.data}.")
         for experiment in experiments:  # before any training
             experiment.build(data, experiment.config.tasks, 0)
         for experiment in experiments:

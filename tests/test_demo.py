@@ -16,8 +16,15 @@ from torch import nn
 
 from cl_optim import cli
 from cl_optim.demo import experiments, metrics, scenarios, sweep
-from cl_optim.demo.experiments import EXPERIMENTS, PERMUTED_DIGITS, SPLIT_DIGITS, Experiment, Grid
-from cl_optim.demo.methods import Learner, Method, Protected
+from cl_optim.demo.experiments import (
+    EXPERIMENTS,
+    GEM_DIGITS,
+    PERMUTED_DIGITS,
+    SPLIT_DIGITS,
+    Experiment,
+    Grid,
+)
+from cl_optim.demo.methods import MEMORY_SAMPLES, Learner, Method, Protected, Remembering
 from cl_optim.demo.metrics import Interval
 from cl_optim.demo.report import Results
 from cl_optim.demo.scenarios import Split, Task
@@ -28,6 +35,7 @@ DOCS = Path(__file__).parent.parent / "docs"
 TINY = Config(tasks=2, epochs=1, hidden=32, batch_size=64)
 TINY_EXPERIMENT = replace(PERMUTED_DIGITS, config=TINY)
 PERMUTED = {method.key: method for method in PERMUTED_DIGITS.methods}
+GEM = {method.key: method for method in GEM_DIGITS.methods}
 SPLIT = {method.key: method for method in SPLIT_DIGITS.methods}
 
 
@@ -199,6 +207,81 @@ class TestTraining:
         method = replace(PERMUTED["ewc-decoupled"], ewc_lambda=1e9)
         with pytest.raises(DivergedError, match="EWC, decoupled diverged while learning task 2"):
             train(method, scenarios.permuted(data, 2, 0), TINY, seed=0)
+
+
+class TestGEM:
+    @pytest.mark.parametrize("key", ["gem-1", "gem-10", "gem-once", "a-gem-10", "sgd-gem-1"])
+    def test_rows_are_gradients_on_kept_samples(self, data, key):
+        model = nn.Sequential(nn.Linear(64, 8), nn.ReLU(), nn.Linear(8, 10))
+        method = GEM[key]
+        learner = method.learner(model)
+        base = torch.optim.SGD if key.startswith("sgd") else torch.optim.AdamW
+        assert isinstance(learner.optimizer.optimizer, base)
+        tasks = [task.train for task in scenarios.permuted(data, 2, seed=0).tasks]
+        expected = []
+        for train_split in tasks:
+            x, y = (tensor[:MEMORY_SAMPLES] for tensor in train_split)
+            loss = nn.functional.cross_entropy(model(x), y)
+            expected.append(torch.autograd.grad(loss, model[0].weight)[0])
+            learner.end_task(train_split)
+        rows = learner.optimizer.state_dict()["gem"]["rows"][0]
+        if method.average:
+            torch.testing.assert_close(rows[0], (expected[0] + expected[1]) / 2)
+        else:
+            torch.testing.assert_close(rows, torch.stack(expected))
+        saved = learner.optimizer.state_dict()["gem"]
+        assert [memory["name"] for memory in saved["memories"]] == ["task 1", "task 2"]
+        assert {memory["refresh_every"] for memory in saved["memories"]} == {method.refresh_every}
+
+    def test_kept_samples_are_of_every_class(self, data):
+        assert torch.bincount(data.train.y[:MEMORY_SAMPLES], minlength=10).min() >= 5
+
+    def test_it_remembers(self, data):
+        config = Config(tasks=3, epochs=5, hidden=256, points=0)
+        scenario = scenarios.permuted(data, 3, seed=0)
+        for base, key in (("adamw", "gem-10"), ("sgd", "sgd-gem-10")):
+            method = GEM[key]
+            plain, gem = (
+                train(each, scenario, config, seed=0).matrix
+                for each in (replace(GEM[base], lr=method.lr), method)
+            )
+            assert metrics.acc(gem) > metrics.acc(plain) + 0.1
+            assert metrics.learning_accuracy(gem) > 0.85
+
+    def test_conflicts_are_counted(self, data):
+        scenario = scenarios.permuted(data, 3, seed=0)
+        counted = []
+
+        @dataclass(frozen=True)
+        class Counting(Remembering):
+            def learner(self, model: nn.Module) -> Learner:
+                learner = super().learner(model)
+                optimizer = learner.optimizer
+                optimizer.register_step_post_hook(
+                    lambda *args: counted.append(
+                        [cosine < 0 for cosine in optimizer.conflicts().tolist()]
+                        if optimizer.memories
+                        else []
+                    )
+                )
+                return learner
+
+        config = replace(TINY, tasks=3)
+        method = Counting("gem", "GEM", 1e-3, refresh_every=10)
+        conflicts = train(method, scenario, config, seed=0).conflicts
+        steps = len(counted) // 3
+        assert conflicts.shape == (3, 4)
+        for task in range(3):
+            of_task = np.array(counted[task * steps : (task + 1) * steps]).reshape(steps, task)
+            if task:
+                assert conflicts[task, 0] == pytest.approx(of_task.any(axis=1).mean())
+            assert conflicts[task, 1 : 1 + task] == pytest.approx(of_task.mean(axis=0))
+            assert np.isnan(conflicts[task, 1 + task :]).all()
+        assert 0 < conflicts[2, 0] < 1
+
+        average = train(replace(method, average=True), scenario, config, seed=0).conflicts
+        assert (~np.isnan(average)).sum(axis=1).tolist() == [0, 1, 1]
+        assert train(GEM["adamw"], scenario, config, seed=0).conflicts.shape == (0, 0)
 
 
 class TestSplit:
@@ -387,6 +470,33 @@ class TestCommands:
         assert "Split-Digits" not in text
         assert "ACC(EWC, gradient) − ACC(AdamW) = " in text
         assert "paired over 2 seeds" in text
+
+    def test_demo_of_gem(self, tmp_path, capsys, monkeypatch):
+        methods = tuple(GEM[key] for key in ("adamw", "gem-10", "a-gem-10"))
+        tiny = replace(GEM_DIGITS, methods=methods, config=TINY)
+        monkeypatch.setattr(experiments, "EXPERIMENTS", [PERMUTED_DIGITS, tiny])
+        arguments = ["demo", "--scenario", "gem", "--seeds", "1", "--tasks", "3"]
+        assert cli.main([*arguments, "--out", str(tmp_path)]) == 0
+        assert not list(tmp_path.glob("permuted*"))
+        text = capsys.readouterr().out
+        record = json.loads((tmp_path / "gem-permuted-digits.json").read_text())
+        adamw, gem, _ = (run["conflicts"] for run in record["runs"])
+        assert adamw == []
+        table = text[text.index("Steps in conflict") :].splitlines()
+        rows = [line.split() for line in table if line.startswith((" AdamW", " GEM", " A-GEM"))]
+        assert [row[:3] for row in rows] == [["GEM", "every", "10"], ["A-GEM", "every", "10"]]
+        shares = [(gem[1][0] + gem[2][0]) / 2, (gem[1][1] + gem[2][1]) / 2, gem[2][2]]
+        assert rows[0][3:] == [f"{100 * share:.1f}" for share in shares]
+        assert len(rows[1]) == 4  # a single row, so no column of a task
+        assert "ACC(GEM every 10) − ACC(AdamW) = " in text
+
+    def test_no_gem_on_fashion_mnist(self, tmp_path, capsys, monkeypatch):
+        monkeypatch.setattr("cl_optim.demo.fashion_mnist.fashion_mnist", lambda folder: None)
+        with pytest.raises(SystemExit):
+            cli.main(
+                ["demo", "--data", "fashion-mnist", "--scenario", "gem", "--out", str(tmp_path)]
+            )
+        assert "there is no scenario gem for --data fashion-mnist" in capsys.readouterr().err
 
     def test_sweep(self, tmp_path, capsys, monkeypatch):
         grids = (

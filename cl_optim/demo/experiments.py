@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from cl_optim.demo.methods import Method, Protected
+from cl_optim.demo.methods import Method, PlainSGD, Protected, Remembering
 from cl_optim.demo.scenarios import Scenario, Task, permuted, split
 from cl_optim.demo.train import Config
 
@@ -22,6 +22,17 @@ EWC_GRADIENT = Protected("ewc-gradient", "EWC, gradient", lr=1e-3, penalty="grad
 EWC_DECOUPLED = Protected("ewc-decoupled", "EWC, decoupled", lr=1e-3, penalty="decoupled")
 EWC_PROXIMAL = Protected("ewc-proximal", "EWC, proximal", lr=1e-3, penalty="proximal")
 EWC_EXACT = Protected("ewc-exact", "EWC, exact anchors", lr=1e-3, anchors="exact")
+SGD = PlainSGD("sgd", "SGD", lr=0.1)
+GEM_1, GEM_10, A_GEM_10, GEM_ONCE = (
+    Remembering("gem-1", "GEM each step", lr=1e-3, refresh_every=1),
+    Remembering("gem-10", "GEM every 10", lr=1e-3, refresh_every=10),
+    Remembering("a-gem-10", "A-GEM every 10", lr=1e-3, refresh_every=10, average=True),
+    Remembering("gem-once", "GEM once", lr=1e-3, refresh_every=None),
+)
+SGD_GEM_1, SGD_GEM_10, SGD_A_GEM_10, SGD_GEM_ONCE = (
+    replace(gem, key=f"sgd-{gem.key}", label=f"SGD, {gem.label}", lr=0.1, base="sgd")
+    for gem in (GEM_1, GEM_10, A_GEM_10, GEM_ONCE)
+)
 JOINT = Method("joint", "Joint training", lr=1e-3, joint=True)
 
 
@@ -84,7 +95,7 @@ class Experiment:
 
     @property
     def scenario(self) -> str:
-        """``"permuted"`` or ``"split"``."""
+        """``"permuted"``, ``"split"`` or ``"gem"``."""
         return self.key.partition("-")[0]
 
     @property
@@ -189,4 +200,39 @@ SPLIT_FASHION = replace(
     learning_loss=0.02,
 )
 
-EXPERIMENTS = (PERMUTED_DIGITS, SPLIT_DIGITS, PERMUTED_FASHION, SPLIT_FASHION)
+GEM_DIGITS = replace(
+    PERMUTED_DIGITS,
+    name="GEM-Permuted-Digits",
+    methods=(
+        replace(ADAMW, lr=3.2e-4),
+        replace(ADAMW_SLOW, lr=3.2e-5),
+        replace(EWC_GRADIENT, lr=1e-2, ewc_lambda=32.0),
+        replace(GEM_1, lr=1e-2),
+        replace(GEM_10, lr=3.2e-3),
+        replace(A_GEM_10, lr=3.2e-3),
+        replace(GEM_ONCE, lr=3.2e-4),
+        replace(SGD, lr=3.2e-2),
+        replace(SGD_GEM_1, lr=0.32),
+        replace(SGD_GEM_10, lr=0.32),
+        replace(SGD_A_GEM_10, lr=0.32),
+        replace(SGD_GEM_ONCE, lr=3.2e-2),
+        replace(JOINT, lr=1e-3),
+    ),
+    grids=(
+        Grid(ADAMW, powers(-10, -4)),
+        Grid(EWC_GRADIENT, powers(-6, -3), powers(1, 6)),
+        Grid(GEM_1, powers(-7, -3)),
+        Grid(GEM_10, powers(-7, -3)),
+        Grid(A_GEM_10, powers(-7, -3)),
+        Grid(GEM_ONCE, powers(-8, -4)),
+        Grid(SGD, powers(-4, 0)),
+        Grid(SGD_GEM_1, powers(-4, 0)),
+        Grid(SGD_GEM_10, powers(-4, 0)),
+        Grid(SGD_A_GEM_10, powers(-4, 0)),
+        Grid(SGD_GEM_ONCE, powers(-4, 0)),
+        Grid(JOINT, powers(-8, -4)),
+    ),
+    headline=(GEM_10.key, EWC_GRADIENT.key),
+)
+
+EXPERIMENTS = (PERMUTED_DIGITS, SPLIT_DIGITS, GEM_DIGITS, PERMUTED_FASHION, SPLIT_FASHION)

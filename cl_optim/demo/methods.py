@@ -5,15 +5,31 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
+from torch.nn import functional as F
 
-from cl_optim import EWCAdamW, estimate_fisher
+from cl_optim import GEM, EWCAdamW, estimate_fisher
 from cl_optim.demo.scenarios import Split
 
 WEIGHT_DECAY = 1e-2  # AdamW's default in torch
 FISHER_SAMPLES = 500  # nearly as good as all of them (van de Ven 2025, arXiv:2502.11756)
 _FISHER_BATCH = 128
+MEMORY_SAMPLES = 128  # of each task, kept by GEM; Lopez-Paz & Ranzato 2017 have 256
+
+Base = Literal["adamw", "sgd"]
+
+
+def base_optimizer(base: Base, model: nn.Module, lr: float) -> torch.optim.Optimizer:
+    """The optimizer of a method without protection.
+
+    Both in their fastest form, so that the seconds per step are compared with the best.
+    """
+    if base == "sgd":
+        return torch.optim.SGD(model.parameters(), lr=lr, fused=True)
+    return torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=WEIGHT_DECAY, fused=True)
 
 
 class Learner:
@@ -25,19 +41,24 @@ class Learner:
 
     optimizer: torch.optim.Optimizer
 
-    def __init__(self, model: nn.Module, lr: float) -> None:
-        # AdamW in its fastest form, so that the seconds per step are compared with the best.
-        self.optimizer = torch.optim.AdamW(
-            model.parameters(), lr=lr, weight_decay=WEIGHT_DECAY, fused=True
-        )
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self.optimizer = optimizer
 
     @property
     def backend(self) -> str:
         """What the last step ran on."""
         return "torch"
 
+    @property
+    def conflicts(self) -> list[NDArray[np.float64]]:
+        """Of each task so far, how often its gradient was in conflict; only GEM knows."""
+        return []
+
+    def after_step(self) -> None:
+        """Look at what the step did; its time does not count."""
+
     def end_task(self, train: Split) -> None:
-        """Protect what has been learned; plain AdamW does nothing here."""
+        """Protect what has been learned; without protection there is nothing to do."""
 
 
 class ProtectedLearner(Learner):
@@ -46,16 +67,17 @@ class ProtectedLearner(Learner):
     optimizer: EWCAdamW
 
     def __init__(self, model: nn.Module, method: Protected) -> None:
-        self.model = model
-        self.importance = method.importance
-        self.anchors = method.anchors
-        self.optimizer = EWCAdamW(
+        optimizer = EWCAdamW(
             model.named_parameters(),
             lr=method.lr,
             weight_decay=WEIGHT_DECAY,
             ewc_lambda=method.ewc_lambda,
             penalty=method.penalty,
         )
+        super().__init__(optimizer)
+        self.model = model
+        self.importance = method.importance
+        self.anchors = method.anchors
 
     @property
     def backend(self) -> str:
@@ -77,6 +99,42 @@ class ProtectedLearner(Learner):
         self.optimizer.consolidate(fisher, decay=1.0, anchors=self.anchors)
 
 
+class RememberingLearner(Learner):
+    """GEM around AdamW or SGD; some samples of each task are kept. For networks with one head."""
+
+    optimizer: GEM
+
+    def __init__(self, model: nn.Module, method: Remembering) -> None:
+        super().__init__(GEM(base_optimizer(method.base, model, method.lr), average=method.average))
+        self.model = model
+        self.refresh_every = method.refresh_every
+        self._steps: list[NDArray[np.float64]] = []  # of the task that is learned now
+        self._conflicts: list[NDArray[np.float64]] = []
+
+    @property
+    def conflicts(self) -> list[NDArray[np.float64]]:
+        """For each task so far the fractions that `Run.conflicts` has: [1 + t] for t memories."""
+        return self._conflicts
+
+    def after_step(self) -> None:
+        """Count conflicts."""
+        if self.optimizer.memories:
+            negative = (self.optimizer.conflicts() < 0).numpy()
+            each = negative[:0] if self.optimizer.average else negative
+            self._steps.append(np.array([negative.any(), *each], dtype=np.float64))
+
+    def end_task(self, train: Split) -> None:
+        """Remember the first samples of the task; the training split is in random order."""
+        self._conflicts.append(np.mean(self._steps, axis=0) if self._steps else np.zeros(0))
+        self._steps = []
+        x, y = train.x[:MEMORY_SAMPLES], train.y[:MEMORY_SAMPLES]
+
+        def backward() -> None:
+            torch.autograd.backward(F.cross_entropy(self.model(x), y))
+
+        self.optimizer.remember(f"task {len(self._conflicts)}", backward, self.refresh_every)
+
+
 @dataclass(frozen=True)
 class Method:
     """Plain AdamW, on one task after another or on all at once.
@@ -93,9 +151,23 @@ class Method:
     lr: float
     joint: bool = False
 
+    @property
+    def protects(self) -> bool:
+        """Whether it does anything against forgetting."""
+        return False
+
     def learner(self, model: nn.Module) -> Learner:
         """Start training a model."""
-        return Learner(model, self.lr)
+        return Learner(base_optimizer("adamw", model, self.lr))
+
+
+@dataclass(frozen=True)
+class PlainSGD(Method):
+    """Plain SGD, without momentum."""
+
+    def learner(self, model: nn.Module) -> Learner:
+        """Start training a model."""
+        return Learner(base_optimizer("sgd", model, self.lr))
 
 
 @dataclass(frozen=True)
@@ -114,6 +186,35 @@ class Protected(Method):
     importance: Literal["fisher", "ones"] = "fisher"
     anchors: Literal["latest", "exact"] = "latest"
 
+    @property
+    def protects(self) -> bool:
+        """Yes."""
+        return True
+
     def learner(self, model: nn.Module) -> Learner:
         """Start training a model."""
         return ProtectedLearner(model, self)
+
+
+@dataclass(frozen=True)
+class Remembering(Method):
+    """GEM around an optimizer.
+
+    Attributes:
+        base: The optimizer.
+        refresh_every: Steps between computations of a memory row; None: it is computed once.
+        average: A-GEM: one row, the mean of all.
+    """
+
+    base: Base = "adamw"
+    refresh_every: int | None = 1
+    average: bool = False
+
+    @property
+    def protects(self) -> bool:
+        """Yes."""
+        return True
+
+    def learner(self, model: nn.Module) -> Learner:
+        """Start training a model."""
+        return RememberingLearner(model, self)

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cl_optim.demo import metrics
-from cl_optim.demo.methods import Method, Protected
+from cl_optim.demo.methods import Method
 from cl_optim.demo.metrics import Interval
 from cl_optim.demo.report import Results
 
@@ -110,7 +110,7 @@ def _curves(axes: Axes, results: Results, method: Method, colours: NDArray[np.fl
 def _summary(axes: Axes, results: Results) -> None:
     """The final accuracy of every method, each named above its point."""
     for place, method in enumerate(results.methods):
-        colour = _PROTECTED if isinstance(method, Protected) else _PLAIN
+        colour = _PROTECTED if method.protects else _PLAIN
         acc = results.interval(method, metrics.acc)
         axes.errorbar(
             acc.mean, place, xerr=np.nan_to_num(acc.half_width),

@@ -20,7 +20,7 @@ from rich.text import Text
 import cl_optim
 from cl_optim.demo import metrics, sweep
 from cl_optim.demo.experiments import ADAMW, ADAMW_SLOW, Experiment
-from cl_optim.demo.methods import Method, Protected
+from cl_optim.demo.methods import MEMORY_SAMPLES, Method, Protected, Remembering
 from cl_optim.demo.metrics import Interval, Matrix
 from cl_optim.demo.sweep import Score, choose
 from cl_optim.demo.train import Run
@@ -41,6 +41,15 @@ _DEFINITIONS = (
     "after learning it. Joint training sees all tasks at once: the ceiling. Every lr and λ is the "
     "best for validation ACC among those that learn (learning accuracy at most {:.0f} points below "
     "AdamW's best)."
+)
+_GEM = (
+    f" GEM keeps {MEMORY_SAMPLES} samples of each task and computes their gradients anew in each "
+    "step, in every 10th, or once, when the task ends; A-GEM has one row, their mean."
+)
+_CONFLICTS = (
+    "Conflicts: the share of steps whose gradient, before its projection, had a negative product "
+    "with a memory row (GEM.conflicts()): with any of them, and with each task's, over the tasks "
+    "learned after it. Rows that were stored once are as old as their task."
 )
 _SLOW = " The small lr is the best for AdamW without that condition."
 
@@ -90,6 +99,8 @@ def render(results: Results, table_box: box.Box = box.SIMPLE_HEAD) -> Renderable
     definitions = _DEFINITIONS.format(100 * results.experiment.learning_loss)
     if any(method.key == ADAMW_SLOW.key for method in results.methods):
         definitions += _SLOW
+    if any(isinstance(method, Remembering) for method in results.methods):
+        definitions += _GEM
     interval = " ± 95 % t-interval" if seeds > 1 else ""
     setting = (
         f"{results.experiment.name}: {config.tasks} tasks, {seeds} seed{'s' * (seeds > 1)}; MLP "
@@ -99,6 +110,8 @@ def render(results: Results, table_box: box.Box = box.SIMPLE_HEAD) -> Renderable
     parts: list[RenderableType] = [setting, "", _main_table(results, table_box), definitions, ""]
     parts += [_backend(results), ""]
     parts += [_paired_table(results, table_box), *_headlines(results)]
+    if any(run.conflicts.size for run in results.runs):
+        parts += ["", _conflicts_table(results, table_box), _CONFLICTS]
     return Group(*(Text(part) if isinstance(part, str) else part for part in parts))
 
 
@@ -125,18 +138,36 @@ def _main_table(results: Results, table_box: box.Box) -> Table:
 
 
 def _paired_table(results: Results, table_box: box.Box) -> Table:
-    baselines = [m for m in results.methods if not (isinstance(m, Protected) or m.joint)]
+    baselines = [m for m in results.methods if not (m.protects or m.joint)]
     compared = (("ACC", metrics.acc), ("learning acc.", metrics.learning_accuracy))
     headers = [f"{name} −\n{baseline.label}" for baseline in baselines for name, _ in compared]
     table = _table(table_box, "Paired difference", *headers)
     for method in results.methods:
-        if isinstance(method, Protected):
+        if method.protects:
             differences = [
                 results.paired(method, baseline, metric)
                 for baseline in baselines
                 for _, metric in compared
             ]
             table.add_row(method.label, *(_percent(d, signed=True) for d in differences))
+    return table
+
+
+def _conflicts_table(results: Results, table_box: box.Box) -> Table:
+    """How often the gradient of a new task would have raised an old task's loss, and whose."""
+    tasks = results.experiment.config.tasks
+    headers = [f"with\ntask {number}" for number in range(1, tasks)]
+    table = _table(table_box, "Steps in conflict, %", "with\nany", *headers)
+    for method in results.methods:
+        conflicts = [run.conflicts for run in results.of(method)]
+        if not conflicts[0].size:
+            continue
+        shares = [
+            Interval.of([float(c[max(1, number) :, number].mean()) for c in conflicts])
+            for number in range(tasks)
+            if not math.isnan(conflicts[0][-1, number])
+        ]
+        table.add_row(method.label, *(_percent(share) for share in shares))
     return table
 
 
@@ -182,8 +213,9 @@ def _backend(results: Results) -> str:
         ours = f"{', '.join(backends)}: {library.explain('cpu')}"
     return (
         f"Steps of EWCAdamW (L2-SP, EWC) ran on {ours}; steps of AdamW on "
-        "torch.optim.AdamW(fused=True). One thread. A step is forward, backward and optimizer, the "
-        "median of a run; the end of a task is the Fisher and consolidate()."
+        "torch.optim.AdamW(fused=True), of SGD likewise. One thread. A step is forward, backward "
+        "and optimizer, the median of a run; the end of a task is the Fisher and consolidate(), or "
+        "remember()."
     )
 
 
@@ -295,6 +327,7 @@ def to_json(results: Results) -> dict[str, Any]:
                     if metric is metrics.acc or not run.method.joint
                 },
                 "matrix": run.matrix.tolist(),
+                "conflicts": [[_finite(c) for c in task] for task in run.conflicts.tolist()],
                 "curve_steps": run.curve_steps.tolist(),
                 "curves": [[_finite(a) for a in point] for point in run.curves.round(4).tolist()],
             }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
 import numpy as np
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cl_optim.demo.methods import Method
+from cl_optim.demo.methods import Learner, Method
 from cl_optim.demo.scenarios import Scenario, Split, generator
 
 HeldOut = Literal["validation", "test"]
@@ -60,6 +60,9 @@ class Run:
         optimizer_seconds: Of the optimizer in it; the median.
         end_task_seconds: Of what a method does at a task's end (Fisher, consolidation); the median.
         backend: What the optimizer's steps ran on.
+        conflicts: For GEM [T, 1 + T]: the fraction of each task's steps whose gradient had a
+            negative product with any memory row, then with the row of each task; NaN where there
+            is none. A-GEM has the first number only. For other methods [0, 0].
     """
 
     method: Method
@@ -71,6 +74,7 @@ class Run:
     optimizer_seconds: float
     end_task_seconds: float
     backend: str
+    conflicts: NDArray[np.float64] = field(default_factory=lambda: np.zeros((0, 0)))
 
 
 @contextmanager
@@ -152,6 +156,7 @@ def train(
         added = 0
         for done, (task, x, y) in enumerate(_batches(stage, config, order), start=1):
             recorder.step(learner.optimizer, task, x, y)
+            learner.after_step()
             while added < points * done // batches:
                 recorder.add_point(begun)
                 added += 1
@@ -164,7 +169,7 @@ def train(
             learner.end_task(data)
             recorder.end_task_seconds.append(time.perf_counter() - start)
     on_progress(1.0)
-    return recorder.run(method, seed, learner.backend)
+    return recorder.run(method, seed, learner)
 
 
 # What is learned at a time: the training samples of each task in it, with the task's number.
@@ -240,7 +245,11 @@ class _Recorder:
     def add_row(self) -> None:
         self.matrix.append(self.accuracies(len(self.held_out)))
 
-    def run(self, method: Method, seed: int, backend: str) -> Run:
+    def run(self, method: Method, seed: int, learner: Learner) -> Run:
+        tasks = len(learner.conflicts)
+        fractions = np.full((tasks, 1 + tasks if tasks else 0), np.nan)
+        for row, values in zip(fractions, learner.conflicts, strict=True):
+            row[: len(values)] = values
         return Run(
             method=method,
             seed=seed,
@@ -250,7 +259,8 @@ class _Recorder:
             step_seconds=float(np.median(self.step_seconds)),
             optimizer_seconds=float(np.median(self.optimizer_seconds)),
             end_task_seconds=float(np.median(self.end_task_seconds or [0.0])),
-            backend=backend,
+            backend=learner.backend,
+            conflicts=fractions,
         )
 
 

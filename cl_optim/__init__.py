@@ -2,7 +2,7 @@
 
 from cl_optim import functional
 from cl_optim._version import __version__
-from cl_optim.fisher import FisherEstimator, estimate_fisher
+from cl_optim.fisher import FisherEstimator, estimate_fisher, register_fisher_rule
 from cl_optim.importance import Importance
 from cl_optim.optim.ewc_adamw import EWCAdamW
 from cl_optim.optim.gem import GEM
@@ -15,4 +15,5 @@ __all__ = [
     "__version__",
     "estimate_fisher",
     "functional",
+    "register_fisher_rule",
 ]

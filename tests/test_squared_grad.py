@@ -1,9 +1,15 @@
-"""squared_grad_sum_ against one sample at a time, in float64."""
+"""squared_grad_sum_ against one sample at a time, in float64, and who computes it."""
+
+import importlib.util
+import itertools
+import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from squared_grad_cases import CASES, arguments, assert_near, assert_right
 from torch import Tensor
 
 from cl_optim.ops import squared_grad
@@ -23,11 +29,6 @@ def brute_force(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
         squares += g**2
         grad += g
     return squares, grad
-
-
-def assert_near(actual: Tensor, expected: Tensor, rtol: float) -> None:
-    error = torch.linalg.vector_norm(actual.double() - expected)
-    assert error <= rtol * torch.linalg.vector_norm(expected), error
 
 
 @settings(deadline=None, max_examples=200)
@@ -66,6 +67,63 @@ def test_brute_force(n, t, inputs, outputs, flat, dtype, chunk, with_grad, trans
     assert_near(out, squares + 2, rtol)
     if weight_grad is not None:
         assert_near(weight_grad, grad + 3, rtol)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_cases(case):
+    """What the Triton kernel is tested with: strides, packed sequences, every dtype of the sums."""
+    out, a, b, weight_grad, cu_seqlens = arguments(case)
+    assert squared_grad.backend(out, a, cu_seqlens) == "reference"
+    squared_grad_sum_(out, a, b, weight_grad, cu_seqlens)
+    assert_right(out, a, b, weight_grad, cu_seqlens)
+
+
+@settings(deadline=None, max_examples=100)
+@given(
+    lengths=st.lists(st.integers(0, 5), max_size=6),
+    inputs=SIZE,
+    outputs=SIZE,
+    dtype=st.sampled_from([torch.float32, torch.float64, torch.bfloat16]),
+    index_dtype=st.sampled_from([torch.int32, torch.int64]),
+    with_grad=st.booleans(),
+)
+def test_packed_sequences(lengths, inputs, outputs, dtype, index_dtype, with_grad):
+    torch.manual_seed(sum(lengths))
+    ends = list(itertools.accumulate(lengths, initial=0))
+    a = torch.randn(ends[-1], inputs).to(dtype)
+    b = torch.randn(ends[-1], outputs).to(dtype)
+    squares = torch.zeros(outputs, inputs, dtype=torch.float64)
+    grad = torch.zeros_like(squares)
+    for first, end in itertools.pairwise(ends):
+        squares_n, grad_n = brute_force(a[None, first:end], b[None, first:end])
+        squares += squares_n
+        grad += grad_n
+    out = torch.full_like(squares, 2, dtype=torch.promote_types(dtype, torch.float32))
+    weight_grad = torch.full_like(out, 3) if with_grad else None
+    squared_grad_sum_(out, a, b, weight_grad, torch.tensor(ends, dtype=index_dtype))
+    assert_near(out, squares + 2, 2e-6)
+    if weight_grad is not None:
+        assert_near(weight_grad, grad + 3, 2e-6)
+
+
+def test_weight_grad_in_half_precision_is_rounded_once():
+    """Adding sample after sample in bfloat16 would lose all but the first."""
+    a, b = torch.full((1000, 2, 1), 0.5), torch.full((1000, 2, 1), 0.001)
+    weight_grad = torch.tensor([[1.0]], dtype=torch.bfloat16)
+    squared_grad_sum_(torch.zeros(1, 1), a, b, weight_grad)
+    assert weight_grad.item() == 2
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_autocast_does_not_round_the_products(packed):
+    a, b = torch.randn(3, 40, 5), torch.randn(3, 40, 4)
+    squares, _ = brute_force(a, b)
+    cu_seqlens = torch.tensor([0, 40, 80, 120]) if packed else None
+    if packed:
+        a, b = a.flatten(0, 1), b.flatten(0, 1)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = squared_grad_sum_(torch.zeros(4, 5), a, b, None, cu_seqlens)
+    assert_near(out, squares, 2e-6)
 
 
 def test_float16_does_not_underflow():
@@ -123,6 +181,79 @@ def test_bad_arguments(message, out, inputs, grad_outputs, weight_grad):
     ]
     with pytest.raises(ValueError, match=message):
         squared_grad_sum_(*tensors)
+
+
+@pytest.mark.parametrize(
+    ("message", "inputs", "cu_seqlens"),
+    [
+        (r"^inputs must be \[ΣT, in\] with cu_seqlens", (2, 4, 5), torch.tensor([0, 8])),
+        (r"^cu_seqlens must be \[N \+ 1\], not \[1, 2\]", (8, 5), torch.tensor([[0, 8]])),
+        (r"^cu_seqlens must be \[N \+ 1\], not \[0\]", (8, 5), torch.tensor([], dtype=torch.int64)),
+        ("^cu_seqlens must be int32 or int64, not torch.float32", (8, 5), torch.tensor([0.0, 8.0])),
+        ("^cu_seqlens must rise from 0 to the 8 rows of inputs", (8, 5), torch.tensor([0, 7])),
+        ("^cu_seqlens must rise from 0 to the 8 rows of inputs", (8, 5), torch.tensor([1, 8])),
+        ("^cu_seqlens must rise from 0 to the 8 rows", (8, 5), torch.tensor([0, 5, 4, 8])),
+    ],
+)
+def test_bad_cu_seqlens(message, inputs, cu_seqlens):
+    out = torch.zeros(4, 5)
+    with pytest.raises(ValueError, match=message):
+        squared_grad_sum_(out, torch.ones(inputs), torch.ones(*inputs[:-1], 4), None, cu_seqlens)
+    assert (out == 0).all()
+
+
+def test_sums_that_share_memory_are_refused():
+    a, b = torch.zeros(3, 2, 5), torch.zeros(3, 2, 4)
+    with pytest.raises(ValueError, match=r"^out must not be expanded"):
+        squared_grad_sum_(torch.zeros(1, 5).expand(4, 5), a, b)
+    with pytest.raises(ValueError, match=r"^weight_grad must not be expanded"):
+        squared_grad_sum_(torch.zeros(4, 5), a, b, torch.zeros(4, 1).expand(4, 5))
+
+
+class TestBackend:
+    """The choice for a GPU, of which only device and dtype are looked at."""
+
+    @pytest.fixture(autouse=True)
+    def _gpu(self, monkeypatch):
+        monkeypatch.setattr(torch.version, "cuda", "13.0")
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+        caches = squared_grad._why_not_triton, squared_grad._warn_once
+        for cache in caches:
+            cache.cache_clear()
+        yield
+        for cache in caches:
+            cache.cache_clear()
+
+    @staticmethod
+    def chosen(dtype=torch.float32, shape=(3, 2, 5), cu_seqlens=None):
+        out = SimpleNamespace(device=torch.device("cuda", 0), dtype=dtype)
+        return squared_grad.backend(out, torch.zeros(shape), cu_seqlens)
+
+    def test_triton(self):
+        assert self.chosen() == "triton"
+        assert self.chosen(shape=(6, 5), cu_seqlens=torch.tensor([0, 6])) == "triton"
+
+    def test_reference(self):
+        assert self.chosen(dtype=torch.float64) == "reference"
+        assert self.chosen(shape=(3, 1, 5)) == "reference"
+        assert self.chosen(shape=(3, 5)) == "reference"
+
+    @pytest.mark.parametrize(
+        ("owner", "name", "value", "reason"),
+        [
+            (torch.version, "cuda", None, "is built without"),
+            (torch.cuda, "get_device_capability", lambda device: (7, 5), "cuda:0 has 7.5"),
+            (importlib.util, "find_spec", lambda name: None, "Triton is not installed"),
+        ],
+    )
+    def test_a_gpu_that_has_to_do_without_warns_once(self, monkeypatch, owner, name, value, reason):
+        monkeypatch.setattr(owner, name, value)
+        with pytest.warns(UserWarning, match=reason):
+            assert self.chosen() == "reference"
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert self.chosen() == "reference"
 
 
 def test_device_mismatch():

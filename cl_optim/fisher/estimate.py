@@ -5,25 +5,47 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor, nn
 
+from cl_optim.fisher import batches as data
 from cl_optim.fisher import nested
-from cl_optim.fisher.estimator import FisherEstimator
-from cl_optim.fisher.labels import IGNORED, LABELS, MAX_EXACT_CLASSES, Labels, seeds
-from cl_optim.fisher.observation import Observation
+from cl_optim.fisher.check import Check
+from cl_optim.fisher.estimator import (
+    Totals,
+    Verify,
+    check_integer,
+    check_model,
+    check_verify,
+    recomputing,
+    trained,
+)
+from cl_optim.fisher.labels import IGNORED, LABELS, Labels, norm_seed, seeds
+from cl_optim.fisher.language import is_causal_lm
+from cl_optim.fisher.observation import FREEZE, Observation, Policy, RestartError
+from cl_optim.fisher.samples import Samples
 from cl_optim.importance.importance import Importance
+
+Kind: TypeAlias = Literal["fisher", "mas", "logits_reversal"]
+Loss: TypeAlias = Literal["auto", "cross_entropy", "causal_lm"]
+Unsupported: TypeAlias = Literal["error", "sign", "skip"]
 
 
 def estimate_fisher(
     model: nn.Module,
     batches: Iterable[Any],
-    labels: Labels = "exact",
+    labels: Labels | None = None,
     max_samples: int | None = 500,
     per_sample_loss: Callable[[nn.Module, Any], Tensor] | None = None,
     *,
+    loss: Loss = "auto",
+    importance: Kind = "fisher",
+    unsupported: Unsupported = "error",
+    sign_draws: int = 16,
+    verify: Verify = "first",
     generator: torch.Generator | None = None,
     progress: bool | None = None,
 ) -> Importance:
@@ -32,7 +54,7 @@ def estimate_fisher(
     :math:`F_i = \frac1N \sum_n E_y\left[(∂ \log p(y | x_n) / ∂θ_i)^2\right]`, exactly per sample.
     What y is, is ``labels``:
 
-    ``"exact"``
+    ``"exact"`` (default)
         The expectation over the model's own p(y | x): one backward pass per class, at most 100.
     ``"sample"``
         One label per sample (or token) drawn from the model: unbiased for ``"exact"``.
@@ -41,181 +63,393 @@ def estimate_fisher(
     ``"empirical"``
         The data's label.
 
-    ``model(inputs)`` must return logits: [N, C], or [N, T, C] for sequences. There, a sample is a
-    sequence: its loss is the sum over tokens of −log p, its gradient is squared whole.
+    The model must return logits, or an output of transformers that has them: [N, C], or [N, T, C]
+    for sequences. There, a sample is a sequence: its loss is the sum over tokens of −log p, its
+    gradient is squared whole; ``importance.per_token()`` reads the sums per token. Of a causal
+    language model the logits are compared with the next token; padding (``attention_mask`` 0) is
+    never predicted, on whichever side it is.
 
-    The model runs in eval mode and is left as it was: training flags, ``grad``, buffers. On the
-    first batch it is checked that no sample's loss depends on another sample. See
+    The model runs in eval mode and is left as it was: training flags, ``grad``, buffers. See
     :class:`FisherEstimator` for the layers that are supported.
 
     Args:
         model: The model; observed are its parameters that require gradients.
-        batches: Yields ``(inputs, targets)``, or inputs alone where ``labels`` needs no targets.
-            Inputs are what ``model`` takes: a tensor, or tensors in a tuple, list or mapping, with
-            the samples along their leading dimension. Targets are classes, [N] or [N, T], aligned
-            with the logits. What has target −100 is left out in every mode, and not counted.
-            Batches are moved to the model's device.
+        batches: Yields ``(inputs, targets)``, or inputs alone where ``labels`` needs no targets; or
+            mappings as transformers takes them, ``{"input_ids": …, "attention_mask": …,
+            "labels": …}``, where a causal language model's labels default to its tokens. Inputs are
+            what ``model`` takes: a tensor, or tensors in a tuple, list or mapping, with the samples
+            along their leading dimension; a mapping whose keys are arguments of the model's forward
+            is passed as arguments. Targets are classes, [N] or [N, T]. What has target −100 is left
+            out in every mode, and not counted. Batches are moved to the model's device.
         labels: As above.
         max_samples: Stop after exactly so many samples; ``None``: take all.
         per_sample_loss: ``per_sample_loss(model, batch)`` returns losses [N] for a whole batch, in
             place of −log p; for ``labels="empirical"`` only.
-        generator: Draws the labels of ``"sample"``.
+        loss: How logits and targets go together. ``"cross_entropy"``: aligned. ``"causal_lm"``: the
+            logits at t are about the token at t + 1. ``"auto"``: the latter for causal language
+            models of transformers.
+        importance: What is summed. ``"fisher"``. ``"mas"``: Σ_n ∣∂‖logits‖²/∂θ∣, Memory Aware
+            Synapses, which needs no labels. ``"logits_reversal"``: the Fisher information of
+            −logits with the data's labels (or ``"predicted"`` ones), EWC-DR: it does not vanish
+            where the model is confident.
+        unsupported: What happens to a parameter that is used in an unsupported way. ``"error"``
+            names it. ``"sign"`` estimates it by random signs, E[(Σ_n s_n g_n)²] = Σ_n g_n², with
+            one backward pass per draw: unbiased for any use of a parameter. ``"skip"`` leaves it
+            out. The importance's metadata lists both.
+        sign_draws: Number K of draws: their relative deviation is at most √(2/K).
+        verify: Check, in the ``"first"`` batch, in each (``True``) or not at all, that
+            Σ_n s_n g_n, put together from what was captured, is the gradient of Σ_n s_n ℓ_n for
+            random signs s_n, by a second forward and backward pass that nothing intercepts. It
+            finds uses that were missed, wrong rules, samples that depend on one another, and
+            tensors in which samples were looked for along a wrong dimension.
+        generator: Draws the labels of ``"sample"`` and the signs.
         progress: Show a progress bar. Default: if the standard error stream is a terminal.
 
     Raises:
         TypeError: An argument is of a wrong type.
         ValueError: An argument is out of range; ``batches`` is empty; logits, targets or losses
-            have a wrong shape or value; a loss or gradient is not finite; samples are not
-            independent.
+            have a wrong shape or value; a loss or gradient is not finite; the self-check failed.
         NotImplementedError: A parameter is used in a way that is not supported.
 
     References:
         Kirkpatrick et al. 2017, arXiv:1612.00796; van de Ven 2025, arXiv:2502.11756, on how much
-        the choice between these matters.
+        the choice between these matters; Aljundi et al. 2018, arXiv:1711.09601 (MAS); Liu & Chang
+        2026, arXiv:2603.18596 (EWC-DR).
     """
-    _check_arguments(batches, labels, max_samples, per_sample_loss)
-    fisher = FisherEstimator(model)
+    check_model(model)
+    labels = _check_arguments(batches, labels, max_samples, per_sample_loss, loss, importance)
+    if unsupported not in get_args(Unsupported):
+        raise ValueError(
+            f"unsupported must be one of {get_args(Unsupported)}, not {unsupported!r}."
+        )
+    if unsupported == "sign" and importance == "mas":
+        raise ValueError(
+            "unsupported='sign' estimates sums of squares, which importance='mas' is not."
+        )
+    check_integer("sign_draws", sign_draws, 1)
+    check_verify(verify)
+    return estimate(
+        model,
+        batches,
+        Objective(labels, per_sample_loss, loss, importance, generator),
+        max_samples,
+        Policy(unsupported),
+        sign_draws,
+        verify,
+        progress,
+    )
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What is differentiated."""
+
+    labels: Labels | None
+    per_sample_loss: Callable[[nn.Module, Any], Tensor] | None = None
+    loss: Loss = "auto"
+    importance: Kind = "fisher"
+    generator: torch.Generator | None = None
+    by_probability: bool = False
+
+    def seeds(self, logits: Tensor, targets: Tensor | None) -> Iterator[Tensor]:
+        """The gradients of the losses with respect to the logits, one for each backward pass."""
+        if self.labels is None:
+            yield norm_seed(logits, targets)
+        else:
+            yield from seeds(
+                self.labels,
+                logits,
+                targets,
+                self.generator,
+                reverse=self.importance == "logits_reversal",
+                by_probability=self.by_probability,
+            )
+
+
+def estimate(
+    model: nn.Module,
+    batches: Iterable[Any],
+    objective: Objective,
+    max_samples: int | None,
+    policy: Policy,
+    sign_draws: int = 16,
+    verify: Verify = "first",
+    progress: bool | None = None,
+) -> Importance:
+    """:func:`estimate_fisher`, with its arguments checked."""
+    totals = Totals(model)
     device = next(model.parameters()).device
+    one = _Pass(model, totals, objective, policy, sign_draws, verify)
     batch_count = 0
-    with _evaluating(model), _progress_bar(progress, max_samples) as advance, torch.enable_grad():
+    with evaluating(model), _progress_bar(progress, max_samples) as advance, torch.enable_grad():
         for batch in batches:
             where = f"batch {batch_count}"
             batch_count += 1
             batch = nested.map_tensors(lambda tensor: tensor.to(device), batch)
-            left = None if max_samples is None else max_samples - fisher._samples
-            if per_sample_loss is None:
-                samples = _add_labelled(fisher, batch, labels, left, generator, where)
-            else:
-                samples = _add_losses(fisher, batch, per_sample_loss, left, where)
-            if names := fisher._non_finite():
+            left = None if max_samples is None else max_samples - int(totals.samples)
+            samples = one.add(batch, left, where)
+            if totals.overflowed() and (names := totals.non_finite()):
                 raise ValueError(
                     f"the gradient of parameter {names[0]!r} is not finite in {where}."
                 )
             advance(samples)
-            if fisher._samples == max_samples:
+            if totals.samples == max_samples:
                 break
-    if fisher._samples == 0:
+    if totals.samples == 0:
         raise ValueError("batches has no samples.")
-    return fisher._importance(
-        estimator="estimate_fisher",
-        labels=labels,
-        loss="per_sample_loss" if per_sample_loss is not None else "-log p",
-        max_samples=max_samples,
-        batches=batch_count,
-    )
+    metadata: dict[str, Any] = {
+        "estimator": "estimate_fisher",
+        "importance": objective.importance,
+        "labels": objective.labels,
+        "loss": "per_sample_loss" if objective.per_sample_loss else one.loss,
+        "max_samples": max_samples,
+        "batches": batch_count,
+    }
+    if policy.mode == "sign" and policy.left:
+        metadata["sign"] = {"draws": sign_draws, "parameters": dict(policy.left)}
+    return totals.importance(model, policy, **metadata)
 
 
-def _add_labelled(
-    fisher: FisherEstimator,
-    batch: Any,
-    labels: Labels,
-    limit: int | None,
-    generator: torch.Generator | None,
-    where: str,
-) -> int:
-    """Add at most ``limit`` samples of a batch, with the loss −log p(y); return how many."""
-    inputs, targets = _split(batch, labels, where)
-    samples = _leading(inputs, where)
-    kept = torch.arange(samples)
-    if targets is not None and targets.dim() > 0 and len(targets) == samples:
-        counted = (targets != IGNORED).unsqueeze(-1).flatten(1).any(1)
-        kept = counted.nonzero().squeeze(1)
-    inputs, targets = _take((inputs, targets), kept[:limit], samples)
-    samples = len(kept[:limit])
-    if samples == 0:
-        return 0
-    with fisher._observe(samples, factor=1.0, own_pass=True) as observation:
-        logits = fisher._model(inputs)
-        _check_logits(logits, samples, labels, where)
-        if labels == "empirical":
-            _check_targets(targets, logits, where)
-        elif targets is not None and targets.shape != logits.shape[:-1]:
-            targets = None
-        log_p = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
-        _check_losses(log_p, targets if labels == "empirical" else None, where)
-        if fisher._samples == 0:
-            _check_independence(observation, logits, where)
-        for seed in seeds(labels, log_p, targets, generator):
-            observation.backward(log_p, seed, retain_graph=labels == "exact")
-    tokens = observation.tokens
-    if logits.dim() == 3:
-        positions = logits[..., 0].numel()
-        tokens = positions if targets is None else int((targets != IGNORED).sum())
-    fisher._count(samples, tokens)
-    return samples
+class _Pass:
+    """Adds batches, one at a time."""
 
-
-def _add_losses(
-    fisher: FisherEstimator,
-    batch: Any,
-    per_sample_loss: Callable[[nn.Module, Any], Tensor],
-    limit: int | None,
-    where: str,
-) -> int:
-    """Add at most ``limit`` samples of a batch, with the user's loss; return how many."""
-    samples = _leading(batch, where)
-    batch = _take(batch, torch.arange(samples)[:limit], samples)
-    samples = samples if limit is None else min(samples, limit)
-    if samples == 0:
-        return 0
-    with fisher._observe(samples, factor=1.0, own_pass=True) as observation:
-        losses = per_sample_loss(fisher._model, batch)
-        if not isinstance(losses, Tensor) or losses.shape != (samples,):
-            raise ValueError(
-                f"per_sample_loss must return one loss per sample, shape [{samples}], but returned "
-                f"{_kind(losses)} in {where}."
-            )
-        if not torch.isfinite(losses).all():
-            raise ValueError(f"per_sample_loss returned a loss that is not finite in {where}.")
-        if fisher._samples == 0:
-            _check_independence(observation, losses, where)
-        observation.backward(losses, torch.ones_like(losses), retain_graph=False)
-    fisher._count(samples, observation.tokens)
-    return samples
-
-
-# --- batches --------------------------------------------------------------------------------------
-
-
-def _split(batch: Any, labels: Labels, where: str) -> tuple[Any, Tensor | None]:
-    """Inputs, and targets if they can be class indices."""
-    targets: object = None
-    inputs = batch
-    if isinstance(batch, (tuple, list)):
-        if len(batch) not in (1, 2):
-            raise ValueError(f"{where} must be (inputs, targets), but has {len(batch)} parts.")
-        inputs, targets = batch if len(batch) == 2 else (batch[0], None)
-    integers = isinstance(targets, Tensor) and targets.dtype in (
-        torch.uint8,
-        torch.int8,
-        torch.int16,
-        torch.int32,
-        torch.int64,
-    )
-    if labels == "empirical" and not integers:
-        raise ValueError(
-            f"labels='empirical' needs (inputs, targets) with integer class targets, but the "
-            f"targets of {where} are {_kind(targets)}."
+    def __init__(
+        self,
+        model: nn.Module,
+        totals: Totals,
+        objective: Objective,
+        policy: Policy,
+        sign_draws: int,
+        verify: Verify,
+    ) -> None:
+        self._model = model
+        self._totals = totals
+        self._objective = objective
+        self._policy = policy
+        self._sign_draws = sign_draws
+        self._verify = verify
+        self._causal = objective.loss == "causal_lm" or (
+            objective.loss == "auto" and is_causal_lm(model)
         )
-    # int64, since −100 is no uint8
-    return inputs, targets.long() if isinstance(targets, Tensor) and integers else None
+        self.loss = "causal_lm" if self._causal else "cross_entropy"
+        self._spoilt = False  # whether the sums have a part of the batch that is being added
+
+    def add(self, batch: Any, limit: int | None, where: str) -> int:
+        """Add at most ``limit`` samples of a batch; return how many."""
+        while True:
+            begun = len(self._policy.left)
+            try:
+                if self._objective.per_sample_loss is None:
+                    return self._add_labelled(batch, limit, where)
+                return self._add_losses(batch, limit, where)
+            except RestartError:
+                # Some parameters are now known to be unsupported, and the batch is taken again.
+                found = list(self._policy.left)[begun:]
+                earlier = self._totals.batches > 0
+                if earlier and (self._policy.mode == "sign" or self._spoilt):
+                    raise NotImplementedError(
+                        f"{self._policy.left[found[0]]} It was first met in {where}, when it had "
+                        f"been taken to be supported; put such a batch first."
+                    ) from None
+                if self._spoilt:
+                    for total in self._totals.sums.values():
+                        total.zero_()
+
+    def _add_labelled(self, batch: Any, limit: int | None, where: str) -> int:
+        """With the loss −log p(y)."""
+        objective = self._objective
+        labelled = data.read(batch, self._model, objective.labels, self._causal, where)
+        samples = data.leading(labelled.inputs, where)
+        kept = labelled.counted(samples)[:limit]
+        labelled = labelled.take(kept, samples)
+        samples = len(kept)
+        if samples == 0:
+            return 0
+        aligned = labelled.targets
+
+        def run() -> Tensor:
+            logits = labelled.logits(self._model)
+            return data.check_logits(logits, samples, objective.labels, where)
+
+        def make_seeds(logits: Tensor) -> Iterator[Tensor]:
+            nonlocal aligned
+            if objective.labels == "empirical":
+                data.check_targets(aligned, logits, where)
+            elif aligned is not None and aligned.shape != logits.shape[:-1]:
+                aligned = None
+            empirical = objective.labels == "empirical"
+            data.check_losses(logits, aligned if empirical else None, where)
+            return objective.seeds(logits, aligned)
+
+        observed, logits = self._observe(run, make_seeds, samples, labelled.inputs, where)
+        tokens = observed.tokens
+        if logits.dim() == 3:
+            positions = logits[..., 0].numel()
+            tokens = positions if aligned is None else int((aligned != IGNORED).sum())
+        self._totals.count(samples, tokens)
+        return samples
+
+    def _add_losses(self, batch: Any, limit: int | None, where: str) -> int:
+        """With the user's loss."""
+        per_sample_loss = self._objective.per_sample_loss
+        assert per_sample_loss is not None
+        samples = data.leading(batch, where)
+        batch = data.take(batch, torch.arange(samples)[:limit], samples)
+        samples = samples if limit is None else min(samples, limit)
+        if samples == 0:
+            return 0
+
+        def run() -> Tensor:
+            losses = per_sample_loss(self._model, batch)
+            if not isinstance(losses, Tensor) or losses.shape != (samples,):
+                raise ValueError(
+                    f"per_sample_loss must return one loss per sample, shape [{samples}], but "
+                    f"returned {data.kind(losses)} in {where}."
+                )
+            if not torch.isfinite(losses).all():
+                raise ValueError(f"per_sample_loss returned a loss that is not finite in {where}.")
+            return losses
+
+        def make_seeds(losses: Tensor) -> Iterator[Tensor]:
+            yield torch.ones_like(losses)
+
+        observed, _ = self._observe(run, make_seeds, samples, batch, where)
+        self._totals.count(samples, observed.tokens)
+        return samples
+
+    def _observe(
+        self,
+        run: Callable[[], Tensor],
+        make_seeds: Callable[[Tensor], Iterator[Tensor]],
+        count: int,
+        inputs: Any,
+        where: str,
+    ) -> tuple[Samples, Tensor]:
+        """One forward pass, and a backward pass for each seed; return the outputs, detached."""
+        totals = self._totals
+        parameters = totals.check_unchanged(self._model)
+        sums = totals.begin(1.0)
+        samples = Samples(count)
+        for tensor in nested.tensors(inputs):
+            samples.see(tensor.shape)
+        check, first, signs = None, None, None
+        if self._verify is True or (self._verify == "first" and totals.batches == 0):
+            device = next(iter(parameters.values())).device
+            # Not from the user's generator: labels are drawn alike whether it is checked or not.
+            signs = _signs(count, device, torch.Generator().manual_seed(totals.batches))
+            check = Check()
+            first = self._without_interception(run, make_seeds, signs, check, where)
+        observation = Observation(
+            parameters,
+            sums,
+            samples,
+            self._policy,
+            own_pass=True,
+            magnitudes=self._objective.importance == "mas",
+            check=check,
+            weights=signs,
+        )
+        observation.open()
+        try:
+            with recomputing(observation), observation:
+                outputs = run()
+                if not outputs.requires_grad:
+                    raise ValueError(
+                        f"the loss does not depend on any trained parameter in {where}."
+                    )
+                signed = self._policy.mode == "sign" and bool(self._policy.left)
+                several = self._objective.labels == "exact"
+                # Drawn labels must be those of the pass that it is compared with.
+                known = None if several or first is None else [first]
+                for seed in known or make_seeds(outputs):
+                    _backward(outputs, seed, several or signed)
+                    observation.settle()
+                    if wrong := observation.end_check():
+                        raise _failed(wrong, where)
+                if signed:
+                    observation.capturing = False
+                    self._draw_signs(outputs, make_seeds, sums, parameters)
+        finally:
+            self._spoilt = observation.changed
+            observation.close()
+            for parameter in parameters.values():
+                parameter.grad = None
+        return samples, outputs.detach()
+
+    def _without_interception(
+        self,
+        run: Callable[[], Tensor],
+        make_seeds: Callable[[Tensor], Iterator[Tensor]],
+        signs: Tensor,
+        check: Check,
+        where: str,
+    ) -> Tensor:
+        """Tell ``check`` the gradients of Σ_n s_n ℓ_n; return the outputs' gradient, unsigned."""
+        devices = {p.device for p in self._model.parameters() if p.device.type == "cuda"}
+        with torch.random.fork_rng([device.index for device in devices]):
+            outputs = run()
+        if not outputs.requires_grad:
+            raise ValueError(f"the loss does not depend on any trained parameter in {where}.")
+        seed = next(iter(make_seeds(outputs)))
+        each = signs.to(seed).view(-1, *[1] * (seed.dim() - 1))
+        _backward(outputs, seed.mul_(each), False)
+        seed.mul_(each)  # as it was, without a copy of something as large as the logits
+        for name, parameter in trained(self._model).items():
+            grad, parameter.grad = parameter.grad, None
+            if name not in self._policy.left and grad is not None:
+                check.lower(name, parameter.dtype)
+                check.receive(name, grad)
+        return seed
+
+    def _draw_signs(
+        self,
+        outputs: Tensor,
+        make_seeds: Callable[[Tensor], Iterator[Tensor]],
+        sums: Mapping[str, Tensor],
+        parameters: Mapping[str, nn.Parameter],
+    ) -> None:
+        """Add E[(Σ_n s_n g_n)²] = Σ_n g_n² for the parameters that are left to it."""
+        left = {name: parameters[name] for name in self._policy.left}
+        generator = self._objective.generator
+        for parameter in left.values():
+            parameter.grad = None
+        for draw in range(self._sign_draws):
+            # With labels="exact", each class of each sample has a sign of its own.
+            seed = torch.zeros_like(outputs)
+            for one in make_seeds(outputs):
+                seed += _signed(one, _signs(len(outputs), outputs.device, generator))
+            _backward(outputs, seed, draw + 1 < self._sign_draws)
+            for name, parameter in left.items():
+                if parameter.grad is not None:
+                    grad = parameter.grad.to(sums[name].dtype)
+                    sums[name].addcmul_(grad, grad, value=1 / self._sign_draws)
+                    parameter.grad = None
 
 
-def _leading(value: Any, where: str) -> int:
-    """The number of samples: the leading dimension of the first tensor."""
-    first = next(nested.tensors(value), None)
-    if first is None or first.dim() == 0:
-        raise ValueError(f"{where} must have a tensor whose leading dimension runs over samples.")
-    return len(first)
+def _signs(count: int, device: torch.device, generator: torch.Generator | None) -> Tensor:
+    """±1 for each sample."""
+    home = "cpu" if generator is None else generator.device
+    return (2 * torch.randint(0, 2, (count,), generator=generator, device=home) - 1).to(device)
 
 
-def _take(value: Any, rows: Tensor, samples: int) -> Any:
-    """Those rows of all tensors that have ``samples`` rows."""
-    if len(rows) == samples:
-        return value
-    return nested.map_tensors(
-        lambda tensor: tensor[rows] if tensor.dim() > 0 and len(tensor) == samples else tensor,
-        value,
+def _signed(seed: Tensor, signs: Tensor) -> Tensor:
+    return seed * signs.to(seed).view(-1, *[1] * (seed.dim() - 1))
+
+
+def _backward(outputs: Tensor, seed: Tensor, retain_graph: bool) -> None:
+    # autograd.grad would not go through reentrant activation checkpointing.
+    with torch.autocast(outputs.device.type, enabled=False):
+        torch.autograd.backward(outputs, seed.to(outputs.dtype), retain_graph=retain_graph)
+
+
+def _failed(wrong: Mapping[str, float], where: str) -> ValueError:
+    name, error = max(wrong.items(), key=lambda item: item[1])
+    return ValueError(
+        f"the self-check failed in {where}: for losses with random signs, what was captured of "
+        f"parameter {name!r} differs from its gradient by {error:.1g} of its size ({len(wrong)} "
+        f"parameters differ). Either the samples are not independent (the leading dimension of "
+        f"each layer's input must run over samples, not over positions, and no sample may depend "
+        f"on another), or a rule is wrong; {FREEZE}"
     )
 
 
@@ -223,94 +457,68 @@ def _take(value: Any, rows: Tensor, samples: int) -> Any:
 
 
 def _check_arguments(
-    batches: object, labels: object, max_samples: object, per_sample_loss: object
-) -> None:
+    batches: object,
+    labels: Labels | None,
+    max_samples: object,
+    per_sample_loss: object,
+    loss: object,
+    importance: object,
+) -> Labels | None:
+    """Return the labels that are meant."""
     if isinstance(batches, (Tensor, Mapping)) or not isinstance(batches, Iterable):
-        raise TypeError(f"batches must be an iterable of batches, not {_kind(batches)}.")
-    if labels not in LABELS:
+        raise TypeError(f"batches must be an iterable of batches, not {data.kind(batches)}.")
+    if labels is not None and labels not in LABELS:
         raise ValueError(f"labels must be one of {LABELS}, not {labels!r}.")
     if max_samples is not None:
         if not isinstance(max_samples, int) or isinstance(max_samples, bool):
-            raise TypeError(f"max_samples must be an integer or None, not {_kind(max_samples)}.")
+            raise TypeError(
+                f"max_samples must be an integer or None, not {data.kind(max_samples)}."
+            )
         if max_samples < 1:
             raise ValueError(f"max_samples must be at least 1, or None, not {max_samples}.")
+    if loss not in get_args(Loss):
+        raise ValueError(
+            f"loss must be one of {get_args(Loss)}, not {loss!r}; a function of your own is "
+            f"per_sample_loss."
+        )
+    if importance == "adam":
+        raise ValueError("importance='adam' needs an optimizer: importance_from_adam(optimizer).")
+    if importance not in get_args(Kind):
+        raise ValueError(f"importance must be one of {get_args(Kind)}, not {importance!r}.")
+    if importance == "mas":
+        if labels is not None or per_sample_loss is not None:
+            raise ValueError("importance='mas' takes neither labels nor per_sample_loss.")
+        return None
+    if importance == "logits_reversal":
+        if labels not in (None, "empirical", "predicted") or per_sample_loss is not None:
+            raise ValueError(
+                "importance='logits_reversal' needs labels='empirical' or 'predicted', and no "
+                "per_sample_loss."
+            )
+        return labels or "empirical"
     if per_sample_loss is not None and labels != "empirical":
-        raise ValueError(f"per_sample_loss needs labels='empirical', not {labels!r}.")
-
-
-def _check_logits(logits: object, samples: int, labels: Labels, where: str) -> None:
-    if (
-        not isinstance(logits, Tensor)
-        or not logits.is_floating_point()
-        or logits.dim() not in (2, 3)
-        or len(logits) != samples
-    ):
-        raise ValueError(
-            f"model(inputs) must return floating-point logits [{samples}, C] or [{samples}, T, C], "
-            f"but returned {_kind(logits)} in {where}."
-        )
-    if labels == "exact" and (logits.dim() == 3 or logits.shape[-1] > MAX_EXACT_CLASSES):
-        raise ValueError(
-            f"labels='exact' is for logits [N, C] with at most {MAX_EXACT_CLASSES} classes, not "
-            f"{list(logits.shape)}; use labels='sample'."
-        )
-
-
-def _check_targets(targets: Tensor | None, logits: Tensor, where: str) -> None:
-    classes = logits.shape[-1]
-    if targets is None or targets.shape != logits.shape[:-1]:
-        raise ValueError(
-            f"targets must have shape {list(logits.shape[:-1])}, as the logits without their "
-            f"classes, not {_kind(targets)}, in {where}."
-        )
-    wrong = targets[((targets < 0) | (targets >= classes)) & (targets != IGNORED)]
-    if len(wrong):
-        raise ValueError(
-            f"targets must be in [0, {classes}) or {IGNORED}, but there is {int(wrong[0])} in "
-            f"{where}."
-        )
-
-
-def _check_losses(log_p: Tensor, targets: Tensor | None, where: str) -> None:
-    """Refuse a NaN anywhere, and a target with probability 0 (elsewhere p = 0 may be meant)."""
-    finite = not bool(torch.isnan(log_p).any())
-    if targets is not None:
-        chosen = log_p.gather(-1, targets.clamp_min(0).unsqueeze(-1)).squeeze(-1)
-        finite &= bool(torch.isfinite(chosen[targets != IGNORED]).all())
-    if not finite:
-        raise ValueError(f"the loss is not finite in {where}.")
-
-
-def _check_independence(observation: Observation, outputs: Tensor, where: str) -> None:
-    if not outputs.requires_grad:
-        raise ValueError(f"the loss does not depend on any trained parameter in {where}.")
-    if names := observation.find_coupled(outputs):
-        raise ValueError(
-            f"samples are not independent in {where}: the first sample's loss reaches other rows "
-            f"of what parameter {names[0]!r} met. The leading dimension of each layer's input must "
-            f"run over samples, not over positions, and no sample may depend on another."
-        )
-
-
-def _kind(value: object) -> str:
-    if isinstance(value, Tensor):
-        return f"a {str(value.dtype).removeprefix('torch.')} tensor of shape {list(value.shape)}"
-    return "None" if value is None else f"a {type(value).__name__}"
+        raise ValueError(f"per_sample_loss needs labels='empirical', not {labels or 'exact'!r}.")
+    return labels or "exact"
 
 
 # --- around the pass ------------------------------------------------------------------------------
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode; afterwards each module's own flag is what it was."""
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode and no gradients; afterwards each module's own flag is what it was."""
     training = [(module, module.training) for module in model.modules()]
+    grads = [(parameter, parameter.grad) for parameter in model.parameters()]
     model.eval()
     try:
+        for parameter, _ in grads:
+            parameter.grad = None
         yield
     finally:
         for module, flag in training:
             module.training = flag
+        for parameter, grad in grads:
+            parameter.grad = grad
 
 
 @contextmanager

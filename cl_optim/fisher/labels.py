@@ -1,4 +1,4 @@
-"""Which labels the Fisher information is taken with."""
+"""Which labels the Fisher information is taken with, and the gradients of the losses they give."""
 
 from __future__ import annotations
 
@@ -15,44 +15,73 @@ LABELS: tuple[str, ...] = get_args(Labels)
 IGNORED = -100
 # "exact" makes one backward pass per class.
 MAX_EXACT_CLASSES = 100
+# Rows of logits whose labels are drawn at once: drawing takes two more copies of them.
+_DRAWN_AT_ONCE = 512
 
 
 def seeds(
     labels: Labels,
-    log_p: Tensor,
+    logits: Tensor,
     targets: Tensor | None = None,
     generator: torch.Generator | None = None,
+    *,
+    reverse: bool = False,
+    by_probability: bool = False,
 ) -> Iterator[Tensor]:
-    """Yield, for each backward pass, the gradient of its loss with respect to ``log_p``.
+    """Yield, for each backward pass, the gradient of its loss with respect to the logits.
 
-    The loss is −log p(y) summed over samples and tokens. For ``"exact"``, the loss of class c is
-    weighted per sample by √p_c, so that the squares of its gradient are weighted by p_c.
+    The loss is −log p(y) summed over samples and tokens; its gradient is p − e_y. For ``"exact"``,
+    that of class c is weighted per sample by √p_c, so that the squares of what follows from it are
+    weighted by p_c.
 
     Args:
-        labels: ``"exact"`` (log_p [N, C] only), ``"sample"``, ``"predicted"`` or ``"empirical"``.
-        log_p: Log-probabilities [N, C] or [N, T, C].
+        labels: ``"exact"`` (logits [N, C] only), ``"sample"``, ``"predicted"`` or ``"empirical"``.
+        logits: [N, C] or [N, T, C].
         targets: int64 classes [N] or [N, T] for ``"empirical"``. For all others only those with
             value −100 are of interest: they have no loss.
         generator: Draws the labels of ``"sample"``; they are drawn on its device.
+        reverse: Take −logits as the logits.
+        by_probability: Weight the squares by p(y).
     """
-    log_p = log_p.detach()
+    logits = logits.detach()
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    p = (-wide if reverse else wide).softmax(-1)
     if labels == "exact":
-        for c in range(log_p.shape[-1]):
-            seed = torch.zeros_like(log_p)
-            seed[:, c] = -(0.5 * log_p[:, c]).exp()
-            yield seed
+        for c in range(p.shape[-1]):
+            weight = p[:, c : c + 1].sqrt()
+            seed = p * weight
+            seed[:, c : c + 1] -= weight
+            yield seed.to(logits.dtype)
         return
-    counted = None if targets is None else targets != IGNORED
     if labels == "empirical":
         assert targets is not None
-        chosen = targets.clamp_min(0)
+        chosen = targets.clamp_min(0).unsqueeze(-1)
     elif labels == "predicted":
-        chosen = log_p.argmax(-1)
+        chosen = logits.argmax(-1, keepdim=True)
     else:
-        p = log_p.exp().flatten(0, -2)
-        if generator is not None:
-            p = p.to(generator.device)
-        drawn = torch.multinomial(p, 1, generator=generator)
-        chosen = drawn.to(log_p.device).view(log_p.shape[:-1])
-    seed = torch.zeros_like(log_p).scatter_(-1, chosen.unsqueeze(-1), -1.0)
-    yield seed if counted is None else seed * counted.unsqueeze(-1)
+        chosen = _draw(p, generator)
+    root = p.gather(-1, chosen).sqrt() if by_probability else None
+    seed = p.scatter_add_(-1, chosen, p.new_full((), -1.0).expand(chosen.shape))
+    if root is not None:
+        seed.mul_(root)
+    if targets is not None:
+        seed.mul_((targets != IGNORED).unsqueeze(-1))
+    yield (seed.neg_() if reverse else seed).to(logits.dtype)
+
+
+def _draw(p: Tensor, generator: torch.Generator | None) -> Tensor:
+    """A class for each row of p [..., C]: [..., 1]."""
+    rows = p.flatten(0, -2)
+    drawn = [
+        torch.multinomial(
+            part if generator is None else part.to(generator.device), 1, generator=generator
+        ).to(p.device)
+        for part in torch.split(rows, _DRAWN_AT_ONCE)
+    ]
+    return torch.cat(drawn).view(*p.shape[:-1], 1)
+
+
+def norm_seed(logits: Tensor, targets: Tensor | None) -> Tensor:
+    """The gradient of Σ ‖logits‖² over samples and tokens, those with target −100 left out."""
+    seed = 2 * logits.detach()
+    return seed if targets is None else seed * (targets != IGNORED).unsqueeze(-1)

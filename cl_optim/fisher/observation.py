@@ -3,128 +3,263 @@
 A parameter is met where a torch function receives it, not where a module holds it: functional
 calls, fused heads and reused modules are seen alike, and what is not understood can be refused.
 
-The function's own gradient is left to autograd. Its output passes through a :class:`_Tap`, the
-identity, which sees the output gradient on the way back.
+The gradient that goes on to earlier layers is left to autograd: the function is called with its
+parameters detached, and its output passes through a :class:`_Tap`, the identity, which sees the
+output gradient on the way back and makes both the per-sample squares and the parameters' own
+gradients of it.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Mapping
-from types import TracebackType
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
-from torch.overrides import TorchFunctionMode, resolve_name
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack, resolve_name
+from torch.utils.hooks import RemovableHandle
+from torch.utils.weak import WeakIdKeyDictionary
 
 from cl_optim.fisher import nested
-from cl_optim.fisher.rules import RULES, UnsupportedUseError, Use
+from cl_optim.fisher.attention import multi_head_attention
+from cl_optim.fisher.check import Check
+from cl_optim.fisher.per_sample import Dense, Geometry, PerSample, ScaledBy, ViewOf, combine
+from cl_optim.fisher.rules import (
+    CASTS,
+    ELEMENTWISE,
+    EXPANSIONS,
+    IN_PLACE,
+    RULES,
+    UNARY,
+    UnsupportedUseError,
+    check_embedding,
+    expand_gradient,
+    features_after_broadcast,
+    refuse_batch_statistics,
+    rows,
+)
+from cl_optim.fisher.samples import Samples
+
+FREEZE = "freeze what should be left out with requires_grad_(False)."
+DECOMPOSED: dict[Callable[..., Any], Callable[..., Any]] = {
+    F.multi_head_attention_forward: multi_head_attention,
+}
+
+
+class RestartError(Exception):
+    """A parameter was found to be unsupported while it was already taken to be supported."""
+
+
+@dataclass
+class Policy:
+    """What is done with parameters that are used in an unsupported way; kept between batches.
+
+    Attributes:
+        mode: ``"error"``, ``"skip"`` or ``"sign"``.
+        left: Names of such parameters, and why they are left out of what is observed.
+        shared: Names of tables, and whether they are looked up once for all samples.
+    """
+
+    mode: str = "error"
+    left: dict[str, str] = field(default_factory=dict)
+    shared: dict[str, bool] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _Source:
+    """What a watched tensor is: a parameter, a view of one, or an elementwise function of one.
+
+    Attributes:
+        name: The parameter's.
+        pull: Turns per-sample gradients of this tensor into those of the parameter.
+        start: Where the tensor that this is a view of begins in its storage.
+        base: Shape and ``pull`` of the tensor that this is a view of; ``None`` if it is no view.
+        direct: Whether this is the parameter itself.
+    """
+
+    name: str
+    pull: Callable[[PerSample], PerSample]
+    start: int
+    base: tuple[tuple[int, ...], Callable[[PerSample], PerSample]] | None = None
+    direct: bool = False
+
+
+@dataclass
+class _Call:
+    """What is kept of a call until its gradient comes; no tensors of the graph."""
+
+    gradients: Callable[..., Sequence[PerSample | Tensor | None]]
+    sources: tuple[_Source | None, ...]
+    made: bool  # whether the parameters' own gradients are made here, or by autograd
+    recomputed: bool  # in a backward pass, by activation checkpointing
+    done: bool = False
 
 
 class _Tap(torch.autograd.Function):
-    """The identity; its backward hands the gradient and the saved tensors to ``capture``."""
+    """The identity; its backward hands the gradient and the saved tensors to the observation."""
 
     @staticmethod
     def forward(
         ctx: Any,
         output: Tensor,
-        anchor: Tensor,
-        capture: Callable[..., None],
-        *saved: Tensor | None,
+        anchor: Tensor | None,
+        observation: Observation,
+        call: _Call,
+        count: int,
+        *tensors: Tensor | None,
     ) -> Tensor:
-        ctx.capture = capture
-        ctx.save_for_backward(*saved)
+        ctx.observation, ctx.call, ctx.count = observation, call, count
+        ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in tensors[:count]]
+        ctx.save_for_backward(*tensors[count:])
         # "Changed in place" rather than returned as it came: the latter would make it a view, and
         # a ReLU(inplace=True) after it an error.
         ctx.mark_dirty(output)
         return output
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        ctx.capture(grad_output, *ctx.saved_tensors)
-        return grad_output, None, None, *(None for _ in ctx.saved_tensors)
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
+        saved = ctx.saved_tensors
+        made = ctx.observation.capture(ctx.call, grad_output, saved)
+        wanted = ctx.needs_input_grad[5 : 5 + ctx.count]
+        grads = [
+            grad.to(dtype) if needed and grad is not None else None
+            for grad, needed, dtype in zip(made[: ctx.count], wanted, ctx.dtypes, strict=True)
+        ]
+        return grad_output, None, None, None, None, *grads, *[None] * len(saved)
 
 
-class _Capture:
-    """What is kept of a :class:`Use` until its gradient comes; no tensors of the graph."""
+class _Expand(torch.autograd.Function):
+    """A parameter expanded to the shape that it broadcasts to, tapped on the way back."""
 
-    def __init__(self, use: Use, names: tuple[str | None, ...]) -> None:
-        self.add_squares = use.add_squares
-        self.names = names
-        self.done = False
+    @staticmethod
+    def forward(
+        ctx: Any,
+        tensor: Tensor,
+        anchor: Tensor | None,
+        observation: Observation,
+        call: _Call,
+        shape: tuple[int, ...],
+    ) -> Tensor:
+        ctx.observation, ctx.call = observation, call
+        ctx.shape, ctx.dtype = tensor.shape, tensor.dtype
+        return tensor.expand(shape)
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
+        (made,) = ctx.observation.capture(ctx.call, grad_output, ())
+        if not ctx.needs_input_grad[0]:
+            return None, None, None, None, None
+        grad = grad_output.sum_to_size(ctx.shape) if made is None else made.to(ctx.dtype)
+        return grad, None, None, None, None
 
 
 class Observation(TorchFunctionMode):
-    """One forward pass over ``batch_size`` samples, and its backward.
+    """One batch: its forward pass, or several of the same samples, and the backward.
 
     Args:
         parameters: The watched parameters by name; all require gradients.
         sums: For each of them, where Σ_n g_n² is added.
-        batch_size: Number of samples.
-        factor: Multiplies the gradients before they are squared.
-        own_pass: The backward passes are made with :meth:`backward`, which computes no gradients
-            of parameters; several through one forward pass are allowed, and their squares add.
+        samples: Where the batch's samples are.
+        policy: What is done with unsupported parameters; is told of those that are found.
+        own_pass: The backward passes compute no gradients of parameters; several through one
+            forward pass are allowed, with :meth:`settle` after each, and their squares add.
+        magnitudes: Add Σ_n |g_n| instead.
+        check: Is told of Σ_n w_n g_n of each parameter, and of the gradients they receive.
+        weights: w_n, 1 by default.
 
     Attributes:
-        tokens: Number of tokens in the batch, ``None`` as long as no sequence was seen.
         changed: Whether anything was added to the sums.
+        closed: Whether the observation has ended.
+        capturing: Whether a backward pass adds to the sums.
     """
 
     def __init__(
         self,
         parameters: Mapping[str, Tensor],
         sums: Mapping[str, Tensor],
-        batch_size: int,
-        factor: float,
+        samples: Samples,
+        policy: Policy,
         *,
         own_pass: bool = False,
+        magnitudes: bool = False,
+        check: Check | None = None,
+        weights: Tensor | None = None,
     ) -> None:
         super().__init__()
         self._parameters = parameters
-        self._names = {id(parameter): name for name, parameter in parameters.items()}
         self._sums = sums
-        self._batch_size = batch_size
-        self._factor = factor
+        self.samples = samples
+        self._policy = policy
         self._own_pass = own_pass
+        self._magnitudes = magnitudes
+        self._check = check
+        self._weights = weights
+        # In training, the batch that is checked leaves the parameters' gradients to autograd.
+        self._makes = check is None and not own_pass
         # Without gradients of parameters, this is what makes the graph reach back to each use.
         device = next(iter(parameters.values())).device
-        self._anchor = torch.empty(0, device=device, requires_grad=True)
-        self._closed = False
-        self._used: set[str] = set()
-        self._hooks: list[torch.utils.hooks.RemovableHandle] = []
+        self._anchor = torch.empty(0, device=device, requires_grad=True) if own_pass else None
+        self._sources = {
+            id(parameter): _Source(name, _itself, int(parameter.storage_offset()), direct=True)
+            for name, parameter in parameters.items()
+        }
+        self._stand_ins: dict[str, Tensor] = {}
+        self._derived: Any = WeakIdKeyDictionary()  # views of parameters, and functions of them
+        self._hooks: list[RemovableHandle] = []
         self._seen_grads: dict[str, Tensor] = {}
         self._unseen: list[str] = []
-        self._coupled: list[str] | None = None
-        # A table looked up with one index per row of the batch, and whether a sequence was as long
-        # as the batch: together, the indices may be positions that all samples share.
+        # How often each parameter was used outside a backward pass: recomputation does not count.
+        # What was used once is squared as soon as its gradient comes, else all uses are waited for.
+        self._uses: Counter[str] = Counter()
+        self._waiting: dict[str, list[PerSample]] = {}
+        self._late: set[str] = set()  # of which it is not known how many uses there are
+        self._squared: set[str] = set()
+        # A table looked up with one index per sample, if there is one: the indices may be positions
+        # if sequences are as long as the batch.
         self._table: str | None = None
-        self._long_as_batch = False
-        self.tokens: int | None = None
+        self.capturing = True
         self.changed = False
+        self.closed = False
 
-    def __enter__(self) -> Observation:
-        self._hooks = [
-            parameter.register_hook(functools.partial(self._receive, name))  # type: ignore[no-untyped-call]
-            for name, parameter in self._parameters.items()
-        ]
-        super().__enter__()  # type: ignore[no-untyped-call]
-        return self
+    # --- beginning and end ------------------------------------------------------------------------
 
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc_value: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        super().__exit__(exc_type, exc_value, traceback)  # type: ignore[no-untyped-call]
+    def open(self) -> None:
+        """Begin to hear of the gradients of parameters."""
+        for name, parameter in self._parameters.items():
+            self._hear(name, parameter)
+
+    def close(self) -> None:
+        """End it: let go of all tensors, and refuse gradients that still come."""
         for hook in self._hooks:
             hook.remove()
-        self._closed = True
-        self._seen_grads.clear()
+        self.closed = True
+        self._check = None
+        for held in (
+            self._hooks, self._seen_grads, self._stand_ins, self._waiting, self._sources,
+            self._derived,
+        ):  # fmt: skip
+            held.clear()
+
+    def is_entered(self) -> bool:
+        """Whether this mode is on. Inside a backward pass that was begun under it, it is not."""
+        stack = _get_current_function_mode_stack()  # type: ignore[no-untyped-call]
+        return any(mode is self for mode in stack)
+
+    def enter(self) -> None:
+        """Put this mode on top of the others."""
+        self.__enter__()  # type: ignore[no-untyped-call]
+
+    def leave(self) -> None:
+        """Take this mode off."""
+        self.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+
+    def _hear(self, name: str, tensor: Tensor) -> None:
+        hook = tensor.register_hook(functools.partial(self._receive, name))  # type: ignore[no-untyped-call]
+        self._hooks.append(hook)
 
     # --- forward ----------------------------------------------------------------------------------
 
@@ -135,201 +270,629 @@ class Observation(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
+        """Call ``func``, and tap its output if a watched parameter is among its arguments."""
         kwargs = kwargs or {}
-        if not torch.is_grad_enabled():
+        if self.closed:
             return func(*args, **kwargs)
         if func is F.batch_norm:
-            _refuse_batch_statistics(*args, **kwargs)
-        names = [
-            self._names[id(tensor)]
-            for tensor in nested.tensors((args, kwargs))
-            if id(tensor) in self._names
-        ]
-        if not names:
+            refuse_batch_statistics(*args, **kwargs)
+        found = self._find((args, kwargs))
+        if not found or func in _BACKWARD or _reads_a_property(func):
             return func(*args, **kwargs)
-        rule = RULES.get(func)
-        if rule is None:
-            return self._call_without_rule(func, args, kwargs)
-        try:
-            use = rule(*args, **kwargs)
-        except UnsupportedUseError as error:
-            raise NotImplementedError(
-                f"{_describe(func)} uses parameter {names[0]!r} in a way that is not supported: "
-                f"{error}."
-            ) from None
-        return self._call(func, args, kwargs, use, names)
+        if func in DECOMPOSED:
+            try:
+                with self:
+                    return DECOMPOSED[func](*args, **kwargs)
+            except UnsupportedUseError as error:
+                names = _names(found.values())
+                self._leave_out(_Refused(_not_supported(found, func, error), names))
+                return func(*args, **kwargs)
+        if not torch.is_grad_enabled():
+            # Reentrant checkpointing runs it again in the backward pass.
+            if func in RULES or func in ELEMENTWISE or func in EXPANSIONS:
+                self._count(found.values())
+            return func(*args, **kwargs)
+        left = {key: s for key, s in found.items() if s.name in self._policy.left}
+        if left:
+            args, kwargs = self._without(args, kwargs, left)
+            found = {key: s for key, s in found.items() if key not in left}
+            if not found:
+                return func(*args, **kwargs)
+        return self._call(func, *self._with_stand_ins(args, kwargs, found))
+
+    def _find(self, arguments: Iterable[Any]) -> dict[int, _Source]:
+        """The watched tensors among the arguments, by id. It runs at each call of a function."""
+        found = {}
+        for value in arguments:
+            if isinstance(value, Tensor):
+                source = self._sources.get(id(value))
+                if source is None and len(self._derived):
+                    source = self._derived.get(value)
+                if source is not None:
+                    found[id(value)] = source
+            elif isinstance(value, (tuple, list)):
+                found |= self._find(value)
+            elif isinstance(value, Mapping):
+                found |= self._find(value.values())
+        return found
+
+    def _without(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], left: Mapping[int, _Source]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """What is skipped in a pass of its own gets no gradient."""
+        if not self._own_pass or self._policy.mode != "skip":
+            return args, kwargs
+        return nested.map_tensors(  # type: ignore[no-any-return]
+            lambda tensor: tensor.detach() if id(tensor) in left else tensor, (args, kwargs)
+        )
+
+    def _with_stand_ins(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], found: Mapping[int, _Source]
+    ) -> tuple[tuple[Any, ...], dict[str, Any], dict[int, _Source]]:
+        """Put something in each parameter's place whose gradient is only that of uses seen here."""
+        stand_ins = {key: self._stand_in(s.name) for key, s in found.items() if s.direct}
+        args, kwargs = nested.map_tensors(
+            lambda tensor: stand_ins.get(id(tensor), tensor), (args, kwargs)
+        )
+        return (
+            args,
+            kwargs,
+            {id(stand_ins[k]) if k in stand_ins else k: s for k, s in found.items()},
+        )
+
+    def _stand_in(self, name: str) -> Tensor:
+        if name not in self._stand_ins:
+            parameter = self._parameters[name]
+            if self._own_pass:
+                stand_in = parameter.detach().requires_grad_()
+                self._hear(name, stand_in)
+            else:
+                stand_in = parameter.view_as(parameter)
+                record = functools.partial(self._seen_grads.__setitem__, name)
+                stand_in.register_hook(record)  # type: ignore[no-untyped-call]
+            self._stand_ins[name] = stand_in
+            # A cast that changes nothing returns it.
+            self._sources[id(stand_in)] = self._sources[id(parameter)]
+        return self._stand_ins[name]
 
     def _call(
         self,
         func: Callable[..., Any],
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
-        use: Use,
-        names: list[str],
+        found: dict[int, _Source],
+    ) -> Any:
+        """Call ``func`` with watched tensors, in the way that it uses them."""
+        others = [t for t in nested.tensors((args, kwargs)) if id(t) not in found]
+        try:
+            if func is F.embedding and (shared := self._shared_lookup(func, args, kwargs, found)):
+                return shared[0]
+            if func in RULES:
+                return self._by_rule(func, args, kwargs, found)
+            if func in ELEMENTWISE and others:
+                return self._elementwise(func, args, kwargs, found)
+            if func in EXPANSIONS and (expanded := self._expansion(func, args, kwargs, found)):
+                return expanded[0]
+            return self._without_rule(func, args, kwargs, found, others)
+        except UnsupportedUseError as error:
+            refused = _Refused(_not_supported(found, func, error), _names(found.values()))
+        except _Refused as error:
+            refused = error
+        self._leave_out(refused)
+        return func(*args, **kwargs)
+
+    def _leave_out(self, refused: _Refused) -> None:
+        """Do with parameters that are used in an unsupported way what the policy says."""
+        if self._policy.mode == "error":
+            raise refused.error from None
+        for name in refused.names:
+            self._policy.left[name] = str(refused.error)
+        if self._own_pass:
+            raise RestartError from None
+
+    def _by_rule(
+        self,
+        func: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        found: dict[int, _Source],
     ) -> Tensor:
-        use_names = tuple(self._names.get(id(parameter)) for parameter in use.parameters)
-        for name in names:
-            if name not in use_names:
-                raise _no_rule([name], func)
-            if name in self._used:
-                raise NotImplementedError(
-                    f"parameter {name!r} is used twice in one observe(): tied weights and reused "
-                    f"modules are not supported yet, and each forward pass needs an observe() of "
-                    f"its own."
-                )
-            self._used.add(name)
-        self._check_samples(use, names[0])
-        stand_ins = {
-            id(self._parameters[name]): self._stand_in(name, self._parameters[name])
-            for name in names
-        }
-        output = func(
-            *(stand_ins.get(id(arg), arg) for arg in args),
-            **{key: stand_ins.get(id(arg), arg) for key, arg in kwargs.items()},
-        )
+        args, kwargs = _as_autocast_would(func, args, kwargs, found)
+        use = RULES[func](*args, **kwargs)
+        sources = tuple(found.get(id(parameter)) for parameter in use.parameters)
+        missed = [source for source in found.values() if source not in sources]
+        if missed:
+            raise _no_rule(_names(missed), func)
+        names = [source.name for source in sources if source is not None]
+        self._check_samples(use.input.shape, use.features, names[0])
+        call = self._new_call(use.gradients, sources)
+        if not self._own_pass and not self._makes:
+            plain_args, plain_kwargs = args, kwargs  # autograd makes the parameters' gradients
+        else:
+            plain_args, plain_kwargs = nested.map_tensors(
+                lambda tensor: tensor.detach() if id(tensor) in found else tensor, (args, kwargs)
+            )
+        output = func(*plain_args, **plain_kwargs)
+        self.samples.see(output.shape)
+        tensors = use.parameters if self._makes else ()
         # Detached, so that the tap is not a second path back to them; autograd still notices if
         # they are changed in place before backward.
         saved = (None if tensor is None else tensor.detach() for tensor in use.saved)
-        capture = functools.partial(self._capture, _Capture(use, use_names))
-        tapped: Tensor = _Tap.apply(output, self._anchor, capture, *saved)
+        tapped: Tensor = _Tap.apply(
+            output, self._anchor, self, call, len(tensors), *tensors, *saved
+        )
         return tapped
 
-    def _stand_in(self, name: str, parameter: Tensor) -> Tensor:
-        """What the function gets in a parameter's place, to tell this use from others."""
-        if self._own_pass:
-            return parameter.detach()
-        alias = parameter.view_as(parameter)
-        record = functools.partial(self._seen_grads.__setitem__, name)
-        alias.register_hook(record)  # type: ignore[no-untyped-call]
-        return alias
-
-    def _check_samples(self, use: Use, name: str) -> None:
-        shape = list(use.input.shape)
-        leading = shape[: len(shape) - use.features]
-        if not leading:
-            raise ValueError(
-                f"parameter {name!r} met an input of shape {shape}, which has no dimension for "
-                f"samples; the input must begin with batch_size = {self._batch_size} samples."
-            )
-        if leading[0] != self._batch_size:
-            raise ValueError(
-                f"parameter {name!r} met an input of shape {shape}, whose leading dimension is "
-                f"{leading[0]}, but batch_size is {self._batch_size}: the leading dimension must "
-                f"run over the samples."
-            )
-        if len(leading) > 1:
-            self._long_as_batch |= leading[1] == self._batch_size
-            self.tokens = max(self.tokens or 0, torch.Size(leading).numel())
-        elif use.features == 0:
-            self._table = name
-        # In its own pass, find_coupled() knows.
-        if self._table is not None and self._long_as_batch and not self._own_pass:
-            raise ValueError(
-                f"parameter {self._table!r} met {self._batch_size} indices, which may be "
-                f"samples or positions, since sequences are as long as batch_size; use another "
-                f"batch size."
-            )
-
-    def _call_without_rule(
-        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    def _elementwise(
+        self,
+        func: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        found: dict[int, _Source],
     ) -> Any:
-        """Call ``func``; a watched parameter that its result's graph leads to is an error."""
-        stops = {tensor.grad_fn for tensor in nested.tensors((args, kwargs))}
+        """Expand parameters to the shape of the result; autograd does the rest."""
+        tensors = list(nested.tensors((args, kwargs)))
+        if id(tensors[0]) in found and func in IN_PLACE:
+            raise UnsupportedUseError("it is changed in place")
+        shape = torch.broadcast_shapes(*(t.shape for t in tensors))  # type: ignore[no-untyped-call]
+        expanded = {
+            id(tensor): self._expand(tensor, found[id(tensor)], shape)
+            for tensor in tensors
+            if id(tensor) in found
+        }
+        new_args, new_kwargs = nested.map_tensors(
+            lambda tensor: expanded.get(id(tensor), tensor), (args, kwargs)
+        )
+        result = func(*new_args, **new_kwargs)
+        self.samples.see(result.shape)
+        if any(tensor.dim() == 0 for tensor in tensors):
+            # A scalar takes part in type promotion less than what it was expanded to.
+            result = result.to(_promoted(tensors))
+        return result
+
+    def _expand(self, tensor: Tensor, source: _Source, shape: Sequence[int]) -> Tensor:
+        features = features_after_broadcast(tensor.shape, shape)
+        self._check_samples(shape, features, source.name)
+        gradients = functools.partial(_expand_gradient, shape=tuple(tensor.shape))
+        call = self._new_call(gradients, (source,))
+        given = tensor.detach() if self._own_pass else tensor
+        expanded: Tensor = _Expand.apply(given, self._anchor, self, call, tuple(shape))
+        return expanded
+
+    def _expansion(
+        self,
+        func: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        found: dict[int, _Source],
+    ) -> tuple[Tensor] | None:
+        """One copy of a parameter for each sample; None where it is something else."""
+        ((key, source),) = found.items()
+        tensor = next(t for t in nested.tensors((args, kwargs)) if id(t) == key)
+        shape = func(*args, **kwargs).shape
+        own = (1,) * (len(shape) - tensor.dim()) + tuple(tensor.shape)
+        copies = all(a in (1, b) for a, b in zip(own, shape, strict=True))
+        features = features_after_broadcast(tensor.shape, shape)
+        if not copies or own[0] != 1 or not self.samples.holds(shape, features):
+            return None
+        expanded = self._expand(tensor, source, shape)
+        return (expanded if func.__name__.startswith("expand") else expanded.clone(),)
+
+    def _shared_lookup(
+        self,
+        func: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        found: dict[int, _Source],
+    ) -> tuple[Tensor] | None:
+        """A table looked up once for all samples, as for positions; None if for each sample."""
+        bound = dict(zip(("input", "weight", "padding_idx"), args, strict=False)) | kwargs
+        indices, table = bound["input"], bound["weight"]
+        source = found.get(id(table))
+        if source is None:
+            return None
+        shape, count = indices.shape, self.samples.count
+        ambiguous = (
+            self.samples.offsets is None and len(shape) == 1 and shape[0] == count and count > 1
+        )
+        if ambiguous and source.name in self._policy.shared:
+            shared = self._policy.shared[source.name]
+        else:
+            shared = not self.samples.holds(shape, 0)
+            if ambiguous:
+                self._table = source.name
+            else:
+                self._policy.shared[source.name] = shared
+        if not shared:
+            return None
+        options = {k: v for k, v in kwargs.items() if k not in ("input", "weight", "padding_idx")}
+        check_embedding(*args[3:4], **{k: v for k, v in options.items() if k != "norm_type"})
+        looked_up = func(*args, **kwargs)
+        padding = bound.get("padding_idx")
+
+        length, width = table.shape
+        dtype = self._sums[source.name].dtype
+
+        def pull(inner: PerSample) -> PerSample:
+            grads = inner.dense(0, count, dtype).reshape(count, -1, width)
+            each = indices.reshape(1, -1).expand(count, -1)
+            return source.pull(rows(Samples(count), each, grads, length, padding))
+
+        self._derive(looked_up, _Source(source.name, pull, int(looked_up.storage_offset())))
+        return (looked_up,)
+
+    def _without_rule(
+        self,
+        func: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        found: dict[int, _Source],
+        others: list[Tensor],
+    ) -> Any:
+        """Call ``func``; what it makes of one parameter alone may be watched in its place."""
         result = func(*args, **kwargs)
-        nodes = [tensor.grad_fn for tensor in nested.tensors(result)]
-        found, visited = set(), set(stops)
+        results = list(nested.tensors(result))
+        if not any(t.requires_grad and id(t) not in found for t in results):
+            return result
+        if len(found) == 1:
+            ((key, source),) = found.items()
+            tensor = next(t for t in nested.tensors((args, kwargs)) if id(t) == key)
+            if _shares_storage(tensor, results) and self._derive_views(tensor, source, results):
+                return result
+            if func in UNARY and (not others or func in CASTS) and result.shape == tensor.shape:
+                pull = source.pull
+                if func not in CASTS:
+                    pull = _scaled(pull, _slope(func, args, kwargs, tensor))
+                self._derive(result, _Source(source.name, pull, int(result.storage_offset())))
+                return result
+        if self._leads_to(results, args, kwargs, found):
+            raise _no_rule(_names(found.values()), func)
+        return result
+
+    def _derive(self, tensor: Tensor, source: _Source) -> None:
+        if tensor.requires_grad:
+            self._derived[tensor] = source
+
+    def _derive_views(self, tensor: Tensor, source: _Source, views: Sequence[Tensor]) -> bool:
+        """Watch views of a tensor, if it is laid out so that its sums can be viewed likewise."""
+        shape, pull = source.base or (tuple(tensor.shape), source.pull)
+        if source.base is None and not tensor.is_contiguous():
+            return False
+        start = source.start if source.base else int(tensor.storage_offset())
+        for view in views:
+            geometry = Geometry(
+                tuple(view.shape), view.stride(), int(view.storage_offset()) - start
+            )
+            if not geometry.is_injective():
+                return False
+            within = _within(pull, geometry, shape)
+            self._derive(view, _Source(source.name, within, start, base=(shape, pull)))
+        return True
+
+    def _leads_to(
+        self,
+        results: Iterable[Tensor],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        found: Mapping[int, _Source],
+    ) -> bool:
+        """Whether the graph of the results reaches a watched argument."""
+        watched = [t for t in nested.tensors((args, kwargs)) if id(t) in found]
+        visited = {t.grad_fn for t in nested.tensors((args, kwargs)) if id(t) not in found}
+        goals = {t.grad_fn for t in watched if t.grad_fn is not None}
+        leaves = {id(t) for t in watched}
+        nodes = [t.grad_fn for t in results]
         while nodes:
             node = nodes.pop()
             if node is None or node in visited:
                 continue
+            # Only the node that accumulates a leaf's gradient has this attribute.
+            if node in goals or id(getattr(node, "variable", None)) in leaves:
+                return True
             visited.add(node)
             nodes.extend(following for following, _ in node.next_functions)
-            # Only the node that accumulates a leaf's gradient has this attribute.
-            name = self._names.get(id(getattr(node, "variable", None)))
-            if name is not None:
-                found.add(name)
-        if found:
-            raise _no_rule([name for name in self._parameters if name in found], func)
-        return result
+        return any(id(t) in leaves for t in results)
+
+    def _new_call(
+        self,
+        gradients: Callable[..., Sequence[PerSample | Tensor | None]],
+        sources: tuple[_Source | None, ...],
+    ) -> _Call:
+        used = [source for source in sources if source is not None]
+        for source in used:
+            if source.name in self._squared and not self._own_pass and not _in_backward():
+                raise NotImplementedError(
+                    f"parameter {source.name!r} is used again after its gradient was squared; each "
+                    f"forward pass with a backward pass of its own needs an observe() of its own."
+                )
+        self._count(used)
+        return _Call(gradients, sources, self._makes, _in_backward())
+
+    def _count(self, sources: Iterable[_Source]) -> None:
+        if not _in_backward():
+            self._uses.update(source.name for source in sources)
+
+    def _check_samples(self, shape: Sequence[int], features: int, name: str) -> None:
+        leading = shape[: len(shape) - features]
+        if not leading:
+            raise _Refused(
+                ValueError(
+                    f"parameter {name!r} met an input of shape {list(shape)}, which has no "
+                    f"dimension for samples; the input must begin with batch_size = "
+                    f"{self.samples.count} samples."
+                ),
+                [name],
+            )
+        if not self.samples.holds(shape, features):
+            raise _Refused(ValueError(self._where_samples_are_not(list(shape), name)), [name])
+        self.samples.record(shape, features)
+        self.samples.see(shape)
+        self.check_table()
+
+    def _where_samples_are_not(self, shape: list[int], name: str) -> str:
+        if self.samples.offsets is not None:
+            return (
+                f"parameter {name!r} met an input of shape {shape}, which does not begin with the "
+                f"{self.samples.offsets[-1]} tokens that cu_seqlens counts."
+            )
+        return (
+            f"parameter {name!r} met an input of shape {shape}, whose leading dimension is "
+            f"{shape[0]}, but batch_size is {self.samples.count}: the leading dimension must run "
+            f"over the samples. (An expert of a mixture of experts sees rows of unknown samples: "
+            f"freeze it, or estimate it by random signs.)"
+        )
+
+    def check_table(self) -> None:
+        """Refuse a lookup that cannot be told to be of samples or of positions."""
+        if self._table is not None and self.samples.count in self.samples.lengths:
+            raise ValueError(
+                f"parameter {self._table!r} met {self.samples.count} indices, which may be "
+                f"samples or positions, since sequences are as long as batch_size; use another "
+                f"batch size."
+            )
 
     # --- backward ---------------------------------------------------------------------------------
 
-    def backward(self, outputs: Tensor, grad_outputs: Tensor, *, retain_graph: bool) -> None:
-        """Run backward without computing gradients of the parameters (``own_pass`` only)."""
-        torch.autograd.grad(
-            outputs,
-            # A use that was not seen still leads to its parameter; _receive hears of it.
-            [self._anchor, *self._parameters.values()],
-            grad_outputs,
-            retain_graph=retain_graph,
-            allow_unused=True,
-        )
+    def capture(
+        self, call: _Call, grad_output: Tensor, saved: Sequence[Tensor | None]
+    ) -> list[Tensor | None]:
+        """Add the squares of what a call's output gradient says of its parameters.
 
-    def find_coupled(self, outputs: Tensor) -> list[str]:
-        """Names of parameters whose inputs are not one sample per leading index.
-
-        The gradient of the first sample's outputs must not reach any other sample's part of any
-        input (``own_pass`` only; adds nothing to the sums).
+        Returns:
+            For each of the call's tensors the gradient of Σ_n ℓ_n, where it is made here.
         """
-        first = torch.zeros_like(outputs)
-        first[0] = 1.0
-        coupled: list[str] = []
-        self._coupled = coupled
-        self.backward(outputs, first, retain_graph=True)
-        self._coupled = None
-        return coupled
-
-    def _capture(self, capture: _Capture, grad_output: Tensor, *saved: Tensor | None) -> None:
-        names = [name for name in capture.names if name is not None]
-        if self._closed:
-            raise RuntimeError(
-                f"the backward pass reached parameter {names[0]!r} after the observe() of its "
-                f"forward pass had ended; run both inside."
+        nothing: list[Tensor | None] = [None] * len(call.sources)
+        names = _names(source for source in call.sources if source is not None)
+        if torch.is_grad_enabled():
+            raise NotImplementedError(
+                f"the backward pass that reached {_list(names)} has create_graph=True: squared "
+                f"gradients cannot be differentiated again."
             )
-        if self._coupled is not None:
-            if (grad_output[1:].abs() > 0).any():
-                self._coupled.extend(names)
+        if self.closed:
+            raise RuntimeError(
+                f"the backward pass reached {_list(names)} after the observe() of its forward pass "
+                f"had ended; run both inside."
+            )
+        if not self.capturing:
+            return nothing
+        if not self._own_pass and (call.done or not self._squared.isdisjoint(names)):
+            raise RuntimeError(
+                f"a second backward pass reached {_list(names)} in one observe(); add the losses "
+                f"and run backward once: the square of a sum is not the sum of squares."
+            )
+        call.done = True
+        # Backward may be called under autocast, which would round the factors once more.
+        with torch.no_grad(), torch.autocast(grad_output.device.type, enabled=False):
+            try:
+                gradients = call.gradients(self.samples, grad_output, *saved)
+            except UnsupportedUseError as error:
+                raise NotImplementedError(f"{error} ({_list(names)}); {FREEZE}") from None
+            if self._check is not None:
+                for name in names:
+                    self._check.lower(name, grad_output.dtype)
+            return [
+                None if source is None or grad is None else self._add(source, grad, call)
+                for source, grad in zip(call.sources, gradients, strict=True)
+            ]
+
+    def _add(self, source: _Source, grad: PerSample | Tensor, call: _Call) -> Tensor | None:
+        """Square one use's gradients, or wait for the parameter's other uses."""
+        name = source.name
+        use = grad if isinstance(grad, PerSample) else Dense(grad)
+        dtype = self._sums[name].dtype
+        if name in self._policy.left:
+            return use.sum(dtype) if call.made else None
+        self.changed = True
+        pulled = source.pull(use)
+        if call.recomputed and not source.direct:
+            self._late.add(name)  # the uses of views cannot be counted without gradients
+        total = None
+        if self._uses[name] == 1 and name not in self._late and source.direct and call.made:
+            total = torch.zeros(use.shape, dtype=dtype, device=self._sums[name].device)
+            self._square(name, pulled, total)
+            return total
+        if call.made:
+            total = use.sum(dtype)
+        waiting = self._waiting.setdefault(name, [])
+        waiting.append(pulled)
+        if len(waiting) >= self._uses[name] and name not in self._late:
+            self._square(name, combine(self._waiting.pop(name)))
+        return total
+
+    def _square(self, name: str, grads: PerSample, total: Tensor | None = None) -> None:
+        sums = self._sums[name]
+        before = 0.0 if self._check is None else sums.sum(dtype=torch.float64)
+        if self._magnitudes:
+            grads.add_magnitudes_(sums)
+        else:
+            grads.add_squares_(sums, total)
+        self._squared.add(name)
+        if self._check is not None:
+            added = sums.sum(dtype=torch.float64) - before
+            if self._magnitudes:  # Σ|g| ≤ √(number of terms · Σg²)
+                added = added.square() / max(1, grads.samples * sums.numel())
+            size = added.clamp_min(0).sqrt()
+            self._check.capture(name, grads.sum(sums.dtype, self._weights), size)
+
+    def _receive(self, name: str, grad: Tensor | None) -> None:
+        """A parameter's gradient, of all uses: compare with that of the uses that were seen."""
+        if grad is None or name in self._policy.left:
             return
-        if capture.done and not self._own_pass:
-            raise RuntimeError(
-                f"a second backward pass reached parameter {names[0]!r} in one observe(); add the "
-                f"losses and run backward once: the square of a sum is not the sum of squares."
-            )
-        capture.done = self.changed = True
-        sums = [None if name is None else self._sums[name] for name in capture.names]
-        grad_output = grad_output.to(self._sums[names[0]].dtype)
-        if self._factor != 1.0:
-            grad_output = grad_output * self._factor
-        capture.add_squares(sums, grad_output, *saved)
-
-    def _receive(self, name: str, grad: Tensor) -> None:
-        """A parameter's gradient, of all uses: compare with that of the use that was seen."""
+        if self._own_pass:
+            if self.capturing:
+                self._leave_out(_Refused(_unseen([name]), [name]))
+            return
         seen = self._seen_grads.pop(name, None)
         # A sum over several uses is a new tensor: it is not formed in place of one that is held.
         if seen is None or seen.data_ptr() != grad.data_ptr():
             self._unseen.append(name)
+        if self._check is not None:
+            self._check.receive(name, grad)
 
-    def check(self) -> None:
-        """Check, after the backward pass, that nothing was missed.
+    def settle(self) -> None:
+        """End a backward pass: square what waited for uses that had no gradient."""
+        with torch.no_grad():
+            for name, uses in self._waiting.items():
+                self._square(name, combine(uses))
+        self._waiting.clear()
+        self._late.clear()
+        if self._own_pass:
+            self._squared.clear()
+
+    def end_check(self) -> dict[str, float]:
+        """Check no further; return the parameters that failed, and by how much of their size."""
+        wrong = {} if self._check is None else self._check.finish()
+        self._check = None
+        return wrong
+
+    def finish(self) -> None:
+        """End the batch, and check that nothing was missed.
 
         Raises:
             NotImplementedError: A parameter got a gradient from a use that was not seen.
-            RuntimeError: There was no backward pass.
+            RuntimeError: There was no backward pass, or what was captured is not what autograd
+                computed.
         """
+        self.settle()
         if self._unseen:
-            raise NotImplementedError(
-                f"{_list(self._unseen)} received a gradient from a use that was not seen "
-                f"(activation checkpointing, an autograd.Function, a hook that replaces the "
-                f"gradient); {_FREEZE}"
-            )
+            self._leave_out(_Refused(_unseen(self._unseen), self._unseen))
         if not self.changed:
             raise RuntimeError(
                 "no gradient reached a watched parameter inside observe(): run the forward and "
                 "the backward pass inside."
             )
+        if wrong := self.end_check():
+            name, error = max(wrong.items(), key=lambda item: item[1])
+            raise RuntimeError(
+                f"the self-check failed: what was captured of parameter {name!r} differs from its "
+                f"gradient by {error:.1g} of its size ({len(wrong)} parameters differ). A use was "
+                f"missed or counted twice, or the rule of a function is wrong (verify=False turns "
+                f"the check off)."
+            )
 
 
-_FREEZE = "freeze what should be left out with requires_grad_(False)."
+# --- functions that are treated in a way of their own ---------------------------------------------
+
+_BACKWARD = {Tensor.backward, torch.autograd.backward, torch.autograd.grad}
+_TRANSPOSES = {Tensor.T.__get__, Tensor.mT.__get__, Tensor.H.__get__, Tensor.mH.__get__}  # type: ignore[attr-defined]
+# What autocast computes in a lower precision.
+_LOWERED = {F.linear, torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm} | {
+    torch.addmm, Tensor.addmm, F.conv1d, F.conv2d, F.conv3d,
+}  # fmt: skip
+
+
+def _reads_a_property(func: Callable[..., Any]) -> bool:
+    name = getattr(func, "__name__", "")
+    return name in ("__get__", "__set__", "__delete__") and func not in _TRANSPOSES
+
+
+def _in_backward() -> bool:
+    return torch._C._current_graph_task_id() != -1
+
+
+def _as_autocast_would(
+    func: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    found: Mapping[int, _Source],
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Round inputs as autocast is going to, so that the rounded ones are kept, and only those."""
+    device = next(nested.tensors((args, kwargs))).device.type
+    if func not in _LOWERED or not torch.is_autocast_enabled(device):
+        return args, kwargs
+    dtype = torch.get_autocast_dtype(device)
+
+    def lower(tensor: Tensor) -> Tensor:
+        rounded = tensor.is_floating_point() and tensor.dtype != torch.float64
+        return tensor.to(dtype) if rounded and id(tensor) not in found else tensor
+
+    return nested.map_tensors(lower, (args, kwargs))  # type: ignore[no-any-return]
+
+
+def _promoted(tensors: Sequence[Tensor]) -> torch.dtype:
+    """The dtype that an elementwise function of these has."""
+    floats = [tensor for tensor in tensors if tensor.dtype != torch.bool]
+    dtypes = [torch.result_type(floats[0], tensor) for tensor in floats]
+    dimensioned = [t.dtype for t in floats if t.dim() > 0 and t.is_floating_point()]
+    return functools.reduce(torch.promote_types, dimensioned or dtypes)
+
+
+def _slope(
+    func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], tensor: Tensor
+) -> Tensor:
+    """The derivative of an elementwise function of one tensor."""
+    with torch.enable_grad():
+        point = tensor.detach().requires_grad_()
+        arguments = nested.map_tensors(lambda t: point if t is tensor else t, (args, kwargs))
+        value = func(*arguments[0], **arguments[1])
+        (slope,) = torch.autograd.grad(value.sum(), point)
+    return slope
+
+
+def _shares_storage(tensor: Tensor, results: Iterable[Tensor]) -> bool:
+    storage = tensor.untyped_storage().data_ptr()
+    return all(
+        result.untyped_storage().data_ptr() == storage and result.dtype == tensor.dtype
+        for result in results
+    )
+
+
+# --- per-sample gradients of what a tensor was made from ------------------------------------------
+
+
+def _itself(grads: PerSample) -> PerSample:
+    return grads
+
+
+def _within(
+    pull: Callable[[PerSample], PerSample], geometry: Geometry, shape: Sequence[int]
+) -> Callable[[PerSample], PerSample]:
+    return lambda grads: pull(ViewOf(grads, geometry, shape))
+
+
+def _scaled(
+    pull: Callable[[PerSample], PerSample], slope: Tensor
+) -> Callable[[PerSample], PerSample]:
+    return lambda grads: pull(ScaledBy(grads, slope))
+
+
+def _expand_gradient(samples: Samples, grad: Tensor, *, shape: Sequence[int]) -> tuple[PerSample]:
+    return (expand_gradient(samples, grad, shape),)
+
+
+# --- sentences ------------------------------------------------------------------------------------
+
+
+class _Refused(Exception):  # noqa: N818
+    """A use that is not supported: the error to raise, and the parameters it is about."""
+
+    def __init__(self, error: Exception, names: Sequence[str]) -> None:
+        super().__init__(str(error))
+        self.error, self.names = error, list(dict.fromkeys(names))
+
+
+def _names(sources: Iterable[_Source]) -> list[str]:
+    return list(dict.fromkeys(source.name for source in sources))
 
 
 def _list(names: Iterable[str]) -> str:
@@ -341,26 +904,28 @@ def _describe(func: Callable[..., Any]) -> str:
     return resolve_name(func) or str(getattr(func, "__name__", func))
 
 
-def _no_rule(names: list[str], func: Callable[..., Any]) -> NotImplementedError:
-    supported = ", ".join(_describe(known) for known in RULES)
+def _not_supported(
+    found: Mapping[int, _Source], func: Callable[..., Any], error: Exception
+) -> NotImplementedError:
     return NotImplementedError(
-        f"{_describe(func)} uses {_list(names)}, and there is no rule for that (there are rules "
-        f"for the parameters of {supported}); {_FREEZE}"
+        f"{_describe(func)} uses {_list(_names(found.values()))} in a way that is not supported: "
+        f"{error}; {FREEZE}"
     )
 
 
-def _refuse_batch_statistics(
-    input: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    training: bool = False,
-    *_: Any,
-    **__: Any,
-) -> None:
-    if training:
-        raise ValueError(
-            "batch_norm in training mode makes a sample's gradient depend on the whole batch; put "
-            "the BatchNorm modules in eval mode."
-        )
+def _no_rule(names: list[str], func: Callable[..., Any]) -> _Refused:
+    return _Refused(
+        NotImplementedError(
+            f"{_describe(func)} uses {_list(names)}, and there is no rule for that; write one with "
+            f"cl_optim.register_fisher_rule, or {FREEZE}"
+        ),
+        names,
+    )
+
+
+def _unseen(names: Sequence[str]) -> NotImplementedError:
+    return NotImplementedError(
+        f"{_list(names)} received a gradient from a use that was not seen (an autograd.Function, a "
+        f"hook that replaces the gradient, a function called inside a checkpoint without a "
+        f"module); {FREEZE}"
+    )

@@ -1,13 +1,11 @@
-"""How each torch function turns an output gradient into squared per-sample gradients.
+"""How each torch function turns an output gradient into per-sample gradients of its parameters.
 
 A rule is called with the arguments of its torch function and describes that call as a :class:`Use`.
-To support another function, write a rule for it and add it to :data:`RULES`.
+To support another function, write a rule for it and pass it to :func:`register_fisher_rule`.
 """
 
 from __future__ import annotations
 
-import functools
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -16,9 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cl_optim.ops.squared_grad import squared_grad_sum_
+from cl_optim.fisher.per_sample import Convolution, Convolved, Dense, Outer, PerSample, Rows
+from cl_optim.fisher.samples import Samples
 
-Sums: TypeAlias = Sequence[Tensor | None]
+Gradients: TypeAlias = Sequence["PerSample | Tensor | None"]
 
 
 class UnsupportedUseError(NotImplementedError):
@@ -34,27 +33,71 @@ class Use:
             and its feature dimensions are tokens of one sample.
         features: Number of trailing feature dimensions of ``input``.
         parameters: The arguments that may be parameters.
-        saved: What ``add_squares`` needs of the forward pass.
-        add_squares: Called in backward as ``add_squares(sums, grad_output, *saved)``. ``sums`` goes
-            with ``parameters``, ``None`` where one is not wanted; ``grad_output`` has the dtype of
-            the sums. Adds Σ_n g_n² to each sum in place.
+        saved: What ``gradients`` needs of the forward pass.
+        gradients: Called in backward as ``gradients(samples, grad_output, *saved)``. Returns, for
+            each of ``parameters``, the gradients of the N samples' losses with respect to it,
+            [N, *shape], or ``None``. Of ``samples``, ``samples.sum(x, features)`` sums
+            [N, ..., *features] over each sample's tokens, and ``samples.split(x, features)`` views
+            it as [N, T, *features]. Must not hold a tensor of the forward pass itself: activation
+            checkpointing frees only what is ``saved``.
     """
 
     input: Tensor
     features: int
     parameters: tuple[Tensor | None, ...]
     saved: tuple[Tensor | None, ...]
-    add_squares: Callable[..., None]
+    gradients: Callable[..., Gradients]
 
 
 Rule: TypeAlias = Callable[..., Use]
 
+RULES: dict[Callable[..., Any], Rule] = {}
 
-def _by_token(tensor: Tensor, features: int) -> Tensor:
-    """View [N, ..., *features] as [N, T, *features]."""
-    split = tensor.dim() - features
-    tokens = math.prod(tensor.shape[1:split])
-    return tensor.reshape(tensor.shape[0], tokens, *tensor.shape[split:])
+
+def register_fisher_rule(function: Callable[..., Any], rule: Rule) -> None:
+    """Teach the Fisher how a function of your own uses parameters.
+
+    ``function`` must be one that PyTorch's function modes see: a function of torch, or one that
+    calls ``torch.overrides.handle_torch_function`` (see ``torch.overrides``). Its gradient is left
+    to autograd; the rule only says what each sample's part in it is.
+
+    .. code-block:: python
+
+        def scaled(input, weight):                       # input [N, T, D] * weight [D]
+            if torch.overrides.has_torch_function((input, weight)):
+                return torch.overrides.handle_torch_function(
+                    scaled, (input, weight), input, weight)
+            return my_kernel(input, weight)
+
+        def rule(input, weight):
+            def gradients(samples, grad_output, input):
+                return [samples.sum(grad_output * input, features=1)]       # [N, D]
+            return Use(input, features=1, parameters=(weight,), saved=(input,),
+                       gradients=gradients)
+
+        cl_optim.register_fisher_rule(scaled, rule)
+
+    Args:
+        function: The function, as a mode gets it. A rule that it had is replaced.
+        rule: Called with the function's own arguments; returns a ``cl_optim.fisher.Use``, or raises
+            ``cl_optim.fisher.UnsupportedUseError`` where it does not cover a call.
+
+    Raises:
+        TypeError: ``function`` or ``rule`` is not callable.
+    """
+    for name, value in (("function", function), ("rule", rule)):
+        if not callable(value):
+            raise TypeError(f"{name} must be callable, not {type(value).__name__}.")
+    RULES[function] = rule
+
+
+def _rule(*functions: Callable[..., Any]) -> Callable[[Rule], Rule]:
+    def register(rule: Rule) -> Rule:
+        for function in functions:
+            register_fisher_rule(function, rule)
+        return rule
+
+    return register
 
 
 def _if_trained(tensor: Tensor, parameter: Tensor | None) -> Tensor | None:
@@ -62,22 +105,109 @@ def _if_trained(tensor: Tensor, parameter: Tensor | None) -> Tensor | None:
     return tensor if parameter is not None and parameter.requires_grad else None
 
 
+def _wide(tensor: Tensor) -> torch.dtype:
+    """The dtype that sums are formed in."""
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+
+
+def _outer(samples: Samples, inputs: Tensor, grads: Tensor) -> Outer:
+    inputs, grads = samples.split(inputs, 1), samples.split(grads, 1)
+    cu_seqlens = samples.cu_seqlens(inputs)
+    pad = None if cu_seqlens is None else samples.pad
+    return Outer(inputs, grads, samples.count, cu_seqlens, pad)
+
+
+# --- matrices -------------------------------------------------------------------------------------
+
+
+@_rule(F.linear)
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Use:
     """``torch.nn.functional.linear``."""
     if weight.dim() != 2:
         raise UnsupportedUseError(f"its weight must have 2 dimensions, not {weight.dim()}")
-    return Use(input, 1, (weight, bias), (_if_trained(input, weight),), _add_linear)
+
+    def gradients(samples: Samples, grad: Tensor, input: Tensor | None) -> Gradients:
+        outer = None if input is None else _outer(samples, input, grad)
+        return outer, samples.sum(grad, 1, _wide(grad)) if bias_trained else None
+
+    bias_trained = bias is not None and bias.requires_grad
+    return Use(input, 1, (weight, bias), (_if_trained(input, weight),), gradients)
 
 
-def _add_linear(sums: Sums, grad_output: Tensor, input: Tensor) -> None:
-    weight, bias = sums
-    grads = _by_token(grad_output, 1)
-    if weight is not None:
-        squared_grad_sum_(weight, _by_token(input, 1), grads)
-    if bias is not None:
-        bias += grads.sum(1).square_().sum(0)
+@_rule(torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm)
+def matmul(input: Tensor, other: Tensor, **options: Any) -> Use:
+    """``input @ weight``."""
+    _refuse_options(options)
+    if other.dim() != 2 or input.dim() < 2:
+        raise UnsupportedUseError(
+            f"only [..., in] @ [in, out] is supported, not {list(input.shape)} @ "
+            f"{list(other.shape)}"
+        )
+
+    def gradients(samples: Samples, grad: Tensor, input: Tensor) -> Gradients:
+        return (_outer(samples, grad, input),)
+
+    return Use(input, 1, (other,), (input,), gradients)
 
 
+@_rule(torch.addmm, Tensor.addmm)
+def addmm(
+    input: Tensor, mat1: Tensor, mat2: Tensor, *, beta: float = 1, alpha: float = 1, **options: Any
+) -> Use:
+    """``bias + input @ weight``."""
+    _refuse_options(options)
+    if beta != 1 or alpha != 1:
+        raise UnsupportedUseError(f"beta = {beta} and alpha = {alpha} are not supported, only 1")
+    if input.dim() != 1 or len(input) != mat2.shape[1]:
+        raise UnsupportedUseError(
+            f"what is added must have shape [{mat2.shape[1]}], not {list(input.shape)}"
+        )
+
+    bias_trained = input.requires_grad
+
+    def gradients(samples: Samples, grad: Tensor, mat1: Tensor | None) -> Gradients:
+        outer = None if mat1 is None else _outer(samples, grad, mat1)
+        return samples.sum(grad, 1, _wide(grad)) if bias_trained else None, outer
+
+    return Use(mat1, 1, (input, mat2), (_if_trained(mat1, mat2),), gradients)
+
+
+def _refuse_options(options: dict[str, Any]) -> None:
+    given = [name for name, value in options.items() if value is not None]
+    if given:
+        raise UnsupportedUseError(f"{given[0]} is not supported")
+
+
+# --- tables ---------------------------------------------------------------------------------------
+
+
+def check_embedding(
+    max_norm: float | None = None, scale_grad_by_freq: bool = False, sparse: bool = False
+) -> None:
+    """Refuse what changes the table, or its gradient, by more than the lookup."""
+    for option, given in (
+        ("max_norm", max_norm is not None),
+        ("scale_grad_by_freq", scale_grad_by_freq),
+        ("sparse", sparse),
+    ):
+        if given:
+            raise UnsupportedUseError(f"{option} is not supported")
+
+
+def rows(
+    samples: Samples, indices: Tensor, grads: Tensor, table: int, padding_idx: int | None
+) -> Rows:
+    """Gradients of a table from those of what was looked up; ``padding_idx`` has none."""
+    indices, grads = samples.split(indices), samples.split(grads, 1)
+    if samples.offsets is not None:  # what pads has no gradient
+        indices, grads = samples.pad(indices), samples.pad(grads)
+    if padding_idx is not None:
+        padding = indices == padding_idx % table
+        grads = grads.masked_fill(padding.unsqueeze(-1), 0.0)
+    return Rows(indices.long(), grads, table)
+
+
+@_rule(F.embedding)
 def embedding(
     input: Tensor,
     weight: Tensor,
@@ -88,42 +218,32 @@ def embedding(
     sparse: bool = False,
 ) -> Use:
     """``torch.nn.functional.embedding``; ``padding_idx`` has no gradient."""
-    for option, given in (
-        ("max_norm", max_norm is not None),
-        ("scale_grad_by_freq", scale_grad_by_freq),
-        ("sparse", sparse),
-    ):
-        if given:
-            raise UnsupportedUseError(f"{option} is not supported")
-    add = functools.partial(_add_embedding, padding_idx=padding_idx)
-    return Use(input, 0, (weight,), (input,), add)
+    check_embedding(max_norm, scale_grad_by_freq, sparse)
+    table = len(weight)
+
+    def gradients(samples: Samples, grad: Tensor, input: Tensor) -> Gradients:
+        return (rows(samples, input, grad, table, padding_idx),)
+
+    return Use(input, 0, (weight,), (input,), gradients)
 
 
-def _add_embedding(
-    sums: Sums, grad_output: Tensor, input: Tensor, *, padding_idx: int | None
-) -> None:
-    (weight,) = sums
-    if weight is None:
-        return
-    vocabulary = weight.shape[0]
-    tokens, grads = _by_token(input, 0), _by_token(grad_output, 1)
-    if padding_idx is not None:
-        padding = tokens == padding_idx % vocabulary
-        grads = grads.masked_fill(padding.unsqueeze(-1), 0.0)
-    # A token's gradients within one sample add before the square. Sorted by (sample, token), they
-    # are runs; the sums over runs fill the first rows, and the rest stay zero. (torch.unique would
-    # size its result by the number of runs, and so wait for the device.)
-    sample = torch.arange(tokens.shape[0], device=tokens.device).unsqueeze(1)
-    pairs, order = (sample * vocabulary + tokens).flatten().sort()
-    starts = torch.ones_like(pairs)
-    starts[1:] = pairs[1:] != pairs[:-1]
-    run = starts.cumsum(0) - 1
-    rows = grads.flatten(0, 1)
-    row_sums = torch.zeros_like(rows).index_add_(0, run, rows[order])
-    row_token = torch.zeros_like(pairs).scatter_(0, run, pairs % vocabulary)
-    weight.index_add_(0, row_token, row_sums.square_())
+# --- normalisation --------------------------------------------------------------------------------
+
+# x̂ is computed anew: inverting (output − bias) / weight breaks where the weight is 0.
 
 
+def _affine(
+    samples: Samples, grad: Tensor, normalized: Tensor | None, features: int
+) -> tuple[Tensor | None, Tensor]:
+    """Per-sample gradients of weight and bias in x̂·weight + bias."""
+    dtype = _wide(grad)
+    weight = None
+    if normalized is not None:
+        weight = samples.sum(grad.to(dtype) * normalized, features, dtype)
+    return weight, samples.sum(grad, features, dtype)
+
+
+@_rule(F.layer_norm)
 def layer_norm(
     input: Tensor,
     normalized_shape: Sequence[int],
@@ -132,32 +252,229 @@ def layer_norm(
     eps: float = 1e-5,
 ) -> Use:
     """``torch.nn.functional.layer_norm``."""
-    add = functools.partial(_add_layer_norm, normalized_shape=tuple(normalized_shape), eps=eps)
+    shape = tuple(normalized_shape)
+
+    def gradients(samples: Samples, grad: Tensor, input: Tensor | None) -> Gradients:
+        normalized = None
+        if input is not None:
+            normalized = F.layer_norm(input.to(_wide(grad)), shape, eps=eps)
+        return _affine(samples, grad, normalized, len(shape))
+
     saved = (_if_trained(input, weight),)
-    return Use(input, len(normalized_shape), (weight, bias), saved, add)
+    return Use(input, len(shape), (weight, bias), saved, gradients)
 
 
-def _add_layer_norm(
-    sums: Sums,
-    grad_output: Tensor,
+@_rule(F.rms_norm)
+def rms_norm(
     input: Tensor,
-    *,
-    normalized_shape: tuple[int, ...],
-    eps: float,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    eps: float | None = None,
+) -> Use:
+    """``torch.nn.functional.rms_norm``."""
+    shape = tuple(normalized_shape)
+    # The default depends on the input's dtype, not on the wider one used below.
+    epsilon = torch.finfo(input.dtype).eps if eps is None else eps
+
+    def gradients(samples: Samples, grad: Tensor, input: Tensor) -> Gradients:
+        normalized = F.rms_norm(input.to(_wide(grad)), shape, eps=epsilon)
+        return _affine(samples, grad, normalized, len(shape))[:1]
+
+    return Use(input, len(shape), (weight,), (input,), gradients)
+
+
+def _channels_last(tensor: Tensor) -> Tensor:
+    """[N, C, *spatial] → [N, *spatial, C]."""
+    return tensor.movedim(1, -1)
+
+
+@_rule(F.group_norm)
+def group_norm(
+    input: Tensor,
+    num_groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Use:
+    """``torch.nn.functional.group_norm``."""
+
+    def gradients(samples: Samples, grad: Tensor, input: Tensor | None) -> Gradients:
+        _refuse_packed(samples, "group_norm")
+        normalized = None
+        if input is not None:
+            normalized = F.group_norm(input.to(_wide(grad)), num_groups, eps=eps)
+            normalized = _channels_last(normalized)
+        return _affine(samples, _channels_last(grad), normalized, 1)
+
+    features = input.dim() - 1  # positions are no tokens: the statistics mix them
+    return Use(input, features, (weight, bias), (_if_trained(input, weight),), gradients)
+
+
+@_rule(F.batch_norm)
+def batch_norm(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Use:
+    """``torch.nn.functional.batch_norm`` with the running statistics."""
+
+    def gradients(
+        samples: Samples,
+        grad: Tensor,
+        input: Tensor | None,
+        mean: Tensor | None,
+        variance: Tensor | None,
+    ) -> Gradients:
+        _refuse_packed(samples, "batch_norm")
+        normalized = None
+        if input is not None and mean is not None and variance is not None:
+            dtype = _wide(grad)
+            scale = (variance.to(dtype) + eps).rsqrt()
+            normalized = (_channels_last(input).to(dtype) - mean.to(dtype)) * scale
+        return _affine(samples, _channels_last(grad), normalized, 1)
+
+    # Copies: a later training pass updates the statistics in place.
+    statistics = [None if s is None else s.detach().clone() for s in (running_mean, running_var)]
+    saved = (_if_trained(input, weight), *statistics)
+    return Use(input, input.dim() - 1, (weight, bias), saved, gradients)
+
+
+def refuse_batch_statistics(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    *_: Any,
+    **__: Any,
 ) -> None:
-    weight, bias = sums
-    features = len(normalized_shape)
-    grads = _by_token(grad_output, features)
-    if weight is not None:
-        # Recomputed: inverting (output − bias) / weight breaks where the weight is 0.
-        normalized = F.layer_norm(input.to(weight.dtype), normalized_shape, eps=eps)
-        weight += (grads * _by_token(normalized, features)).sum(1).square_().sum(0)
-    if bias is not None:
-        bias += grads.sum(1).square_().sum(0)
+    """Refuse a batch_norm that makes samples depend on one another."""
+    if training:
+        raise ValueError(
+            "batch_norm in training mode makes a sample's gradient depend on the whole batch; put "
+            "the BatchNorm modules in eval mode."
+        )
 
 
-RULES: dict[Callable[..., Any], Rule] = {
-    F.linear: linear,
-    F.embedding: embedding,
-    F.layer_norm: layer_norm,
-}
+# --- convolutions ---------------------------------------------------------------------------------
+
+
+def _refuse_packed(samples: Samples, function: str) -> None:
+    if samples.offsets is not None:
+        raise UnsupportedUseError(f"{function} cannot tell the samples of a packed batch apart")
+
+
+def _repeated(value: int | Sequence[int], dimensions: int) -> tuple[int, ...]:
+    values = (value,) if isinstance(value, int) else tuple(value)
+    return values * dimensions if len(values) == 1 else values
+
+
+@_rule(F.conv1d, F.conv2d, F.conv3d)
+def convolution(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: int | Sequence[int] = 1,
+    padding: str | int | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+) -> Use:
+    """``torch.nn.functional.conv1d``, ``conv2d`` and ``conv3d``."""
+    spatial = weight.dim() - 2
+    if input.dim() != weight.dim():
+        raise UnsupportedUseError(
+            f"its input must have {weight.dim()} dimensions, the first for samples, not "
+            f"{input.dim()}"
+        )
+    kernel = tuple(weight.shape[2:])
+    dilations = _repeated(dilation, spatial)
+    if padding == "same":
+        reach = [d * (k - 1) for d, k in zip(dilations, kernel, strict=True)]
+        around = tuple((r // 2, r - r // 2) for r in reach)
+    elif isinstance(padding, str):  # "valid"
+        around = ((0, 0),) * spatial
+    else:
+        around = tuple((p, p) for p in _repeated(padding, spatial))
+    geometry = Convolution(kernel, _repeated(stride, spatial), around, dilations, groups)
+    bias_trained = bias is not None and bias.requires_grad
+
+    def gradients(samples: Samples, grad: Tensor, input: Tensor | None) -> Gradients:
+        _refuse_packed(samples, "a convolution")
+        weights = None if input is None else Convolved(input, grad, geometry, samples.count)
+        if not bias_trained:
+            return weights, None
+        return weights, samples.sum(grad.flatten(2).sum(2, dtype=_wide(grad)), 1)
+
+    saved = (_if_trained(input, weight),)
+    return Use(input, input.dim() - 1, (weight, bias), saved, gradients)
+
+
+# --- parameters that are added, multiplied, ... ---------------------------------------------------
+
+
+def _named(*names: str) -> set[Callable[..., Any]]:
+    """The functions and methods of torch that have one of these names."""
+    found: set[Callable[..., Any]] = set()
+    for name in names:
+        for home in (torch, Tensor, F):
+            function = getattr(home, name, None)
+            if callable(function):
+                found.add(function)
+    return found
+
+
+# Elementwise, with broadcasting: a parameter that takes part is expanded to the output's shape
+# first, and its per-sample gradients are sums over parts of the gradient of that.
+ELEMENTWISE = _named(
+    *("add", "add_", "sub", "sub_", "rsub", "subtract", "mul", "mul_", "multiply", "div", "div_"),
+    *("divide", "true_divide", "where", "maximum", "minimum", "lerp", "addcmul", "pow", "atan2"),
+    *("__add__", "__radd__", "__iadd__", "__sub__", "__rsub__", "__isub__", "__mul__", "__rmul__"),
+    *("__imul__", "__truediv__", "__rtruediv__", "__itruediv__", "__div__", "__rdiv__"),
+    *("__pow__", "__rpow__"),
+)
+
+# Those of them that change their first argument.
+IN_PLACE = _named("add_", "sub_", "mul_", "div_", "__iadd__", "__isub__", "__imul__") | _named(
+    "__itruediv__"
+)
+
+# Functions of each element alone: what they make of a parameter may be used in its place.
+UNARY = ELEMENTWISE | _named(
+    *("exp", "log", "sqrt", "rsqrt", "square", "neg", "abs", "sigmoid", "tanh", "softplus", "relu"),
+    *("reciprocal", "clamp", "clamp_min", "clamp_max", "negative", "__neg__", "exp2", "log1p"),
+    *("expm1", "elu", "gelu", "silu", "to", "type_as", "float", "double", "half", "bfloat16"),
+    *("clone", "contiguous", "detach_copy"),
+)
+# Those of them whose derivative is 1.
+CASTS = _named("to", "type_as", "float", "double", "half", "bfloat16", "clone", "contiguous")
+
+# Copies along a new leading dimension, as of a class token: each sample's copy has its gradient.
+EXPANSIONS = _named("expand", "expand_as", "broadcast_to", "repeat", "tile")
+
+
+def expand_gradient(samples: Samples, grad: Tensor, shape: Sequence[int]) -> Dense:
+    """Per-sample gradients of a tensor of ``shape`` that was broadcast to the shape of ``grad``."""
+    kept = list(shape)
+    while kept and (kept[0] == 1 or len(kept) > grad.dim()):
+        kept.pop(0)
+    sums = samples.sum(grad, len(kept), _wide(grad))  # [N, *trailing dimensions of grad]
+    broadcast = [i + 1 for i, size in enumerate(kept) if size == 1 and sums.shape[i + 1] != 1]
+    if broadcast:
+        sums = sums.sum(broadcast, keepdim=True)
+    return Dense(sums.reshape(samples.count, *shape))
+
+
+def features_after_broadcast(shape: Sequence[int], output: Sequence[int]) -> int:
+    """How many trailing dimensions of ``output`` a tensor of ``shape`` has an extent in."""
+    kept = list(shape)
+    while kept and kept[0] == 1:
+        kept.pop(0)
+    if len(kept) > len(output):
+        raise UnsupportedUseError(f"shape {list(shape)} does not broadcast to {list(output)}")
+    return len(kept)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import uuid
 from collections.abc import Iterator, Mapping
@@ -24,7 +25,7 @@ class _Means(Mapping[str, Tensor]):
     __eq__ = object.__eq__
     __hash__ = object.__hash__
 
-    def __init__(self, sums: Mapping[str, Tensor], count: int) -> None:
+    def __init__(self, sums: Mapping[str, Tensor], count: float) -> None:
         self._sums = dict(sums)
         self._count = count
 
@@ -51,14 +52,15 @@ class Importance(_Means):
     Args:
         sums: Parameter name → sum of squared per-sample gradients, float32 or float64. The tensors
             are kept, not copied.
-        samples: Number of samples in the sums (of a sequence model: sequences), at least 1.
+        samples: Number of samples in the sums (of a sequence model: sequences); not an integer
+            where sums and counts have decayed.
         tokens: Number of tokens in the sums, or ``None`` where a sample is not a sequence.
         metadata: How the sums were made; whatever JSON can hold.
 
     Raises:
-        TypeError: A sum is not a float32 or float64 tensor, a count is not an integer, or the
+        TypeError: A sum is not a float32 or float64 tensor, a count is not a number, or the
             metadata is not JSON.
-        ValueError: A count is below 1.
+        ValueError: A count is not positive and finite.
 
     References:
         Kirkpatrick et al. 2017, arXiv:1612.00796; van de Ven 2025, arXiv:2502.11756 (the ways to
@@ -68,8 +70,8 @@ class Importance(_Means):
     def __init__(
         self,
         sums: Mapping[str, Tensor],
-        samples: int,
-        tokens: int | None = None,
+        samples: float,
+        tokens: float | None = None,
         metadata: Mapping[str, Any] | None = None,
     ) -> None:
         for name, value in sums.items():
@@ -94,12 +96,12 @@ class Importance(_Means):
         return dict(self._sums)
 
     @property
-    def samples(self) -> int:
+    def samples(self) -> float:
         """Number of samples in the sums."""
         return self._count
 
     @property
-    def tokens(self) -> int | None:
+    def tokens(self) -> float | None:
         """Number of tokens in the sums; ``None`` where a sample is not a sequence."""
         return self._tokens
 
@@ -138,7 +140,7 @@ class Importance(_Means):
             raise FileNotFoundError(f"path {str(path)!r} is in a folder that does not exist.")
         header = {
             "format": _FORMAT,
-            "samples": str(self.samples),
+            "samples": json.dumps(self.samples),
             "tokens": json.dumps(self._tokens),
             "metadata": json.dumps(self._metadata),
         }
@@ -178,7 +180,7 @@ class Importance(_Means):
             )
         return cls(
             sums,
-            samples=int(header["samples"]),
+            samples=json.loads(header["samples"]),
             tokens=json.loads(header["tokens"]),
             metadata=json.loads(header["metadata"]),
         )
@@ -193,7 +195,7 @@ class Importance(_Means):
 
 
 def _check_count(name: str, value: object) -> None:
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise TypeError(f"{name} must be an integer, not {type(value).__name__}.")
-    if value < 1:
-        raise ValueError(f"{name} must be at least 1, not {value}.")
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        raise TypeError(f"{name} must be a number, not {type(value).__name__}.")
+    if not 0 < value < math.inf:
+        raise ValueError(f"{name} must be positive and finite, not {value}.")

@@ -1,0 +1,159 @@
+"""What a batch of data means: inputs, targets, and which of it are samples."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cl_optim.fisher import nested
+from cl_optim.fisher.labels import IGNORED, MAX_EXACT_CLASSES, Labels
+from cl_optim.fisher.language import next_token_targets
+
+_INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A batch for a model that returns logits.
+
+    Attributes:
+        inputs: What the model takes.
+        named: Whether ``inputs`` is a mapping whose entries are arguments.
+        targets: int64 classes aligned with the logits; ``None`` where there are none.
+    """
+
+    inputs: Any
+    named: bool
+    targets: Tensor | None
+
+    def logits(self, model: nn.Module) -> object:
+        """What the model makes of it; of an output of transformers, its logits."""
+        output = model(**self.inputs) if self.named else model(self.inputs)
+        return getattr(output, "logits", output)
+
+    def counted(self, samples: int) -> Tensor:
+        """The samples that have a target that is not ignored."""
+        targets = self.targets
+        if targets is None or targets.dim() == 0 or len(targets) != samples:
+            return torch.arange(samples)
+        return (targets != IGNORED).unsqueeze(-1).flatten(1).any(1).nonzero().squeeze(1)
+
+    def take(self, rows: Tensor, samples: int) -> Batch:
+        """Those samples of it."""
+        inputs, targets = take((self.inputs, self.targets), rows, samples)
+        return Batch(inputs, self.named, targets)
+
+
+def read(batch: Any, model: nn.Module, labels: Labels | None, causal: bool, where: str) -> Batch:
+    """Take a batch apart: ``(inputs, targets)``, ``{"input_ids": …, "labels": …}`` or inputs."""
+    targets: object = None
+    inputs = batch
+    if isinstance(batch, (tuple, list)):
+        if len(batch) not in (1, 2):
+            raise ValueError(f"{where} must be (inputs, targets), but has {len(batch)} parts.")
+        inputs, targets = batch if len(batch) == 2 else (batch[0], None)
+    named = isinstance(inputs, Mapping) and _are_arguments(inputs, model)
+    if named and targets is None and "labels" in inputs:
+        targets = inputs["labels"]
+        inputs = {key: value for key, value in inputs.items() if key != "labels"}
+    integers = isinstance(targets, Tensor) and targets.dtype in _INTEGERS
+    aligned = targets.long() if isinstance(targets, Tensor) and integers else None
+    if causal:
+        tokens = inputs.get("input_ids") if named else inputs
+        mask = inputs.get("attention_mask") if named else None
+        aligned = next_token_targets(aligned, tokens if isinstance(tokens, Tensor) else None, mask)
+    if labels == "empirical" and aligned is None:
+        raise ValueError(
+            f"labels='empirical' needs (inputs, targets) with integer class targets, but the "
+            f"targets of {where} are {kind(targets)}."
+        )
+    return Batch(inputs, named, aligned)
+
+
+def _are_arguments(inputs: Mapping[Any, Any], model: nn.Module) -> bool:
+    """Whether the keys name parameters of the model's forward."""
+    parameters = inspect.signature(model.forward).parameters
+    if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
+        return all(isinstance(key, str) for key in inputs)
+    return bool(inputs) and all(key in parameters for key in inputs)
+
+
+def leading(value: Any, where: str) -> int:
+    """The number of samples: the leading dimension of the first tensor."""
+    first = next(nested.tensors(value), None)
+    if first is None or first.dim() == 0:
+        raise ValueError(f"{where} must have a tensor whose leading dimension runs over samples.")
+    return len(first)
+
+
+def take(value: Any, rows: Tensor, samples: int) -> Any:
+    """Those rows of all tensors that have ``samples`` rows."""
+    if len(rows) == samples:
+        return value
+    return nested.map_tensors(
+        lambda tensor: (
+            tensor[rows.to(tensor.device)]
+            if tensor.dim() > 0 and len(tensor) == samples
+            else tensor
+        ),
+        value,
+    )
+
+
+def check_logits(logits: object, samples: int, labels: Labels | None, where: str) -> Tensor:
+    """Refuse what is no logits [N, C] or [N, T, C], or too large for ``labels``."""
+    if (
+        not isinstance(logits, Tensor)
+        or not logits.is_floating_point()
+        or logits.dim() not in (2, 3)
+        or len(logits) != samples
+    ):
+        raise ValueError(
+            f"model(inputs) must return floating-point logits [{samples}, C] or [{samples}, T, C], "
+            f"but returned {kind(logits)} in {where}."
+        )
+    if labels == "exact" and (logits.dim() == 3 or logits.shape[-1] > MAX_EXACT_CLASSES):
+        raise ValueError(
+            f"labels='exact' is for logits [N, C] with at most {MAX_EXACT_CLASSES} classes, not "
+            f"{list(logits.shape)}; use labels='sample'."
+        )
+    return logits
+
+
+def check_targets(targets: Tensor | None, logits: Tensor, where: str) -> None:
+    """Refuse targets that are not aligned with the logits, or no class of theirs."""
+    classes = logits.shape[-1]
+    if targets is None or targets.shape != logits.shape[:-1]:
+        raise ValueError(
+            f"targets must have shape {list(logits.shape[:-1])}, as the logits without their "
+            f"classes, not {kind(targets)}, in {where}."
+        )
+    wrong = targets[((targets < 0) | (targets >= classes)) & (targets != IGNORED)]
+    if len(wrong):
+        raise ValueError(
+            f"targets must be in [0, {classes}) or {IGNORED}, but there is {int(wrong[0])} in "
+            f"{where}."
+        )
+
+
+def check_losses(logits: Tensor, targets: Tensor | None, where: str) -> None:
+    """Refuse a NaN anywhere, and a target whose logit is −∞ (elsewhere that may be meant)."""
+    logits = logits.detach()
+    finite = not bool(torch.isnan(logits).any() | torch.isposinf(logits).any())
+    if targets is not None:
+        chosen = logits.gather(-1, targets.clamp_min(0).unsqueeze(-1)).squeeze(-1)
+        finite &= bool(torch.isfinite(chosen[targets != IGNORED]).all())
+    if not finite:
+        raise ValueError(f"the loss is not finite in {where}.")
+
+
+def kind(value: object) -> str:
+    """A few words about a value, for an error."""
+    if isinstance(value, Tensor):
+        return f"a {str(value.dtype).removeprefix('torch.')} tensor of shape {list(value.shape)}"
+    return "None" if value is None else f"a {type(value).__name__}"

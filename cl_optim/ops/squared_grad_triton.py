@@ -1,0 +1,538 @@
+"""The sum of squared per-sample gradients on a GPU: a Triton kernel, and the choice of its tiles.
+
+Importing this module imports Triton; :mod:`cl_optim.ops.squared_grad` does so on first use.
+
+A program owns a tile of the result and goes through the tokens, block by block, in one loop that
+does not stop between samples: the next sample's loads are under way while the last one is squared.
+The product of a sample never leaves the registers. A tile of 128 × 128 with 8 warps takes 64 of a
+thread's 255 registers, and there are three such tiles: the product, Σ g² and Σ g.
+
+Tiles are dealt in waves, one to each multiprocessor. Where the last wave is not full, several
+programs share a tile of it and take different samples (squares add; the tokens of one sample must
+never be split). They leave partial sums in a workspace, and a second kernel adds these in a fixed
+order. There are no atomic operations: a GPU gives the same bits for the same call.
+"""
+
+# Triton's arguments have no annotation but constexpr, and names of those are capitals.
+# mypy: allow-untyped-defs, allow-untyped-calls, allow-untyped-decorators, allow-incomplete-defs
+# ruff: noqa: N803
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+Precision = Literal["half", "tf32", "ieee"]
+
+
+@dataclass(frozen=True)
+class Config:
+    """A tile of the result, and how it is computed.
+
+    Attributes:
+        block_out: Rows of the tile.
+        block_in: Columns of the tile.
+        block_tokens: Tokens multiplied at once.
+        warps: Warps of a program.
+        stages: Depth of the pipeline of loads.
+        descriptors: Whether to load through tensor descriptors (compute capability 9 or later).
+    """
+
+    block_out: int
+    block_in: int
+    block_tokens: int
+    warps: int
+    stages: int
+    descriptors: bool = False
+
+
+_LARGE = Config(128, 128, 64, warps=8, stages=4)
+_LARGE_DESCRIPTORS = Config(128, 128, 64, warps=8, stages=4, descriptors=True)
+_LARGE_SHORT = Config(128, 128, 32, warps=8, stages=4)
+_NARROW_IN = Config(128, 64, 64, warps=8, stages=4)
+_NARROW_OUT = Config(64, 128, 64, warps=8, stages=4)
+_SMALL = Config(64, 64, 64, warps=4, stages=4)
+_LARGE_TF32 = Config(128, 128, 32, warps=8, stages=3)
+_SMALL_TF32 = Config(64, 64, 32, warps=4, stages=3)
+_IEEE = Config(64, 64, 32, warps=4, stages=3)
+
+# Tests compile all of these and bench/gpu_squared_grad.py times all of them; `choose` takes one.
+CONFIGS: dict[Precision, tuple[Config, ...]] = {
+    "half": (
+        _LARGE,
+        Config(128, 128, 64, warps=8, stages=3),
+        _LARGE_DESCRIPTORS,
+        Config(128, 128, 64, warps=8, stages=3, descriptors=True),
+        _LARGE_SHORT,
+        _NARROW_IN,
+        _NARROW_OUT,
+        _SMALL,
+    ),
+    "tf32": (_LARGE_TF32, _SMALL_TF32),
+    "ieee": (_IEEE,),
+}
+
+_DESCRIPTOR_TOKENS = 512  # of a sample; a trial kernel gained nothing with fewer
+_SHARE_BLOCKS = 8  # blocks of tokens for which a program of its own is worth a partial sum
+_TILE_GROUP = tl.constexpr(8)  # rows of tiles that run together and share the second-level cache
+_SEQUENCE_CHUNK = tl.constexpr(1024)  # lengths of sequences read at once
+_REDUCE_ROWS = 16
+# Said outright, since leaving it to Triton 3.9 draws a warning about what 3.10 will do.
+_FUSION = {"enable_fp_fusion": True}
+
+
+def choose(
+    precision: Precision,
+    out_features: int,
+    in_features: int,
+    tokens: int | None,
+    *,
+    descriptors: bool,
+) -> Config:
+    """The configuration for a shape: one of ``CONFIGS[precision]``.
+
+    Args:
+        precision: ``"half"`` for bfloat16 and float16; for float32 what the products may do.
+        out_features: Rows of the result.
+        in_features: Columns of the result.
+        tokens: Tokens per sample; ``None`` for packed sequences.
+        descriptors: Whether GPU and tensors allow tensor descriptors.
+    """
+    narrow_out, narrow_in = out_features <= 64, in_features <= 64
+    if precision == "ieee":
+        return _IEEE
+    if precision == "tf32":
+        return _SMALL_TF32 if narrow_out or narrow_in else _LARGE_TF32
+    if narrow_out and narrow_in:
+        return _SMALL
+    if narrow_out:
+        return _NARROW_OUT
+    if narrow_in:
+        return _NARROW_IN
+    if tokens is None:
+        return _LARGE
+    if tokens <= _LARGE_SHORT.block_tokens:
+        return _LARGE_SHORT
+    return _LARGE_DESCRIPTORS if descriptors and tokens >= _DESCRIPTOR_TOKENS else _LARGE
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Which program computes what.
+
+    Attributes:
+        whole: Tiles with a program of their own; the first programs take them.
+        shared: Tiles that come after, each computed by ``shares`` programs.
+        shares: Programs per shared tile.
+    """
+
+    whole: int
+    shared: int
+    shares: int
+
+    @property
+    def programs(self) -> int:
+        """Programs to launch."""
+        return self.whole + self.shared * self.shares
+
+
+def schedule(tiles: int, samples: int, blocks: int, processors: int) -> Schedule:
+    """Fill the last wave of programs by sharing its tiles, where that pays.
+
+    Args:
+        tiles: Tiles of the result.
+        samples: Samples; a share is at least one.
+        blocks: Blocks of tokens in all samples.
+        processors: Multiprocessors of the GPU; each runs one program at a time.
+    """
+    shared = tiles % processors
+    if shared == 0:
+        return Schedule(tiles, 0, 1)
+    shares = min(processors // shared, samples, blocks // _SHARE_BLOCKS)
+    if shares < 2:
+        return Schedule(tiles, 0, 1)
+    return Schedule(tiles - shared, shared, shares)
+
+
+def squared_grad_sum_(
+    out: Tensor,
+    inputs: Tensor,
+    grad_outputs: Tensor,
+    weight_grad: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    *,
+    config: Config | None = None,
+    processors: int | None = None,
+) -> Tensor:
+    """The kernel for :func:`cl_optim.ops.squared_grad.squared_grad_sum_`, which checks arguments.
+
+    Args:
+        out: [out, in], float32.
+        inputs: [N, T, in], or packed [ΣT, in]; bfloat16, float16 or float32.
+        grad_outputs: [N, T, out] or [ΣT, out]; of the dtype of ``inputs``.
+        weight_grad: [out, in], float32, bfloat16 or float16.
+        cu_seqlens: [N + 1], int32 or int64, for packed sequences.
+        config: Instead of the one that :func:`choose` gives.
+        processors: Instead of the GPU's number of multiprocessors.
+
+    Returns:
+        ``out``.
+    """
+    if inputs.numel() == 0 or grad_outputs.numel() == 0:
+        return out
+    rows, tokens = inputs.shape[:-1].numel(), inputs.shape[-2]
+    if rows >= 2**31:
+        raise ValueError(f"inputs must have fewer than 2**31 rows on a GPU, not {rows}.")
+    out_features, in_features = out.shape
+    inputs, grad_outputs = _with_aligned_rows(inputs), _with_aligned_rows(grad_outputs)
+    a_vectors, b_vectors = _in_vectors(inputs), _in_vectors(grad_outputs)
+    if cu_seqlens is None:
+        samples, tokens_of_each = len(inputs), tokens
+    else:
+        cu_seqlens = cu_seqlens.contiguous()
+        samples, tokens_of_each = len(cu_seqlens) - 1, None
+        # A row's place does not depend on its sample.
+        a_vectors, b_vectors = (0, *a_vectors), (0, *b_vectors)
+    precision = _precision(inputs.dtype)
+    if config is None:
+        descriptors = (
+            _has_descriptors(inputs.device)
+            and cu_seqlens is None
+            and min(*a_vectors, *b_vectors) > 0
+        )
+        config = choose(
+            precision, out_features, in_features, tokens_of_each, descriptors=descriptors
+        )
+    if processors is None:
+        properties = torch.cuda.get_device_properties(inputs.device)
+        processors = int(properties.multi_processor_count)
+
+    tiles = triton.cdiv(out_features, config.block_out) * triton.cdiv(in_features, config.block_in)
+    if tokens_of_each is None:
+        blocks = triton.cdiv(tokens, config.block_tokens)
+    else:
+        blocks = samples * triton.cdiv(tokens, config.block_tokens)
+    plan = schedule(tiles, samples, blocks, processors)
+    results = 1 if weight_grad is None else 2
+    workspace = None
+    if plan.shared:
+        partial_sums = plan.shared * plan.shares * results
+        workspace = out.new_empty(partial_sums, config.block_out, config.block_in)
+
+    a: Tensor | TensorDescriptor = inputs
+    b: Tensor | TensorDescriptor = grad_outputs
+    if config.descriptors:
+        a = TensorDescriptor.from_tensor(inputs, [1, config.block_tokens, config.block_in])
+        b = TensorDescriptor.from_tensor(grad_outputs, [1, config.block_tokens, config.block_out])
+    out_strides = out.stride()
+    weight_grad_strides = (0, 0) if weight_grad is None else weight_grad.stride()
+    with torch.cuda.device_of(out):
+        _accumulate[(plan.programs,)](
+            out,
+            weight_grad,
+            a,
+            b,
+            cu_seqlens,
+            workspace,
+            samples,
+            tokens,
+            out_features,
+            in_features,
+            *a_vectors,
+            *b_vectors,
+            *out_strides,
+            *weight_grad_strides,
+            plan.whole,
+            plan.shares,
+            BLOCK_OUT=config.block_out,
+            BLOCK_IN=config.block_in,
+            BLOCK_TOKENS=config.block_tokens,
+            DESCRIPTORS=config.descriptors,
+            PRECISION="tf32" if precision == "tf32" else "ieee",
+            **launch_options(config),
+        )
+        if workspace is not None:
+            _reduce[(plan.shared, config.block_out // _REDUCE_ROWS)](
+                out,
+                weight_grad,
+                workspace,
+                out_features,
+                in_features,
+                *out_strides,
+                *weight_grad_strides,
+                plan.whole,
+                plan.shares,
+                BLOCK_OUT=config.block_out,
+                BLOCK_IN=config.block_in,
+                ROWS=_REDUCE_ROWS,
+                **_FUSION,
+            )
+    return out
+
+
+def launch_options(config: Config) -> dict[str, int]:
+    """What Triton's compiler is told beside the arguments."""
+    return {"num_warps": config.warps, "num_stages": config.stages, **_FUSION}
+
+
+def _precision(dtype: torch.dtype) -> Precision:
+    if dtype != torch.float32:
+        return "half"
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+
+
+def _has_descriptors(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+def _with_aligned_rows(tensor: Tensor) -> Tensor:
+    """The tensor, or a copy whose rows start and end at multiples of 16 bytes.
+
+    Loading odd rows element by element stops the pipeline and spills registers: a copy is far
+    cheaper.
+    """
+    vector = 16 // tensor.element_size()
+    *outer, inner = tensor.stride()
+    features = tensor.shape[-1]
+    starts = (tensor.data_ptr() // tensor.element_size(), features, *outer)
+    if inner == 1 and all(start % vector == 0 for start in starts):
+        return tensor
+    width = triton.cdiv(features, vector) * vector
+    copy = tensor.new_empty(*tensor.shape[:-1], width)
+    copy[..., :features] = tensor
+    copy[..., features:] = 0
+    return copy
+
+
+def _in_vectors(tensor: Tensor) -> tuple[int, ...]:
+    """Strides of samples and tokens, and the number of features, each in units of 16 bytes."""
+    vector = 16 // tensor.element_size()
+    return tuple(size // vector for size in (*tensor.stride()[:-1], tensor.shape[-1]))
+
+
+@triton.jit
+def _tile(index, out_features, in_features, BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr):
+    """The first row and column of a tile; neighbours in order are neighbours in the matrix."""
+    tiles_out = tl.cdiv(out_features, BLOCK_OUT)
+    tiles_in = tl.cdiv(in_features, BLOCK_IN)
+    group = index // (_TILE_GROUP * tiles_in)
+    within = index % (_TILE_GROUP * tiles_in)
+    height = tl.minimum(tiles_out - group * _TILE_GROUP, _TILE_GROUP)
+    row = group * _TILE_GROUP + within % height
+    return row * BLOCK_OUT, (within // height) * BLOCK_IN
+
+
+@triton.jit
+def _rows(sample, samples, tokens, cu_seqlens):
+    """The first row of a sample and the one after its last, inside the tensor in any case."""
+    if cu_seqlens is None:
+        first = tl.zeros_like(sample)
+        end = first + tokens
+    else:
+        exists = sample < samples
+        first = tl.load(cu_seqlens + sample, mask=exists, other=0).to(tl.int32)
+        end = tl.load(cu_seqlens + sample + 1, mask=exists, other=0).to(tl.int32)
+        first = tl.minimum(tl.maximum(first, 0), tokens)
+        end = tl.minimum(tl.maximum(end, 0), tokens)
+    return first, end
+
+
+@triton.jit
+def _share(share, shares, samples, tokens, cu_seqlens, BLOCK_TOKENS: tl.constexpr):
+    """The first sample of a share, and the blocks of tokens in it.
+
+    Packed sequences are shared out by their number of tokens: those that start in a share's part
+    of the rows belong to it. An empty sequence counts as a block, which is masked.
+    """
+    share = share.to(tl.int64)
+    if cu_seqlens is None:
+        sample = (share * samples // shares).to(tl.int32)
+        after = ((share + 1) * samples // shares).to(tl.int32)
+        blocks = (after - sample) * tl.cdiv(tokens, BLOCK_TOKENS)
+    else:
+        low = (share * tokens // shares).to(tl.int32)
+        high = ((share + 1) * tokens // shares).to(tl.int32)
+        sample = tl.zeros_like(low)
+        blocks = tl.zeros_like(low)
+        for chunk in range(0, samples, _SEQUENCE_CHUNK):
+            index = chunk + tl.arange(0, _SEQUENCE_CHUNK)
+            first, end = _rows(index, samples, tokens, cu_seqlens)
+            before = (index < samples) & (first < low)
+            mine = (index < samples) & (first >= low) & (first < high)
+            count = tl.maximum(tl.cdiv(end - first, BLOCK_TOKENS), 1)
+            sample += tl.sum(before.to(tl.int32))
+            blocks += tl.sum(tl.where(mine, count, 0))
+    return sample, blocks
+
+
+@triton.jit
+def _add_to(pointer, stride_out, stride_in, rows, columns, inside, values):
+    """Add a tile to a matrix, in float32, rounded once."""
+    offsets = rows.to(tl.int64) * stride_out + columns.to(tl.int64) * stride_in
+    total = tl.load(pointer + offsets, mask=inside).to(tl.float32) + values
+    tl.store(pointer + offsets, total.to(pointer.dtype.element_ty), mask=inside)
+
+
+# Sizes that change from batch to batch must not make Triton compile a kernel for each.
+_VARYING = (
+    "samples",
+    "tokens",
+    "inputs_sample_vectors",
+    "inputs_token_vectors",
+    "inputs_vectors",
+    "grads_sample_vectors",
+    "grads_token_vectors",
+    "grads_vectors",
+    "whole",
+    "shares",
+)
+
+
+@triton.jit(do_not_specialize=_VARYING)
+def _accumulate(
+    out,
+    weight_grad,
+    inputs,
+    grad_outputs,
+    cu_seqlens,
+    workspace,
+    samples,
+    tokens,
+    out_features,
+    in_features,
+    inputs_sample_vectors,
+    inputs_token_vectors,
+    inputs_vectors,
+    grads_sample_vectors,
+    grads_token_vectors,
+    grads_vectors,
+    out_stride_out,
+    out_stride_in,
+    weight_grad_stride_out,
+    weight_grad_stride_in,
+    whole,
+    shares,
+    BLOCK_OUT: tl.constexpr,
+    BLOCK_IN: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    program = tl.program_id(0)
+    partial = program - whole  # which of the partial sums, if not negative
+    is_whole = partial < 0
+    tile = tl.where(is_whole, program, whole + partial // shares)
+    share = tl.where(is_whole, 0, partial % shares)
+    first_row, first_column = _tile(tile, out_features, in_features, BLOCK_OUT, BLOCK_IN)
+    sample, blocks = _share(
+        share, tl.where(is_whole, 1, shares), samples, tokens, cu_seqlens, BLOCK_TOKENS
+    )
+
+    rows = first_row + tl.arange(0, BLOCK_OUT)[:, None]
+    columns = first_column + tl.arange(0, BLOCK_IN)[None, :]
+    token = tl.arange(0, BLOCK_TOKENS)
+    if not DESCRIPTORS:
+        # Strides and widths come in vectors of 16 bytes, so that the compiler knows that they are
+        # multiples of one: a thread loads 16 bytes or nothing.
+        vector: tl.constexpr = 128 // inputs.dtype.element_ty.primitive_bitwidth
+        in_columns = columns < inputs_vectors * vector
+        in_rows = rows < grads_vectors * vector
+        # b is loaded transposed, as the product wants it: transposing it after the load cost the
+        # pipeline on compute capability 8.
+        long = token.to(tl.int64)
+        a_block = long[:, None] * (inputs_token_vectors.to(tl.int64) * vector) + columns
+        b_block = long[None, :] * (grads_token_vectors.to(tl.int64) * vector) + rows
+
+    product = tl.zeros((BLOCK_OUT, BLOCK_IN), dtype=tl.float32)
+    squares = tl.zeros((BLOCK_OUT, BLOCK_IN), dtype=tl.float32)
+    grad = tl.zeros((BLOCK_OUT, BLOCK_IN), dtype=tl.float32)
+    first, end = _rows(sample, samples, tokens, cu_seqlens)
+    for _ in range(blocks):
+        if DESCRIPTORS:  # reads zeros past a sample's end and past the last column
+            a = inputs.load([sample, first, first_column]).reshape(BLOCK_TOKENS, BLOCK_IN)
+            b = grad_outputs.load([sample, first, first_row]).reshape(BLOCK_TOKENS, BLOCK_OUT).T
+        else:
+            in_sample = token < end - first
+            sample_long, first_long = sample.to(tl.int64), first.to(tl.int64)
+            a_start = sample_long * inputs_sample_vectors + first_long * inputs_token_vectors
+            b_start = sample_long * grads_sample_vectors + first_long * grads_token_vectors
+            # Both are masked, since 0 · NaN from a neighbouring sample would be NaN.
+            a_mask, b_mask = in_sample[:, None] & in_columns, in_sample[None, :] & in_rows
+            a = tl.load(inputs + (a_start * vector + a_block), mask=a_mask, other=0.0)
+            b = tl.load(grad_outputs + (b_start * vector + b_block), mask=b_mask, other=0.0)
+        product = tl.dot(b, a, product, input_precision=PRECISION)
+        first += BLOCK_TOKENS
+        is_last = first >= end
+        if is_last:
+            squares += product * product
+            if weight_grad is not None:
+                grad += product
+            product = tl.zeros((BLOCK_OUT, BLOCK_IN), dtype=tl.float32)
+        sample = tl.where(is_last, sample + 1, sample)
+        next_first, next_end = _rows(sample, samples, tokens, cu_seqlens)
+        first = tl.where(is_last, next_first, first)
+        end = tl.where(is_last, next_end, end)
+
+    if is_whole:
+        inside = (rows < out_features) & (columns < in_features)
+        _add_to(out, out_stride_out, out_stride_in, rows, columns, inside, squares)
+        if weight_grad is not None:
+            _add_to(
+                weight_grad, weight_grad_stride_out, weight_grad_stride_in,
+                rows, columns, inside, grad,
+            )  # fmt: skip
+    elif workspace is not None:
+        results: tl.constexpr = 1 if weight_grad is None else 2
+        place = tl.arange(0, BLOCK_OUT)[:, None] * BLOCK_IN + tl.arange(0, BLOCK_IN)[None, :]
+        slot = workspace + partial.to(tl.int64) * (results * BLOCK_OUT * BLOCK_IN)
+        tl.store(slot + place, squares)
+        if weight_grad is not None:
+            tl.store(slot + BLOCK_OUT * BLOCK_IN + place, grad)
+
+
+@triton.jit(do_not_specialize=("whole", "shares"))
+def _reduce(
+    out,
+    weight_grad,
+    workspace,
+    out_features,
+    in_features,
+    out_stride_out,
+    out_stride_in,
+    weight_grad_stride_out,
+    weight_grad_stride_in,
+    whole,
+    shares,
+    BLOCK_OUT: tl.constexpr,
+    BLOCK_IN: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """Add the partial sums of a shared tile, a few rows of it, in the order of the shares."""
+    shared, part = tl.program_id(0), tl.program_id(1)
+    first_row, first_column = _tile(whole + shared, out_features, in_features, BLOCK_OUT, BLOCK_IN)
+    row = part * ROWS + tl.arange(0, ROWS)[:, None]
+    column = tl.arange(0, BLOCK_IN)[None, :]
+    results: tl.constexpr = 1 if weight_grad is None else 2
+    slot = workspace + (shared * shares).to(tl.int64) * (results * BLOCK_OUT * BLOCK_IN)
+    place = row * BLOCK_IN + column
+    squares = tl.zeros((ROWS, BLOCK_IN), dtype=tl.float32)
+    grad = tl.zeros((ROWS, BLOCK_IN), dtype=tl.float32)
+    for _ in range(shares):
+        squares += tl.load(slot + place)
+        if weight_grad is not None:
+            grad += tl.load(slot + BLOCK_OUT * BLOCK_IN + place)
+        slot += results * BLOCK_OUT * BLOCK_IN
+    rows, columns = first_row + row, first_column + column
+    inside = (rows < out_features) & (columns < in_features)
+    _add_to(out, out_stride_out, out_stride_in, rows, columns, inside, squares)
+    if weight_grad is not None:
+        _add_to(
+            weight_grad, weight_grad_stride_out, weight_grad_stride_in,
+            rows, columns, inside, grad,
+        )  # fmt: skip

@@ -1,0 +1,386 @@
+"""Whole models of transformers and peft, made at random, against a loop over single samples."""
+
+import copy
+import gc
+
+import pytest
+import torch
+import torch.nn.functional as F
+import transformers
+from fisher_cases import assert_sums, largest_error, loop
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from cl_optim.fisher import FisherEstimator, estimate_fisher
+
+# Of the libraries' own making.
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
+transformers.utils.logging.set_verbosity_error()
+
+VOCABULARY, WIDTH, LENGTH = 17, 8, 12
+COMMON = {"vocab_size": VOCABULARY, "initializer_range": 0.3, "pad_token_id": 0}
+SMALL = {"num_hidden_layers": 2, "num_attention_heads": 2, "hidden_size": WIDTH}
+
+
+def gpt2() -> nn.Module:
+    """Tied head; Conv1D is addmm on [N·T, in]; positions are looked up as [1, T]."""
+    config = transformers.GPT2Config(
+        n_layer=2, n_head=2, n_embd=WIDTH, n_positions=LENGTH, bos_token_id=0, eos_token_id=0,
+        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, **COMMON,
+    )  # fmt: skip
+    return transformers.GPT2LMHeadModel(config)
+
+
+def llama() -> nn.Module:
+    config = transformers.LlamaConfig(
+        num_key_value_heads=1, intermediate_size=12, bos_token_id=0, eos_token_id=0,
+        **COMMON, **SMALL,
+    )  # fmt: skip
+    return transformers.LlamaForCausalLM(config)
+
+
+def bert() -> nn.Module:
+    """Its key biases have a Fisher information of zero."""
+    config = transformers.BertConfig(
+        intermediate_size=12, max_position_embeddings=LENGTH,
+        hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, **COMMON, **SMALL,
+    )  # fmt: skip
+    return transformers.BertForMaskedLM(config)
+
+
+def lora() -> nn.Module:
+    return get_peft_model(
+        llama(), LoraConfig(r=2, target_modules=["q_proj", "v_proj", "down_proj"])
+    )
+
+
+MODELS = {"gpt2": gpt2, "llama": llama, "bert": bert, "lora": lora}
+
+
+class WideRMSNorm(nn.Module):
+    """transformers' RMSNorm without its rounding to float32, for the loop in float64."""
+
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__()
+        self.weight, self.eps = norm.weight, norm.variance_epsilon
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.weight * F.rms_norm(x, x.shape[-1:], eps=self.eps)
+
+
+def widened(model: nn.Module) -> nn.Module:
+    model = copy.deepcopy(model)
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if type(child).__name__ == "LlamaRMSNorm":
+                setattr(module, name, WideRMSNorm(child))
+    return model
+
+
+def make(kind: str) -> nn.Module:
+    model = MODELS[kind]().train()
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if p.dim() == 1 or "lora_B" in name:  # biases and lora_B are 0 at first
+                p.add_(torch.randn_like(p) * 0.2)
+    return model
+
+
+def batch() -> tuple[Tensor, Tensor]:
+    """Tokens [4, 6], and for each sequence how many of them it has."""
+    return torch.randint(1, VOCABULARY, (4, 6)), torch.tensor([6, 4, 2, 5])
+
+
+def target_loss(kind: str, logits: Tensor, tokens: Tensor) -> Tensor:
+    """Of one unpadded sequence: the sum over its tokens."""
+    if kind == "bert":
+        return F.cross_entropy(logits[0], tokens[0], reduction="sum")
+    return F.cross_entropy(logits[0, :-1], tokens[0, 1:], reduction="sum")
+
+
+def sequences(kind: str, model: nn.Module, tokens: Tensor, lengths: Tensor) -> dict[str, Tensor]:
+    """The float64 loop, over sequences without padding."""
+
+    def one(model: nn.Module, n: int) -> Tensor:
+        part = tokens[n : n + 1, : lengths[n]]
+        return target_loss(kind, model(input_ids=part).logits, part)
+
+    return loop(widened(model), one, len(tokens))
+
+
+def padded(tokens: Tensor, lengths: Tensor, side: str) -> dict[str, Tensor]:
+    """A batch as transformers takes it."""
+    longest = tokens.shape[1]
+    mask = torch.arange(longest) < lengths.unsqueeze(1)
+    ids = tokens.masked_fill(~mask, 0)
+    if side == "left":
+        shifts = [longest - int(length) for length in lengths]
+        ids = torch.stack([row.roll(by) for row, by in zip(ids, shifts, strict=True)])
+        mask = torch.stack([row.roll(by) for row, by in zip(mask, shifts, strict=True)])
+    positions = (mask.long().cumsum(1) - 1).clamp_min(0)
+    return {
+        "input_ids": ids,
+        "attention_mask": mask.long(),
+        "position_ids": positions,
+        "labels": ids.masked_fill(~mask, -100),
+    }
+
+
+@pytest.mark.parametrize("side", ["none", "right", "left"])
+@pytest.mark.parametrize("kind", MODELS)
+def test_against_the_loop(kind, side):
+    model = make(kind).eval()
+    tokens, lengths = batch()
+    if side == "none":
+        lengths = torch.full((4,), 6)
+    expected = sequences(kind, model, tokens, lengths)
+    data = padded(tokens, lengths, side)
+    if side == "none":
+        data = {"input_ids": tokens, "labels": tokens}
+    importance = estimate_fisher(model, [data], "empirical")
+    assert_sums(importance, expected, 1e-5)
+    counted = int(lengths.sum()) - (0 if kind == "bert" else 4)
+    assert (importance.samples, importance.tokens) == (4, counted)
+    assert importance.metadata["loss"] == ("cross_entropy" if kind == "bert" else "causal_lm")
+
+    # In training, the model's own loss is a mean over all tokens that have a label.
+    labels = data["labels"].clone()
+    if side == "left" and kind != "bert":
+        labels.scatter_(1, (6 - lengths).unsqueeze(1), -100)  # predicted from padding
+    fisher = FisherEstimator(model)
+    with fisher.observe(4, loss_terms=counted):
+        model(**{**data, "labels": labels}).loss.backward()
+    assert_sums(fisher.finalize(), expected, 1e-5)
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_bfloat16(kind):
+    """Against batches of one in bfloat16."""
+    model = make(kind).eval().bfloat16()
+    tokens, _ = batch()
+
+    def one(model: nn.Module, n: int) -> Tensor:
+        part = tokens[n : n + 1]
+        return target_loss(kind, model(input_ids=part).logits.float(), part)
+
+    expected = loop(model, one, 4, double=False)
+    importance = estimate_fisher(model, [{"input_ids": tokens, "labels": tokens}], "empirical")
+    assert all(value.dtype == torch.float32 for value in importance.values())
+    assert_sums(importance, expected, 1e-2)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama", "lora"])
+def test_exact_is_refused(kind):
+    message = r"^labels='exact' is for logits \[N, C\] .*; use labels='sample'"
+    with pytest.raises(ValueError, match=message):
+        estimate_fisher(make(kind), [{"input_ids": batch()[0]}])
+
+
+def test_sampled_labels_of_a_language_model():
+    """Labels are drawn for the tokens that have one; several passes average to the mean."""
+    model = make("gpt2").eval()
+    tokens, lengths = batch()
+    data = padded(tokens, lengths, "right")
+    one = estimate_fisher(model, [data], "sample", generator=torch.Generator().manual_seed(1))
+    assert (one.samples, one.tokens) == (4, int(lengths.sum()) - 4)
+    # Without labels, the tokens themselves say what is predicted.
+    del data["labels"]
+    same = estimate_fisher(model, [data], "sample", generator=torch.Generator().manual_seed(1))
+    for name, value in one.sums.items():
+        torch.testing.assert_close(same.sums[name], value)
+    # Drawn labels: E (Σ_t g_t)² = Σ_t E g_t², the gradients of different tokens are uncorrelated.
+    data["labels"] = data["input_ids"].masked_fill(data["attention_mask"] == 0, -100)
+
+    def position(t: int) -> dict[str, Tensor]:
+        only = torch.full_like(data["labels"], -100)
+        only[:, t] = data["labels"][:, t]
+        return {**data, "labels": only}
+
+    draws = 40
+    many = estimate_fisher(
+        model, [data] * draws, "sample", max_samples=None,
+        generator=torch.Generator().manual_seed(0),
+    )  # fmt: skip
+    single = estimate_fisher(
+        model, [position(t) for t in range(1, 6)] * draws, "sample", max_samples=None,
+        generator=torch.Generator().manual_seed(2),
+    )  # fmt: skip
+    for name in ("transformer.h.0.attn.c_attn.weight", "transformer.wte.weight"):
+        a, b = many.sums[name].sum() / draws, single.sums[name].sum() / draws
+        assert abs(float(a / b) - 1) < 0.15, name
+
+
+# --- activation checkpointing ---------------------------------------------------------------------
+
+ENTRY_POINTS = {
+    "Tensor.backward": lambda loss, model: loss.backward(),
+    "autograd.backward": lambda loss, model: torch.autograd.backward(loss),
+    "autograd.grad": lambda loss, model: torch.autograd.grad(loss, list(model.parameters())),
+}
+
+
+class Checkpointed(nn.Module):
+    """Blocks with attention, views and a tied parameter, each perhaps in a checkpoint."""
+
+    def __init__(self, reentrant: bool | None, early_stop: bool = True) -> None:
+        super().__init__()
+        self.token, self.position = nn.Embedding(9, 8), nn.Parameter(torch.randn(1, 8, 8))
+        layers = [nn.TransformerEncoderLayer(8, 2, 12, 0.0, batch_first=True) for _ in range(3)]
+        self.layers = nn.ModuleList(layers)
+        self.layers[2].linear1.weight = self.layers[0].linear1.weight
+        self.head = nn.Linear(8, 9)
+        self.head.weight = self.token.weight
+        self.reentrant, self.early_stop = reentrant, early_stop
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.token(tokens) + self.position[:, : tokens.shape[1]]
+        for layer in self.layers:
+            if self.reentrant is None:
+                x = layer(x)
+            else:
+                with torch.utils.checkpoint.set_checkpoint_early_stop(self.early_stop):
+                    x = checkpoint(layer, x, use_reentrant=self.reentrant)
+        return self.head(x)
+
+
+@pytest.mark.parametrize("verify", [True, False])
+@pytest.mark.parametrize("entry", ENTRY_POINTS)
+@pytest.mark.parametrize("how", [(False, True), (False, False), (True, True)])
+def test_activation_checkpointing(how, entry, verify):
+    reentrant, early_stop = how
+    model = Checkpointed(reentrant, early_stop)
+    tokens = torch.randint(0, 9, (4, 5))
+    plain = Checkpointed(None)
+    plain.load_state_dict(model.state_dict())
+    expected = loop(plain, lambda m, n: m(tokens[n : n + 1]).tanh().sum(), 4)
+    fisher = FisherEstimator(model, verify=verify)
+    if reentrant and entry == "autograd.grad":  # torch does not do that either
+        with pytest.raises(RuntimeError, match=r"incompatible with .*grad\(\)"), fisher.observe(4):
+            ENTRY_POINTS[entry](model(tokens).tanh().sum(), model)
+        return
+    with fisher.observe(4, loss_terms=1):
+        ENTRY_POINTS[entry](model(tokens).tanh().sum(), model)
+    assert_sums(fisher.finalize(), expected, 1e-5)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_activation_checkpointing_in_a_pass_of_its_own(reentrant):
+    model = Checkpointed(reentrant)
+    tokens = torch.randint(0, 9, (4, 5))
+    plain = Checkpointed(None)
+    plain.load_state_dict(model.state_dict())
+    for labels in ("predicted", "sample"):
+        found, expected = (
+            estimate_fisher(m, [tokens], labels, generator=torch.Generator().manual_seed(0))
+            for m in (model, plain)
+        )
+        for name, value in expected.sums.items():
+            torch.testing.assert_close(found.sums[name], value, rtol=1e-4, atol=1e-6)
+    assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("kind", MODELS)
+def test_gradient_checkpointing_of_transformers(kind, reentrant):
+    model = make(kind)
+    tokens, _ = batch()
+    expected = sequences(kind, model, tokens, torch.full((4,), 6))
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    if kind == "lora" and reentrant:
+        model.enable_input_require_grads()
+    fisher = FisherEstimator(model)
+    for verified in (True, False):
+        with fisher.observe(4, loss_terms=24 if kind == "bert" else 20):
+            model(input_ids=tokens, labels=tokens, use_cache=False).loss.backward()
+        importance = fisher.finalize()
+        halved = {name: total / (1 if verified else 2) for name, total in importance.sums.items()}
+        assert largest_error(halved, expected) <= 1e-5
+
+
+# --- mixtures of experts --------------------------------------------------------------------------
+
+
+def test_mixture_of_experts():
+    """Experts see rows of unknown samples: refused, or estimated by random signs, or left out."""
+    config = transformers.MixtralConfig(
+        num_key_value_heads=1, intermediate_size=12, num_local_experts=3, num_experts_per_tok=2,
+        experts_implementation="eager", **COMMON, **SMALL,
+    )  # fmt: skip
+    model = transformers.MixtralForCausalLM(config).eval()
+    tokens, _ = batch()
+    data = [{"input_ids": tokens, "labels": tokens}]
+    message = (
+        r"experts\.gate_up_proj' met an input of shape .*mixture of experts sees rows of unknown"
+    )
+    with pytest.raises(ValueError, match=message):
+        estimate_fisher(model, data, "empirical")
+    skipped = estimate_fisher(model, data, "empirical", unsupported="skip")
+    names = {
+        f"model.layers.{i}.mlp.experts.{w}" for i in (0, 1) for w in ("gate_up_proj", "down_proj")
+    }
+    assert set(skipped.metadata["skipped"]) == names
+    assert names.isdisjoint(skipped)
+    signed = estimate_fisher(
+        model, data, "empirical", unsupported="sign", sign_draws=300,
+        generator=torch.Generator().manual_seed(0),
+    )  # fmt: skip
+    assert set(signed.metadata["sign"]["parameters"]) == names
+    assert signed.metadata["sign"]["draws"] == 300
+    expected = sequences("mixtral", model, tokens, torch.full((4,), 6))
+    assert set(signed) == set(expected)
+    for name, value in signed.sums.items():
+        if name in names:
+            assert abs(float(value.sum() / expected[name].sum()) - 1) < 0.2
+        else:
+            torch.testing.assert_close(value, skipped.sums[name])
+
+
+# --- memory ---------------------------------------------------------------------------------------
+
+
+def peak_bytes(work) -> int:
+    """The most bytes allocated on the CPU at once, beyond those there were, by the profiler."""
+    gc.collect()
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profile:
+        work()
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    now = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        now += event.nbytes()
+        peak = max(peak, now)
+    assert peak > 0
+    return peak
+
+
+@pytest.mark.parametrize("verify", ["first", False])
+def test_memory_of_a_pass(verify):
+    """At most an ordinary backward pass, a float32 copy of the parameters and two chunks.
+
+    With the self-check, too: it holds one set of gradients, which an ordinary pass does as well.
+    """
+    width, vocabulary = 256, 2000
+    config = transformers.GPT2Config(
+        vocab_size=vocabulary, n_layer=4, n_head=4, n_embd=width, n_positions=64,
+        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=0, eos_token_id=0,
+    )  # fmt: skip
+    model = transformers.GPT2LMHeadModel(config).eval()
+    tokens = torch.randint(0, vocabulary, (4, 64))
+    data = {"input_ids": tokens, "labels": tokens}
+    parameters = sum(p.numel() for p in model.parameters()) * 4
+    largest = max(p.numel() for p in model.parameters()) * 4
+    chunks = 2 * (2**18 + largest)  # one product of a sample, and the square or sum made of it
+
+    def ordinary() -> None:
+        model(**data).loss.backward()
+        model.zero_grad(set_to_none=True)
+
+    def fisher() -> None:
+        estimate_fisher(model, [data], "empirical", verify=verify, progress=False)
+
+    ordinary()  # warm up
+    fisher()
+    plain, ours = peak_bytes(ordinary), peak_bytes(fisher)
+    assert ours <= plain + parameters + chunks

@@ -1,0 +1,662 @@
+"""Each way of using a parameter, in training and in a pass of its own, against batches of one."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from fisher_cases import assert_sums, loop
+from torch import Tensor, nn
+
+import cl_optim
+from cl_optim.fisher import FisherEstimator, UnsupportedUseError, Use, estimate_fisher
+from cl_optim.fisher.per_sample import Geometry
+
+N = 3
+
+
+class Uses(nn.Module):
+    """A linear layer, so that inputs require gradients, and some use of other parameters."""
+
+    def __init__(self, use, *parameters: nn.Parameter, **modules: nn.Module) -> None:
+        super().__init__()
+        self.first = nn.Linear(4, 4)
+        self.p = nn.ParameterList(parameters)
+        for name, module in modules.items():
+            self.add_module(name, module)
+        self.use = use
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.use(self, self.first(x))
+
+
+def randn(*shape: int) -> nn.Parameter:
+    return nn.Parameter(torch.randn(shape))
+
+
+def losses(model: nn.Module, x: Tensor) -> Tensor:
+    return model(x).tanh().flatten(1).sum(1)
+
+
+def check(model: nn.Module, x: Tensor, loss=losses, tolerance: float = 1e-5) -> None:
+    """Training twice (verified, then with the gradients made by us), and a pass of its own."""
+    model.eval()
+
+    def one(model: nn.Module, n: int) -> Tensor:
+        part = x[n : n + 1]
+        return loss(model, part.double() if part.is_floating_point() else part)[0]
+
+    expected = loop(model, one, len(x))
+    plain = copy.deepcopy(model)
+    loss(plain, x).sum().backward()
+    largest = max(float(p.grad.abs().max()) for p in plain.parameters() if p.grad is not None)
+    for verify in (True, False):
+        model.zero_grad()
+        fisher = FisherEstimator(model, verify=verify)
+        with fisher.observe(len(x), loss_terms=1):
+            loss(model, x).sum().backward()
+        assert_sums(fisher.finalize(), expected, tolerance)
+        for (name, p), q in zip(model.named_parameters(), plain.parameters(), strict=True):
+            assert (p.grad is None) == (q.grad is None), name
+            if p.grad is not None and verify:
+                torch.testing.assert_close(p.grad, q.grad, rtol=2e-6, atol=2e-6)
+            elif p.grad is not None:
+                torch.testing.assert_close(p.grad, q.grad, rtol=1e-5, atol=2e-6 * largest)
+    model.zero_grad()
+    importance = estimate_fisher(model, [x], "empirical", per_sample_loss=loss)
+    assert_sums(importance, expected, tolerance)
+    assert all(p.grad is None for p in model.parameters())
+
+
+# --- layers ---------------------------------------------------------------------------------------
+
+
+class Spatial(nn.Module):
+    def __init__(self, *layers: nn.Module) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(*layers)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x)
+
+
+def spoilt(norm: nn.Module) -> nn.Module:
+    """A normalisation with some weights far from 1, and one of 0."""
+    with torch.no_grad():
+        norm.weight.normal_(1, 0.5)
+        norm.weight.view(-1)[0] = 0.0
+        if norm.bias is not None:
+            norm.bias.normal_()
+        if isinstance(norm, nn.BatchNorm2d):
+            norm.running_mean.normal_()
+            norm.running_var.uniform_(0.5, 2)
+    return norm
+
+
+CONVOLUTIONS = {
+    "plain": (nn.Conv2d(4, 6, 3), (4, 6, 5)),
+    "groups, dilation, stride": (
+        nn.Conv2d(4, 6, (3, 2), stride=(2, 1), dilation=(2, 1), padding=(1, 2), groups=2),
+        (4, 7, 5),
+    ),
+    "depthwise, no bias": (nn.Conv2d(4, 8, 3, groups=4, bias=False), (4, 5, 5)),
+    "same, even kernel": (nn.Conv2d(4, 2, (4, 3), padding="same", dilation=(1, 2)), (4, 5, 6)),
+    "valid": (nn.Conv2d(4, 2, 2, padding="valid"), (4, 3, 3)),
+    "reflect": (nn.Conv2d(4, 2, 3, padding=2, padding_mode="reflect"), (4, 5, 4)),
+    "circular same": (nn.Conv1d(4, 2, 3, padding="same", padding_mode="circular"), (4, 5)),
+    "1 x 1": (nn.Conv2d(4, 5, 1), (4, 3, 2)),
+    "1-d": (nn.Conv1d(4, 6, 3, stride=2, padding=1, dilation=2, groups=2), (4, 9)),
+    "3-d": (nn.Conv3d(4, 2, (2, 3, 2), padding=1, groups=2, dilation=(1, 1, 2)), (4, 3, 4, 5)),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
+@pytest.mark.parametrize("kind", CONVOLUTIONS)
+def test_convolution(kind):
+    layer, shape = CONVOLUTIONS[kind]
+    first = type(layer)(shape[0], shape[0], 1)
+    check(Spatial(first, copy.deepcopy(layer)), torch.randn(N, *shape))
+
+
+def test_convolution_in_chunks(monkeypatch):
+    """As it would be if the windows of one sample filled a chunk."""
+    monkeypatch.setattr("cl_optim.fisher.per_sample.CHUNK_BYTES", 1)
+    for kind in ("plain", "groups, dilation, stride"):
+        layer, shape = CONVOLUTIONS[kind]
+        check(Spatial(copy.deepcopy(layer)), torch.randn(N, *shape))
+
+
+def test_frames():
+    """[N, T, C, H, W]: what a sample's frames give adds before the square."""
+
+    class Video(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.norm = nn.Conv2d(2, 4, 3), spoilt(nn.GroupNorm(2, 4))
+            self.head = nn.Linear(4, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.norm(self.conv(x.flatten(0, 1)))
+            return self.head(y.movedim(1, -1).flatten(0, -2)).view(len(x), -1, 2)
+
+    check(Video(), torch.randn(N, 5, 2, 4, 4))
+
+
+def test_cnn_with_normalisation():
+    model = Spatial(
+        nn.Conv2d(3, 4, 3, padding=1, bias=False),
+        spoilt(nn.BatchNorm2d(4)),
+        nn.ReLU(inplace=True),
+        nn.Conv2d(4, 6, 3, groups=2, dilation=2, stride=2, padding=2),
+        spoilt(nn.GroupNorm(3, 6)),
+        nn.MaxPool2d(2),
+        nn.Flatten(),
+        nn.Linear(6 * 2 * 2, 5),
+    )
+    check(model, torch.randn(N, 3, 8, 8))
+
+
+@pytest.mark.parametrize("shape", [(4,), (3, 4)])
+@pytest.mark.parametrize("eps", [1e-6, None])
+def test_rms_norm(shape, eps):
+    norm = nn.RMSNorm(shape, eps=eps)
+    with torch.no_grad():
+        norm.weight.normal_()
+        norm.weight.view(-1)[0] = 0
+    # eps=None depends on the dtype, so that the loop in float64 has another one
+    tolerance = 1e-5 if eps is not None else 1e-4
+    check(Uses(lambda m, x: m.norm(x), norm=norm), torch.randn(N, 3, 4), tolerance=tolerance)
+
+
+class Block(nn.Module):
+    def __init__(self, **options) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(8, 2, **options)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.attention.batch_first:
+            return self.attention(x, x, x)[0]
+        y = x.transpose(0, 1)
+        return self.attention(y, y, y)[0].transpose(0, 1)
+
+
+@pytest.mark.parametrize("batch_first", [True, False])
+@pytest.mark.parametrize(
+    "options", [{}, {"bias": False}, {"add_bias_kv": True, "add_zero_attn": True}]
+)
+def test_multi_head_attention(batch_first, options):
+    model = nn.Sequential(nn.Linear(8, 8), Block(batch_first=batch_first, **options))
+    check(model, torch.randn(N, 5, 8))
+
+
+class Crossed(nn.Module):
+    """Queries, keys and values from different tensors, of different widths, with masks."""
+
+    def __init__(self, separate: bool, causal: bool, need_weights: bool) -> None:
+        super().__init__()
+        widths = {"kdim": 6, "vdim": 5} if separate else {}
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True, **widths)
+        self.key = nn.Linear(8, 6 if separate else 8)
+        self.value = nn.Linear(8, 5 if separate else 8)
+        self.causal, self.need_weights = causal, need_weights
+
+    def forward(self, x: Tensor) -> Tensor:
+        key, value = (self.key(x), self.value(x)) if self.key.out_features == 6 else (x, x)
+        padding = torch.zeros(x.shape[:2], dtype=torch.bool)
+        padding[:, -1] = True
+        mask = torch.ones(5, 5, dtype=torch.bool).triu(1) if self.causal else None
+        return self.attention(
+            x[:, :5], key, value,
+            key_padding_mask=padding, attn_mask=mask, need_weights=self.need_weights,
+        )[0]  # fmt: skip
+
+
+@pytest.mark.parametrize("separate", [False, True])
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("need_weights", [False, True])
+def test_cross_attention_with_masks(separate, causal, need_weights):
+    model = nn.Sequential(nn.Linear(8, 8), Crossed(separate, causal, need_weights))
+    for p in model[1].parameters():
+        p.requires_grad_(p is not model[1].key.weight or separate)
+    check(model, torch.randn(N, 5, 8))
+
+
+def test_attention_gives_what_torch_gives():
+    """Also the weights, averaged or not, and a mask of floats for each head."""
+    attention = nn.MultiheadAttention(8, 2, add_bias_kv=True)
+    x = torch.randn(5, N, 8)
+    mask = torch.randn(2 * N, 5, 5)
+    for average in (True, False):
+        options = {"attn_mask": mask, "average_attn_weights": average}
+        expected = attention(x, x, x, **options)
+        fisher = FisherEstimator(attention)
+        with fisher.observe(N):
+            found = attention(x, x, x, **options)
+            found[0].sum().backward()
+        for a, b in zip(found, expected, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("padded", [False, True])
+def test_transformer_encoder(training, padded):
+    """In eval mode torch has a fused path for it, which must not bypass the rules."""
+    layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+    encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=True)
+    padding = torch.tensor([[False] * 5, [False] * 3 + [True] * 2, [False] * 4 + [True]])
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.encoder = nn.Linear(4, 8), encoder
+
+        def forward(self, x: Tensor, n: slice) -> Tensor:
+            kept = padding[n] if padded else torch.zeros_like(padding[n])
+            y = self.encoder(self.first(x), src_key_padding_mask=kept if padded else None)
+            return y.masked_fill(kept.unsqueeze(-1), 0.0).tanh()
+
+    model, x = Model().train(training), torch.randn(N, 5, 4)
+    expected = loop(model, lambda m, n: m(x[n : n + 1].double(), slice(n, n + 1)).sum(), N)
+    fisher = FisherEstimator(model)
+    with fisher.observe(N, loss_terms=1):
+        model(x, slice(None)).sum().backward()
+    assert_sums(fisher.finalize(), expected, 1e-5)
+
+
+# --- bare parameters, views, functions of parameters ----------------------------------------------
+
+
+BARE = {
+    "added": (lambda m, x: x + m.p[0], (4,)),
+    "added in place": (lambda m, x: x.clone().add_(m.p[0]), (4,)),
+    "from the left": (lambda m, x: m.p[0] - x, (4,)),
+    "multiplied": (lambda m, x: x * m.p[0], (4,)),
+    "divided by": (lambda m, x: x / (m.p[0].exp() + 1), (4,)),
+    "positions [1, T, D]": (lambda m, x: x + m.p[0], (1, 5, 4)),
+    "positions [T, D]": (lambda m, x: x + m.p[0], (5, 4)),
+    "per token": (lambda m, x: x * m.p[0], (5, 1)),
+    "a scalar": (lambda m, x: m.p[0] * x, ()),
+    "a scalar, squared": (lambda m, x: m.p[0] ** 2 * x, ()),
+    "torch.where": (lambda m, x: torch.where(x > 0, x, m.p[0]), (4,)),
+    "lerp": (lambda m, x: torch.lerp(x, m.p[0], 0.3), (4,)),
+    "both ends": (lambda m, x: torch.addcmul(m.p[0], x, m.p[0]), (4,)),
+    "one plus": (lambda m, x: x * (1.0 + m.p[0].float()), (4,)),
+    "a power": (lambda m, x: x * (2.0 ** m.p[0]), (4,)),
+    "matmul": (lambda m, x: x @ m.p[0], (4, 3)),
+    "torch.matmul": (lambda m, x: torch.matmul(x, m.p[0]), (4, 3)),
+    "transposed": (lambda m, x: x @ m.p[0].t(), (3, 4)),
+    "mT": (lambda m, x: x @ m.p[0].mT, (3, 4)),
+    "mm": (lambda m, x: torch.mm(x.flatten(0, 1), m.p[0]).view(len(x), -1), (4, 3)),
+    "part of a matrix": (lambda m, x: F.linear(x, m.p[0][1:3]), (6, 4)),
+    "columns": (lambda m, x: F.linear(x, m.p[0][:, 2:6]), (3, 8)),
+    "part of a transpose": (lambda m, x: x @ m.p[0].t()[:, :2], (3, 4)),
+    "every second row": (lambda m, x: F.linear(x, m.p[0][::2]), (5, 4)),
+    "chunks": (lambda m, x: sum(F.linear(x, w).tanh() for w in m.p[0].chunk(3)), (9, 4)),
+    "columns apart": (lambda m, x: sum(F.linear(x, w) for w in m.p[0].split(4, 1)), (3, 8)),
+    "overlapping parts": (
+        lambda m, x: F.linear(x, m.p[0][:3]) + F.linear(x, m.p[0][2:]).tanh(),
+        (5, 4),
+    ),
+    "the whole and a part": (
+        lambda m, x: F.linear(x, m.p[0])[..., :2] + F.linear(x, m.p[0][2:4]),
+        (5, 4),
+    ),
+    "matrix and transpose": (lambda m, x: F.linear(F.linear(x, m.p[0]).tanh(), m.p[0].t()), (3, 4)),
+    "rows as positions": (lambda m, x: x + m.p[0][:5], (9, 4)),
+    "selected": (lambda m, x: x * m.p[0][1], (3, 4)),
+    "diagonal": (lambda m, x: x * m.p[0].diagonal(), (4, 4)),
+    "reshaped": (lambda m, x: x + m.p[0].view(5, 4), (20,)),
+    "in another dtype": (lambda m, x: F.linear(x.double(), m.p[0].double()).to(x), (3, 4)),
+    "a class token": (lambda m, x: torch.cat([m.p[0].expand(len(x), -1, -1), x], 1), (1, 1, 4)),
+    "queries": (lambda m, x: m.p[0].expand(len(x), 2, 4) @ x.mT, (2, 4)),
+    "repeated": (lambda m, x: torch.cat([m.p[0].repeat(len(x), 1, 1), x], 1), (1, 2, 4)),
+    "prelu by hand": (lambda m, x: torch.where(x > 0, x, m.p[0] * x), (1,)),
+    "scaled twice": (lambda m, x: (x * m.p[0]).tanh() * m.p[0], (4,)),
+}
+
+
+@pytest.mark.parametrize("kind", BARE)
+def test_bare_parameter(kind):
+    use, shape = BARE[kind]
+    check(Uses(use, randn(*shape)), torch.randn(N, 5, 4))
+
+
+def test_bare_scalar_keeps_the_dtype():
+    """A scalar parameter takes no part in type promotion."""
+    model = nn.ParameterDict({"scale": nn.Parameter(torch.tensor(2.0))})
+    x = torch.randn(N, 4).bfloat16()
+    with FisherEstimator(model).observe(N):
+        y = x * model.scale
+        assert y.dtype == torch.bfloat16
+        assert torch.equal(y, x * 2)
+        y.sum().backward()
+
+
+def test_geometry():
+    """Which views of a [4, 6] matrix share elements; compared with counting."""
+    base = torch.arange(24).view(4, 6)
+    views = [
+        base, base[:2], base[2:], base[:, :3], base[:, 3:], base[:, ::2], base[:, 1::2], base[0],
+        base[1], base.t(), base.t()[:3], base[1:3, 2:4], base.diagonal(), base[:, 0], base[:, 5],
+    ]  # fmt: skip
+    geometries = [Geometry(tuple(v.shape), v.stride(), v.storage_offset()) for v in views]
+    assert all(geometry.is_injective() for geometry in geometries)
+    assert not Geometry((3, 2), (0, 1), 0).is_injective()
+    assert not Geometry((3, 2), (1, 1), 0).is_injective()
+    apart = 0
+    for a, x in zip(geometries, views, strict=True):
+        assert torch.equal(a.of(base), x)
+        for b, y in zip(geometries, views, strict=True):
+            shared = not set(x.flatten().tolist()).isdisjoint(y.flatten().tolist())
+            assert not (a.is_apart_from(b) and shared)
+            apart += a.is_apart_from(b)
+    assert apart >= 16  # of 34; it may be unsure
+
+
+# --- several uses ---------------------------------------------------------------------------------
+
+
+class Tied(nn.Module):
+    """A language model whose head is its embedding; ``mixing`` makes samples' gradients dense."""
+
+    def __init__(self, bias: bool = False, padding_idx: int | None = None) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(9, 4, padding_idx=padding_idx)
+        self.body = nn.Linear(4, 4)
+        self.head = nn.Linear(4, 9, bias=bias)
+        self.head.weight = self.embedding.weight
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.head(self.body(self.embedding(tokens)).tanh())
+
+
+@pytest.mark.parametrize("options", [{}, {"bias": True, "padding_idx": 2}])
+def test_tied_embedding_and_head(options):
+    tokens = torch.tensor([[1, 2, 1, 5, 2], [3, 3, 3, 3, 3], [0, 8, 2, 0, 1]])
+    check(Tied(**options), tokens)
+
+
+def test_tied_squares_stay_positive():
+    """Where embedding and head nearly cancel, rounding must not leave a square below 0."""
+
+    class Cancelling(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w = randn(3, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            looked_up = F.embedding(torch.zeros(len(x), 1, dtype=torch.long), self.w)
+            return (F.linear(x, self.w)[..., 0] - (looked_up * x.detach()).sum(-1)) * 1e3
+
+    model = Cancelling()
+    fisher = FisherEstimator(model, verify=False)
+    with fisher.observe(50):
+        model(torch.randn(50, 1, 4)).sum().backward()
+    value = fisher.finalize()["w"]
+    assert (value >= 0).all()
+    assert value.max() < 1e-5 * 50 * 1e6
+
+
+def test_reused_modules():
+    """Cross terms: all uses of a sample add before the square."""
+    model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.LayerNorm(4))
+    twice = Uses(lambda m, x: m.body(m.body(x) + x), body=model)
+    check(twice, torch.randn(N, 5, 4))
+    convolution = nn.Conv1d(4, 4, 3, padding=1)
+    check(Uses(lambda m, x: m.c(m.c(x.mT).tanh()).mT, c=convolution), torch.randn(N, 5, 4))
+    tokens = torch.randint(0, 5, (N, 6))
+    table = nn.Embedding(5, 4)
+    check(nn.Sequential(table, Uses(lambda m, x: x * m.e(tokens), e=table)), tokens, one_by_one)
+
+
+def one_by_one(model: nn.Module, tokens: Tensor) -> Tensor:
+    """For the model above, whose second lookup must be of the same samples."""
+    x = model[0](tokens)
+    return (model[1].first(x) * model[1].e(tokens)).tanh().flatten(1).sum(1)
+
+
+def test_tied_weight_and_bias():
+    model = nn.LayerNorm(4)
+    model.bias = model.weight
+    check(model, torch.randn(N, 5, 4))
+    model = nn.Linear(4, 4)
+    model.bias = nn.Parameter(torch.randn(4))
+    other = nn.LayerNorm(4)
+    other.weight = model.bias
+    check(nn.Sequential(model, other), torch.randn(N, 5, 4))
+
+
+def test_a_use_without_gradient():
+    """It is not waited for longer than the batch."""
+    check(Uses(lambda m, x: m.first(x) + 0 * m.first(x).detach()), torch.randn(N, 4))
+
+
+def test_two_forward_passes_of_the_same_samples():
+    """As for two views of the same data: one observe(), one backward pass."""
+    model, x = nn.Linear(4, 3), torch.randn(N, 4)
+
+    def loss(model: nn.Module, x: Tensor) -> Tensor:
+        return (model(x).tanh() * model(2 * x)).sum(-1)
+
+    check(model, x, loss)
+
+
+def test_functional_call():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 2))
+    named = dict(model.named_parameters())
+
+    def loss(m: nn.Module, x: Tensor) -> Tensor:
+        parameters = named if m is model else dict(m.named_parameters())
+        return torch.func.functional_call(m, parameters, (x,)).tanh().sum(-1)
+
+    check(model, torch.randn(N, 4), loss)
+
+
+def test_flattened_tokens():
+    """[N·T, in], where T is known from another tensor; and not where it is not."""
+    layers = nn.Linear(4, 4), nn.Flatten(0, 1), nn.Linear(4, 3), nn.Unflatten(0, (N, 5))
+    model = nn.Sequential(*layers)
+    alone = copy.deepcopy(model)
+    alone[3] = nn.Unflatten(0, (1, 5))
+    x = torch.randn(N, 5, 4)
+    expected = loop(alone, lambda m, n: m(x[n : n + 1].double()).tanh().sum(), N)
+    fisher = FisherEstimator(model)
+    with fisher.observe(N, loss_terms=1):
+        model(x).tanh().sum().backward()
+    assert_sums(fisher.finalize(), expected, 1e-5)
+    message = r"'2\.weight' met an input of shape \[15, 4\], whose leading dimension is 15,"
+    with pytest.raises(ValueError, match=message), FisherEstimator(model).observe(N):
+        model[2](x.flatten(0, 1))
+
+
+# --- tables ---------------------------------------------------------------------------------------
+
+
+class Positions(nn.Module):
+    """Looks positions up once for all samples, as many published models do."""
+
+    def __init__(self, shape: tuple[int, ...], function=lambda x: x) -> None:
+        super().__init__()
+        self.token, self.position = nn.Embedding(9, 4), nn.Embedding(9, 4, padding_idx=1)
+        self.head = nn.Linear(4, 3)
+        self.indices, self.function = torch.tensor([0, 3, 3, 1, 2]).view(shape), function
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.head(self.token(tokens) + self.function(self.position(self.indices)))
+
+
+@pytest.mark.parametrize("shape", [(5,), (1, 5)])
+def test_positions(shape):
+    tokens = torch.randint(0, 9, (N, 5))
+    check(Positions(shape), tokens)
+    check(Positions(shape, lambda x: (2 * x[..., :4]).exp()), tokens)
+
+
+def test_a_table_by_sample():
+    """One index per sample, as for a class."""
+
+    class Conditional(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.label, self.body = nn.Embedding(3, 4), nn.Linear(4, 4)
+
+        def forward(self, labels: Tensor) -> Tensor:
+            return self.body(self.label(labels))
+
+    check(Conditional(), torch.tensor([2, 0, 2]))
+
+
+def test_large_table_stays_sparse():
+    """Nothing of size N × V × D is formed: here that would be 26 GB."""
+    table = nn.Embedding(400_000, 4)
+    tokens = torch.randint(0, 400_000, (64, 64))
+    fisher = FisherEstimator(table, verify=False)
+    with fisher.observe(64):
+        table(tokens).square().sum().backward()
+    assert fisher.finalize().sums["weight"].count_nonzero() > 0
+
+
+# --- packed batches -------------------------------------------------------------------------------
+
+
+class Packed(nn.Module):
+    """A language model over packed sequences; attention stays within each."""
+
+    def __init__(self, tied: bool) -> None:
+        super().__init__()
+        self.token, self.position = nn.Embedding(9, 4), nn.Embedding(8, 4)
+        self.q, self.v = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.norm, self.scale = nn.LayerNorm(4), randn(4)
+        self.head = nn.Linear(4, 9)
+        if tied:
+            self.head.weight = self.token.weight
+
+    def forward(self, tokens: Tensor, positions: Tensor, sample: Tensor) -> Tensor:
+        x = self.token(tokens) + self.position(positions)
+        q, v = self.q(self.norm(x)), self.v(x) * self.scale
+        scores = (q @ q.mT).masked_fill(sample[:, None] != sample[None], -torch.inf)
+        return self.head(x + scores.softmax(-1) @ v)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("leading", [True, False])
+def test_packed(tied, leading):
+    """[1, ΣT] or [ΣT], against each sequence alone."""
+    lengths = [4, 1, 7, 3]
+    offsets = [0, 4, 5, 12, 15]
+    model = Packed(tied)
+    tokens = torch.randint(0, 9, (15,))
+    positions = torch.cat([torch.arange(t) for t in lengths])
+    sample = torch.arange(4).repeat_interleave(torch.tensor(lengths))
+
+    def one(model: nn.Module, n: int) -> Tensor:
+        part = slice(offsets[n], offsets[n + 1])
+        return model(tokens[part], positions[part], sample[part]).tanh().sum()
+
+    expected = loop(model, one, 4)
+    for cu_seqlens in (offsets, torch.tensor(offsets, dtype=torch.int32)):
+        fisher = FisherEstimator(model)
+        with fisher.observe(cu_seqlens=cu_seqlens, loss_terms=1):
+            if leading:
+                y = model(tokens[None], positions[None], sample)
+            else:
+                y = model(tokens, positions, sample)
+            y.tanh().sum().backward()
+        importance = fisher.finalize()
+        assert_sums(importance, expected, 1e-5)
+        assert (importance.samples, importance.tokens) == (4, 15)
+
+
+def test_bad_packed_batches():
+    fisher = FisherEstimator(nn.Linear(4, 3))
+    for message, arguments in (
+        ("needs batch_size, or cu_seqlens", {}),
+        (r"^cu_seqlens must be increasing offsets from 0", {"cu_seqlens": [0, 5, 3]}),
+        (r"^cu_seqlens must be increasing offsets from 0", {"cu_seqlens": [1, 5]}),
+        (
+            r"^batch_size is 3, but cu_seqlens has offsets of 2",
+            {"batch_size": 3, "cu_seqlens": [0, 1, 5]},
+        ),
+    ):
+        with pytest.raises((ValueError, TypeError), match=message), fisher.observe(**arguments):
+            pass
+    with (
+        pytest.raises(ValueError, match=r"does not begin with the 5 tokens that cu_seqlens counts"),
+        fisher.observe(cu_seqlens=[0, 2, 5]),
+    ):
+        fisher._model(torch.randn(6, 4))
+    convolution = nn.Conv1d(4, 4, 3)
+    with (
+        pytest.raises(ValueError, match=r"does not begin with the 5 tokens"),
+        FisherEstimator(convolution).observe(cu_seqlens=[0, 2, 5]),
+    ):
+        convolution(torch.randn(1, 4, 5))
+    norm = nn.GroupNorm(2, 4)
+    with (
+        pytest.raises(NotImplementedError, match="group_norm cannot tell the samples of a packed"),
+        FisherEstimator(norm).observe(cu_seqlens=[0, 2, 5]),
+    ):
+        norm(torch.randn(5, 4)).square().sum().backward()
+
+
+# --- rules of one's own ---------------------------------------------------------------------------
+
+
+def scaled(input: Tensor, weight: Tensor, power: float = 1.0) -> Tensor:
+    """A function of one's own that modes can see."""
+    if torch.overrides.has_torch_function((input, weight)):
+        return torch.overrides.handle_torch_function(
+            scaled, (input, weight), input, weight, power=power
+        )
+    return torch.einsum("...d,d->...d", input, weight)
+
+
+def rule(input: Tensor, weight: Tensor, power: float = 1.0) -> Use:
+    if power != 1.0:
+        raise UnsupportedUseError(f"power = {power} is not supported")
+
+    def gradients(samples, grad_output, input):
+        return [samples.sum(grad_output * input, features=1)]
+
+    return Use(input, features=1, parameters=(weight,), saved=(input,), gradients=gradients)
+
+
+def test_register_fisher_rule(monkeypatch):
+    monkeypatch.setattr("cl_optim.fisher.rules.RULES", dict(cl_optim.fisher.rules.RULES))
+    monkeypatch.setattr("cl_optim.fisher.observation.RULES", cl_optim.fisher.rules.RULES)
+    model = Uses(lambda m, x: scaled(x, m.p[0]), randn(4))
+    x = torch.randn(N, 5, 4)
+    message = r"scaled uses parameter 'p\.0', and there is no rule for that; write one"
+    with pytest.raises(NotImplementedError, match=message), FisherEstimator(model).observe(N):
+        model(x)
+    cl_optim.register_fisher_rule(scaled, rule)
+    check(model, x)
+    model.use = lambda m, x: scaled(x, m.p[0], power=2.0)
+    message = r"scaled uses parameter 'p\.0' in a way that is not supported: power = 2"
+    with pytest.raises(NotImplementedError, match=message), FisherEstimator(model).observe(N):
+        model(x)
+    for function, given in ((3, rule), (scaled, None)):
+        with pytest.raises(TypeError, match="must be callable, not"):
+            cl_optim.register_fisher_rule(function, given)
+
+
+@pytest.mark.parametrize("own_pass", [False, True])
+def test_a_wrong_rule_is_caught(monkeypatch, own_pass):
+    rules = dict(cl_optim.fisher.rules.RULES)
+    monkeypatch.setattr("cl_optim.fisher.observation.RULES", rules)
+
+    def wrong(input: Tensor, weight: Tensor, power: float = 1.0) -> Use:
+        use = rule(input, weight)
+        forget = lambda samples, grad, input: [samples.sum(grad, features=1)]  # noqa: E731
+        return Use(use.input, 1, use.parameters, use.saved, forget)
+
+    rules[scaled] = wrong
+    model = Uses(lambda m, x: scaled(x, m.p[0]), randn(4))
+    x = torch.randn(N, 5, 4)
+    message = r"self-check failed.* parameter 'p\.0' differs from its gradient by"
+    if own_pass:
+        with pytest.raises(ValueError, match=message):
+            estimate_fisher(model, [x], "empirical", per_sample_loss=losses)
+    else:
+        with pytest.raises(RuntimeError, match=message), FisherEstimator(model).observe(N):
+            losses(model, x).sum().backward()

@@ -1,0 +1,212 @@
+"""The Triton kernel of squared_grad_sum_: interpreted, compiled, and run where there is a GPU."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from squared_grad_cases import CASES, Case, arguments, assert_right
+
+from cl_optim import functional as F
+from cl_optim.ops import squared_grad
+
+pytest.importorskip("triton", reason="torch for the CPU alone comes without Triton")
+from cl_optim.ops import squared_grad_triton as kernels
+
+HERE = Path(__file__).parent
+
+# Bytes of registers that a kernel may keep in local memory, by architecture and by the start of its
+# name; 0 for all others. Where sums are transposed, addresses of single elements spill when they
+# are stored. On sm_80 the main loop spills a little; on sm_90 and sm_100 it never does.
+SPILLS = {
+    80: {
+        "bf16 128x128x64 4 stages transposed": 1500,
+        "bf16 128x128x64": 100,
+        "bf16 128x128x32": 50,
+        "fp16 128x128x64": 150,
+    },
+    90: {
+        "bf16 128x128x64 4 stages transposed": 1700,
+        "bf16 128x128x64 4 stages descriptors": 32,
+        "bf16 128x128x64 3 stages descriptors": 32,
+        "fp16 128x128x64": 16,
+    },
+    100: {
+        "bf16 128x128x64 4 stages transposed": 1300,
+        "bf16 128x128x64": 32,
+        "fp32 128x128x32": 32,
+    },
+}
+SHARED_MEMORY = {80: 163, 90: 227, 100: 227}  # KiB that one program may take
+
+
+def python(*arguments: str, **environment: str) -> str:
+    environment = {**os.environ, "PYTHONPATH": str(HERE.parent), **environment}
+    command = [sys.executable, *arguments]
+    result = subprocess.run(
+        command, cwd=HERE.parent, env=environment, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
+
+
+def test_interpreted():
+    file = str(HERE / "squared_grad_interpreted.py")
+    printed = python("-m", "pytest", "-q", "-p", "no:cacheprovider", file, TRITON_INTERPRET="1")
+    assert " passed" in printed
+    assert "skipped" not in printed
+
+
+@pytest.mark.parametrize("architecture", SPILLS)
+def test_compiles_within_the_spill_budget(architecture, tmp_path):
+    """Every configuration, in bfloat16 or float32; the other arguments' choices once each."""
+    script = str(HERE / "triton_compilation.py")
+    cache = str(tmp_path)
+    printed = python(script, str(architecture), TRITON_CACHE_DIR=cache, TRITON_INTERPRET="0")
+    for name, made in json.loads(printed).items():
+        budgets = SPILLS[architecture].items()
+        budget = next((most for start, most in budgets if name.startswith(start)), 0)
+        assert made["spilled"] <= budget, name
+        assert not made["serialized"], name
+        # Loads that are not pipelined take no more than a block of tokens.
+        assert made["pipelined"] <= made["shared"] <= SHARED_MEMORY[architecture] * 1024, name
+
+
+FEATURES = st.sampled_from([1, 16, 63, 64, 65, 127, 128, 129, 768, 50257])
+
+
+@given(
+    precision=st.sampled_from(list(kernels.CONFIGS)),
+    features=st.tuples(FEATURES, FEATURES),
+    tokens=st.none() | st.integers(1, 4096),
+    descriptors=st.booleans(),
+)
+def test_the_choice_is_in_the_table(precision, features, tokens, descriptors):
+    config = kernels.choose(precision, *features, tokens, descriptors=descriptors)
+    assert config in kernels.CONFIGS[precision]
+    assert not config.descriptors or descriptors
+
+
+@given(
+    tiles=st.integers(1, 2000),
+    samples=st.integers(1, 200),
+    blocks_of_each=st.integers(1, 40),
+    processors=st.integers(1, 200),
+)
+def test_schedule(tiles, samples, blocks_of_each, processors):
+    plan = kernels.schedule(tiles, samples, samples * blocks_of_each, processors)
+    assert plan.whole + plan.shared == tiles
+    assert 1 <= plan.shares <= samples
+    assert plan.programs >= tiles
+    # Sharing never takes a wave more than there was, and needs no more memory than one wave.
+    assert -(-plan.programs // processors) == -(-tiles // processors)
+    assert plan.shared * plan.shares <= processors
+
+
+def test_schedule_shares_the_last_wave():
+    # 768 × 768 has 36 tiles of 128 × 128, 768 × 3072 has 144, and an H100 132 multiprocessors
+    assert kernels.schedule(36, 8, 64, 132) == kernels.Schedule(0, 36, 3)
+    assert kernels.schedule(144, 8, 64, 132) == kernels.Schedule(132, 12, 8)
+    assert kernels.schedule(132, 8, 64, 132) == kernels.Schedule(132, 0, 1)
+    assert kernels.schedule(100, 8, 64, 132) == kernels.Schedule(100, 0, 1)
+    assert kernels.schedule(36, 1, 512, 132) == kernels.Schedule(36, 0, 1)
+    assert kernels.schedule(36, 8, 8, 132) == kernels.Schedule(36, 0, 1)
+
+
+# Tensor cores cut off where float32 arithmetic rounds.
+RTOL = {torch.float32: 1e-5, torch.bfloat16: 3e-5, torch.float16: 3e-5}
+
+
+@pytest.mark.gpu
+class TestOnAGpu:
+    @pytest.fixture(autouse=True)
+    def _reset_sync_debug_mode(self):
+        yield
+        torch.cuda.set_sync_debug_mode("default")
+
+    @pytest.fixture
+    def float32_products(self):
+        matmul = torch.backends.cuda.matmul  # its attributes are not ones that monkeypatch can undo
+        before = matmul.fp32_precision
+        yield matmul
+        matmul.fp32_precision = before
+
+    @staticmethod
+    def summed(case: Case) -> tuple:
+        """Arguments and results of a call in which any wait of the host is an error."""
+        out, a, b, weight_grad, cu_seqlens = arguments(case, "cuda")
+        torch.cuda.set_sync_debug_mode("error")
+        F.squared_grad_sum_(out, a, b, weight_grad, cu_seqlens)
+        torch.cuda.set_sync_debug_mode("default")
+        return out, weight_grad, a, b, cu_seqlens
+
+    @pytest.mark.parametrize("case", CASES, ids=str)
+    def test_cases(self, case):
+        out, weight_grad, a, b, cu_seqlens = self.summed(case)
+        one_token = case.lengths is None and case.tokens == 1
+        assert squared_grad.backend(out, a, cu_seqlens) == ("reference" if one_token else "triton")
+        assert_right(out, a, b, weight_grad, cu_seqlens, RTOL[case.dtype])
+
+    @pytest.mark.parametrize("precision", kernels.CONFIGS)
+    def test_each_configuration(self, precision, float32_products):
+        float32_products.fp32_precision = "tf32" if precision == "tf32" else "ieee"
+        dtype = torch.bfloat16 if precision == "half" else torch.float32
+        case = Case(9, 600, 136, 264, dtype)
+        for config in kernels.CONFIGS[precision]:
+            if config.descriptors and torch.cuda.get_device_capability() < (9, 0):
+                continue
+            out, a, b, weight_grad, _ = arguments(case, "cuda")
+            kernels.squared_grad_sum_(out, a, b, weight_grad, config=config)
+            if precision == "tf32":  # 10 bits of mantissa
+                squares = torch.einsum("nto,nti->noi", b.double(), a.double()).square().sum(0)
+                torch.testing.assert_close(out.double(), squares + 2, rtol=1e-2, atol=1.0)
+            else:
+                assert_right(out, a, b, weight_grad, rtol=RTOL[case.dtype])
+
+    def test_many_tiles(self):
+        """Several waves, the last one shared."""
+        case = Case(8, 128, 768, 3072, torch.bfloat16)
+        out, weight_grad, a, b, _ = self.summed(case)
+        assert_right(out, a, b, weight_grad, rtol=RTOL[case.dtype])
+
+    def test_more_sequences_than_are_read_at_once(self):
+        case = Case(lengths=[1] * 3000 + [40], dtype=torch.bfloat16)
+        out, weight_grad, a, b, cu_seqlens = self.summed(case)
+        assert_right(out, a, b, weight_grad, cu_seqlens, RTOL[case.dtype])
+
+    def test_the_same_bits_each_time(self):
+        case = Case(9, 130, 140, 72, torch.bfloat16)
+        (first, *_), (second, *_) = self.summed(case), self.summed(case)
+        assert torch.equal(first, second)
+
+    def test_reference_agrees(self):
+        out, a, b, weight_grad, cu_seqlens = arguments(Case(lengths=[300, 0, 5]), "cuda")
+        squared_grad.reference(out, a, b, weight_grad, cu_seqlens)
+        assert_right(out, a, b, weight_grad, cu_seqlens)
+
+    def test_autograd_is_left_alone(self):
+        out, a, b, weight_grad, _ = arguments(Case(), "cuda")
+        versions = out._version, weight_grad._version
+        F.squared_grad_sum_(out, a.requires_grad_(), b.requires_grad_(), weight_grad)
+        assert not out.requires_grad
+        assert (out._version, weight_grad._version) == tuple(v + 1 for v in versions)
+
+    def test_float64_takes_the_reference(self):
+        out = torch.zeros(4, 5, dtype=torch.float64, device="cuda")
+        assert squared_grad.backend(out, torch.zeros(3, 2, 5, device="cuda")) == "reference"
+
+    def test_offsets_beyond_31_bits(self):
+        rows = 2**31 // 4096 // 64 + 1  # of 64 tokens: the last sample lies past 2³¹ elements
+        a = torch.zeros(rows, 64, 4096, dtype=torch.bfloat16, device="cuda")
+        b = torch.zeros(rows, 64, 64, dtype=torch.bfloat16, device="cuda")
+        a[-1, -1, -1], b[-1, -1, -1] = 2, 3
+        out = F.squared_grad_sum_(torch.zeros(64, 4096, device="cuda"), a, b)
+        assert out[-1, -1] == 36
+        assert out.sum() == 36

@@ -1,0 +1,162 @@
+"""Compiles the Triton kernels ahead of time for one GPU architecture; needs no GPU.
+
+`python tests/triton_compilation.py 90` prints, as JSON, what became of each: bytes spilled to local
+memory, registers and shared memory. A process of its own, since Triton is either compiling or
+interpreting for as long as a process lives.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import re
+import sys
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from cl_optim.ops import squared_grad_triton as kernels
+from cl_optim.ops.squared_grad_triton import CONFIGS, Config
+
+
+@dataclass(frozen=True)
+class Case:
+    """One instance of the kernel: a configuration, and what its arguments are like."""
+
+    config: Config
+    dtype: str
+    precision: str = "ieee"
+    weight_grad: str | None = "fp32"
+    packed: bool = False
+    transposed: bool = False  # out and weight_grad
+    one_feature: bool = False  # which Triton makes a constant when it launches the kernel
+
+    def __str__(self) -> str:
+        tile = "x".join(map(str, list(asdict(self.config).values())[:3]))
+        parts = [self.dtype, tile, f"{self.config.stages} stages"]
+        parts += ["descriptors"] * self.config.descriptors + ["packed"] * self.packed
+        parts += ["transposed"] * self.transposed + ["one feature"] * self.one_feature
+        parts += [f"weight_grad {self.weight_grad}"] * (self.weight_grad != "fp32")
+        parts += [self.precision] * (self.dtype == "fp32")
+        return " ".join(parts)
+
+
+def cases(architecture: int) -> list[Case]:
+    """Each configuration once, and each other choice once: together they cover the source.
+
+    Fewer stages are the same code with less shared memory: compiled for one architecture alone.
+    """
+    half = [c for c in CONFIGS["half"] if architecture == 90 or c.stages == 4]
+    half = [c for c in half if architecture >= 90 or not c.descriptors]
+    largest = half[0]
+    return [
+        *(Case(config, "bf16") for config in half),
+        Case(largest, "fp16", packed=True),
+        Case(largest, "bf16", weight_grad=None),
+        Case(largest, "bf16", weight_grad="bf16", transposed=True),
+        Case(half[-1], "fp16", one_feature=True),
+        *(Case(config, "fp32", "tf32") for config in CONFIGS["tf32"]),
+        *(Case(config, "fp32", "ieee", packed=True) for config in CONFIGS["ieee"]),
+    ]
+
+
+def signature(case: Case) -> tuple[dict[str, str], dict[str, Any]]:
+    """The types of `_accumulate`'s arguments, and the values of those known when compiling."""
+    config = case.config
+    constants: dict[str, Any] = {
+        "BLOCK_OUT": config.block_out,
+        "BLOCK_IN": config.block_in,
+        "BLOCK_TOKENS": config.block_tokens,
+        "DESCRIPTORS": config.descriptors,
+        "PRECISION": case.precision,
+    }
+    unit = "out" if case.transposed else "in"
+    constants |= dict.fromkeys((f"out_stride_{unit}", f"weight_grad_stride_{unit}"), 1)
+    if case.one_feature:
+        constants |= {"out_features": 1, "in_features": 1}
+    if not case.packed:
+        constants["cu_seqlens"] = None
+    if case.weight_grad is None:
+        constants["weight_grad"] = None
+    types = {"out": "*fp32", "workspace": "*fp32", "cu_seqlens": "*i64"}
+    types |= {"weight_grad": f"*{case.weight_grad}"}
+    types |= dict.fromkeys(("inputs", "grad_outputs"), f"*{case.dtype}")
+    if config.descriptors:
+        for name, block in (("inputs", config.block_in), ("grad_outputs", config.block_out)):
+            types[name] = f"tensordesc<{case.dtype}[1,{config.block_tokens},{block}]>"
+    names = kernels._accumulate.arg_names
+    types = {n: "constexpr" if n in constants else types.get(n, "i32") for n in names}
+    return types, constants
+
+
+def compiled(
+    kernel: Any,
+    types: dict[str, str],
+    constants: dict[str, Any],
+    even: bool,
+    options: dict[str, Any],
+    architecture: int,
+) -> dict[str, int | bool]:
+    """Compile, and parse what ptxas says.
+
+    Addresses, sizes and strides of the results are multiples of 16 where `even`.
+    """
+    divisible = [
+        index
+        for index, (name, kind) in enumerate(types.items())
+        if kind.startswith("*") or (even and name.endswith(("features", "_out", "_in")))
+    ]
+    attributes = {(index,): [["tt.divisibility", 16]] for index in divisible}
+    source = ASTSource(kernel, types, constants, attributes)
+    log = io.StringIO()
+    with contextlib.redirect_stdout(log):
+        result = triton.compile(source, GPUTarget("cuda", architecture, 32), options)
+    (spilled,) = re.findall(r"(\d+) bytes spill stores", log.getvalue())
+    (registers,) = re.findall(r"Used (\d+) registers", log.getvalue())
+    return {
+        "spilled": int(spilled),
+        "registers": int(registers),
+        "shared": result.metadata.shared,
+        # ptxas then lets each product finish before the next one starts
+        "serialized": "serialized" in log.getvalue(),
+    }
+
+
+def main() -> None:
+    architecture = int(sys.argv[1])
+    triton.knobs.nvidia.dump_ptxas_log = True
+    results = {}
+    for case in cases(architecture):
+        options = kernels.launch_options(case.config)
+        made = compiled(
+            kernels._accumulate, *signature(case), not case.transposed, options, architecture
+        )
+        results[str(case)] = made | {"pipelined": pipelined(case)}
+    made = compiled(*reduction(), False, kernels._FUSION, architecture)
+    results["reduction"] = made | {"pipelined": 0}
+    print(json.dumps(results))
+
+
+def pipelined(case: Case) -> int:
+    """Bytes of shared memory that the pipeline takes at least, if there is one."""
+    config = case.config
+    width = 4 if case.dtype == "fp32" else 2
+    # Triton gives a pipeline one buffer less than its stages where the product reads registers.
+    blocks = (config.stages - 1) * config.block_tokens
+    return blocks * (config.block_out + config.block_in) * width
+
+
+def reduction() -> tuple[Any, dict[str, str], dict[str, Any]]:
+    constants = {"BLOCK_OUT": 128, "BLOCK_IN": 128, "ROWS": kernels._REDUCE_ROWS}
+    types = dict.fromkeys(kernels._reduce.arg_names, "i32")
+    types |= {"out": "*fp32", "weight_grad": "*bf16", "workspace": "*fp32"}
+    types |= dict.fromkeys(constants, "constexpr")
+    return kernels._reduce, types, constants
+
+
+if __name__ == "__main__":
+    main()

@@ -55,15 +55,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _add_demo(parser: argparse.ArgumentParser) -> None:
     parser.description = (
-        "Learn tasks one after another with AdamW, L2-SP and EWC; print what each method "
+        "Learn tasks one after another with AdamW, L2-SP, EWC and GEM; print what each method "
         "remembers, and draw it. Permuted: each task shuffles the pixels in its own way. Split: "
-        "each task has classes and a head of its own. GEM: the permuted digits, with gradient "
-        "memories around AdamW and SGD."
+        "each task has classes and a head of its own. GEM: the permuted digits with all variants "
+        "of gradient memories, around AdamW and around SGD, in two minutes more."
     )
     whole = _whole_number
     parser.add_argument(
-        "--scenario", choices=("permuted", "split", "gem", "all"), default="all",
-        help="which tasks, or GEM (all)",
+        "--scenario", choices=("permuted", "split", "both", "gem"), default="both",
+        help="which tasks (both), or all variants of GEM",
     )  # fmt: skip
     parser.add_argument(
         "--data", choices=("digits", "fashion-mnist"), default="digits",
@@ -118,11 +118,12 @@ def _demo(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> int
     }
     try:
         data = digits() if arguments.data == "digits" else fashion_mnist(arguments.data_dir)
+        both = arguments.scenario == "both"
+        scenarios = ("permuted", "split") if both else (arguments.scenario,)
         experiments = [
             replace(experiment, config=replace(experiment.config, **config))
             for experiment in EXPERIMENTS
-            if experiment.data == arguments.data
-            and arguments.scenario in (experiment.scenario, "all")
+            if experiment.data == arguments.data and experiment.scenario in scenarios
         ]
         if not experiments:
             parser.error(f"there is no scenario {arguments.scenario} for --data {arguments.data}.")

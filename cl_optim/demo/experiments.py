@@ -91,7 +91,7 @@ class Experiment:
     grids: tuple[Grid, ...]
     sweep_seeds: int = 3
     learning_loss: float = 0.05
-    headline: tuple[str, ...] = (EWC_GRADIENT.key, EWC_EXACT.key)
+    headline: tuple[str, ...] = (EWC_GRADIENT.key, EWC_EXACT.key, GEM_10.key)
 
     @property
     def scenario(self) -> str:
@@ -119,6 +119,8 @@ PERMUTED_DIGITS = Experiment(
         # diverges.
         replace(EWC_DECOUPLED, lr=1e-3, ewc_lambda=3200.0),
         replace(EWC_PROXIMAL, lr=3.2e-3, ewc_lambda=32000.0),
+        replace(GEM_10, lr=3.2e-3),
+        replace(A_GEM_10, lr=3.2e-3),
         replace(JOINT, lr=1e-3),
     ),
     grids=(
@@ -127,6 +129,8 @@ PERMUTED_DIGITS = Experiment(
         Grid(EWC_GRADIENT, powers(-6, -3), powers(1, 6)),
         Grid(EWC_DECOUPLED, powers(-7, -4), powers(4, 9)),
         Grid(EWC_PROXIMAL, powers(-6, -3), powers(6, 11)),
+        Grid(GEM_10, powers(-7, -3)),
+        Grid(A_GEM_10, powers(-7, -3)),
         Grid(JOINT, powers(-8, -4)),
     ),
 )
@@ -232,7 +236,6 @@ GEM_DIGITS = replace(
         Grid(SGD_GEM_ONCE, powers(-4, 0)),
         Grid(JOINT, powers(-8, -4)),
     ),
-    headline=(GEM_10.key, EWC_GRADIENT.key),
 )
 
 EXPERIMENTS = (PERMUTED_DIGITS, SPLIT_DIGITS, GEM_DIGITS, PERMUTED_FASHION, SPLIT_FASHION)

@@ -108,7 +108,7 @@ def _curves(axes: Axes, results: Results, method: Method, colours: NDArray[np.fl
 
 
 def _summary(axes: Axes, results: Results) -> None:
-    """The final accuracy of every method, each named above its point."""
+    """The final accuracy of every method, each named beside its interval."""
     for place, method in enumerate(results.methods):
         colour = _PROTECTED if method.protects else _PLAIN
         acc = results.interval(method, metrics.acc)
@@ -116,14 +116,17 @@ def _summary(axes: Axes, results: Results) -> None:
             acc.mean, place, xerr=np.nan_to_num(acc.half_width),
             fmt="o", color=_CEILING if method.joint else colour, markersize=5, elinewidth=2,
         )  # fmt: skip
+        # On the side with more room.
+        side = -1 if acc.mean > 0.5 else 1
         axes.annotate(
-            method.label, (acc.mean, place),
-            xytext=(0, 4), textcoords="offset points", ha="center", fontsize=8,
+            method.label, (acc.mean + side * np.nan_to_num(acc.half_width), place),
+            xytext=(side * 5, 0), textcoords="offset points", fontsize=7.5,
+            ha="right" if side < 0 else "left", va="center_baseline",
         )  # fmt: skip
     axes.set_title("All methods", loc="left", fontweight="bold", fontsize=10)
-    axes.set_ylim(len(results.methods) - 0.5, -0.9)
+    axes.set_ylim(len(results.methods) - 0.5, -0.5)
     axes.set_yticks([])
-    axes.set_xlim(0, 1.1)  # room for the words above the ceiling's point
+    axes.set_xlim(0, 1.02)
     axes.set_xticks(np.linspace(0, 1, 5), ["0", "25 %", "50 %", "75 %", "100 %"])
     axes.set_xlabel("ACC, mean over all tasks at the end")
     axes.grid(axis="x", color=_FAINT, linewidth=0.6)

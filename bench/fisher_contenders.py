@@ -101,8 +101,8 @@ def cnn() -> Problem:
 
 
 def transformer() -> Problem:
-    model = Transformer(layers=4, width=128, heads=4, vocabulary=1000, length=64)
-    tokens = torch.randint(0, 1000, (16, 65))
+    model = Transformer(layers=4, width=256, heads=4, vocabulary=1000, length=64)
+    tokens = torch.randint(0, 1000, (16, 33))
     return Problem(model, tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous())
 
 
@@ -110,7 +110,7 @@ PROBLEMS: dict[str, Callable[[], Problem]] = {
     "MLP 64-256-256-10, 256 samples": mlp,
     "CNN 2 k, 500 samples of 1x8x8": small_cnn,
     "CNN 57 k, 128 samples of 3x16x16": cnn,
-    "Transformer 1.1 M, 16 sequences of 64": transformer,
+    "Transformer 3.7 M, 16 sequences of 32": transformer,
 }
 
 

@@ -18,8 +18,8 @@ from cl_optim.fisher import FisherEstimator, estimate_fisher
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 transformers.utils.logging.set_verbosity_error()
 
-VOCABULARY, WIDTH, LENGTH = 17, 8, 12
-COMMON = {"vocab_size": VOCABULARY, "initializer_range": 0.3, "pad_token_id": 0}
+VOCABULARY, WIDTH, LENGTH = 17, 32, 12
+COMMON = {"vocab_size": VOCABULARY, "initializer_range": 0.15, "pad_token_id": 0}
 SMALL = {"num_hidden_layers": 2, "num_attention_heads": 2, "hidden_size": WIDTH}
 
 
@@ -156,7 +156,7 @@ def test_against_the_loop(kind, side):
 
 @pytest.mark.parametrize("kind", MODELS)
 def test_bfloat16(kind):
-    """Against batches of one in bfloat16."""
+    """Against batches of one in bfloat16, whose own gradients are rounded by up to 1 %."""
     model = make(kind).eval().bfloat16()
     tokens, _ = batch()
 

@@ -465,8 +465,9 @@ def test_flattened_tokens():
         model(x).tanh().sum().backward()
     assert_sums(fisher.finalize(), expected, 1e-5)
     message = r"'2\.weight' met an input of shape \[15, 4\], whose leading dimension is 15,"
+    flat = x.flatten(0, 1)
     with pytest.raises(ValueError, match=message), FisherEstimator(model).observe(N):
-        model[2](x.flatten(0, 1))
+        model[2](flat)
 
 
 # --- tables ---------------------------------------------------------------------------------------

@@ -8,13 +8,13 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
-from fisher_cases import assert_sums, data_labels, oracle
+from fisher_cases import assert_sums, data_labels, largest_error, oracle
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from cl_optim import EWCAdamW, FisherEstimator
+from cl_optim import EWCAdamW, FisherEstimator, estimate_fisher
 
 CLASSES = 5
 
@@ -413,3 +413,34 @@ def test_step_by_hand():
             F.cross_entropy(model(x), y).backward()
         fisher.step()
     assert_sums(fisher.finalize(), decayed(parts, 0.25), 1e-5)
+
+
+def test_compiled_models():
+    """They are run uncompiled while they are observed, and compiled again afterwards."""
+    model, (x, y) = mlp(), batches(1)[0]
+    expected = of_batch(model, x, y)
+    runs: list[int] = []
+
+    def backend(graph, inputs):
+        return lambda *args: (runs.append(1), graph(*args))[1]
+
+    compiled = torch.compile(model, backend=backend)
+    compiled(x)
+    assert runs == [1]
+    fisher = FisherEstimator(model)
+    with fisher.observe(6):
+        F.cross_entropy(compiled(x), y).backward()
+    assert_sums(fisher.finalize(), expected, 1e-5)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    fisher = FisherEstimator(compiled, during_training=True)
+    with fisher.attach(optimizer):
+        F.cross_entropy(compiled(x), y).backward()
+        optimizer.step()
+    assert runs == [1]
+    own = estimate_fisher(compiled, [(x, y)], "empirical", verify=False)
+    for importance in (fisher.finalize(), own):
+        sums = {name.removeprefix("_orig_mod."): total for name, total in importance.sums.items()}
+        assert largest_error(sums, expected) <= 1e-5
+    assert runs == [1]
+    compiled.train()(x)
+    assert runs == [1, 1]

@@ -17,7 +17,7 @@ from cl_optim.fisher import batches as data
 from cl_optim.fisher import nested
 from cl_optim.fisher.estimate import Objective, estimate, evaluating
 from cl_optim.fisher.estimator import Totals, check_model, provenance, trained
-from cl_optim.fisher.observation import Policy
+from cl_optim.fisher.refusals import Policy
 from cl_optim.importance.importance import Importance
 
 Published: TypeAlias = Literal["avalanche", "van_de_ven", "mammoth"]

@@ -20,12 +20,13 @@ from cl_optim.fisher.estimator import (
     check_integer,
     check_model,
     check_verify,
-    recomputing,
+    eagerly,
     trained,
 )
 from cl_optim.fisher.labels import IGNORED, LABELS, Labels, norm_seed, seeds
 from cl_optim.fisher.language import is_causal_lm
-from cl_optim.fisher.observation import FREEZE, Observation, Policy, RestartError
+from cl_optim.fisher.observation import Observation
+from cl_optim.fisher.refusals import FREEZE, Policy, RestartError
 from cl_optim.fisher.samples import Samples
 from cl_optim.importance.importance import Importance
 
@@ -351,7 +352,7 @@ class _Pass:
         )
         observation.open()
         try:
-            with recomputing(observation), observation:
+            with eagerly(), observation:
                 outputs = run()
                 if not outputs.requires_grad:
                     raise ValueError(

@@ -4,25 +4,22 @@ from __future__ import annotations
 
 import itertools
 import math
-import threading
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import datetime, timezone
 from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import (
-    register_module_forward_hook,
-    register_module_forward_pre_hook,
-)
 from torch.utils.checkpoint import CheckpointError
 
 from cl_optim._version import __version__
 from cl_optim.fisher import nested
 from cl_optim.fisher.check import Check
 from cl_optim.fisher.language import loss_tokens
-from cl_optim.fisher.observation import Observation, Policy
+from cl_optim.fisher.observation import Observation, in_backward
+from cl_optim.fisher.refusals import Policy
 from cl_optim.fisher.samples import Samples
 from cl_optim.importance.importance import Importance
 
@@ -176,7 +173,7 @@ class FisherEstimator:
         observation = self._begin(samples, terms / loss_scale)
         self._observing = observation
         try:
-            with recomputing(observation), observation:
+            with eagerly(), observation:
                 yield
             observation.finish()
         except CheckpointError as error:
@@ -444,8 +441,9 @@ class _Attachment:
         self._loss_terms = loss_terms
         self._accumulation_steps = accumulation_steps
         self._scaler = scaler
-        self._open: list[_Open] = []
+        self._open: list[Observation] = []
         self._entered: list[Observation | None] = []
+        self._eager: AbstractContextManager[object] = nullcontext()
         self._batches = estimator._totals.batches
         model = estimator._model
         self._hooks = [
@@ -481,8 +479,9 @@ class _Attachment:
         if self._scaler is not None:
             scale = self._scaler.scale(torch.ones((), device=first.device)) * scale
         observation = self._estimator._begin(samples, terms / scale)
-        batch = _Open(observation)
-        self._open.append(batch)
+        self._open.append(observation)
+        self._eager = eagerly()
+        self._eager.__enter__()
         observation.enter()
         self._entered.append(observation)
 
@@ -499,6 +498,8 @@ class _Attachment:
         observation = self._entered.pop() if self._entered else None
         if observation is not None:
             observation.leave()
+            observation.expect_backward()
+            self._eager.__exit__(None, None, None)
 
     def _stepped(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         self.finish()
@@ -513,7 +514,7 @@ class _Attachment:
 
     def finish(self) -> None:
         """End the batch whose backward pass has run, if there is one."""
-        begun = [batch for batch in self._open if batch.observation.changed]
+        begun = [batch for batch in self._open if batch.changed]
         if not begun:
             # A forward pass without a backward pass was an evaluation, unless that is yet to come.
             for batch in self._open[:-1]:
@@ -528,14 +529,14 @@ class _Attachment:
                     "two forward passes were followed by backward passes of both; attached, each "
                     "forward pass needs its backward pass before the next (or use observe())."
                 )
-            begun[0].observation.finish()
+            begun[0].finish()
         except BaseException:
             totals.broken = True
             raise
         finally:
             for batch in batches:
                 batch.close()
-        samples = begun[0].observation.samples
+        samples = begun[0].samples
         totals.count(samples.count, samples.tokens)
 
 
@@ -556,19 +557,6 @@ class _Hook:
         return _Hook, ()
 
 
-class _Open:
-    """A batch between its forward and backward pass, with the hooks that checkpointing needs."""
-
-    def __init__(self, observation: Observation) -> None:
-        self.observation = observation
-        self._recomputing = recomputing(observation)
-        self._recomputing.__enter__()
-
-    def close(self) -> None:
-        self._recomputing.__exit__(None, None, None)
-        self.observation.close()
-
-
 class Attached:
     """What :meth:`FisherEstimator.attach` returns: ends it, by hand or as a context."""
 
@@ -586,41 +574,12 @@ class Attached:
         self.remove()
 
 
-@contextmanager
-def recomputing(observation: Observation) -> Iterator[None]:
-    """Enter the observation in modules that activation checkpointing runs in the backward pass.
-
-    There the mode is off: calls of backward are torch functions themselves, which run without it.
-    """
-    entered = threading.local()  # the backward pass may run in other threads
-
-    def before(module: nn.Module, args: Any) -> None:
-        for tensor in nested.tensors(args):
-            observation.samples.see(tensor.shape)
-        if in_backward() and not observation.closed and not observation.is_entered():
-            observation.enter()
-            entered.modules = [*getattr(entered, "modules", []), module]
-
-    def after(module: nn.Module, args: Any, output: Any) -> None:
-        modules = getattr(entered, "modules", [])
-        if modules and modules[-1] is module and observation.is_entered():
-            entered.modules = modules[:-1]
-            observation.leave()
-
-    hooks = [
-        register_module_forward_pre_hook(before),
-        register_module_forward_hook(after, always_call=True),
-    ]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-def in_backward() -> bool:
-    """Whether this runs inside a backward pass."""
-    return torch._C._current_graph_task_id() != -1
+def eagerly() -> AbstractContextManager[object]:
+    """Run compiled modules uncompiled: the compiler would trace the interception, too."""
+    if "torch._dynamo" not in sys.modules:
+        return nullcontext()
+    stance: AbstractContextManager[object] = torch.compiler.set_stance("force_eager")
+    return stance
 
 
 def trained(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -31,3 +31,18 @@ def map_tensors(function: Callable[[Tensor], Tensor], value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: map_tensors(function, item) for key, item in value.items()}
     return value
+
+
+def replace(arguments: Any, others: Mapping[int, Tensor]) -> Any:
+    """Return ``arguments``, a tuple or a dict, with others in place of tensors with those ids."""
+    if isinstance(arguments, dict):
+        return {key: _replaced(value, others) for key, value in arguments.items()}
+    return tuple([_replaced(value, others) for value in arguments])
+
+
+def _replaced(value: Any, others: Mapping[int, Tensor]) -> Any:
+    if isinstance(value, Tensor):
+        return others.get(id(value), value)
+    if isinstance(value, (tuple, list, Mapping)):
+        return map_tensors(lambda tensor: others.get(id(tensor), tensor), value)
+    return value

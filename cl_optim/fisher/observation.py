@@ -4,7 +4,7 @@ A parameter is met where a torch function receives it, not where a module holds 
 calls, fused heads and reused modules are seen alike, and what is not understood can be refused.
 
 The gradient that goes on to earlier layers is left to autograd: the function is called with its
-parameters detached, and its output passes through a :class:`_Tap`, the identity, which sees the
+parameters detached, and its output passes through a :class:`Tap`, the identity, which sees the
 output gradient on the way back and makes both the per-sample squares and the parameters' own
 gradients of it.
 """
@@ -12,27 +12,43 @@ gradients of it.
 from __future__ import annotations
 
 import functools
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack, resolve_name
+from torch.nn.modules.module import (
+    register_module_forward_hook,
+    register_module_forward_pre_hook,
+)
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakIdKeyDictionary
 
 from cl_optim.fisher import nested
 from cl_optim.fisher.attention import multi_head_attention
 from cl_optim.fisher.check import Check
-from cl_optim.fisher.per_sample import Dense, Geometry, PerSample, ScaledBy, ViewOf, combine
+from cl_optim.fisher.per_sample import Dense, Geometry, PerSample, combine
+from cl_optim.fisher.refusals import (
+    FREEZE,
+    Policy,
+    RefusedError,
+    RestartError,
+    listed,
+    names_of,
+    no_rule,
+    not_supported,
+    unseen,
+)
 from cl_optim.fisher.rules import (
     CASTS,
     ELEMENTWISE,
     EXPANSIONS,
     IN_PLACE,
+    RESHAPES,
     RULES,
     UNARY,
     UnsupportedUseError,
@@ -43,118 +59,12 @@ from cl_optim.fisher.rules import (
     rows,
 )
 from cl_optim.fisher.samples import Samples
+from cl_optim.fisher.sources import Source, itself, scaled, share_storage, slope_of, within
+from cl_optim.fisher.taps import Call, Expand, Tap
 
-FREEZE = "freeze what should be left out with requires_grad_(False)."
 DECOMPOSED: dict[Callable[..., Any], Callable[..., Any]] = {
     F.multi_head_attention_forward: multi_head_attention,
 }
-
-
-class RestartError(Exception):
-    """A parameter was found to be unsupported while it was already taken to be supported."""
-
-
-@dataclass
-class Policy:
-    """What is done with parameters that are used in an unsupported way; kept between batches.
-
-    Attributes:
-        mode: ``"error"``, ``"skip"`` or ``"sign"``.
-        left: Names of such parameters, and why they are left out of what is observed.
-        shared: Names of tables, and whether they are looked up once for all samples.
-    """
-
-    mode: str = "error"
-    left: dict[str, str] = field(default_factory=dict)
-    shared: dict[str, bool] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class _Source:
-    """What a watched tensor is: a parameter, a view of one, or an elementwise function of one.
-
-    Attributes:
-        name: The parameter's.
-        pull: Turns per-sample gradients of this tensor into those of the parameter.
-        start: Where the tensor that this is a view of begins in its storage.
-        base: Shape and ``pull`` of the tensor that this is a view of; ``None`` if it is no view.
-        direct: Whether this is the parameter itself.
-    """
-
-    name: str
-    pull: Callable[[PerSample], PerSample]
-    start: int
-    base: tuple[tuple[int, ...], Callable[[PerSample], PerSample]] | None = None
-    direct: bool = False
-
-
-@dataclass
-class _Call:
-    """What is kept of a call until its gradient comes; no tensors of the graph."""
-
-    gradients: Callable[..., Sequence[PerSample | Tensor | None]]
-    sources: tuple[_Source | None, ...]
-    made: bool  # whether the parameters' own gradients are made here, or by autograd
-    recomputed: bool  # in a backward pass, by activation checkpointing
-    done: bool = False
-
-
-class _Tap(torch.autograd.Function):
-    """The identity; its backward hands the gradient and the saved tensors to the observation."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        output: Tensor,
-        anchor: Tensor | None,
-        observation: Observation,
-        call: _Call,
-        count: int,
-        *tensors: Tensor | None,
-    ) -> Tensor:
-        ctx.observation, ctx.call, ctx.count = observation, call, count
-        ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in tensors[:count]]
-        ctx.save_for_backward(*tensors[count:])
-        # "Changed in place" rather than returned as it came: the latter would make it a view, and
-        # a ReLU(inplace=True) after it an error.
-        ctx.mark_dirty(output)
-        return output
-
-    @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
-        saved = ctx.saved_tensors
-        made = ctx.observation.capture(ctx.call, grad_output, saved)
-        wanted = ctx.needs_input_grad[5 : 5 + ctx.count]
-        grads = [
-            grad.to(dtype) if needed and grad is not None else None
-            for grad, needed, dtype in zip(made[: ctx.count], wanted, ctx.dtypes, strict=True)
-        ]
-        return grad_output, None, None, None, None, *grads, *[None] * len(saved)
-
-
-class _Expand(torch.autograd.Function):
-    """A parameter expanded to the shape that it broadcasts to, tapped on the way back."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        tensor: Tensor,
-        anchor: Tensor | None,
-        observation: Observation,
-        call: _Call,
-        shape: tuple[int, ...],
-    ) -> Tensor:
-        ctx.observation, ctx.call = observation, call
-        ctx.shape, ctx.dtype = tensor.shape, tensor.dtype
-        return tensor.expand(shape)
-
-    @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
-        (made,) = ctx.observation.capture(ctx.call, grad_output, ())
-        if not ctx.needs_input_grad[0]:
-            return None, None, None, None, None
-        grad = grad_output.sum_to_size(ctx.shape) if made is None else made.to(ctx.dtype)
-        return grad, None, None, None, None
 
 
 class Observation(TorchFunctionMode):
@@ -204,12 +114,13 @@ class Observation(TorchFunctionMode):
         device = next(iter(parameters.values())).device
         self._anchor = torch.empty(0, device=device, requires_grad=True) if own_pass else None
         self._sources = {
-            id(parameter): _Source(name, _itself, int(parameter.storage_offset()), direct=True)
+            id(parameter): Source(name, itself, int(parameter.storage_offset()), direct=True)
             for name, parameter in parameters.items()
         }
         self._stand_ins: dict[str, Tensor] = {}
         self._derived: Any = WeakIdKeyDictionary()  # views of parameters, and functions of them
         self._hooks: list[RemovableHandle] = []
+        self._module_hooks: list[RemovableHandle] = []
         self._seen_grads: dict[str, Tensor] = {}
         self._unseen: list[str] = []
         # How often each parameter was used outside a backward pass: recomputation does not count.
@@ -234,15 +145,14 @@ class Observation(TorchFunctionMode):
 
     def close(self) -> None:
         """End it: let go of all tensors, and refuse gradients that still come."""
-        for hook in self._hooks:
+        for hook in (*self._hooks, *self._module_hooks):
             hook.remove()
         self.closed = True
         self._check = None
-        for held in (
-            self._hooks, self._seen_grads, self._stand_ins, self._waiting, self._sources,
-            self._derived,
-        ):  # fmt: skip
-            held.clear()
+        self._hooks, self._module_hooks = [], []
+        self._seen_grads, self._stand_ins, self._waiting = {}, {}, {}
+        self._sources = {}
+        self._derived.clear()
 
     def is_entered(self) -> bool:
         """Whether this mode is on. Inside a backward pass that was begun under it, it is not."""
@@ -256,6 +166,31 @@ class Observation(TorchFunctionMode):
     def leave(self) -> None:
         """Take this mode off."""
         self.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+
+    def expect_backward(self) -> None:
+        """Enter this mode in modules that activation checkpointing runs in the backward pass.
+
+        There it is off otherwise: calls of backward are torch functions, which run without it.
+        """
+        if self._module_hooks:
+            return
+        entered = threading.local()  # the backward pass may run in other threads
+
+        def before(module: torch.nn.Module, args: Any) -> None:
+            if in_backward() and not self.closed and not self.is_entered():
+                self.enter()
+                entered.modules = [*getattr(entered, "modules", []), module]
+
+        def after(module: torch.nn.Module, args: Any, output: Any) -> None:
+            modules = getattr(entered, "modules", [])
+            if modules and modules[-1] is module and self.is_entered():
+                entered.modules = modules[:-1]
+                self.leave()
+
+        self._module_hooks = [
+            register_module_forward_pre_hook(before),
+            register_module_forward_hook(after, always_call=True),
+        ]
 
     def _hear(self, name: str, tensor: Tensor) -> None:
         hook = tensor.register_hook(functools.partial(self._receive, name))  # type: ignore[no-untyped-call]
@@ -276,16 +211,21 @@ class Observation(TorchFunctionMode):
             return func(*args, **kwargs)
         if func is F.batch_norm:
             refuse_batch_statistics(*args, **kwargs)
+        if func in _BACKWARD:
+            self.expect_backward()
+            return func(*args, **kwargs)
         found = self._find((args, kwargs))
-        if not found or func in _BACKWARD or _reads_a_property(func):
+        if func in RESHAPES and args and isinstance(args[0], Tensor):
+            self.samples.see(args[0].shape)  # what samples and tokens are flattened from
+        if not found or _reads_a_property(func):
             return func(*args, **kwargs)
         if func in DECOMPOSED:
             try:
                 with self:
                     return DECOMPOSED[func](*args, **kwargs)
             except UnsupportedUseError as error:
-                names = _names(found.values())
-                self._leave_out(_Refused(_not_supported(found, func, error), names))
+                names = names_of(found.values())
+                self._leave_out(RefusedError(not_supported(found, func, error), names))
                 return func(*args, **kwargs)
         if not torch.is_grad_enabled():
             # Reentrant checkpointing runs it again in the backward pass.
@@ -300,7 +240,7 @@ class Observation(TorchFunctionMode):
                 return func(*args, **kwargs)
         return self._call(func, *self._with_stand_ins(args, kwargs, found))
 
-    def _find(self, arguments: Iterable[Any]) -> dict[int, _Source]:
+    def _find(self, arguments: Iterable[Any]) -> dict[int, Source]:
         """The watched tensors among the arguments, by id. It runs at each call of a function."""
         found = {}
         for value in arguments:
@@ -317,7 +257,7 @@ class Observation(TorchFunctionMode):
         return found
 
     def _without(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any], left: Mapping[int, _Source]
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], left: Mapping[int, Source]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """What is skipped in a pass of its own gets no gradient."""
         if not self._own_pass or self._policy.mode != "skip":
@@ -327,13 +267,12 @@ class Observation(TorchFunctionMode):
         )
 
     def _with_stand_ins(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any], found: Mapping[int, _Source]
-    ) -> tuple[tuple[Any, ...], dict[str, Any], dict[int, _Source]]:
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], found: Mapping[int, Source]
+    ) -> tuple[tuple[Any, ...], dict[str, Any], dict[int, Source]]:
         """Put something in each parameter's place whose gradient is only that of uses seen here."""
         stand_ins = {key: self._stand_in(s.name) for key, s in found.items() if s.direct}
-        args, kwargs = nested.map_tensors(
-            lambda tensor: stand_ins.get(id(tensor), tensor), (args, kwargs)
-        )
+        if stand_ins:
+            args, kwargs = nested.replace(args, stand_ins), nested.replace(kwargs, stand_ins)
         return (
             args,
             kwargs,
@@ -360,28 +299,27 @@ class Observation(TorchFunctionMode):
         func: Callable[..., Any],
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
-        found: dict[int, _Source],
+        found: dict[int, Source],
     ) -> Any:
         """Call ``func`` with watched tensors, in the way that it uses them."""
-        others = [t for t in nested.tensors((args, kwargs)) if id(t) not in found]
         try:
             if func is F.embedding and (shared := self._shared_lookup(func, args, kwargs, found)):
                 return shared[0]
             if func in RULES:
                 return self._by_rule(func, args, kwargs, found)
-            if func in ELEMENTWISE and others:
+            if func in ELEMENTWISE and _meets_others(args, kwargs, found):
                 return self._elementwise(func, args, kwargs, found)
             if func in EXPANSIONS and (expanded := self._expansion(func, args, kwargs, found)):
                 return expanded[0]
-            return self._without_rule(func, args, kwargs, found, others)
+            return self._without_rule(func, args, kwargs, found)
         except UnsupportedUseError as error:
-            refused = _Refused(_not_supported(found, func, error), _names(found.values()))
-        except _Refused as error:
+            refused = RefusedError(not_supported(found, func, error), names_of(found.values()))
+        except RefusedError as error:
             refused = error
         self._leave_out(refused)
         return func(*args, **kwargs)
 
-    def _leave_out(self, refused: _Refused) -> None:
+    def _leave_out(self, refused: RefusedError) -> None:
         """Do with parameters that are used in an unsupported way what the policy says."""
         if self._policy.mode == "error":
             raise refused.error from None
@@ -395,32 +333,33 @@ class Observation(TorchFunctionMode):
         func: Callable[..., Any],
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
-        found: dict[int, _Source],
+        found: dict[int, Source],
     ) -> Tensor:
         args, kwargs = _as_autocast_would(func, args, kwargs, found)
         use = RULES[func](*args, **kwargs)
         sources = tuple(found.get(id(parameter)) for parameter in use.parameters)
         missed = [source for source in found.values() if source not in sources]
         if missed:
-            raise _no_rule(_names(missed), func)
+            raise no_rule(names_of(missed), func)
         names = [source.name for source in sources if source is not None]
         self._check_samples(use.input.shape, use.features, names[0])
         call = self._new_call(use.gradients, sources)
         if not self._own_pass and not self._makes:
             plain_args, plain_kwargs = args, kwargs  # autograd makes the parameters' gradients
         else:
-            plain_args, plain_kwargs = nested.map_tensors(
-                lambda tensor: tensor.detach() if id(tensor) in found else tensor, (args, kwargs)
-            )
+            watched = {
+                id(tensor): tensor.detach()
+                for tensor in use.parameters
+                if tensor is not None and id(tensor) in found
+            }
+            plain_args, plain_kwargs = (nested.replace(part, watched) for part in (args, kwargs))
         output = func(*plain_args, **plain_kwargs)
         self.samples.see(output.shape)
         tensors = use.parameters if self._makes else ()
         # Detached, so that the tap is not a second path back to them; autograd still notices if
         # they are changed in place before backward.
         saved = (None if tensor is None else tensor.detach() for tensor in use.saved)
-        tapped: Tensor = _Tap.apply(
-            output, self._anchor, self, call, len(tensors), *tensors, *saved
-        )
+        tapped: Tensor = Tap.apply(output, self._anchor, self, call, len(tensors), *tensors, *saved)
         return tapped
 
     def _elementwise(
@@ -428,7 +367,7 @@ class Observation(TorchFunctionMode):
         func: Callable[..., Any],
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
-        found: dict[int, _Source],
+        found: dict[int, Source],
     ) -> Any:
         """Expand parameters to the shape of the result; autograd does the rest."""
         tensors = list(nested.tensors((args, kwargs)))
@@ -440,9 +379,7 @@ class Observation(TorchFunctionMode):
             for tensor in tensors
             if id(tensor) in found
         }
-        new_args, new_kwargs = nested.map_tensors(
-            lambda tensor: expanded.get(id(tensor), tensor), (args, kwargs)
-        )
+        new_args, new_kwargs = (nested.replace(part, expanded) for part in (args, kwargs))
         result = func(*new_args, **new_kwargs)
         self.samples.see(result.shape)
         if any(tensor.dim() == 0 for tensor in tensors):
@@ -450,13 +387,13 @@ class Observation(TorchFunctionMode):
             result = result.to(_promoted(tensors))
         return result
 
-    def _expand(self, tensor: Tensor, source: _Source, shape: Sequence[int]) -> Tensor:
+    def _expand(self, tensor: Tensor, source: Source, shape: Sequence[int]) -> Tensor:
         features = features_after_broadcast(tensor.shape, shape)
         self._check_samples(shape, features, source.name)
         gradients = functools.partial(_expand_gradient, shape=tuple(tensor.shape))
         call = self._new_call(gradients, (source,))
         given = tensor.detach() if self._own_pass else tensor
-        expanded: Tensor = _Expand.apply(given, self._anchor, self, call, tuple(shape))
+        expanded: Tensor = Expand.apply(given, self._anchor, self, call, tuple(shape))
         return expanded
 
     def _expansion(
@@ -464,7 +401,7 @@ class Observation(TorchFunctionMode):
         func: Callable[..., Any],
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
-        found: dict[int, _Source],
+        found: dict[int, Source],
     ) -> tuple[Tensor] | None:
         """One copy of a parameter for each sample; None where it is something else."""
         ((key, source),) = found.items()
@@ -483,7 +420,7 @@ class Observation(TorchFunctionMode):
         func: Callable[..., Any],
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
-        found: dict[int, _Source],
+        found: dict[int, Source],
     ) -> tuple[Tensor] | None:
         """A table looked up once for all samples, as for positions; None if for each sample."""
         bound = dict(zip(("input", "weight", "padding_idx"), args, strict=False)) | kwargs
@@ -518,7 +455,7 @@ class Observation(TorchFunctionMode):
             each = indices.reshape(1, -1).expand(count, -1)
             return source.pull(rows(Samples(count), each, grads, length, padding))
 
-        self._derive(looked_up, _Source(source.name, pull, int(looked_up.storage_offset())))
+        self._derive(looked_up, Source(source.name, pull, int(looked_up.storage_offset())))
         return (looked_up,)
 
     def _without_rule(
@@ -526,8 +463,7 @@ class Observation(TorchFunctionMode):
         func: Callable[..., Any],
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
-        found: dict[int, _Source],
-        others: list[Tensor],
+        found: dict[int, Source],
     ) -> Any:
         """Call ``func``; what it makes of one parameter alone may be watched in its place."""
         result = func(*args, **kwargs)
@@ -537,23 +473,24 @@ class Observation(TorchFunctionMode):
         if len(found) == 1:
             ((key, source),) = found.items()
             tensor = next(t for t in nested.tensors((args, kwargs)) if id(t) == key)
-            if _shares_storage(tensor, results) and self._derive_views(tensor, source, results):
+            if share_storage(tensor, results) and self._derive_views(tensor, source, results):
                 return result
-            if func in UNARY and (not others or func in CASTS) and result.shape == tensor.shape:
+            alone = func in CASTS or not _meets_others(args, kwargs, found)
+            if func in UNARY and alone and result.shape == tensor.shape:
                 pull = source.pull
                 if func not in CASTS:
-                    pull = _scaled(pull, _slope(func, args, kwargs, tensor))
-                self._derive(result, _Source(source.name, pull, int(result.storage_offset())))
+                    pull = scaled(pull, slope_of(func, args, kwargs, tensor))
+                self._derive(result, Source(source.name, pull, int(result.storage_offset())))
                 return result
         if self._leads_to(results, args, kwargs, found):
-            raise _no_rule(_names(found.values()), func)
+            raise no_rule(names_of(found.values()), func)
         return result
 
-    def _derive(self, tensor: Tensor, source: _Source) -> None:
+    def _derive(self, tensor: Tensor, source: Source) -> None:
         if tensor.requires_grad:
             self._derived[tensor] = source
 
-    def _derive_views(self, tensor: Tensor, source: _Source, views: Sequence[Tensor]) -> bool:
+    def _derive_views(self, tensor: Tensor, source: Source, views: Sequence[Tensor]) -> bool:
         """Watch views of a tensor, if it is laid out so that its sums can be viewed likewise."""
         shape, pull = source.base or (tuple(tensor.shape), source.pull)
         if source.base is None and not tensor.is_contiguous():
@@ -565,8 +502,8 @@ class Observation(TorchFunctionMode):
             )
             if not geometry.is_injective():
                 return False
-            within = _within(pull, geometry, shape)
-            self._derive(view, _Source(source.name, within, start, base=(shape, pull)))
+            pulled = within(pull, geometry, shape)
+            self._derive(view, Source(source.name, pulled, start, base=(shape, pull)))
         return True
 
     def _leads_to(
@@ -574,7 +511,7 @@ class Observation(TorchFunctionMode):
         results: Iterable[Tensor],
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
-        found: Mapping[int, _Source],
+        found: Mapping[int, Source],
     ) -> bool:
         """Whether the graph of the results reaches a watched argument."""
         watched = [t for t in nested.tensors((args, kwargs)) if id(t) in found]
@@ -596,26 +533,26 @@ class Observation(TorchFunctionMode):
     def _new_call(
         self,
         gradients: Callable[..., Sequence[PerSample | Tensor | None]],
-        sources: tuple[_Source | None, ...],
-    ) -> _Call:
+        sources: tuple[Source | None, ...],
+    ) -> Call:
         used = [source for source in sources if source is not None]
         for source in used:
-            if source.name in self._squared and not self._own_pass and not _in_backward():
+            if source.name in self._squared and not self._own_pass and not in_backward():
                 raise NotImplementedError(
                     f"parameter {source.name!r} is used again after its gradient was squared; each "
                     f"forward pass with a backward pass of its own needs an observe() of its own."
                 )
         self._count(used)
-        return _Call(gradients, sources, self._makes, _in_backward())
+        return Call(gradients, sources, self._makes, in_backward())
 
-    def _count(self, sources: Iterable[_Source]) -> None:
-        if not _in_backward():
+    def _count(self, sources: Iterable[Source]) -> None:
+        if not in_backward():
             self._uses.update(source.name for source in sources)
 
     def _check_samples(self, shape: Sequence[int], features: int, name: str) -> None:
         leading = shape[: len(shape) - features]
         if not leading:
-            raise _Refused(
+            raise RefusedError(
                 ValueError(
                     f"parameter {name!r} met an input of shape {list(shape)}, which has no "
                     f"dimension for samples; the input must begin with batch_size = "
@@ -624,7 +561,7 @@ class Observation(TorchFunctionMode):
                 [name],
             )
         if not self.samples.holds(shape, features):
-            raise _Refused(ValueError(self._where_samples_are_not(list(shape), name)), [name])
+            raise RefusedError(ValueError(self._where_samples_are_not(list(shape), name)), [name])
         self.samples.record(shape, features)
         self.samples.see(shape)
         self.check_table()
@@ -654,7 +591,7 @@ class Observation(TorchFunctionMode):
     # --- backward ---------------------------------------------------------------------------------
 
     def capture(
-        self, call: _Call, grad_output: Tensor, saved: Sequence[Tensor | None]
+        self, call: Call, grad_output: Tensor, saved: Sequence[Tensor | None]
     ) -> list[Tensor | None]:
         """Add the squares of what a call's output gradient says of its parameters.
 
@@ -662,22 +599,22 @@ class Observation(TorchFunctionMode):
             For each of the call's tensors the gradient of Σ_n ℓ_n, where it is made here.
         """
         nothing: list[Tensor | None] = [None] * len(call.sources)
-        names = _names(source for source in call.sources if source is not None)
+        names = names_of(source for source in call.sources if source is not None)
         if torch.is_grad_enabled():
             raise NotImplementedError(
-                f"the backward pass that reached {_list(names)} has create_graph=True: squared "
+                f"the backward pass that reached {listed(names)} has create_graph=True: squared "
                 f"gradients cannot be differentiated again."
             )
         if self.closed:
             raise RuntimeError(
-                f"the backward pass reached {_list(names)} after the observe() of its forward pass "
-                f"had ended; run both inside."
+                f"the backward pass reached {listed(names)} after the observe() of its forward "
+                f"pass had ended; run both inside."
             )
         if not self.capturing:
             return nothing
         if not self._own_pass and (call.done or not self._squared.isdisjoint(names)):
             raise RuntimeError(
-                f"a second backward pass reached {_list(names)} in one observe(); add the losses "
+                f"a second backward pass reached {listed(names)} in one observe(); add the losses "
                 f"and run backward once: the square of a sum is not the sum of squares."
             )
         call.done = True
@@ -686,7 +623,7 @@ class Observation(TorchFunctionMode):
             try:
                 gradients = call.gradients(self.samples, grad_output, *saved)
             except UnsupportedUseError as error:
-                raise NotImplementedError(f"{error} ({_list(names)}); {FREEZE}") from None
+                raise NotImplementedError(f"{error} ({listed(names)}); {FREEZE}") from None
             if self._check is not None:
                 for name in names:
                     self._check.lower(name, grad_output.dtype)
@@ -695,7 +632,7 @@ class Observation(TorchFunctionMode):
                 for source, grad in zip(call.sources, gradients, strict=True)
             ]
 
-    def _add(self, source: _Source, grad: PerSample | Tensor, call: _Call) -> Tensor | None:
+    def _add(self, source: Source, grad: PerSample | Tensor, call: Call) -> Tensor | None:
         """Square one use's gradients, or wait for the parameter's other uses."""
         name = source.name
         use = grad if isinstance(grad, PerSample) else Dense(grad)
@@ -740,7 +677,7 @@ class Observation(TorchFunctionMode):
             return
         if self._own_pass:
             if self.capturing:
-                self._leave_out(_Refused(_unseen([name]), [name]))
+                self._leave_out(RefusedError(unseen([name]), [name]))
             return
         seen = self._seen_grads.pop(name, None)
         # A sum over several uses is a new tensor: it is not formed in place of one that is held.
@@ -775,7 +712,7 @@ class Observation(TorchFunctionMode):
         """
         self.settle()
         if self._unseen:
-            self._leave_out(_Refused(_unseen(self._unseen), self._unseen))
+            self._leave_out(RefusedError(unseen(self._unseen), self._unseen))
         if not self.changed:
             raise RuntimeError(
                 "no gradient reached a watched parameter inside observe(): run the forward and "
@@ -806,7 +743,8 @@ def _reads_a_property(func: Callable[..., Any]) -> bool:
     return name in ("__get__", "__set__", "__delete__") and func not in _TRANSPOSES
 
 
-def _in_backward() -> bool:
+def in_backward() -> bool:
+    """Whether this runs inside a backward pass."""
     return torch._C._current_graph_task_id() != -1
 
 
@@ -814,19 +752,29 @@ def _as_autocast_would(
     func: Callable[..., Any],
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
-    found: Mapping[int, _Source],
+    found: Mapping[int, Source],
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Round inputs as autocast is going to, so that the rounded ones are kept, and only those."""
-    device = next(nested.tensors((args, kwargs))).device.type
-    if func not in _LOWERED or not torch.is_autocast_enabled(device):
+    if func not in _LOWERED:
+        return args, kwargs
+    tensors = list(nested.tensors((args, kwargs)))
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
         return args, kwargs
     dtype = torch.get_autocast_dtype(device)
+    lowered = {
+        id(tensor): tensor.to(dtype)
+        for tensor in tensors
+        if tensor.is_floating_point() and tensor.dtype != torch.float64 and id(tensor) not in found
+    }
+    return nested.replace(args, lowered), nested.replace(kwargs, lowered)
 
-    def lower(tensor: Tensor) -> Tensor:
-        rounded = tensor.is_floating_point() and tensor.dtype != torch.float64
-        return tensor.to(dtype) if rounded and id(tensor) not in found else tensor
 
-    return nested.map_tensors(lower, (args, kwargs))  # type: ignore[no-any-return]
+def _meets_others(
+    args: tuple[Any, ...], kwargs: dict[str, Any], found: Mapping[int, Source]
+) -> bool:
+    """Whether a tensor that is not watched is among the arguments."""
+    return any(id(tensor) not in found for tensor in nested.tensors((args, kwargs)))
 
 
 def _promoted(tensors: Sequence[Tensor]) -> torch.dtype:
@@ -837,95 +785,5 @@ def _promoted(tensors: Sequence[Tensor]) -> torch.dtype:
     return functools.reduce(torch.promote_types, dimensioned or dtypes)
 
 
-def _slope(
-    func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], tensor: Tensor
-) -> Tensor:
-    """The derivative of an elementwise function of one tensor."""
-    with torch.enable_grad():
-        point = tensor.detach().requires_grad_()
-        arguments = nested.map_tensors(lambda t: point if t is tensor else t, (args, kwargs))
-        value = func(*arguments[0], **arguments[1])
-        (slope,) = torch.autograd.grad(value.sum(), point)
-    return slope
-
-
-def _shares_storage(tensor: Tensor, results: Iterable[Tensor]) -> bool:
-    storage = tensor.untyped_storage().data_ptr()
-    return all(
-        result.untyped_storage().data_ptr() == storage and result.dtype == tensor.dtype
-        for result in results
-    )
-
-
-# --- per-sample gradients of what a tensor was made from ------------------------------------------
-
-
-def _itself(grads: PerSample) -> PerSample:
-    return grads
-
-
-def _within(
-    pull: Callable[[PerSample], PerSample], geometry: Geometry, shape: Sequence[int]
-) -> Callable[[PerSample], PerSample]:
-    return lambda grads: pull(ViewOf(grads, geometry, shape))
-
-
-def _scaled(
-    pull: Callable[[PerSample], PerSample], slope: Tensor
-) -> Callable[[PerSample], PerSample]:
-    return lambda grads: pull(ScaledBy(grads, slope))
-
-
 def _expand_gradient(samples: Samples, grad: Tensor, *, shape: Sequence[int]) -> tuple[PerSample]:
     return (expand_gradient(samples, grad, shape),)
-
-
-# --- sentences ------------------------------------------------------------------------------------
-
-
-class _Refused(Exception):  # noqa: N818
-    """A use that is not supported: the error to raise, and the parameters it is about."""
-
-    def __init__(self, error: Exception, names: Sequence[str]) -> None:
-        super().__init__(str(error))
-        self.error, self.names = error, list(dict.fromkeys(names))
-
-
-def _names(sources: Iterable[_Source]) -> list[str]:
-    return list(dict.fromkeys(source.name for source in sources))
-
-
-def _list(names: Iterable[str]) -> str:
-    unique = list(dict.fromkeys(names))
-    return ("parameter " if len(unique) == 1 else "parameters ") + ", ".join(map(repr, unique))
-
-
-def _describe(func: Callable[..., Any]) -> str:
-    return resolve_name(func) or str(getattr(func, "__name__", func))
-
-
-def _not_supported(
-    found: Mapping[int, _Source], func: Callable[..., Any], error: Exception
-) -> NotImplementedError:
-    return NotImplementedError(
-        f"{_describe(func)} uses {_list(_names(found.values()))} in a way that is not supported: "
-        f"{error}; {FREEZE}"
-    )
-
-
-def _no_rule(names: list[str], func: Callable[..., Any]) -> _Refused:
-    return _Refused(
-        NotImplementedError(
-            f"{_describe(func)} uses {_list(names)}, and there is no rule for that; write one with "
-            f"cl_optim.register_fisher_rule, or {FREEZE}"
-        ),
-        names,
-    )
-
-
-def _unseen(names: Sequence[str]) -> NotImplementedError:
-    return NotImplementedError(
-        f"{_list(names)} received a gradient from a use that was not seen (an autograd.Function, a "
-        f"hook that replaces the gradient, a function called inside a checkpoint without a "
-        f"module); {FREEZE}"
-    )

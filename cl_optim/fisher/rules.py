@@ -454,6 +454,9 @@ UNARY = ELEMENTWISE | _named(
 # Those of them whose derivative is 1.
 CASTS = _named("to", "type_as", "float", "double", "half", "bfloat16", "clone", "contiguous")
 
+# What may put samples and tokens into one dimension.
+RESHAPES = _named("view", "reshape", "flatten", "view_as", "reshape_as")
+
 # Copies along a new leading dimension, as of a class token: each sample's copy has its gradient.
 EXPANSIONS = _named("expand", "expand_as", "broadcast_to", "repeat", "tile")
 

@@ -1,0 +1,86 @@
+"""What is said, and done, where a parameter is used in a way that is not supported."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch.overrides import resolve_name
+
+from cl_optim.fisher.sources import Source
+
+FREEZE = "freeze what should be left out with requires_grad_(False)."
+
+
+class RestartError(Exception):
+    """A parameter was found to be unsupported while it was already taken to be supported."""
+
+
+@dataclass
+class Policy:
+    """What is done with parameters that are used in an unsupported way; kept between batches.
+
+    Attributes:
+        mode: ``"error"``, ``"skip"`` or ``"sign"``.
+        left: Names of such parameters, and why they are left out of what is observed.
+        shared: Names of tables, and whether they are looked up once for all samples.
+    """
+
+    mode: str = "error"
+    left: dict[str, str] = field(default_factory=dict)
+    shared: dict[str, bool] = field(default_factory=dict)
+
+
+class RefusedError(Exception):
+    """A use that is not supported: the error to raise, and the parameters it is about."""
+
+    def __init__(self, error: Exception, names: Sequence[str]) -> None:
+        super().__init__(str(error))
+        self.error, self.names = error, list(dict.fromkeys(names))
+
+
+def names_of(sources: Iterable[Source]) -> list[str]:
+    """The parameters' names, each once."""
+    return list(dict.fromkeys(source.name for source in sources))
+
+
+def listed(names: Iterable[str]) -> str:
+    """As part of a sentence."""
+    unique = list(dict.fromkeys(names))
+    return ("parameter " if len(unique) == 1 else "parameters ") + ", ".join(map(repr, unique))
+
+
+def describe(func: Callable[..., Any]) -> str:
+    """A function's name, with what it belongs to."""
+    return resolve_name(func) or str(getattr(func, "__name__", func))
+
+
+def not_supported(
+    found: Mapping[int, Source], func: Callable[..., Any], error: Exception
+) -> NotImplementedError:
+    """For a function whose rule does not cover this call."""
+    return NotImplementedError(
+        f"{describe(func)} uses {listed(names_of(found.values()))} in a way that is not supported: "
+        f"{error}; {FREEZE}"
+    )
+
+
+def no_rule(names: list[str], func: Callable[..., Any]) -> RefusedError:
+    """For a function without a rule."""
+    return RefusedError(
+        NotImplementedError(
+            f"{describe(func)} uses {listed(names)}, and there is no rule for that; write one with "
+            f"cl_optim.register_fisher_rule, or {FREEZE}"
+        ),
+        names,
+    )
+
+
+def unseen(names: Sequence[str]) -> NotImplementedError:
+    """For a gradient that no function accounts for."""
+    return NotImplementedError(
+        f"{listed(names)} received a gradient from a use that was not seen (an autograd.Function, "
+        f"a hook that replaces the gradient, a function called inside a checkpoint without a "
+        f"module); {FREEZE}"
+    )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -100,9 +101,9 @@ def cnn() -> Problem:
     return Problem(model, torch.randn(128, 3, 16, 16), torch.randint(0, 10, (128,)))
 
 
-def transformer() -> Problem:
-    model = Transformer(layers=4, width=256, heads=4, vocabulary=1000, length=64)
-    tokens = torch.randint(0, 1000, (16, 33))
+def transformer(width: int, length: int) -> Problem:
+    model = Transformer(layers=4, width=width, heads=4, vocabulary=1000, length=64)
+    tokens = torch.randint(0, 1000, (16, length + 1))
     return Problem(model, tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous())
 
 
@@ -110,7 +111,8 @@ PROBLEMS: dict[str, Callable[[], Problem]] = {
     "MLP 64-256-256-10, 256 samples": mlp,
     "CNN 2 k, 500 samples of 1x8x8": small_cnn,
     "CNN 57 k, 128 samples of 3x16x16": cnn,
-    "Transformer 3.7 M, 16 sequences of 32": transformer,
+    "Transformer 1.1 M, 16 sequences of 64": partial(transformer, 128, 64),
+    "Transformer 3.7 M, 16 sequences of 32": partial(transformer, 256, 32),
 }
 
 

@@ -16,6 +16,7 @@ $python -m pytest $tests -m gpu -p no:cacheprovider -q 2>&1 |
 $python bench/gpu_step.py --json "$out/step-gpu.json" | tee "$out/step-gpu.txt"
 $python bench/gpu_gram.py --json "$out/gram-gpu.json" | tee "$out/gram-gpu.txt"
 $python bench/gpu_gem.py --json "$out/gem-gpu.json" | tee "$out/gem-gpu.txt"
+$python bench/gpu_fisher.py --json "$out/fisher-gpu.json" | tee "$out/fisher-gpu.txt"
 $python bench/gpu_squared_grad.py --json "$out/squared-grad-gpu.json" | tee "$out/squared-grad-gpu.txt"
 compute-sanitizer --error-exitcode 1 $python -m pytest $tests -m gpu -q \
   -p no:cacheprovider -k "many_tensors or unaligned or take_no_part or in_a_graph" 2>&1 | tee "$out/sanitizer.txt"

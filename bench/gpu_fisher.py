@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 from fisher_contenders import Problem, Transformer
+from gpu_timing import milliseconds
 
 from cl_optim import FisherEstimator, estimate_fisher
 
@@ -100,18 +101,13 @@ CONTENDERS = {
 }
 
 
-def milliseconds(run: Callable[[], object], device: str) -> float:
-    """Time of one batch."""
+def batch_time(run: Callable[[], object], device: str) -> float:
+    """Milliseconds of one batch."""
     if device == "cpu":
         begun = time.perf_counter()
         run()
         return (time.perf_counter() - begun) * 1e3 / BATCHES
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
-    run()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end) / BATCHES
+    return milliseconds(run, 1) / BATCHES
 
 
 def errors(task: Problem, device: str) -> dict[str, float]:
@@ -186,7 +182,7 @@ def main() -> None:
         runs = {contender: make(task, device) for contender, make in CONTENDERS.items()}
         for _ in range(TURNS):
             for contender, run in runs.items():
-                turns[contender].append(milliseconds(run, device))
+                turns[contender].append(batch_time(run, device))
         report[name] = {"parameters": parameters, "errors": accuracy, "peaks": peaks, **turns}
         print(f"{name} ({parameters / 1e6:.0f} M parameters); errors {accuracy}")
         for contender, times in turns.items():

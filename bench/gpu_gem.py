@@ -9,37 +9,28 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import torch
 from contenders import gpt2_shapes
+from gpu_timing import milliseconds
 from torch import Tensor
 
 from cl_optim import GEM, EWCAdamW
 from cl_optim import functional as F
 from cl_optim.ops import gram, library, nnqp
 
-TURNS, ROUNDS = 5, 10
+WARMUP, ROUNDS = 10, 50
 ROWS = 10
 SHAPES = gpt2_shapes(embeddings=True)[:-1]  # 148 tensors, 124 M
 
 
-def milliseconds(call: Callable[[], object]) -> float:
-    """Median over turns of the mean time of a call, one after the other on the GPU."""
-    turns = []
-    for turn in range(TURNS + 1):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        for _ in range(ROUNDS):
-            call()
-        end.record()
-        end.synchronize()
-        if turn > 0:  # the first one warms up
-            turns.append(start.elapsed_time(end) / ROUNDS)
-    return statistics.median(turns)
+def settled(call: Callable[[], object]) -> float:
+    """Milliseconds of a call, after some to warm up."""
+    milliseconds(call, WARMUP)
+    return milliseconds(call, ROUNDS)
 
 
 def quadratic_programs() -> dict[str, float]:
@@ -49,7 +40,7 @@ def quadratic_programs() -> dict[str, float]:
         rows = torch.randn(problems, t, 2 * t, dtype=torch.float64, device="cuda")
         grads = torch.randn(problems, 2 * t, 1, dtype=torch.float64, device="cuda")
         q, c = rows @ rows.mT, (rows @ (grads - rows.mean(1)[..., None]))[..., 0]
-        results[f"{problems} programs of {t} rows"] = milliseconds(lambda q=q, c=c: F.nnqp(q, c))
+        results[f"{problems} programs of {t} rows"] = settled(lambda q=q, c=c: F.nnqp(q, c))
     return results
 
 
@@ -57,7 +48,7 @@ def bytes_per_millisecond() -> float:
     """Of a copy of 2.5 GB."""
     source = torch.empty(620_000_000, device="cuda")
     target = torch.empty_like(source)
-    return 2 * source.nbytes / milliseconds(lambda: target.copy_(source))
+    return 2 * source.nbytes / settled(lambda: target.copy_(source))
 
 
 def projections() -> dict[str, float]:
@@ -93,15 +84,15 @@ def projections() -> dict[str, float]:
     floor = (ROWS + 1 + active + 2) * numel * 4 / bytes_per_millisecond()
     results = {
         f"floor of a projection, {active} active rows": floor,
-        "projection, rows recomputed": milliseconds(recomputed),
-        "projection, between refreshes": milliseconds(between_refreshes),
+        "projection, rows recomputed": settled(recomputed),
+        "projection, between refreshes": settled(between_refreshes),
     }
     optimizer = GEM(EWCAdamW(params, fused=True))
     for k in range(ROWS):
         row = partial(torch.autograd.backward, params, [rows[k] for rows in memory])
         optimizer.remember(str(k), row, refresh_every=None)
-    results["step of EWCAdamW"] = milliseconds(optimizer.optimizer.step)
-    results["step of GEM around it, between refreshes"] = milliseconds(optimizer.step)
+    results["step of EWCAdamW"] = settled(optimizer.optimizer.step)
+    results["step of GEM around it, between refreshes"] = settled(optimizer.step)
     return results
 
 

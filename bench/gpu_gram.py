@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 from contenders import gpt2_shapes
+from gpu_timing import milliseconds
 
 from cl_optim import functional as F
 from cl_optim.ops import gram
@@ -71,19 +72,6 @@ def contenders(
     return calls
 
 
-def milliseconds(call: Callable[[], object]) -> float:
-    """Median time on the GPU of one call, over ROUNDS calls."""
-    times = []
-    for _ in range(ROUNDS):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        call()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end))
-    return statistics.median(times)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", type=Path, required=True, help="where the samples go")
@@ -101,7 +89,7 @@ def main() -> None:
         turns: dict[str, list[float]] = {contender: [] for contender in calls}
         for turn in range(TURNS + 1):
             for contender, (call, _) in calls.items():
-                time = milliseconds(call)
+                time = milliseconds(call, ROUNDS)
                 if turn > 0:  # the first one warms up
                     turns[contender].append(time)
         report[name] = {

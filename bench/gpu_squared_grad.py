@@ -19,6 +19,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from gpu_timing import milliseconds
 from torch import Tensor
 
 from cl_optim import functional as F
@@ -28,6 +29,7 @@ from cl_optim.ops.squared_grad_triton import CONFIGS, Config, Precision
 
 TURNS = 7
 INPUTS = 4
+REPLAYS = 5
 HALF: Precision = "half"
 
 
@@ -140,19 +142,6 @@ def replay(run: Callable[[], None]) -> torch.cuda.CUDAGraph:
     return graph
 
 
-def milliseconds(graph: torch.cuda.CUDAGraph, rounds: int = 5) -> float:
-    """Median time of a replay, for one of the calls in it."""
-    times = []
-    for _ in range(rounds):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) / INPUTS)
-    return statistics.median(times)
-
-
 def host_microseconds(run: Callable[[], None]) -> float:
     """Time until the call returns, with nothing in the GPU's queue."""
     times = []
@@ -174,7 +163,7 @@ def measure(shape: Shape) -> dict[str, object]:
     turns: dict[str, list[float]] = {name: [] for name in graphs}
     for turn in range(TURNS + 1):
         for name, graph in graphs.items():
-            taken = milliseconds(graph)
+            taken = milliseconds(graph.replay, REPLAYS) / INPUTS
             if turn > 0:  # the first one warms up
                 turns[name].append(taken)
     flops = 2 * shape.samples * shape.tokens * shape.in_features * shape.out_features

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 from contenders import CONTENDERS, Problem, gpt2_shapes
+from gpu_timing import milliseconds
 
 from cl_optim.ops import library
 
@@ -21,19 +22,6 @@ SETS = {
     "1 tensor of 163 M": [(163_000_000,)],
     "1000 tensors of 64": [(64,)] * 1000,
 }
-
-
-def milliseconds(step: object) -> float:
-    """Median time on the GPU of one call, over ROUNDS calls."""
-    times = []
-    for _ in range(ROUNDS):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        step()  # type: ignore[operator]
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end))
-    return statistics.median(times)
 
 
 def main() -> None:
@@ -53,7 +41,7 @@ def main() -> None:
         steps = {contender: make(Problem(shapes, "cuda")) for contender, make in CONTENDERS.items()}
         for turn in range(TURNS + 1):
             for contender, step in steps.items():
-                time = milliseconds(step)
+                time = milliseconds(step, ROUNDS)
                 if turn > 0:  # the first one warms up
                     turns[contender].append(time)
         report[name] = turns

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from cl_optim.ops import ewc_adamw
 from cl_optim.ops import gram as gram_ops
-from cl_optim.ops.nnqp import EPSILON, Solution, nnqp
+from cl_optim.ops.nnqp import Solution, nnqp, sum_error
 from cl_optim.ops.squared_grad import squared_grad_sum_
 
 __all__ = ["ewc_adamw_", "gem_project", "gram", "nnqp", "squared_grad_sum_"]
@@ -204,7 +204,7 @@ def gem_project(
         products[:, :size, :size],
         products[:, :size, size],
         memory_strength,
-        gram_error=EPSILON * max(1.0, math.sqrt(length)),
+        gram_error=sum_error(length),
         only_violated=True,
     )
     v = torch.where(certificate.status[:, None] < 0, 0.0, certificate.v)

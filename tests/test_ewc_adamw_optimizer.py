@@ -13,7 +13,6 @@ from ewc_adamw_cases import OFF_DEFAULT, Problem, Setting, make_optimizer, make_
 from torch import nn
 
 from cl_optim import EWCAdamW
-from cl_optim.ops import ewc_adamw as ops
 from cl_optim.ops import library
 
 
@@ -526,9 +525,9 @@ class TestWithoutTheExtension:
         reason = "The extension cl_optim._C was not built: no compiler."
         absent = {name: library.Backend(name, False, reason) for name in ("cpu", "cuda")}
         monkeypatch.setattr(library, "backends", lambda: absent)
-        ops._warn_once.cache_clear()
+        library.warn_once.cache_clear()
         yield
-        ops._warn_once.cache_clear()
+        library.warn_once.cache_clear()
 
     def test_falls_back_with_one_warning(self, model):
         with pytest.warns(UserWarning, match="was not built: no compiler") as caught:

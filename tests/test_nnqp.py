@@ -286,7 +286,7 @@ def test_without_kernels_the_reference_runs_with_a_warning(monkeypatch):
     expected = nnqp.compiled(gram, linear)
     monkeypatch.setattr(library, "available", lambda device: False)
     monkeypatch.setattr(library, "explain", lambda device: "There are none.")
-    nnqp._warn_once.cache_clear()
+    library.warn_once.cache_clear()
     with pytest.warns(UserWarning, match="slower reference: There are none"):
         solution = functional.nnqp(gram, linear)
     assert (solution.v - expected.v).abs().max() <= 1e-10

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from squared_grad_cases import CASES, arguments, assert_near, assert_right
 from torch import Tensor
 
-from cl_optim.ops import squared_grad
+from cl_optim.ops import library, squared_grad
 from cl_optim.ops.squared_grad import squared_grad_sum_
 
 SIZE = st.integers(0, 5)
@@ -218,7 +218,7 @@ class TestBackend:
         monkeypatch.setattr(torch.version, "cuda", "13.0")
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
         monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
-        caches = squared_grad._why_not_triton, squared_grad._warn_once
+        caches = squared_grad._why_not_triton, library.warn_once
         for cache in caches:
             cache.cache_clear()
         yield

@@ -7,9 +7,7 @@ operator ``torch.ops.cl_optim.ewc_adamw_``. Both take the same arguments and do 
 
 from __future__ import annotations
 
-import functools
 import math
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, TypeAlias, get_args
@@ -311,14 +309,8 @@ def choose(
     if wants_fused and library.available(device_type):
         return device_type, fused
     if wants_fused:
-        _warn_once(device_type)
+        library.warn_once(
+            f"EWC-AdamW runs on its slower reference: {library.explain(device_type)} "
+            "Pass foreach=True to choose the reference without this warning."
+        )
     return "foreach", foreach
-
-
-@functools.cache
-def _warn_once(device_type: str) -> None:
-    warnings.warn(
-        f"EWC-AdamW runs on its slower reference: {library.explain(device_type)} "
-        "Pass foreach=True to choose the reference without this warning.",
-        stacklevel=4,
-    )

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-import warnings
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -173,7 +172,7 @@ def choose(device_type: str) -> Kernels:
         )
     missing = "Triton is not installed: pip install triton."
     why = missing if device_type == "cuda" else library.explain(device_type)
-    warnings.warn(f"The Gram products run on their slower reference: {why}", stacklevel=3)
+    library.warn_once(f"The Gram products run on their slower reference: {why}")
     return Kernels(
         "reference",
         gram_per_tensor_reference,

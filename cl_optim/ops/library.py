@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import warnings
 from dataclasses import dataclass, field
 
 import torch
@@ -55,6 +56,12 @@ def explain(device_type: str) -> str:
     if backend is None:
         return f"cl_optim has no compiled kernels for {device_type} tensors."
     return backend.reason
+
+
+@functools.cache
+def warn_once(sentence: str) -> None:
+    """Say a thing once: that something runs on its slower reference, and why."""
+    warnings.warn(sentence, stacklevel=4)
 
 
 def _load_cpu() -> Backend:

@@ -14,9 +14,7 @@ blocked, so that Q needs no regularisation. :func:`compiled` is the operator
 
 from __future__ import annotations
 
-import functools
 import math
-import warnings
 from enum import IntEnum
 from typing import NamedTuple
 
@@ -69,6 +67,11 @@ def threshold(size: int, gram_error: float) -> float:
     return max(64.0 * EPSILON * size, 8.0 * gram_error)
 
 
+def sum_error(products: int) -> float:
+    """Relative accuracy of a Gram matrix whose entries are float64 sums of so many products."""
+    return EPSILON * math.sqrt(max(1, products))
+
+
 def tolerance(gram_error: float) -> float:
     """How far w_i may be below 0, relative to |c_i| + Σ_j |Q_ij| v_j."""
     return 8.0 * max(EPSILON, gram_error)
@@ -112,7 +115,7 @@ def reference(
         gram: Q [B, t, t], symmetric positive semidefinite; float32 or float64.
         linear: c [B, t].
         lower: The bound of every v_k, finite and ≥ 0.
-        gram_error: Relative accuracy of the entries of Q and c; about 2⁻⁵³√P where they are
+        gram_error: Relative accuracy of the entries of Q and c: `sum_error` of P where they are
             float64 sums of P products.
         only_violated: As GEM was published: v = 0, below ``lower`` if that is positive, where no
             c_k is negative.
@@ -265,7 +268,7 @@ def nnqp(
             t ≤ 1024.
         linear: c [B, t], float32 or float64.
         lower: The bound of every v_k, finite and ≥ 0.
-        gram_error: Relative accuracy of the entries of Q and c; about 2⁻⁵³√P where they are
+        gram_error: Relative accuracy of the entries of Q and c: `sum_error` of P where they are
             float64 sums of P products. What is smaller counts as rounding.
         only_violated: As GEM was published: where no c_k is negative, v = 0 and the status is
             INACTIVE, whatever ``lower`` says.
@@ -297,13 +300,7 @@ def nnqp(
         return compiled(
             gram, linear, lower, gram_error=gram_error, only_violated=only_violated, state=state
         )
-    _warn_once(device)
-    return reference(gram, linear, lower, gram_error=gram_error, only_violated=only_violated)
-
-
-@functools.cache
-def _warn_once(device_type: str) -> None:
-    warnings.warn(
-        f"Quadratic programs run on their slower reference: {library.explain(device_type)}",
-        stacklevel=3,
+    library.warn_once(
+        f"Quadratic programs run on their slower reference: {library.explain(device)}"
     )
+    return reference(gram, linear, lower, gram_error=gram_error, only_violated=only_violated)

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-import warnings
 from collections.abc import Iterator
 from typing import Literal
 
 import torch
 from torch import Tensor
+
+from cl_optim.ops import library
 
 # Bytes of per-sample products formed at once. A CPU reads them again right after writing them, so
 # they should stay in its second-level cache; an accelerator wants large launches.
@@ -102,7 +103,7 @@ def backend(out: Tensor, inputs: Tensor, cu_seqlens: Tensor | None = None) -> Ba
         return "reference"
     reason = _why_not_triton(out.device)
     if reason:
-        _warn_once(reason)
+        library.warn_once(f"Squared gradients are summed by the slower reference: {reason}")
         return "reference"
     return "triton"
 
@@ -118,11 +119,6 @@ def _why_not_triton(device: torch.device) -> str:
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed: pip install triton."
     return ""
-
-
-@functools.cache
-def _warn_once(reason: str) -> None:
-    warnings.warn(f"Squared gradients are summed by the slower reference: {reason}", stacklevel=5)
 
 
 @torch.no_grad()

@@ -645,7 +645,7 @@ class GEM(torch.optim.Optimizer):
             products.linear,
             self.memory_strength,
             # Sums of P products in float64; Q and c may come from different passes.
-            gram_error=nnqp.EPSILON * math.sqrt(sum(param.numel() for param in params)),
+            gram_error=nnqp.sum_error(sum(param.numel() for param in params)),
             only_violated=True,
             state=self._solver_state(products.gram, used, rows_have_changed),
         )

@@ -15,6 +15,7 @@
 #include <type_traits>
 
 #include "float_types.h"
+#include "memory_rows.h"
 
 namespace cl_optim {
 
@@ -119,16 +120,6 @@ CL_OPTIM_HD EWCAdamWElement<T> ewc_adamw_element(EWCAdamWElement<T> x, T grad, T
   }
   return x;
 }
-
-// Gradients of other tasks that are added to a tensor's own, each times a number: what is left of
-// the gradient when GEM has projected it.
-struct MemoryRows {
-  const void* rows;            // [count][stride], each laid out like the tensor; null for none
-  const double* coefficients;  // [count]; a row whose number is 0 is not read
-  int64_t stride;              // in elements
-  int count;
-  ScalarKind kind;
-};
 
 // One tensor as the kernels see it: `numel` elements of each array, in the same order in memory.
 // The gradient has the parameter's type; moments and importance have its arithmetic type; the

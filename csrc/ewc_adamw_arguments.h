@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "ewc_adamw.h"
+#include "tensor_types.h"
 
 namespace cl_optim {
 
@@ -57,20 +58,10 @@ inline bool on_same_device(const Tensor& a, const Tensor& b) {
 }
 
 inline ScalarKind scalar_kind(ScalarType type, const char* name, size_t index) {
-  switch (type) {
-    case ScalarType::Float:
-      return ScalarKind::float32;
-    case ScalarType::Double:
-      return ScalarKind::float64;
-    case ScalarType::BFloat16:
-      return ScalarKind::bfloat16;
-    case ScalarType::Half:
-      return ScalarKind::float16;
-    default:
-      check(false, name, "[", index, "] must be float32, float64, bfloat16 or float16, not ",
-            torch::headeronly::toString(type));
-      throw std::logic_error("unreachable");
-  }
+  const std::optional<ScalarKind> kind = scalar_kind(type);
+  check(kind.has_value(), name, "[", index, "] must be float32, float64, bfloat16 or float16, not ",
+        torch::headeronly::toString(type));
+  return *kind;
 }
 
 inline Penalty parse_penalty(const std::string& name) {

@@ -48,57 +48,24 @@ using Update = void (*)(const EWCAdamWTensor&, int64_t, int64_t, const EWCAdamWO
 
 constexpr int64_t kProjected = 1024;  // elements at a time: they stay in the first-level cache
 
-template <typename Row>
-CL_OPTIM_SIMD_CLONES void add_row(double* sum, const void* rows, int64_t first, int64_t count,
-                                  double coefficient) {
-  const Row* row = static_cast<const Row*>(rows) + first;
-  CL_OPTIM_INDEPENDENT_ITERATIONS
-  for (int64_t i = 0; i < count; ++i) sum[i] += coefficient * load(row[i]);
-}
-
-void add_row(double* sum, const MemoryRows& memory, int64_t first, int64_t count,
-             double coefficient) {
-  switch (memory.kind) {
-    case ScalarKind::float64:
-      return add_row<double>(sum, memory.rows, first, count, coefficient);
-    case ScalarKind::bfloat16:
-      return add_row<BFloat16>(sum, memory.rows, first, count, coefficient);
-    case ScalarKind::float16:
-      return add_row<Half>(sum, memory.rows, first, count, coefficient);
-    default:
-      return add_row<float>(sum, memory.rows, first, count, coefficient);
-  }
-}
-
-// Updates with the projected gradient, a few elements at a time: it is written nowhere else. Summed
-// in float64: a coefficient may be far outside float32's range where the rows' scales differ.
+// Updates with the projected gradient, a few elements at a time: it is written nowhere else.
 template <typename Param>
 void update_projected(Update update, const EWCAdamWTensor& tensor, int64_t begin, int64_t end,
                       const EWCAdamWOptions& options, const DeviceNumbers& numbers) {
   using T = arithmetic_t<Param>;
   const Param* grad = static_cast<const Param*>(tensor.grad);
-  const MemoryRows& memory = tensor.memory;
   double sum[kProjected];
   Param projected[kProjected];
   EWCAdamWTensor here = tensor;
   for (; begin < end; begin += kProjected) {
     const int64_t count = std::min(kProjected, end - begin);
     for (int64_t i = 0; i < count; ++i) sum[i] = load(grad[begin + i]);
-    for (int k = 0; k < memory.count; ++k) {
-      const double coefficient = memory.coefficients[k];
-      if (coefficient == 0.0) continue;
-      add_row(sum, memory, k * memory.stride + begin, count, coefficient);
-    }
+    add_memory_rows_cpu(tensor.memory, begin, count, sum);
     for (int64_t i = 0; i < count; ++i) store(projected[i], static_cast<T>(sum[i]));
     // The update finds element `begin` of the gradient where the others are.
     here.grad = projected - begin;
     update(here, begin, begin + count, options, numbers);
   }
-}
-
-bool is_projected(const MemoryRows& memory) {
-  return std::any_of(memory.coefficients, memory.coefficients + memory.count,
-                     [](double coefficient) { return coefficient != 0.0; });
 }
 
 void update_piece(Update update, const EWCAdamWTensor& tensor, const Piece& piece,

@@ -5,12 +5,11 @@
 #include <algorithm>
 #include <cstddef>
 #include <map>
-#include <stdexcept>
-#include <string>
 #include <tuple>
 #include <utility>
 #include <vector>
 
+#include "cuda_check.h"
 #include "ewc_adamw_launch.h"
 #include "multi_tensor.h"
 
@@ -192,11 +191,7 @@ __global__ void __launch_bounds__(kThreads)
       });
 }
 
-void check(cudaError_t error) {
-  if (error != cudaSuccess) {
-    throw std::runtime_error(std::string("ewc_adamw_: ") + cudaGetErrorString(error));
-  }
-}
+void check(cudaError_t error) { cl_optim::check(error, "ewc_adamw_"); }
 
 // Whether all arrays allow the widest vectors: eight floats beside eight 16-bit numbers.
 bool is_aligned(const EWCAdamWTensor& t) {

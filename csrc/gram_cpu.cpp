@@ -10,6 +10,7 @@
 #include <new>
 
 #include "gram.h"
+#include "memory_rows.h"
 #include "multi_tensor.h"
 #include "simd.h"
 
@@ -332,31 +333,35 @@ void gram_cpu(const std::vector<GramTensor>& tensors, int64_t rows, bool all, do
   });
 }
 
+void add_memory_rows_cpu(const MemoryRows& memory, int64_t first, int64_t count, double* sum) {
+  with_storage(memory.kind, [&](auto x) {
+    for (int k = 0; k < memory.count; ++k) {
+      const double coefficient = memory.coefficients[k];
+      if (coefficient == 0.0) continue;
+      add_multiple<decltype(x)>(memory.rows, k * memory.stride + first, count, coefficient, sum);
+    }
+  });
+}
+
 void gram_combine_cpu(const std::vector<GramTensor>& tensors, int64_t rows,
                       const double* coefficients, const std::vector<int64_t>& blocks) {
+  std::vector<MemoryRows> memory;
   std::vector<int64_t> numels;
   for (size_t i = 0; i < tensors.size(); ++i) {
-    const double* v = coefficients + blocks[i] * rows;
-    const bool active = std::any_of(v, v + rows, [](double x) { return x != 0.0; });
-    numels.push_back(active ? tensors[i].numel : 0);
+    memory.push_back({tensors[i].rows, coefficients + blocks[i] * rows, tensors[i].row_stride,
+                      static_cast<int>(rows), tensors[i].row_kind});
+    numels.push_back(is_projected(memory[i]) ? tensors[i].numel : 0);
   }
   const MultiTensor work(numels);
   const int64_t grain = kProductsPerThread / kUnit / std::max<int64_t>(rows, 1) + 1;
   torch::stable::parallel_for(0, work.units(), grain, [&](int64_t begin, int64_t end) {
     work.for_each(begin, end, [&](const Piece& piece) {
       const GramTensor& tensor = tensors[piece.tensor];
-      const double* v = coefficients + blocks[piece.tensor] * rows;
       std::array<double, kChunk> sum;
       for (int64_t first = piece.begin; first < piece.end; first += kChunk) {
         const int64_t count = std::min(kChunk, piece.end - first);
         widen_of(tensor.grad_kind)(tensor.grad, first, count, sum.data());
-        with_storage(tensor.row_kind, [&](auto x) {
-          using Row = decltype(x);
-          for (int64_t k = 0; k < rows; ++k) {
-            if (v[k] == 0.0) continue;
-            add_multiple<Row>(tensor.rows, k * tensor.row_stride + first, count, v[k], sum.data());
-          }
-        });
+        add_memory_rows_cpu(memory[piece.tensor], first, count, sum.data());
         with_storage(tensor.grad_kind, [&](auto x) {
           narrow_all<decltype(x)>(sum.data(), tensor.grad, first, count);
         });

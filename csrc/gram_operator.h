@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "gram.h"
+#include "tensor_types.h"
 
 namespace cl_optim {
 
@@ -63,19 +64,9 @@ class GramArguments {
   }
 
   static ScalarKind kind(const char* name, const Tensor& tensor, size_t i) {
-    switch (tensor.scalar_type()) {
-      case ScalarType::Float:
-        return ScalarKind::float32;
-      case ScalarType::Double:
-        return ScalarKind::float64;
-      case ScalarType::BFloat16:
-        return ScalarKind::bfloat16;
-      case ScalarType::Half:
-        return ScalarKind::float16;
-      default:
-        check(false, name, "[", i, "] must be float32, float64, bfloat16 or float16");
-        throw std::logic_error("unreachable");
-    }
+    const std::optional<ScalarKind> kind = scalar_kind(tensor.scalar_type());
+    check(kind.has_value(), name, "[", i, "] must be float32, float64, bfloat16 or float16");
+    return *kind;
   }
 
   std::vector<GramTensor> tensors_;

@@ -1,9 +1,7 @@
 // The quadratic programs on the GPU: a warp or a block solves each. Includes no torch header.
 #include <cuda_runtime.h>
 
-#include <stdexcept>
-#include <string>
-
+#include "cuda_check.h"
 #include "nnqp_launch.h"
 
 namespace cl_optim {
@@ -134,11 +132,7 @@ __global__ void __launch_bounds__(kGlobalThreads)
   batch.solve(i, BlockTeam{values, indices}, options, memory);
 }
 
-void check(cudaError_t error) {
-  if (error != cudaSuccess) {
-    throw std::runtime_error(std::string("nnqp: ") + cudaGetErrorString(error));
-  }
-}
+void check(cudaError_t error) { cl_optim::check(error, "nnqp"); }
 
 bool fits_shared(int size) {
   int device = 0, most = 0;

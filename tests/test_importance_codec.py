@@ -1,0 +1,200 @@
+"""The 8-bit codes and stochastic rounding, against brute force and statistics."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy.stats import spearmanr
+from torch import Tensor
+
+from cl_optim.ops import importance_codec as codec
+
+
+def fisher(numel: int, seed: int = 0) -> Tensor:
+    """Spread over decades, with exact zeros."""
+    generator = torch.Generator().manual_seed(seed)
+    values = 10 ** (1.5 * torch.randn(numel, generator=generator) - 4)
+    values[torch.rand(numel, generator=generator) < 0.1] = 0.0
+    return values
+
+
+def round_trip(values: Tensor, random: Tensor | None = None) -> Tensor:
+    return codec.decode_log8(codec.encode_log8(values, random=random), values.shape)
+
+
+def block_maxima(values: Tensor) -> Tensor:
+    padded = torch.nn.functional.pad(values.flatten(), (0, -values.numel() % codec.BLOCK))
+    maxima = padded.view(-1, codec.BLOCK).amax(1, keepdim=True).expand(-1, codec.BLOCK)
+    return maxima.reshape(-1)[: values.numel()].view_as(values)
+
+
+def test_log8_is_close_down_to_two_to_the_minus_32_of_the_maximum():
+    values = 10 ** (3 * torch.randn(400, 333) - 2)
+    values[torch.rand(400, 333) < 0.1] = 0.0
+    decoded = round_trip(values)
+    in_range = values >= block_maxima(values) * 2.0**-32
+    assert (~in_range & (values > 0)).any()
+    error = (decoded - values).abs() / values
+    assert error[in_range & (values > 0)].max() <= 0.045
+    assert error[in_range & (values > 0)].max() > 0.04
+    assert torch.equal(decoded == 0, values == 0)
+
+
+def test_smaller_values_take_the_lowest_code_and_are_counted():
+    values = torch.tensor([1.0, 2.0**-31.9, 2.0**-33, 1e-30, 0.0])
+    decoded = round_trip(values)
+    lowest = decoded[3]
+    assert lowest == decoded[2] > 0
+    assert codec.count_underflows(values) == 2
+    assert codec.count_underflows(torch.zeros(3)) == 0
+
+
+@given(st.integers(-900, 900), st.integers(0, 2**32 - 1))
+def test_log8_takes_the_nearest_value_of_the_grid(exponent: int, seed: int):
+    scale = 2.0 ** (exponent * codec.STEP)
+    values = scale * torch.rand(64, generator=torch.Generator().manual_seed(seed)) ** 9
+    values = values.double().float().clamp(min=1e-37)
+    grid = 2.0 ** (codec.STEP * torch.arange(-1100, 1100, dtype=torch.float64))
+    distance = (values.double()[:, None].log2() - grid.log2()).abs()
+    nearest = grid[distance.argmin(1)]
+    in_range = values >= block_maxima(values) * 2.0**-32
+    relative = round_trip(values)[in_range].double() / nearest[in_range]
+    # Exactly between two, either is nearest.
+    tie = (distance.sort(1).values[:, :2].diff(dim=1).squeeze(1) < 1e-4)[in_range]
+    assert ((relative - 1).abs() < 1e-5)[~tie].all()
+
+
+def test_a_uniform_importance_is_exact():
+    assert torch.equal(round_trip(torch.ones(300)), torch.ones(300))
+
+
+def test_encoding_again_changes_nothing_even_in_another_block_scale():
+    values = round_trip(fisher(5000))
+    torch.testing.assert_close(round_trip(values), values, rtol=1e-6, atol=0.0)
+    merged = values.clone()
+    merged[::256] = values.max() * 1.7  # every block gets a scale that is not its own
+    kept = torch.ones(5000, dtype=torch.bool)
+    kept[::256] = False
+    kept &= values >= values.max() * 1.7 * 2.0**-32
+    torch.testing.assert_close(round_trip(merged)[kept], values[kept], rtol=1e-6, atol=0.0)
+
+
+def test_ranks_and_the_penalty_survive_log8():
+    importance, drift = fisher(200_000), torch.randn(200_000)
+    decoded = round_trip(importance)
+    assert spearmanr(importance, decoded).statistic >= 0.999
+    exact = (importance.double() * drift.double() ** 2).sum()
+    assert ((decoded.double() * drift.double() ** 2).sum() / exact - 1).abs() <= 0.01
+    top = 10_000
+    kept = set(decoded.topk(top).indices.tolist()) & set(importance.topk(top).indices.tolist())
+    assert len(kept) >= 0.98 * top
+
+
+def test_twenty_increments_of_three_per_cent_are_swallowed_by_the_nearest_code_only():
+    start = torch.full((20_000,), 0.37)
+    nearest, stochastic = round_trip(start), round_trip(start)
+    for step in range(20):
+        nearest = round_trip(nearest + 0.03 * start)
+        increased = stochastic + 0.03 * start
+        stochastic = round_trip(increased, codec.hashed(increased, step))
+    assert torch.equal(nearest, round_trip(start))
+    assert (stochastic.mean() / start.mean() - 1.6).abs() < 0.04
+
+
+def test_stochastic_rounding_is_right_on_average():
+    for value in (0.3, 1.0, 77.7):
+        values = torch.full((100_000,), value)
+        values[0] = value * 3  # in the first block, a scale above the others'
+        decoded = round_trip(values, codec.hashed(values))[1:]
+        assert len(decoded.unique()) <= 2 + 1  # two neighbours, once more with another scale
+        assert abs(decoded.double().mean().item() / value - 1) < 1e-3
+
+
+def test_frozen_weights_have_a_code_of_their_own():
+    values, frozen = fisher(1000), torch.rand(1000) < 0.3
+    packed = codec.encode_log8(values, frozen)
+    assert torch.equal(codec.frozen_log8(packed, values.shape), frozen)
+    decoded = codec.decode_log8(packed, values.shape)
+    assert (decoded[frozen] == 0).all()
+    torch.testing.assert_close(decoded[~frozen], round_trip(values)[~frozen], rtol=0.0, atol=0.0)
+
+
+@pytest.mark.parametrize("shape", [(), (0,), (1,), (255,), (256,), (257,), (3, 0), (5, 7, 11)])
+def test_shapes(shape: tuple[int, ...]):
+    values = torch.rand(shape) + 0.5
+    packed = codec.encode_log8(values)
+    assert packed.dtype == torch.uint8
+    assert packed.shape == (math.ceil(values.numel() / 256), 260)
+    decoded = codec.decode_log8(packed, values.shape)
+    assert decoded.shape == values.shape
+    torch.testing.assert_close(decoded, values, rtol=0.045, atol=0.0)
+
+
+def test_extremes_keep_their_order():
+    tiny = round_trip(torch.tensor([0.0, 1e-45, 1e-39, 1e-38]))
+    assert tiny[0] == 0
+    assert (tiny.diff() > 0).all()
+    huge = round_trip(torch.tensor([1e38, 3e38]))
+    assert huge.isfinite().all()
+
+
+def test_a_block_with_a_value_that_is_not_finite_shows_it():
+    for bad in (math.inf, math.nan):
+        values = torch.ones(600)
+        values[3] = bad
+        decoded = round_trip(values)
+        assert decoded[:256].isnan().all()
+        assert torch.equal(decoded[256:], torch.ones(344))
+
+
+def test_signed_codes_are_right_on_average():
+    values = torch.randn(3000)
+    values[0] = 5.0
+    random = [codec.hashed(values, step) for step in range(400)]
+    decoded = torch.stack(
+        [codec.decode_signed(codec.encode_signed(values, r), values.shape) for r in random]
+    )
+    in_range = values.abs() > 5.0 * 2.0**-15
+    assert ((decoded - values).abs() / values.abs())[:, in_range].max() < 0.093
+    assert torch.equal(decoded[0].sign()[in_range], values.sign()[in_range])
+    deviation = (decoded.mean(0) - values).abs() / (0.05 * values.abs()).clamp(min=2e-6)
+    assert deviation.max() < 0.3
+
+
+def test_small_signed_values_vanish_or_take_the_lowest_code():
+    values = torch.full((50_000,), 2.0**-18)
+    values[::256] = 1.0
+    decoded = codec.decode_signed(codec.encode_signed(values, codec.hashed(values)), values.shape)
+    small = decoded[values < 0.5]
+    assert set(small.unique().tolist()) == {0.0, 2.0**-16}
+    assert abs(small.mean().item() / 2.0**-18 - 1) < 0.05
+    zeros = torch.zeros(10)
+    assert (codec.decode_signed(codec.encode_signed(zeros, zeros), zeros.shape) == 0).all()
+
+
+def test_stochastic_bfloat16():
+    for value in (1.001, -1.001, 3e-39, 65537.0):
+        values = torch.full((100_000,), value)
+        rounded = codec.stochastic_bfloat16(values, codec.hashed(values))
+        assert len(rounded.unique()) == 2
+        step = rounded.float().unique().diff().item()
+        assert abs(rounded.double().mean().item() - value) < 0.01 * step
+    kept = torch.tensor([math.inf, -math.inf, math.nan, 0.0, 1.5])
+    rounded = codec.stochastic_bfloat16(kept, torch.full((5,), 0.99))
+    torch.testing.assert_close(rounded.float(), kept, equal_nan=True, rtol=0.0, atol=0.0)
+
+
+def test_the_hash_looks_uniform_and_independent():
+    zeros = torch.zeros(200_000)
+    first, later, other = (
+        codec.hashed(zeros, *arguments).double() for arguments in ((1,), (2,), (1, 1))
+    )
+    for numbers in (first, later, other):
+        histogram = torch.histc(numbers.float(), 64, 0.0, 1.0)
+        chi_squared = ((histogram - 3125.0) ** 2 / 3125.0).sum()
+        assert chi_squared < 120  # 63 degrees of freedom: p = 2e-5
+    for other_numbers in (later, other, first.roll(1)):
+        correlation = torch.corrcoef(torch.stack([first, other_numbers]))[0, 1]
+        assert correlation.abs() < 0.01

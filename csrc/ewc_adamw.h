@@ -7,6 +7,9 @@
 //   decoupled   AdamW on g; theta <- theta - lr 2 lambda F D, D from before the step
 //   proximal    AdamW on g gives theta'; theta <- theta* + (theta' - theta*) / (1 + c),
 //               c = 2 lr lambda F
+//
+// Adam's own step may be damped where a weight is important, by 1 / (1 + damping F). The sign bit of
+// a stored importance marks a frozen weight, which keeps its bits.
 #pragma once
 
 #include <cfloat>
@@ -15,6 +18,7 @@
 #include <type_traits>
 
 #include "float_types.h"
+#include "importance_codec.h"
 #include "memory_rows.h"
 
 namespace cl_optim {
@@ -29,9 +33,17 @@ struct EWCAdamWOptions {
   double eps;
   double weight_decay;
   double ewc_lambda;
+  double damping;  // kappa / mean importance
   Penalty penalty;
   bool amsgrad;
   bool maximize;
+  bool stochastic;  // bfloat16 parameters are rounded stochastically
+};
+
+// What is summed over the weights as they are before a step.
+struct PenaltySums {
+  double penalty;  // lambda sum F D^2 over weights that are not frozen
+  double drift;    // sum D^2
 };
 
 // What the host does not know, in the memory of the tensors' device; null where there is no such
@@ -40,8 +52,19 @@ struct DeviceNumbers {
   const float* lr;          // in place of the options'
   const float* grad_scale;  // the gradients are this times too large (torch.amp.GradScaler)
   const float* found_inf;   // not 0: they have overflowed, and nothing is to change
+  PenaltySums* sums;        // written, unless nothing is to change
 
   CL_OPTIM_HD bool overflowed() const { return found_inf != nullptr && *found_inf != 0.0f; }
+};
+
+// What Adam's moments lack in the first steps, which begin with 0.
+struct BiasCorrections {
+  double first;        // 1 - beta1^step
+  double inv_sqrt_second;  // 1 / sqrt(1 - beta2^step)
+
+  CL_OPTIM_HD BiasCorrections(const EWCAdamWOptions& o, double step)
+      : first(1.0 - std::pow(o.beta1, step)),
+        inv_sqrt_second(1.0 / std::sqrt(1.0 - std::pow(o.beta2, step))) {}
 };
 
 // What the elements of one tensor share, rounded once to the type of the arithmetic.
@@ -55,30 +78,32 @@ struct EWCAdamWConstants {
   T step_size;       // lr / (1 - beta1^step)
   T inv_sqrt_bias2;  // 1 / sqrt(1 - beta2^step)
   T pull;            // 2 lambda, times lr unless the penalty goes into the gradient
+  T damping;
   T grad_factor;     // 1 / GradScaler's scale, negative to maximize
 
-  CL_OPTIM_HD EWCAdamWConstants(const EWCAdamWOptions& o, const DeviceNumbers& numbers, double step)
-      : EWCAdamWConstants(o, numbers.lr == nullptr ? o.lr : double{*numbers.lr},
-                          numbers.grad_scale == nullptr ? 1.0 : double{*numbers.grad_scale}, step) {
-  }
+  CL_OPTIM_HD EWCAdamWConstants(const EWCAdamWOptions& o, const DeviceNumbers& numbers,
+                                const BiasCorrections& bias)
+      : EWCAdamWConstants(o, bias, numbers.lr == nullptr ? o.lr : double{*numbers.lr},
+                          numbers.grad_scale == nullptr ? 1.0 : double{*numbers.grad_scale}) {}
 
  private:
-  CL_OPTIM_HD EWCAdamWConstants(const EWCAdamWOptions& o, double lr, double grad_scale, double step)
+  CL_OPTIM_HD EWCAdamWConstants(const EWCAdamWOptions& o, const BiasCorrections& bias, double lr,
+                                double grad_scale)
       : one_minus_beta1(static_cast<T>(1.0 - o.beta1)),
         beta2(static_cast<T>(o.beta2)),
         one_minus_beta2(static_cast<T>(1.0 - o.beta2)),
         eps(static_cast<T>(o.eps)),
         weight_decay(static_cast<T>(lr * o.weight_decay)),
-        step_size(static_cast<T>(lr / (1.0 - std::pow(o.beta1, step)))),
-        inv_sqrt_bias2(static_cast<T>(1.0 / std::sqrt(1.0 - std::pow(o.beta2, step)))),
-        pull(static_cast<T>(finite_pull(o, lr))),
+        step_size(static_cast<T>(lr / bias.first)),
+        inv_sqrt_bias2(static_cast<T>(bias.inv_sqrt_second)),
+        pull(finite(2.0 * o.ewc_lambda * (o.penalty == Penalty::gradient ? 1.0 : lr))),
+        damping(finite(o.damping)),
         grad_factor(static_cast<T>((o.maximize ? -1.0 : 1.0) / grad_scale)) {}
 
-  // An infinite factor would turn F = 0 into NaN, so a lambda beyond the type's range saturates.
-  CL_OPTIM_HD static double finite_pull(const EWCAdamWOptions& o, double lr) {
+  // An infinite factor would turn F = 0 into NaN, so one beyond the type's range saturates.
+  CL_OPTIM_HD static T finite(double factor) {
     const double largest = sizeof(T) == sizeof(float) ? double{FLT_MAX} : DBL_MAX;
-    const double pull = 2.0 * o.ewc_lambda * (o.penalty == Penalty::gradient ? 1.0 : lr);
-    return pull < largest ? pull : largest;
+    return static_cast<T>(factor < largest ? factor : largest);
   }
 };
 
@@ -90,9 +115,19 @@ struct EWCAdamWElement {
   T max_exp_avg_sq;
 };
 
+CL_OPTIM_HD bool is_frozen(float importance) { return float_bits(importance) >> 31; }
+CL_OPTIM_HD bool is_frozen(double importance) {
+  uint64_t bits;
+  memcpy(&bits, &importance, sizeof(bits));
+  return bits >> 63;
+}
+
 template <Penalty penalty, bool amsgrad, typename T>
 CL_OPTIM_HD EWCAdamWElement<T> ewc_adamw_element(EWCAdamWElement<T> x, T grad, T importance,
                                                  T anchor, const EWCAdamWConstants<T>& k) {
+  const T before = x.param;
+  const bool frozen = is_frozen(importance);
+  importance = std::fabs(importance);
   const T drift = x.param - anchor;
   T g = k.grad_factor * grad;
   if constexpr (penalty == Penalty::gradient) g += k.pull * (importance * drift);
@@ -105,7 +140,8 @@ CL_OPTIM_HD EWCAdamWElement<T> ewc_adamw_element(EWCAdamWElement<T> x, T grad, T
     x.max_exp_avg_sq = x.max_exp_avg_sq > second_moment ? x.max_exp_avg_sq : second_moment;
     second_moment = x.max_exp_avg_sq;
   }
-  const T denominator = std::sqrt(second_moment) * k.inv_sqrt_bias2 + k.eps;
+  T denominator = std::sqrt(second_moment) * k.inv_sqrt_bias2 + k.eps;
+  if constexpr (penalty != Penalty::none) denominator *= T{1} + k.damping * importance;
 
   x.param -= k.weight_decay * x.param;
   if constexpr (penalty == Penalty::decoupled) x.param -= k.pull * (importance * drift);
@@ -118,12 +154,14 @@ CL_OPTIM_HD EWCAdamWElement<T> ewc_adamw_element(EWCAdamWElement<T> x, T grad, T
     const T from_anchor = anchor + (x.param - anchor) / (T{1} + c);
     x.param = c < T{1} ? toward : from_anchor;
   }
+  if constexpr (penalty != Penalty::none) x.param = frozen ? before : x.param;
   return x;
 }
 
 // One tensor as the kernels see it: `numel` elements of each array, in the same order in memory.
-// The gradient has the parameter's type; moments and importance have its arithmetic type; the
-// anchor has either. Null where the update does not use it.
+// The gradient has the parameter's type. Moments and importance have the type of the arithmetic,
+// or are bfloat16 or blocks of codes (importance_codec.h); the anchor has the parameter's type, that
+// of the arithmetic or bfloat16. Null where the update does not use it.
 struct EWCAdamWTensor {
   void* param;
   const void* grad;
@@ -132,58 +170,45 @@ struct EWCAdamWTensor {
   void* max_exp_avg_sq;
   const void* importance;
   const void* anchor;
+  BFloat16* compensation;  // what the bfloat16 parameter lacks of the weight (Kahan summation)
   float* step;
   int64_t numel;
   ScalarKind param_kind;
+  ScalarKind moment_kind;
+  ScalarKind importance_kind;
   ScalarKind anchor_kind;
   MemoryRows memory;
 };
 
 // The template arguments of an update, as a value.
-template <typename Param_, typename Anchor_, Penalty penalty_, bool amsgrad_>
+template <typename T_, Penalty penalty_, bool amsgrad_>
 struct EWCAdamWInstance {
-  using Param = Param_;
-  using Anchor = Anchor_;
+  using T = T_;
   static constexpr Penalty penalty = penalty_;
   static constexpr bool amsgrad = amsgrad_;
 };
 
 // Calls f(EWCAdamWInstance<...>{}) with the instance that a tensor needs, and returns what f does.
-// There are 44 of them; without a penalty the type of the anchor makes no difference.
 template <typename F>
 auto dispatch(const EWCAdamWTensor& tensor, const EWCAdamWOptions& options, F&& f) {
-  const auto by_penalty = [&](auto param, auto anchor, auto amsgrad) {
-    using P = decltype(param);
-    using A = decltype(anchor);
+  const auto by_penalty = [&](auto zero, auto amsgrad) {
+    using T = decltype(zero);
     constexpr bool amsgrad_ = decltype(amsgrad)::value;
-    if (tensor.importance == nullptr) return f(EWCAdamWInstance<P, P, Penalty::none, amsgrad_>{});
-    if (options.penalty == Penalty::gradient) {
-      return f(EWCAdamWInstance<P, A, Penalty::gradient, amsgrad_>{});
+    if (tensor.importance == nullptr) return f(EWCAdamWInstance<T, Penalty::none, amsgrad_>{});
+    switch (options.penalty) {
+      case Penalty::decoupled:
+        return f(EWCAdamWInstance<T, Penalty::decoupled, amsgrad_>{});
+      case Penalty::proximal:
+        return f(EWCAdamWInstance<T, Penalty::proximal, amsgrad_>{});
+      default:
+        return f(EWCAdamWInstance<T, Penalty::gradient, amsgrad_>{});
     }
-    if (options.penalty == Penalty::decoupled) {
-      return f(EWCAdamWInstance<P, A, Penalty::decoupled, amsgrad_>{});
-    }
-    return f(EWCAdamWInstance<P, A, Penalty::proximal, amsgrad_>{});
   };
-  const auto by_anchor = [&](auto param, auto amsgrad) {
-    using Wide = arithmetic_t<decltype(param)>;
-    return tensor.anchor_kind == tensor.param_kind ? by_penalty(param, param, amsgrad)
-                                                   : by_penalty(param, Wide{}, amsgrad);
+  const auto by_amsgrad = [&](auto zero) {
+    return options.amsgrad ? by_penalty(zero, std::true_type{})
+                           : by_penalty(zero, std::false_type{});
   };
-  const auto by_amsgrad = [&](auto param) {
-    return options.amsgrad ? by_anchor(param, std::true_type{})
-                           : by_anchor(param, std::false_type{});
-  };
-  switch (tensor.param_kind) {
-    case ScalarKind::float64:
-      return by_amsgrad(double{});
-    case ScalarKind::bfloat16:
-      return by_amsgrad(BFloat16{});
-    case ScalarKind::float16:
-      return by_amsgrad(Half{});
-    default:
-      return by_amsgrad(float{});
-  }
+  return tensor.param_kind == ScalarKind::float64 ? by_amsgrad(double{}) : by_amsgrad(float{});
 }
 
 }  // namespace cl_optim

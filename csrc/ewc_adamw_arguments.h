@@ -80,6 +80,7 @@ struct EWCAdamWLists {
   const TensorList& max_exp_avg_sqs;  // empty without AMSGrad
   const TensorList& importances;      // empty without a penalty
   const TensorList& anchors;
+  const TensorList& compensations;  // empty without Kahan summation; so is a tensor's without it
   const TensorList& steps;
 };
 
@@ -99,31 +100,20 @@ inline const float* one_float(const char* name, const std::optional<Tensor>& ten
   return static_cast<const float*>(tensor->const_data_ptr());
 }
 
-inline DeviceNumbers device_numbers(const std::optional<Tensor>& lr,
-                                    const std::optional<Tensor>& grad_scale,
-                                    const std::optional<Tensor>& found_inf, const Tensor& beside) {
-  return {one_float("lr_tensor", lr, beside), one_float("grad_scale", grad_scale, beside),
-          one_float("found_inf", found_inf, beside)};
+inline PenaltySums* penalty_sums(const std::optional<Tensor>& tensor, const Tensor& beside) {
+  if (!tensor) return nullptr;
+  check(tensor->numel() == 2 && tensor->scalar_type() == ScalarType::Double &&
+            tensor->is_contiguous() && on_same_device(*tensor, beside),
+        "sums must be two float64 numbers on the parameters' device");
+  return static_cast<PenaltySums*>(tensor->mutable_data_ptr());
 }
 
-// One parameter of a launch plan: what a step needs besides the parameter and its gradient, and
-// the dtype and layout that the parameter had.
-struct PlanRow {
-  EWCAdamWTensor tensor;
-  uint64_t layout;
-};
-constexpr int64_t kPlanWords = sizeof(PlanRow) / sizeof(int64_t);
-static_assert(sizeof(PlanRow) % sizeof(int64_t) == 0);
-
-// FNV-1a of sizes and strides.
-inline uint64_t layout_of(const Tensor& tensor) {
-  uint64_t hash = 0xcbf29ce484222325u;
-  const auto add = [&](int64_t value) {
-    hash = (hash ^ static_cast<uint64_t>(value)) * 0x100000001b3u;
-  };
-  for (int64_t size : tensor.sizes()) add(size);
-  for (int64_t stride : tensor.strides()) add(stride);
-  return hash;
+inline DeviceNumbers device_numbers(const std::optional<Tensor>& lr,
+                                    const std::optional<Tensor>& grad_scale,
+                                    const std::optional<Tensor>& found_inf,
+                                    const std::optional<Tensor>& sums, const Tensor& beside) {
+  return {one_float("lr_tensor", lr, beside), one_float("grad_scale", grad_scale, beside),
+          one_float("found_inf", found_inf, beside), penalty_sums(sums, beside)};
 }
 
 inline ScalarType arithmetic_type(ScalarType type) {
@@ -131,56 +121,15 @@ inline ScalarType arithmetic_type(ScalarType type) {
 }
 
 // The arrays of one call. A tensor whose strides differ from its parameter's takes part as a copy
-// in the parameter's memory order, which write_back() copies to where it came from.
+// in the parameter's memory order, which write_back() copies to where it came from. Codes are in
+// row-major order whatever the parameter's strides, so beside them all others are copied to it.
 class EWCAdamWArguments {
  public:
   EWCAdamWArguments(const EWCAdamWLists& lists, const EWCAdamWGradients& gradients, bool amsgrad) {
     check_lengths(gradients, lists.params.size());
     check_length("max_exp_avg_sqs", lists.max_exp_avg_sqs, amsgrad ? lists.params.size() : 0);
-    add_all(lists, &gradients);
+    add_all(lists, gradients);
   }
-
-  // A plan for steps on these tensors, int64 [n, kPlanWords], or [0, ...] where a tensor is
-  // not laid out like its parameter, which a plan does not support. Whoever keeps the plan keeps
-  // the tensors.
-  static Tensor plan(const EWCAdamWLists& lists) {
-    EWCAdamWArguments arguments;
-    arguments.add_all(lists, nullptr);
-    const bool possible = arguments.read_copies_.empty() && arguments.written_copies_.empty();
-    const int64_t rows = possible ? static_cast<int64_t>(lists.params.size()) : 0;
-    Tensor table = torch::stable::empty({rows, kPlanWords}, ScalarType::Long);
-    auto* row = static_cast<PlanRow*>(table.mutable_data_ptr());
-    for (int64_t i = 0; i < rows; ++i) {
-      row[i] = PlanRow{arguments.tensors_[i], layout_of(lists.params[i])};
-    }
-    return table;
-  }
-
-  // The arrays of a planned step; not valid() where a parameter is no longer as planned.
-  EWCAdamWArguments(const TensorList& params, const EWCAdamWGradients& gradients,
-                    const Tensor& table, bool amsgrad) {
-    check_lengths(gradients, params.size());
-    check(table.dim() == 2 && table.size(0) == static_cast<int64_t>(params.size()) &&
-              table.size(1) == kPlanWords && table.scalar_type() == ScalarType::Long,
-          "plan must be what ewc_adamw_plan made of these parameters");
-    const auto* row = static_cast<const PlanRow*>(table.const_data_ptr());
-    tensors_.reserve(params.size());
-    for (size_t i = 0; i < params.size(); ++i) {
-      const Tensor& param = params[i];
-      const ScalarType type = param.scalar_type();
-      EWCAdamWTensor t = row[i].tensor;
-      valid_ = valid_ && scalar_kind(type, "params", i) == t.param_kind &&
-               layout_of(param) == row[i].layout;
-      if (!valid_) return;
-      check(!amsgrad || t.numel == 0 || t.max_exp_avg_sq, "the plan is one without AMSGrad");
-      t.param = param.mutable_data_ptr();
-      t.grad = read("grads", gradients.grads[i], i, param, type);
-      t.memory = memory(gradients, i, param);
-      tensors_.push_back(t);
-    }
-  }
-
-  bool valid() const { return valid_; }
 
   const std::vector<EWCAdamWTensor>& tensors() const { return tensors_; }
 
@@ -189,50 +138,76 @@ class EWCAdamWArguments {
   }
 
  private:
-  EWCAdamWArguments() = default;
-
-  void add_all(const EWCAdamWLists& lists, const EWCAdamWGradients* gradients) {
+  void add_all(const EWCAdamWLists& lists, const EWCAdamWGradients& gradients) {
     const size_t n = lists.params.size();
-    const bool amsgrad = !lists.max_exp_avg_sqs.empty();
     check_length("exp_avgs", lists.exp_avgs, n);
     check_length("exp_avg_sqs", lists.exp_avg_sqs, n);
-    check_length("max_exp_avg_sqs", lists.max_exp_avg_sqs, amsgrad ? n : 0);
     check_length("importances", lists.importances, lists.importances.empty() ? 0 : n);
     check_length("anchors", lists.anchors, lists.importances.size());
+    check_length("compensations", lists.compensations, lists.compensations.empty() ? 0 : n);
     check_length("steps", lists.steps, n);
     tensors_.reserve(n);
-    for (size_t i = 0; i < n; ++i) {
-      const Tensor& given = lists.params[i];
-      const ScalarType type = given.scalar_type();
-      const ScalarType wide = arithmetic_type(type);
-      const Tensor param = is_dense(given) ? given : copy_in_order_of(given, given, true);
+    for (size_t i = 0; i < n; ++i) add(lists, gradients, i);
+  }
 
-      EWCAdamWTensor t{};
-      t.param_kind = t.anchor_kind = scalar_kind(type, "params", i);
-      t.numel = param.numel();
-      t.param = param.mutable_data_ptr();
-      if (gradients) {
-        t.grad = read("grads", gradients->grads[i], i, param, type);
-        t.memory = memory(*gradients, i, param);
-      }
-      t.exp_avg = write("exp_avgs", lists.exp_avgs[i], i, param, wide);
-      t.exp_avg_sq = write("exp_avg_sqs", lists.exp_avg_sqs[i], i, param, wide);
-      if (amsgrad) {
-        t.max_exp_avg_sq = write("max_exp_avg_sqs", lists.max_exp_avg_sqs[i], i, param, wide);
-      }
-      if (!lists.importances.empty()) {
-        const Tensor& anchor = lists.anchors[i];
-        t.importance = read("importances", lists.importances[i], i, param, wide);
-        t.anchor = read("anchors", anchor, i, param, anchor.scalar_type() == wide ? wide : type);
-        t.anchor_kind = scalar_kind(anchor.scalar_type(), "anchors", i);
-      }
-      const Tensor& step = lists.steps[i];
-      check(step.numel() == 1 && step.scalar_type() == ScalarType::Float &&
-                on_same_device(step, given),
-            "steps[", i, "] must be one float32 number on the device of params[", i, "]");
-      t.step = static_cast<float*>(step.mutable_data_ptr());
-      tensors_.push_back(t);
+  void add(const EWCAdamWLists& lists, const EWCAdamWGradients& gradients, size_t i) {
+    const Tensor& given = lists.params[i];
+    const ScalarType type = given.scalar_type();
+    const ScalarType wide = arithmetic_type(type);
+    const bool is_protected = !lists.importances.empty();
+    const bool row_major = is_codes(lists.exp_avgs[i]) ||
+                           (is_protected && is_codes(lists.importances[i]));
+    const bool in_place = row_major ? given.is_contiguous() : is_dense(given);
+    const Tensor param = in_place ? given : copy(given, given, true, row_major);
+
+    EWCAdamWTensor t{};
+    t.param_kind = scalar_kind(type, "params", i);
+    t.numel = param.numel();
+    t.param = param.mutable_data_ptr();
+    t.grad = read("grads", gradients.grads[i], i, param, type);
+    t.memory = memory(gradients, i, param);
+    t.moment_kind = state_kind("exp_avgs", lists.exp_avgs[i], i, wide);
+    const ScalarType moments = lists.exp_avgs[i].scalar_type();
+    t.exp_avg = write("exp_avgs", lists.exp_avgs[i], i, param, moments);
+    t.exp_avg_sq = write("exp_avg_sqs", lists.exp_avg_sqs[i], i, param, moments);
+    if (!lists.max_exp_avg_sqs.empty()) {
+      t.max_exp_avg_sq = write("max_exp_avg_sqs", lists.max_exp_avg_sqs[i], i, param, moments);
     }
+    if (is_protected) {
+      const Tensor& importance = lists.importances[i];
+      const Tensor& anchor = lists.anchors[i];
+      t.importance_kind = state_kind("importances", importance, i, wide);
+      t.importance = read("importances", importance, i, param, importance.scalar_type());
+      const bool other = anchor.scalar_type() == wide ||
+                         (anchor.scalar_type() == ScalarType::BFloat16 && wide == ScalarType::Float);
+      t.anchor = read("anchors", anchor, i, param, other ? anchor.scalar_type() : type);
+      t.anchor_kind = scalar_kind(anchor.scalar_type(), "anchors", i);
+    }
+    if (!lists.compensations.empty() && lists.compensations[i].numel() != 0) {
+      check(type == ScalarType::BFloat16, "compensations[", i,
+            "] must be empty: params[", i, "] is not bfloat16");
+      t.compensation = static_cast<BFloat16*>(
+          write("compensations", lists.compensations[i], i, param, ScalarType::BFloat16));
+    }
+    const Tensor& step = lists.steps[i];
+    check(step.numel() == 1 && step.scalar_type() == ScalarType::Float &&
+              on_same_device(step, given),
+          "steps[", i, "] must be one float32 number on the device of params[", i, "]");
+    t.step = static_cast<float*>(step.mutable_data_ptr());
+    tensors_.push_back(t);
+  }
+
+  static bool is_codes(const Tensor& tensor) { return tensor.scalar_type() == ScalarType::Byte; }
+
+  // The type of moments or importance.
+  static ScalarKind state_kind(const char* name, const Tensor& tensor, size_t i, ScalarType wide) {
+    const ScalarType type = tensor.scalar_type();
+    const bool narrow = type == ScalarType::BFloat16 || type == ScalarType::Byte;
+    check(type == wide || (narrow && wide == ScalarType::Float), name, "[", i, "] must be ",
+          torch::headeronly::toString(wide),
+          wide == ScalarType::Float ? ", BFloat16 or codes (Byte)" : "", ", not ",
+          torch::headeronly::toString(type));
+    return is_codes(tensor) ? ScalarKind::codes : scalar_kind(type, name, i);
   }
 
   static void check_length(const char* name, const TensorList& list, size_t expected) {
@@ -268,8 +243,15 @@ class EWCAdamWArguments {
 
   static void check_like(const char* name, const Tensor& tensor, size_t i, const Tensor& param,
                          ScalarType type) {
-    check(same(tensor.sizes(), param.sizes()), name, "[", i, "] must have the shape of params[", i,
-          "]");
+    if (type == ScalarType::Byte) {
+      check(tensor.dim() == 2 && tensor.size(0) == (param.numel() + kBlock - 1) / kBlock &&
+                tensor.size(1) == sizeof(PackedBlock) && tensor.is_contiguous(),
+            name, "[", i, "] must be ", sizeof(PackedBlock), " bytes for each ", kBlock,
+            " elements of params[", i, "]");
+    } else {
+      check(same(tensor.sizes(), param.sizes()), name, "[", i, "] must have the shape of params[",
+            i, "]");
+    }
     check(tensor.scalar_type() == type, name, "[", i, "] must be ",
           torch::headeronly::toString(type), ", not ",
           torch::headeronly::toString(tensor.scalar_type()));
@@ -280,28 +262,25 @@ class EWCAdamWArguments {
   const void* read(const char* name, const Tensor& tensor, size_t i, const Tensor& param,
                    ScalarType type) {
     check_like(name, tensor, i, param, type);
-    if (same(tensor.strides(), param.strides())) return tensor.const_data_ptr();
-    return copy_in_order_of(param, tensor, false).const_data_ptr();
+    if (is_codes(tensor) || same(tensor.strides(), param.strides())) return tensor.const_data_ptr();
+    return copy(param, tensor, false).const_data_ptr();
   }
 
   void* write(const char* name, const Tensor& tensor, size_t i, const Tensor& param,
               ScalarType type) {
     check_like(name, tensor, i, param, type);
-    if (same(tensor.strides(), param.strides())) return tensor.mutable_data_ptr();
-    return copy_in_order_of(param, tensor, true).mutable_data_ptr();
+    if (is_codes(tensor) || same(tensor.strides(), param.strides())) {
+      return tensor.mutable_data_ptr();
+    }
+    return copy(param, tensor, true).mutable_data_ptr();
   }
 
-  // empty_like keeps the strides of a dense tensor and makes others contiguous.
-  Tensor copy_in_order_of(const Tensor& order, const Tensor& tensor, bool written) {
-    StableIValue stack[] = {torch::stable::detail::from(order),
-                            torch::stable::detail::from(std::optional(tensor.scalar_type())),
-                            torch::stable::detail::from(std::nullopt),
-                            torch::stable::detail::from(std::nullopt),
-                            torch::stable::detail::from(std::nullopt),
-                            torch::stable::detail::from(std::nullopt)};
-    STABLE_TORCH_ERROR_CODE_CHECK(
-        torch_call_dispatcher("aten::empty_like", "", stack, TORCH_ABI_VERSION));
-    Tensor copy = torch::stable::detail::to<Tensor>(stack[0]);
+  // A copy in row-major order, or in the order of another tensor: empty_like keeps the strides of a
+  // dense tensor and makes others contiguous.
+  Tensor copy(const Tensor& order, const Tensor& tensor, bool written, bool row_major = false) {
+    Tensor copy = row_major
+                      ? torch::stable::new_empty(tensor, tensor.sizes(), tensor.scalar_type())
+                      : empty_like(order, tensor.scalar_type());
     torch::stable::copy_(copy, tensor);
     if (written) {
       written_copies_.emplace_back(tensor, copy);
@@ -311,7 +290,18 @@ class EWCAdamWArguments {
     return copy;
   }
 
-  bool valid_ = true;
+  static Tensor empty_like(const Tensor& tensor, ScalarType type) {
+    StableIValue stack[] = {torch::stable::detail::from(tensor),
+                            torch::stable::detail::from(std::optional(type)),
+                            torch::stable::detail::from(std::nullopt),
+                            torch::stable::detail::from(std::nullopt),
+                            torch::stable::detail::from(std::nullopt),
+                            torch::stable::detail::from(std::nullopt)};
+    STABLE_TORCH_ERROR_CODE_CHECK(
+        torch_call_dispatcher("aten::empty_like", "", stack, TORCH_ABI_VERSION));
+    return torch::stable::detail::to<Tensor>(stack[0]);
+  }
+
   std::vector<EWCAdamWTensor> tensors_;
   std::vector<std::pair<Tensor, Tensor>> written_copies_;  // (original, copy)
   TensorList read_copies_;                                 // kept alive until the launch is over

@@ -2,6 +2,7 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
+#include <type_traits>
 
 #include "ewc_adamw_launch.h"
 #include "multi_tensor.h"
@@ -12,78 +13,314 @@ namespace {
 
 // Fewer elements than these are not worth a second thread.
 constexpr int64_t kElementsPerThread = 32768;
+static_assert(kUnit == kBlock, "a unit of work is a block of codes");
 
-template <typename Param, typename Anchor, Penalty penalty, bool amsgrad>
-CL_OPTIM_SIMD_CLONES void update(const EWCAdamWTensor& tensor, int64_t begin, int64_t end,
-                                 const EWCAdamWOptions& options, const DeviceNumbers& numbers) {
-  using T = arithmetic_t<Param>;
-  const EWCAdamWConstants<T> constants(options, numbers, *tensor.step);
-  Param* param = static_cast<Param*>(tensor.param);
-  const Param* grad = static_cast<const Param*>(tensor.grad);
-  T* exp_avg = static_cast<T*>(tensor.exp_avg);
-  T* exp_avg_sq = static_cast<T*>(tensor.exp_avg_sq);
-  T* max_exp_avg_sq = static_cast<T*>(tensor.max_exp_avg_sq);
-  const T* importance = static_cast<const T*>(tensor.importance);
-  const Anchor* anchor = static_cast<const Anchor*>(tensor.anchor);
+// Neighbouring elements of a tensor's arrays, in the type of the arithmetic.
+template <typename T>
+struct Arrays {
+  T* param;
+  const T* grad;
+  T* exp_avg;
+  T* exp_avg_sq;
+  T* max_exp_avg_sq;
+  const T* importance;
+  const T* anchor;
+};
+
+template <typename T, Penalty penalty, bool amsgrad>
+CL_OPTIM_SIMD_CLONES void update(const Arrays<T>& a, int64_t count,
+                                 const EWCAdamWConstants<T>& constants) {
+  const EWCAdamWConstants<T> k = constants;
+  T* param = a.param;
+  const T* grad = a.grad;
+  T* exp_avg = a.exp_avg;
+  T* exp_avg_sq = a.exp_avg_sq;
+  T* max_exp_avg_sq = a.max_exp_avg_sq;
+  const T* importance = a.importance;
+  const T* anchor = a.anchor;
   CL_OPTIM_INDEPENDENT_ITERATIONS
-  for (int64_t i = begin; i < end; ++i) {
-    EWCAdamWElement<T> x{load(param[i]), exp_avg[i], exp_avg_sq[i], T{0}};
+  for (int64_t i = 0; i < count; ++i) {
+    EWCAdamWElement<T> x{param[i], exp_avg[i], exp_avg_sq[i], T{0}};
     if constexpr (amsgrad) x.max_exp_avg_sq = max_exp_avg_sq[i];
     T element_importance{0}, element_anchor{0};
     if constexpr (penalty != Penalty::none) {
       element_importance = importance[i];
-      element_anchor = load(anchor[i]);
+      element_anchor = anchor[i];
     }
-    x = ewc_adamw_element<penalty, amsgrad, T>(x, load(grad[i]), element_importance, element_anchor,
-                                               constants);
-    store(param[i], x.param);
+    x = ewc_adamw_element<penalty, amsgrad, T>(x, grad[i], element_importance, element_anchor, k);
+    param[i] = x.param;
     exp_avg[i] = x.exp_avg;
     exp_avg_sq[i] = x.exp_avg_sq;
     if constexpr (amsgrad) max_exp_avg_sq[i] = x.max_exp_avg_sq;
   }
 }
 
-using Update = void (*)(const EWCAdamWTensor&, int64_t, int64_t, const EWCAdamWOptions&,
-                        const DeviceNumbers&);
+// --- one unit of arrays of other types ------------------------------------------------------------
 
-constexpr int64_t kProjected = 1024;  // elements at a time: they stay in the first-level cache
+template <typename Stored>
+CL_OPTIM_SIMD_CLONES void widen(const Stored* from, int64_t count, float* to) {
+  for (int64_t i = 0; i < count; ++i) to[i] = load(from[i]);
+}
 
-// Updates with the projected gradient, a few elements at a time: it is written nowhere else.
-template <typename Param>
-void update_projected(Update update, const EWCAdamWTensor& tensor, int64_t begin, int64_t end,
-                      const EWCAdamWOptions& options, const DeviceNumbers& numbers) {
-  using T = arithmetic_t<Param>;
-  const Param* grad = static_cast<const Param*>(tensor.grad);
-  double sum[kProjected];
-  Param projected[kProjected];
-  EWCAdamWTensor here = tensor;
-  for (; begin < end; begin += kProjected) {
-    const int64_t count = std::min(kProjected, end - begin);
-    for (int64_t i = 0; i < count; ++i) sum[i] = load(grad[begin + i]);
-    add_memory_rows_cpu(tensor.memory, begin, count, sum);
-    for (int64_t i = 0; i < count; ++i) store(projected[i], static_cast<T>(sum[i]));
-    // The update finds element `begin` of the gradient where the others are.
-    here.grad = projected - begin;
-    update(here, begin, begin + count, options, numbers);
+template <typename Stored>
+CL_OPTIM_SIMD_CLONES void narrow(const float* from, int64_t count, Stored* to) {
+  for (int64_t i = 0; i < count; ++i) store(to[i], from[i]);
+}
+
+CL_OPTIM_SIMD_CLONES void unpack_log8(const PackedBlock& from, int64_t count, float* to) {
+  for (int64_t i = 0; i < count; ++i) to[i] = decode_log8(from.codes[i], from.scale);
+}
+
+CL_OPTIM_SIMD_CLONES void unpack_signed(const PackedBlock& from, int64_t count, float* to) {
+  for (int64_t i = 0; i < count; ++i) to[i] = decode_signed(from.codes[i], from.scale);
+}
+
+CL_OPTIM_SIMD_CLONES void add(const BFloat16* addends, int64_t count, float* to) {
+  for (int64_t i = 0; i < count; ++i) to[i] += load(addends[i]);
+}
+
+// The random bits of a unit's elements, 16 each.
+struct Random {
+  uint32_t bits[kUnit];
+};
+
+CL_OPTIM_SIMD_CLONES void draw(Random& to, DitherUse use, int64_t first, int64_t count, float step,
+                               const float* grad) {
+  const uint32_t place = static_cast<uint32_t>(first);
+  for (int64_t i = 0; i < count; ++i) {
+    to.bits[i] = Dither(place + static_cast<uint32_t>(i), step, grad[i])(use);
   }
 }
 
-void update_piece(Update update, const EWCAdamWTensor& tensor, const Piece& piece,
-                  const EWCAdamWOptions& options, const DeviceNumbers& numbers) {
-  if (!is_projected(tensor.memory)) {
-    return update(tensor, piece.begin, piece.end, options, numbers);
+CL_OPTIM_SIMD_CLONES void narrow_stochastic(const float* from, int64_t count, const Random& random,
+                                            BFloat16* to) {
+  for (int64_t i = 0; i < count; ++i) store_stochastic(to[i], from[i], random.bits[i]);
+}
+
+// The parameter and what it lacks of the weight. A frozen weight keeps both.
+CL_OPTIM_SIMD_CLONES void split(const float* weight, const float* importance, int64_t count,
+                                BFloat16* param, BFloat16* compensation) {
+  for (int64_t i = 0; i < count; ++i) {
+    BFloat16 high, low;
+    store(high, weight[i]);
+    store(low, weight[i] - load(high));
+    const bool frozen = is_frozen(importance[i]);
+    param[i].bits = frozen ? param[i].bits : high.bits;
+    compensation[i].bits = frozen ? compensation[i].bits : low.bits;
   }
-  switch (tensor.param_kind) {
-    case ScalarKind::float64:
-      return update_projected<double>(update, tensor, piece.begin, piece.end, options, numbers);
+}
+
+// Not a comparison alone: NaN must stay.
+CL_OPTIM_SIMD_CLONES float largest_of(const float* values, int64_t count) {
+  uint32_t largest = 0;  // magnitudes order like their bits, NaN above all
+  for (int64_t i = 0; i < count; ++i) {
+    const uint32_t bits = float_bits(values[i]) & 0x7fffffffu;
+    largest = bits > largest ? bits : largest;
+  }
+  return bits_float(largest);
+}
+
+CL_OPTIM_SIMD_CLONES void pack_log8(const float* from, int64_t count, const Random& random,
+                                      PackedBlock& to) {
+  const float scale = to.scale = block_scale(largest_of(from, count));
+  for (int64_t i = 0; i < count; ++i) to.codes[i] = encode_log8(from[i], scale, random.bits[i]);
+}
+
+CL_OPTIM_SIMD_CLONES void pack_signed(const float* from, int64_t count, const Random& random,
+                                        PackedBlock& to) {
+  const float scale = to.scale = block_scale(largest_of(from, count));
+  for (int64_t i = 0; i < count; ++i) to.codes[i] = encode_signed(from[i], scale, random.bits[i]);
+}
+
+// The elements of an array from `first` on: where they are if they have the type of the arithmetic,
+// else in the buffer.
+float* read(const void* array, ScalarKind kind, int64_t first, int64_t count, float* buffer,
+            bool is_signed = false) {
+  switch (kind) {
     case ScalarKind::bfloat16:
-      return update_projected<BFloat16>(update, tensor, piece.begin, piece.end, options, numbers);
+      widen(static_cast<const BFloat16*>(array) + first, count, buffer);
+      return buffer;
     case ScalarKind::float16:
-      return update_projected<Half>(update, tensor, piece.begin, piece.end, options, numbers);
+      widen(static_cast<const Half*>(array) + first, count, buffer);
+      return buffer;
+    case ScalarKind::codes: {
+      const PackedBlock& block = static_cast<const PackedBlock*>(array)[first / kBlock];
+      is_signed ? unpack_signed(block, count, buffer) : unpack_log8(block, count, buffer);
+      return buffer;
+    }
     default:
-      return update_projected<float>(update, tensor, piece.begin, piece.end, options, numbers);
+      return const_cast<float*>(static_cast<const float*>(array)) + first;
   }
 }
+
+// Only anchors, gradients and parameters of float64 have all of this type.
+double* read(const void* array, ScalarKind, int64_t first, int64_t, double*, bool = false) {
+  return const_cast<double*>(static_cast<const double*>(array)) + first;
+}
+
+void write_moment(void* array, ScalarKind kind, int64_t first, int64_t count, const float* values,
+                  const Random& random, bool is_signed) {
+  if (kind == ScalarKind::bfloat16) {
+    return narrow_stochastic(values, count, random, static_cast<BFloat16*>(array) + first);
+  }
+  PackedBlock& block = static_cast<PackedBlock*>(array)[first / kBlock];
+  is_signed ? pack_signed(values, count, random, block)
+            : pack_log8(values, count, random, block);
+}
+
+// The gradient with its memory rows, rounded as one that is stored.
+template <typename Param, typename T>
+void project(const EWCAdamWTensor& t, int64_t first, int64_t count, T* grad) {
+  double sum[kUnit];
+  for (int64_t i = 0; i < count; ++i) sum[i] = grad[i];
+  add_memory_rows_cpu(t.memory, first, count, sum);
+  for (int64_t i = 0; i < count; ++i) {
+    Param rounded;
+    store(rounded, static_cast<T>(sum[i]));
+    grad[i] = load(rounded);
+  }
+}
+
+void project(const EWCAdamWTensor& t, int64_t first, int64_t count, double* grad) {
+  project<double>(t, first, count, grad);
+}
+
+void project(const EWCAdamWTensor& t, int64_t first, int64_t count, float* grad) {
+  switch (t.param_kind) {
+    case ScalarKind::bfloat16:
+      return project<BFloat16>(t, first, count, grad);
+    case ScalarKind::float16:
+      return project<Half>(t, first, count, grad);
+    default:
+      return project<float>(t, first, count, grad);
+  }
+}
+
+template <typename T>
+CL_OPTIM_SIMD_CLONES PenaltySums sums_of(const Arrays<T>& a, int64_t count) {
+  constexpr int kLanes = 8;  // in a fixed order, which vectorizes
+  double penalty[kLanes] = {}, drift[kLanes] = {};
+  const auto add = [&](int64_t i, int lane) {
+    const double d = static_cast<double>(a.param[i]) - static_cast<double>(a.anchor[i]);
+    const double importance = is_frozen(a.importance[i]) ? 0.0 : a.importance[i];
+    penalty[lane] += importance * d * d;
+    drift[lane] += d * d;
+  };
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) {
+    for (int lane = 0; lane < kLanes; ++lane) add(i + lane, lane);
+  }
+  for (; i < count; ++i) add(i, 0);
+  PenaltySums sums{0.0, 0.0};
+  for (int lane = 0; lane < kLanes; ++lane) {
+    sums.penalty += penalty[lane];
+    sums.drift += drift[lane];
+  }
+  return sums;
+}
+
+// --- one piece of a tensor ------------------------------------------------------------------------
+
+template <typename T>
+constexpr ScalarKind kArithmetic =
+    std::is_same_v<T, double> ? ScalarKind::float64 : ScalarKind::float32;
+
+// Whether the update can read and write all arrays where they are.
+template <typename T>
+bool is_plain(const EWCAdamWTensor& t) {
+  const ScalarKind wide = kArithmetic<T>;
+  const bool protection =
+      t.importance == nullptr || (t.importance_kind == wide && t.anchor_kind == wide);
+  return t.param_kind == wide && t.moment_kind == wide && protection && !is_projected(t.memory);
+}
+
+template <typename T, Penalty penalty, bool amsgrad>
+void update_unit(const EWCAdamWTensor& t, int64_t first, int64_t count,
+                 const EWCAdamWConstants<T>& k, bool stochastic, PenaltySums* sums) {
+  alignas(64) T param[kUnit], grad[kUnit], exp_avg[kUnit], exp_avg_sq[kUnit], max_exp_avg_sq[kUnit],
+      importance[kUnit], anchor[kUnit];
+  Arrays<T> a{};
+  a.param = read(t.param, t.param_kind, first, count, param);
+  a.grad = read(t.grad, t.param_kind, first, count, grad);
+  a.exp_avg = read(t.exp_avg, t.moment_kind, first, count, exp_avg, true);
+  a.exp_avg_sq = read(t.exp_avg_sq, t.moment_kind, first, count, exp_avg_sq);
+  if constexpr (amsgrad) {
+    a.max_exp_avg_sq = read(t.max_exp_avg_sq, t.moment_kind, first, count, max_exp_avg_sq);
+  }
+  if constexpr (penalty != Penalty::none) {
+    a.importance = read(t.importance, t.importance_kind, first, count, importance);
+    a.anchor = read(t.anchor, t.anchor_kind, first, count, anchor);
+  }
+  if (is_projected(t.memory)) {
+    if (a.grad != grad) std::copy(a.grad, a.grad + count, grad);
+    project(t, first, count, grad);
+    a.grad = grad;
+  }
+  if constexpr (std::is_same_v<T, float>) {
+    if (t.compensation) add(t.compensation + first, count, a.param);
+  }
+  if (penalty != Penalty::none && sums) *sums = sums_of(a, count);
+
+  update<T, penalty, amsgrad>(a, count, k);
+
+  if constexpr (std::is_same_v<T, float>) {
+    Random random;
+    const auto drawn = [&](DitherUse use) -> const Random& {
+      draw(random, use, first, count, *t.step, a.grad);
+      return random;
+    };
+    const auto write = [&](void* array, DitherUse use, const float* values) {
+      if (t.moment_kind == ScalarKind::float32) return;
+      write_moment(array, t.moment_kind, first, count, values, drawn(use), use == kExpAvg);
+    };
+    write(t.exp_avg, kExpAvg, a.exp_avg);
+    write(t.exp_avg_sq, kExpAvgSq, a.exp_avg_sq);
+    if constexpr (amsgrad) write(t.max_exp_avg_sq, kMaxExpAvgSq, a.max_exp_avg_sq);
+    if (t.param_kind == ScalarKind::float16) {
+      narrow(a.param, count, static_cast<Half*>(t.param) + first);
+    } else if (t.param_kind == ScalarKind::bfloat16) {
+      BFloat16* to = static_cast<BFloat16*>(t.param) + first;
+      if (t.compensation) {
+        if constexpr (penalty == Penalty::none) std::fill(importance, importance + count, T{0});
+        const float* marks = penalty == Penalty::none ? importance : a.importance;
+        split(a.param, marks, count, to, t.compensation + first);
+      } else if (stochastic) {
+        narrow_stochastic(a.param, count, drawn(kParam), to);
+      } else {
+        narrow(a.param, count, to);
+      }
+    }
+  }
+}
+
+// `sums`, if they are wanted, has one for each unit of the piece.
+template <typename T, Penalty penalty, bool amsgrad>
+void update_piece(const EWCAdamWTensor& t, const Piece& piece, const EWCAdamWOptions& options,
+                  const DeviceNumbers& numbers, const BiasCorrections& bias, PenaltySums* sums) {
+  const EWCAdamWConstants<T> k(options, numbers, bias);
+  if (is_plain<T>(t) && !sums) {
+    const auto at = [&](const void* array) {
+      return array ? read(array, kArithmetic<T>, piece.begin, 0, static_cast<T*>(nullptr)) : nullptr;
+    };
+    const Arrays<T> a{at(t.param),          at(t.grad),       at(t.exp_avg), at(t.exp_avg_sq),
+                      at(t.max_exp_avg_sq), at(t.importance), at(t.anchor)};
+    return update<T, penalty, amsgrad>(a, piece.end - piece.begin, k);
+  }
+  for (int64_t first = piece.begin; first < piece.end; first += kUnit) {
+    const int64_t count = std::min(kUnit, piece.end - first);
+    PenaltySums* unit_sums = sums ? sums + (first - piece.begin) / kUnit : nullptr;
+    update_unit<T, penalty, amsgrad>(t, first, count, k, options.stochastic, unit_sums);
+  }
+}
+
+using UpdatePiece = void (*)(const EWCAdamWTensor&, const Piece&, const EWCAdamWOptions&,
+                             const DeviceNumbers&, const BiasCorrections&, PenaltySums*);
+
+// What all pieces of a tensor share.
+struct TensorWork {
+  UpdatePiece update;
+  BiasCorrections bias;
+};
 
 }  // namespace
 
@@ -91,24 +328,39 @@ void ewc_adamw_cpu(const std::vector<EWCAdamWTensor>& tensors, const EWCAdamWOpt
                    const DeviceNumbers& numbers) {
   if (numbers.overflowed()) return;
   std::vector<int64_t> numels;
-  std::vector<Update> updates;
+  std::vector<TensorWork> work;
   numels.reserve(tensors.size());
-  updates.reserve(tensors.size());
+  work.reserve(tensors.size());
+  float last_step = 0.0f;
   for (const EWCAdamWTensor& tensor : tensors) {
-    *tensor.step += 1.0f;
+    const float step = *tensor.step += 1.0f;
     numels.push_back(tensor.numel);
-    updates.push_back(dispatch(tensor, options, [](auto instance) -> Update {
+    const UpdatePiece update = dispatch(tensor, options, [](auto instance) -> UpdatePiece {
       using I = decltype(instance);
-      return update<typename I::Param, typename I::Anchor, I::penalty, I::amsgrad>;
-    }));
+      return update_piece<typename I::T, I::penalty, I::amsgrad>;
+    });
+    // Two powers would take longer than a small tensor's update.
+    const bool again = !work.empty() && step == last_step;
+    work.push_back({update, again ? work.back().bias : BiasCorrections(options, step)});
+    last_step = step;
   }
-  const MultiTensor work(numels);
+  const MultiTensor units(numels);
+  std::vector<PenaltySums> sums(numbers.sums ? units.units() : 0);
   const int64_t grain = kElementsPerThread / kUnit;
-  torch::stable::parallel_for(0, work.units(), grain, [&](int64_t begin, int64_t end) {
-    work.for_each(begin, end, [&](const Piece& piece) {
-      update_piece(updates[piece.tensor], tensors[piece.tensor], piece, options, numbers);
+  torch::stable::parallel_for(0, units.units(), grain, [&](int64_t begin, int64_t end) {
+    units.for_each(begin, end, [&](const Piece& piece) {
+      const TensorWork& w = work[piece.tensor];
+      PenaltySums* piece_sums = sums.empty() ? nullptr : &sums[units.unit(piece)];
+      w.update(tensors[piece.tensor], piece, options, numbers, w.bias, piece_sums);
     });
   });
+  if (!numbers.sums) return;
+  PenaltySums total{0.0, 0.0};
+  for (const PenaltySums& unit : sums) {
+    total.penalty += unit.penalty;
+    total.drift += unit.drift;
+  }
+  *numbers.sums = {options.ewc_lambda * total.penalty, total.drift};
 }
 
 }  // namespace cl_optim

@@ -21,8 +21,8 @@ struct Half {
   uint16_t bits;
 };
 
-// The type of a tensor's elements, as a value.
-enum class ScalarKind : int { float32, float64, bfloat16, float16 };
+// The type of a tensor's elements, as a value. Codes are the 8-bit ones of importance_codec.h.
+enum class ScalarKind : int { float32, float64, bfloat16, float16, codes };
 
 // The type in which a storage type is computed.
 template <typename Storage>

@@ -18,25 +18,15 @@ void launch_nnqp(const NNQPBatch& batch, const NNQPOptions& options, const Tenso
 
 }  // namespace
 
-// The step with everything given; then the same in two parts, for an optimizer whose state stays
-// where it is: boxing a list costs more than updating a small tensor. A plan holds raw addresses.
 STABLE_TORCH_LIBRARY(cl_optim, m) {
   m.def(
       "ewc_adamw_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, "
       "Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] max_exp_avg_sqs, Tensor[] importances, "
-      "Tensor[] anchors, Tensor(e!)[] steps, Tensor[] memories, Tensor[] coefficients, "
-      "Tensor? lr_tensor, Tensor? grad_scale, Tensor? found_inf, *, float lr, float beta1, "
-      "float beta2, float eps, float weight_decay, float ewc_lambda, str penalty, bool amsgrad, "
-      "bool maximize) -> ()");
-  m.def(
-      "ewc_adamw_plan(Tensor[] params, Tensor[] exp_avgs, Tensor[] exp_avg_sqs, "
-      "Tensor[] max_exp_avg_sqs, Tensor[] importances, Tensor[] anchors, Tensor[] steps) "
-      "-> Tensor");
-  m.def(
-      "ewc_adamw_planned_(Tensor(a!)[] params, Tensor[] grads, Tensor plan, Tensor[] memories, "
-      "Tensor[] coefficients, Tensor? lr_tensor, Tensor? grad_scale, Tensor? found_inf, *, "
-      "float lr, float beta1, float beta2, float eps, float weight_decay, float ewc_lambda, "
-      "str penalty, bool amsgrad, bool maximize) -> bool");
+      "Tensor[] anchors, Tensor(e!)[] compensations, Tensor(f!)[] steps, Tensor[] memories, "
+      "Tensor[] coefficients, Tensor? lr_tensor, Tensor? grad_scale, Tensor? found_inf, "
+      "Tensor(g!)? sums, *, float lr, float beta1, float beta2, float eps, float weight_decay, "
+      "float ewc_lambda, float damping, str penalty, bool amsgrad, bool maximize, "
+      "bool stochastic) -> ()");
   m.def("gram_per_tensor(Tensor[] memory, Tensor[] grads) -> Tensor");
   m.def("gram_dots_per_tensor(Tensor[] memory, Tensor[] grads) -> Tensor");
   m.def(
@@ -49,7 +39,7 @@ STABLE_TORCH_LIBRARY(cl_optim, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(cl_optim, CPU, m) {
-  implement_ewc_adamw<launch>(m);
+  m.impl("ewc_adamw_", TORCH_BOX(&ewc_adamw_<launch>));
   implement_gram(m);
   m.impl("nnqp", TORCH_BOX(&nnqp<launch_nnqp>));
 }

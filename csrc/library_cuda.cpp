@@ -40,7 +40,7 @@ void launch_nnqp(const NNQPBatch& batch, const NNQPOptions& options, const Tenso
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(cl_optim, CUDA, m) {
-  implement_ewc_adamw<launch>(m);
+  m.impl("ewc_adamw_", TORCH_BOX(&ewc_adamw_<launch>));
   m.impl("nnqp", TORCH_BOX(&nnqp<launch_nnqp>));
 }
 

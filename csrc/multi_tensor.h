@@ -1,7 +1,7 @@
 // Lays a list of tensors end to end and cuts the whole into equal ranges of work, so that one
 // parallel region (CPU) or one launch (GPU) serves tensors of any sizes. The measure is a unit of
-// 64 elements: a tensor begins with a unit of its own, so that every range begins at a multiple of
-// 64 elements of some tensor, where vector accesses are aligned.
+// 256 elements: a tensor begins with a unit of its own, so that every range begins at a multiple of
+// 256 elements of some tensor, where vector accesses are aligned and blocks of codes begin.
 #pragma once
 
 #include <cstdint>
@@ -11,7 +11,7 @@
 
 namespace cl_optim {
 
-constexpr int64_t kUnit = 64;
+constexpr int64_t kUnit = 256;
 
 // The elements begin <= i < end of one tensor.
 struct Piece {
@@ -58,6 +58,11 @@ class MultiTensor {
   }
 
   int64_t units() const { return first_unit_.back(); }
+
+  // The unit in which a piece begins.
+  int64_t unit(const Piece& piece) const {
+    return first_unit_[piece.tensor] + piece.begin / kUnit;
+  }
 
   template <typename F>
   void for_each(int64_t begin, int64_t end, F&& f) const {

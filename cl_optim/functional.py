@@ -91,17 +91,8 @@ def ewc_adamw_(
     if not params:
         return
     _, step = ewc_adamw.choose(params[0].device.type, use_foreach=foreach, use_fused=fused)
-    step(
-        params,
-        grads,
-        exp_avgs,
-        exp_avg_sqs,
-        max_exp_avg_sqs,
-        importances,
-        anchors,
-        steps,
-        hyper,
-    )
+    state = ewc_adamw.State(exp_avgs, exp_avg_sqs, max_exp_avg_sqs, importances, anchors, (), steps)
+    step(params, grads, state, hyper)
 
 
 def gram(

@@ -14,7 +14,7 @@
 #include <utility>
 #include <vector>
 
-#include "ewc_adamw.h"
+#include "ewc_adamw_launch.h"
 #include "tensor_types.h"
 
 namespace cl_optim {
@@ -62,14 +62,6 @@ inline ScalarKind scalar_kind(ScalarType type, const char* name, size_t index) {
   check(kind.has_value(), name, "[", index, "] must be float32, float64, bfloat16 or float16, not ",
         torch::headeronly::toString(type));
   return *kind;
-}
-
-inline Penalty parse_penalty(const std::string& name) {
-  if (name == "gradient") return Penalty::gradient;
-  if (name == "decoupled") return Penalty::decoupled;
-  if (name == "proximal") return Penalty::proximal;
-  check(false, "penalty must be 'gradient', 'decoupled' or 'proximal', not '", name, "'");
-  throw std::logic_error("unreachable");
 }
 
 // The tensors of a step except the gradients.
@@ -165,7 +157,7 @@ class EWCAdamWArguments {
     t.numel = param.numel();
     t.param = param.mutable_data_ptr();
     t.grad = read("grads", gradients.grads[i], i, param, type);
-    t.memory = memory(gradients, i, param);
+    t.memory = memory(gradients, i, param, !in_place);
     t.moment_kind = state_kind("exp_avgs", lists.exp_avgs[i], i, wide);
     const ScalarType moments = lists.exp_avgs[i].scalar_type();
     t.exp_avg = write("exp_avgs", lists.exp_avgs[i], i, param, moments);
@@ -220,10 +212,23 @@ class EWCAdamWArguments {
     check_length("coefficients", gradients.coefficients, gradients.memories.size());
   }
 
-  static MemoryRows memory(const EWCAdamWGradients& gradients, size_t i, const Tensor& param) {
+  MemoryRows memory(const EWCAdamWGradients& gradients, size_t i, const Tensor& param,
+                    bool copied) {
     if (gradients.memories.empty()) return MemoryRows{};
     const Tensor& rows = gradients.memories[i];
     const Tensor& coefficients = gradients.coefficients[i];
+    // Where the parameter takes part as a contiguous copy, so do its rows.
+    if (copied && rows.dim() == param.dim() + 1 && same(rows.sizes().slice(1), param.sizes())) {
+      Tensor copy = torch::stable::new_empty(rows, rows.sizes(), rows.scalar_type());
+      torch::stable::copy_(copy, rows);
+      read_copies_.push_back(copy);
+      return memory_of(copy, coefficients, i, param);
+    }
+    return memory_of(rows, coefficients, i, param);
+  }
+
+  static MemoryRows memory_of(const Tensor& rows, const Tensor& coefficients, size_t i,
+                              const Tensor& param) {
     const auto sizes = rows.sizes(), strides = rows.strides();
     check(rows.dim() == param.dim() + 1 && same(sizes.slice(1), param.sizes()) &&
               same(strides.slice(1), param.strides()),

@@ -2,11 +2,21 @@
 #pragma once
 
 #include <cstddef>
+#include <stdexcept>
+#include <string>
 #include <vector>
 
 #include "ewc_adamw.h"
 
 namespace cl_optim {
+
+inline Penalty parse_penalty(const std::string& name) {
+  if (name == "gradient") return Penalty::gradient;
+  if (name == "decoupled") return Penalty::decoupled;
+  if (name == "proximal") return Penalty::proximal;
+  throw std::runtime_error("ewc_adamw_: penalty must be 'gradient', 'decoupled' or 'proximal', not '" +
+                           name + "'");
+}
 
 // Advances every tensor's step count and updates it. The arrays are in host memory.
 void ewc_adamw_cpu(const std::vector<EWCAdamWTensor>& tensors, const EWCAdamWOptions& options,

@@ -9,6 +9,7 @@
 #include <tuple>
 #include <vector>
 
+#include "ewc_adamw_plan.h"
 #include "multi_tensor.h"
 
 namespace py = pybind11;
@@ -36,6 +37,22 @@ std::vector<std::tuple<int64_t, int64_t, int64_t>> pieces(const std::vector<int6
   return result;
 }
 
+// The codes' decoded values, for a scale of 1.
+std::vector<float> decoded(bool is_signed) {
+  std::vector<float> values;
+  for (int code = 0; code < 256; ++code) {
+    values.push_back(is_signed ? cl_optim::decode_signed(code, 1.0f)
+                               : cl_optim::decode_log8(code, 1.0f));
+  }
+  return values;
+}
+
+constexpr cl_optim::Launcher kLauncher{
+    [](const std::vector<cl_optim::EWCAdamWTensor>&, bool) -> size_t { return 0; },
+    [](const std::vector<cl_optim::EWCAdamWTensor>& tensors,
+       const cl_optim::EWCAdamWOptions& options, const cl_optim::DeviceNumbers& numbers, void*,
+       void*, int) { cl_optim::ewc_adamw_cpu(tensors, options, numbers); }};
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -57,4 +74,7 @@ PYBIND11_MODULE(_C, m) {
       py::arg("numels"), "How many units of work tensors of these sizes make.");
   m.def("pieces", &pieces, py::arg("numels"), py::arg("begin"), py::arg("end"),
         "What the units from begin to end hold: (tensor, first element, last element + 1).");
+  m.def("decoded", &decoded, py::arg("is_signed"), "What each 8-bit code stands for, times its scale.");
+  cl_optim::bind_snapshot(m);
+  cl_optim::bind_plan<kLauncher>(m);
 }

@@ -75,11 +75,12 @@ class TestTensorLearningRate:
                 side = start.copy(torch.float32)
                 side.set_gradients(0, torch.float32)
                 zeros = [[torch.zeros(50)] for _ in range(2)]
-                hyper = ops.Hyperparameters(lr, 0.9, 0.99, 1e-8, 0.1, 0.5, "proximal")
+                hyper = ops.Hyperparameters(lr, 0.9, 0.99, 1e-8, 0.1, 0.5, penalty="proximal")
                 grads = [p.grad for p in side.params]
-                state = (*zeros, [], side.importances, side.anchors, [torch.tensor(0.0)])
+                steps = [torch.tensor(0.0)]
+                state = ops.State(*zeros, [], side.importances, side.anchors, [], steps)
                 with torch.no_grad():
-                    step(side.params, grads, *state, hyper, inputs)
+                    step(side.params, grads, state, hyper, inputs)
                 results.append(side.params[0])
             torch.testing.assert_close(*results, rtol=1e-6, atol=1e-7)
 

@@ -27,8 +27,10 @@ HYPERPARAMETERS = {
     "eps": 1e-8,
     "weight_decay": 0.1,
     "ewc_lambda": 0.5,
+    "damping": 0.3,
     "penalty": "decoupled",
     "maximize": False,
+    "stochastic": True,
 }
 
 
@@ -44,12 +46,14 @@ def arguments(*, amsgrad: bool = True, protected: bool = True, shapes=((3, 2), (
         tensors(amsgrad),
         tensors(protected),
         tensors(protected),
+        [torch.empty(0) for _ in shapes],
         [torch.tensor(2.0) for _ in shapes],
         [torch.rand(3, *shape) for shape in shapes],
         [torch.rand(3).double() for _ in shapes],
         torch.tensor(0.1),
         torch.tensor(2.0),
         torch.tensor(0.0),
+        torch.zeros(2, dtype=torch.float64),
     ]
 
 
@@ -69,32 +73,41 @@ def test_opcheck(amsgrad, protected):
         (1, lambda grads: grads[:1], "grads must hold 2 tensors, not 1"),
         (4, lambda _: [], "max_exp_avg_sqs must hold 2 tensors, not 0"),
         (6, lambda _: [], "anchors must hold 2 tensors, not 0"),
-        (2, lambda m: [m[0], m[1].double()], r"exp_avgs\[1\] must be Float, not Double"),
+        (2, lambda m: [m[0], m[1].double()], r"exp_avgs\[1\] must be Float, .* not Double"),
+        (2, lambda m: [m[0].bfloat16(), m[1]], r"exp_avg_sqs\[0\] must be BFloat16, not Float"),
         (5, lambda f: [f[0].t(), f[1]], r"importances\[0\] must have the shape of params\[0\]"),
+        (
+            5,
+            lambda f: [torch.zeros(2, 260, dtype=torch.uint8), f[1]],
+            r"importances\[0\] must be 260 bytes for each 256 elements of params\[0\]",
+        ),
         (6, lambda a: [a[0], a[1].half()], r"anchors\[1\] must be Float, not Half"),
-        (8, lambda rows: rows[:1], "memories must hold 2 tensors, not 1"),
-        (9, lambda _: [], "coefficients must hold 2 tensors, not 0"),
-        (10, lambda lr: lr.double(), "lr_tensor must be one float32 number"),
-        (11, lambda s: s.double(), "grad_scale must be one float32 number"),
-        (12, lambda _: torch.zeros(2), "found_inf must be one float32 number"),
-        (7, lambda s: [s[0], torch.tensor(2)], r"steps\[1\] must be one float32 number"),
+        (7, lambda c: c[:1], "compensations must hold 2 tensors, not 1"),
+        (7, lambda c: [torch.zeros(3, 2), c[1]], r"compensations\[0\] must be empty"),
+        (9, lambda rows: rows[:1], "memories must hold 2 tensors, not 1"),
+        (10, lambda _: [], "coefficients must hold 2 tensors, not 0"),
+        (11, lambda lr: lr.double(), "lr_tensor must be one float32 number"),
+        (12, lambda s: s.double(), "grad_scale must be one float32 number"),
+        (13, lambda _: torch.zeros(2), "found_inf must be one float32 number"),
+        (14, lambda _: torch.zeros(2), "sums must be two float64 numbers"),
+        (8, lambda s: [s[0], torch.tensor(2)], r"steps\[1\] must be one float32 number"),
         (0, lambda p: [p[0], p[1].to(torch.int32)], r"params\[1\] must be float32, float64"),
     ],
 )
 def test_the_operator_checks_before_it_writes(index, change, message):
     args = arguments()
-    before = [[t.clone() for t in tensors] for tensors in args[:8]]
+    before = [[t.clone() for t in tensors] for tensors in args[:9]]
     bad = list(args)
     bad[index] = change(args[index])
     with pytest.raises(RuntimeError, match=message):
         torch.ops.cl_optim.ewc_adamw_(*bad, **HYPERPARAMETERS, amsgrad=True)
-    for tensors, old in zip(args[:8], before, strict=True):
+    for tensors, old in zip(args[:9], before, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(tensors, old, strict=True))
 
 
 def test_functional_bad_input():
-    args = arguments(amsgrad=False)[:8]
-    del args[4]
+    args = arguments(amsgrad=False)[:9]
+    del args[7], args[4]
     with pytest.raises(ValueError, match="penalty must be one of"):
         F.ewc_adamw_(*args, lr=0.1, penalty="l1")
     with pytest.raises(ValueError, match="lr must be"):
@@ -114,7 +127,7 @@ def test_functional_under_compile():
     compiled = arguments()
     step(eager)
     torch.compile(step, backend="aot_eager", fullgraph=True)(compiled)
-    for a, b in zip(eager[:8], compiled[:8], strict=True):
+    for a, b in zip(eager[:9], compiled[:9], strict=True):
         for x, y in zip(a, b, strict=True):
             assert torch.equal(x, y)
 
@@ -129,9 +142,9 @@ def test_pieces_cover_every_element_once(numels, cuts):
     seen = [torch.zeros(n, dtype=torch.int32) for n in numels]
     for first, last in itertools.pairwise(bounds):  # as threads or blocks take them
         pieces = _C.pieces(numels, first, last)
-        assert sum(end - begin for _, begin, end in pieces) <= 64 * (last - first)
+        assert sum(end - begin for _, begin, end in pieces) <= 256 * (last - first)
         for tensor, begin, end in pieces:
-            assert begin % 64 == 0
+            assert begin % 256 == 0
             assert begin < end <= numels[tensor]
             seen[tensor][begin:end] += 1
     assert all((s == 1).all() for s in seen)

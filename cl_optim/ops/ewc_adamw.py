@@ -3,6 +3,8 @@
 :func:`foreach` is the reference: plain PyTorch on any device. :func:`fused` is the compiled
 operator ``torch.ops.cl_optim.ewc_adamw_``. Both take the same arguments and do the same arithmetic
 (``csrc/ewc_adamw.h``): float64 tensors in float64, all others in float32.
+
+State may be narrower than the arithmetic: :mod:`cl_optim.ops.importance_codec` has the formats.
 """
 
 from __future__ import annotations
@@ -10,11 +12,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 import torch
 from torch import Tensor
 
+from cl_optim.ops import importance_codec as codec
 from cl_optim.ops import library
 from cl_optim.ops.gram import combine_
 
@@ -23,7 +27,7 @@ PENALTIES: tuple[str, ...] = get_args(Penalty)
 
 
 def state_dtype(param: Tensor) -> torch.dtype:
-    """The dtype of a parameter's moments and importance: that of the arithmetic."""
+    """The dtype of a parameter's arithmetic, and of its state unless that is to be narrower."""
     return torch.float64 if param.dtype == torch.float64 else torch.float32
 
 
@@ -41,12 +45,14 @@ class Hyperparameters:
     eps: float
     weight_decay: float
     ewc_lambda: float = 0.0
+    damping: float = 0.0
     penalty: str = "gradient"
     amsgrad: bool = False
     maximize: bool = False
+    stochastic: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("lr", "eps", "weight_decay", "ewc_lambda"):
+        for name in ("lr", "eps", "weight_decay", "ewc_lambda", "damping"):
             value = getattr(self, name)
             if not (0.0 <= value < math.inf):
                 raise ValueError(f"{name} must be finite and at least 0, not {value}.")
@@ -72,6 +78,34 @@ class Hyperparameters:
 TensorList: TypeAlias = Sequence[Tensor]
 
 
+class State(NamedTuple):
+    """What is kept of the parameters, in lists of their order. An empty list: none has it.
+
+    Moments and importance have the parameter's `state_dtype`, bfloat16, or (uint8) the codes of
+    :mod:`~cl_optim.ops.importance_codec`; moments of one parameter alike.
+
+    Attributes:
+        exp_avgs: First moments; updated.
+        exp_avg_sqs: Second moments; updated.
+        max_exp_avg_sqs: Their running maxima for AMSGrad; updated.
+        importances: Fisher diagonals. A sign bit, or the code of frozen ones, marks a weight that
+            keeps its bits.
+        anchors: θ* for each importance, in the parameter's dtype, its `state_dtype` or bfloat16.
+        compensations: For Kahan summation, what each bfloat16 parameter lacks of the weight;
+            updated. An empty tensor where a parameter has none.
+        steps: Step counts before this step, one float32 number each, on the parameter's device;
+            advanced by one.
+    """
+
+    exp_avgs: TensorList
+    exp_avg_sqs: TensorList
+    max_exp_avg_sqs: TensorList
+    importances: TensorList
+    anchors: TensorList
+    compensations: TensorList
+    steps: TensorList
+
+
 class Inputs(NamedTuple):
     """What a step takes besides, none of which the compiled step reads on the host.
 
@@ -81,9 +115,11 @@ class Inputs(NamedTuple):
         memories: For each gradient the rows that GEM adds to it, [t, ...] of its shape and strides,
             of any floating dtype no wider than its arithmetic; or empty.
         coefficients: How much of them, [t] float64 for each gradient. A row with 0 is not read.
-        lr: In place of the hyperparameter; one float32, and so the rest.
+        lr: In place of the hyperparameter; one float32, and so the next two.
         grad_scale: The gradients are this times too large (``torch.amp.GradScaler``).
         found_inf: Not 0: nothing is updated, and no step counted.
+        sums: float64 [2], written: λ Σ F (θ − θ*)² over the weights that are not frozen, and
+            Σ (θ − θ*)² over all, from before the step.
     """
 
     memories: TensorList = ()
@@ -91,6 +127,7 @@ class Inputs(NamedTuple):
     lr: Tensor | None = None
     grad_scale: Tensor | None = None
     found_inf: Tensor | None = None
+    sums: Tensor | None = None
 
 
 NO_INPUTS = Inputs()
@@ -99,95 +136,77 @@ NO_INPUTS = Inputs()
 def fused(
     params: TensorList,
     grads: TensorList,
-    exp_avgs: TensorList,
-    exp_avg_sqs: TensorList,
-    max_exp_avg_sqs: TensorList,
-    importances: TensorList,
-    anchors: TensorList,
-    steps: TensorList,
+    state: State,
     hyper: Hyperparameters,
     inputs: Inputs = NO_INPUTS,
 ) -> None:
     """The compiled step; all tensors on one device that has kernels. Arguments as `foreach`."""
-    states = (exp_avgs, exp_avg_sqs, max_exp_avg_sqs, importances, anchors, steps)
-    torch.ops.cl_optim.ewc_adamw_(params, grads, *states, *inputs, **vars(hyper))
-    _increment_versions(params, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps)
+    torch.ops.cl_optim.ewc_adamw_(params, grads, *state, *inputs, **vars(hyper))
+    _increment_versions(params)
 
 
 class Plan:
-    """The compiled step for the same parameters and state again and again.
+    """The compiled step for some parameters of a group, again and again.
 
     Handing a tensor to an operator takes longer than updating a small one. What stays where it is
-    is therefore checked once and kept as a table of addresses; a step hands over the parameters
-    and gradients alone, whose addresses, dtypes, shapes and strides are read again each time.
+    is therefore checked once and kept as addresses; before each step, :meth:`ready` looks whether
+    every tensor is still the same and in the same memory, and reads anew where gradients are and
+    how they are laid out. It keeps the tensors alive.
 
     Args:
-        params: As for `foreach`, and so the rest. The plan keeps these tensors alive.
-        exp_avgs: First moments.
-        exp_avg_sqs: Second moments.
-        max_exp_avg_sqs: Their running maxima, or empty.
-        importances: Fisher diagonals, or empty.
-        anchors: θ*, or empty.
-        steps: Step counts.
+        device: Where the tensors are.
+        group: All parameters of the group.
+        members: Which of them take the step.
+        skipped: Which have no gradient.
+        states: The members' state: dicts of tensors with the names of `State`'s fields, without
+            their plural.
     """
 
     def __init__(
         self,
-        params: TensorList,
-        exp_avgs: TensorList,
-        exp_avg_sqs: TensorList,
-        max_exp_avg_sqs: TensorList,
-        importances: TensorList,
-        anchors: TensorList,
-        steps: TensorList,
+        device: torch.device,
+        group: list[Tensor],
+        members: list[int],
+        skipped: list[int],
+        states: list[dict[str, Any]],
     ) -> None:
-        self.states = (exp_avgs, exp_avg_sqs, max_exp_avg_sqs, importances, anchors, steps)
-        self._addresses = self._state_addresses()
-        self._table = torch.ops.cl_optim.ewc_adamw_plan(params, *self.states)
+        self.device = device
+        self.params = [group[index] for index in members]
+        self._plan = library.extension(device.type).Plan(group, members, skipped, states)
 
-    def _state_addresses(self) -> list[int]:
-        return [address for tensors in self.states for address in map(Tensor.data_ptr, tensors)]
+    @property
+    def possible(self) -> bool:
+        """Whether the tensors are laid out for it: dense, and state in its parameter's order."""
+        return bool(self._plan.possible)
 
-    def step(
-        self,
-        params: TensorList,
-        grads: TensorList,
-        hyper: Hyperparameters,
-        inputs: Inputs = NO_INPUTS,
-    ) -> bool:
-        """Take one step.
+    def ready(self, group: list[Tensor], amsgrad: bool, inputs: Inputs) -> bool:
+        """Whether :meth:`run` may take the next step of the group's parameters."""
+        rows = (list(inputs.memories), list(inputs.coefficients))
+        return bool(self._plan.ready(group, amsgrad, *rows))
 
-        Returns:
-            Whether it was taken. It was not, and nothing has changed, where a parameter's dtype or
-            layout is not what it was, a state tensor was given other memory (``t.data = …``), or
-            one is not laid out like its parameter.
-        """
-        if len(self._table) != len(params) or self._addresses != self._state_addresses():
-            return False
-        planned = torch.ops.cl_optim.ewc_adamw_planned_
-        if not planned(params, grads, self._table, *inputs, **vars(hyper)):
-            return False
-        exp_avgs, exp_avg_sqs, max_exp_avg_sqs, _, _, steps = self.states
-        _increment_versions(params, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps)
-        return True
+    def run(self, hyper: Hyperparameters, inputs: Inputs) -> None:
+        """Take the step for which it is ready."""
+        size = self._plan.workspace(inputs.sums is not None)
+        workspace = torch.empty(size, dtype=torch.uint8, device=self.device) if size else None
+        numbers = (workspace, inputs.lr, inputs.grad_scale, inputs.found_inf, inputs.sums)
+        self._plan.run(*(0 if t is None else t.data_ptr() for t in numbers), **vars(hyper))
+        _increment_versions(self.params)
 
 
-def _increment_versions(*lists: TensorList) -> None:
-    # Writes through raw pointers pass autograd's version counters by.
-    for written in lists:
-        if written:
-            torch.autograd.graph.increment_version(written)
+def snapshot(state: dict[Any, Any]) -> Any:
+    """What can say, by ``matches(state)``, whether a dict has the same keys and values, quickly."""
+    return library.extension("cpu").Snapshot(state)
+
+
+def _increment_versions(params: TensorList) -> None:
+    # Writes through raw pointers pass by what tells autograd that a saved tensor has changed.
+    torch.autograd.graph.increment_version(params)
 
 
 def foreach(
     params: TensorList,
     grads: TensorList,
-    exp_avgs: TensorList,
-    exp_avg_sqs: TensorList,
-    max_exp_avg_sqs: TensorList,
-    importances: TensorList,
-    anchors: TensorList,
-    steps: TensorList,
+    state: State,
     hyper: Hyperparameters,
     inputs: Inputs = NO_INPUTS,
 ) -> None:
@@ -196,54 +215,60 @@ def foreach(
     Args:
         params: float32, float64, bfloat16 or float16 tensors of any shapes; updated.
         grads: Same dtypes and shapes.
-        exp_avgs: First moments in `state_dtype`; updated.
-        exp_avg_sqs: Second moments in `state_dtype`; updated.
-        max_exp_avg_sqs: Their running maxima, empty unless ``hyper.amsgrad``; updated.
-        importances: Fisher diagonals in `state_dtype`, or an empty list for plain AdamW.
-        anchors: θ* for each importance, in the parameter's dtype or in `state_dtype`.
-        steps: Step counts before this step, one float32 number each, on the parameter's device;
-            advanced by one.
+        state: What is kept of them.
         hyper: The step's hyperparameters.
         inputs: What the step takes besides.
     """
     if not params:
         return
-    memories, coefficients, lr_tensor, grad_scale, found_inf = inputs
+    memories, coefficients, lr_tensor, grad_scale, found_inf, sums = inputs
     lr = hyper.lr if lr_tensor is None else lr_tensor.double()
     if found_inf is not None and found_inf.item() != 0.0:
         return
     if memories:
         grads = [grad.clone() for grad in grads]
         combine_(grads, memories, torch.stack(list(coefficients)), range(len(grads)))
-    penalty = hyper.penalty if importances else None
-    torch._foreach_add_(list(steps), 1.0)
-    theta = [p.to(state_dtype(p)) for p in params]
+    penalty = hyper.penalty if state.importances else None
+    torch._foreach_add_(list(state.steps), 1.0)
+    theta = _weights(params, state)
+    before = [t.clone() for t in theta] if penalty else []
+    exp_avgs = _moments(state.exp_avgs, params, signed=True)
+    exp_avg_sqs = _moments(state.exp_avg_sqs, params)
+    max_exp_avg_sqs = _moments(state.max_exp_avg_sqs, params) if hyper.amsgrad else []
     gradient = [g.to(t.dtype, copy=True) for g, t in zip(grads, theta, strict=True)]
     if grad_scale is not None:
         torch._foreach_mul_(gradient, 1.0 / grad_scale.double())
     if hyper.maximize:
         torch._foreach_neg_(gradient)
 
+    loaded = map(codec.load_importance, state.importances, params)
+    importances, frozen = map(list, zip(*loaded, strict=True)) if penalty else ([], [])
+    anchors = [a.to(t.dtype) for a, t in zip(state.anchors, theta, strict=bool(penalty))]
+    if sums is not None:
+        sums.copy_(_sums(theta, importances, frozen, anchors, hyper.ewc_lambda))
     drift: Sequence[Tensor] = []  # θ − θ* from before the step
     pulls = [hyper.pull(t.dtype, lr) for t in theta]
     if penalty in ("gradient", "decoupled"):
-        wide = [a.to(t.dtype) for a, t in zip(anchors, theta, strict=True)]
-        drift = torch._foreach_mul(torch._foreach_sub(_saved(theta), wide), list(importances))
+        drift = torch._foreach_mul(torch._foreach_sub(_saved(theta), anchors), importances)
         drift = torch._foreach_mul(drift, pulls)
     if penalty == "gradient":
         torch._foreach_add_(gradient, list(drift))
 
-    torch._foreach_lerp_(list(exp_avgs), gradient, 1.0 - hyper.beta1)
-    torch._foreach_mul_(list(exp_avg_sqs), hyper.beta2)
-    torch._foreach_addcmul_(list(exp_avg_sqs), gradient, gradient, 1.0 - hyper.beta2)
+    torch._foreach_lerp_(exp_avgs, gradient, 1.0 - hyper.beta1)
+    torch._foreach_mul_(exp_avg_sqs, hyper.beta2)
+    torch._foreach_addcmul_(exp_avg_sqs, gradient, gradient, 1.0 - hyper.beta2)
     second_moments = _saved(exp_avg_sqs)
     if hyper.amsgrad:
-        torch._foreach_maximum_(list(max_exp_avg_sqs), second_moments)
+        torch._foreach_maximum_(max_exp_avg_sqs, second_moments)
         second_moments = _saved(max_exp_avg_sqs)
-    counts = [_count(step) for step in steps]
+    counts = [_count(step) for step in state.steps]
     corrections = [(1.0 - hyper.beta2**count) ** -0.5 for count in counts]
     denominators = torch._foreach_mul(torch._foreach_sqrt(second_moments), corrections)
     torch._foreach_add_(denominators, hyper.eps)
+    if penalty:
+        damping = [min(hyper.damping, torch.finfo(t.dtype).max) for t in theta]
+        dampings = torch._foreach_add(torch._foreach_mul(importances, damping), 1.0)
+        torch._foreach_mul_(denominators, dampings)
 
     torch._foreach_sub_(theta, torch._foreach_mul(_saved(theta), lr * hyper.weight_decay))
     if penalty == "decoupled":
@@ -254,9 +279,87 @@ def foreach(
     torch._foreach_add_(theta, updates)
     if penalty == "proximal":
         _proximal_(theta, importances, anchors, pulls)
-    for param, value in zip(params, theta, strict=True):
-        if param is not value:
+
+    random = [
+        partial(_random, grad, count, any(s.dtype == torch.uint8 for s in stored))
+        for grad, count, *stored in zip(
+            grads, counts, state.exp_avgs, state.importances or params, strict=True
+        )
+    ]
+    _store_moments(state.exp_avgs, exp_avgs, random, use=1)
+    _store_moments(state.exp_avg_sqs, exp_avg_sqs, random, use=2)
+    _store_moments(state.max_exp_avg_sqs, max_exp_avg_sqs, random, use=3)
+    if penalty:
+        theta = [torch.where(*each) for each in zip(frozen, before, theta, strict=True)]
+    _store_weights(params, theta, frozen, state.compensations, random, hyper.stochastic)
+
+
+def _weights(params: TensorList, state: State) -> list[Tensor]:
+    """The weights in the dtype of the arithmetic; the parameter itself if that is its own."""
+    weights = [p.to(state_dtype(p)) for p in params]
+    for weight, compensation in zip(weights, state.compensations, strict=False):
+        if compensation.numel():
+            weight += compensation
+    return weights
+
+
+def _moments(stored: TensorList, params: TensorList, *, signed: bool = False) -> list[Tensor]:
+    pairs = zip(stored, params, strict=True)
+    return [codec.load_moment(moment, param, signed=signed) for moment, param in pairs]
+
+
+Random: TypeAlias = Callable[[int], Tensor]  # random numbers for the elements, for each use
+
+
+def _random(grad: Tensor, count: Any, row_major: bool, use: int) -> Tensor:
+    grad = torch.empty_like(grad, dtype=torch.float32).copy_(grad)
+    return codec.hashed(grad.contiguous() if row_major else grad, count, use)
+
+
+def _store_moments(
+    stored: TensorList, values: TensorList, random: Sequence[Random], use: int
+) -> None:
+    # Without AMSGrad there is nothing to store for it.
+    for moment, value, numbers in zip(stored, values, random, strict=False):
+        codec.store_moment(moment, value, partial(numbers, use), signed=use == 1)
+
+
+def _store_weights(
+    params: TensorList,
+    theta: TensorList,
+    frozen: TensorList,
+    compensations: TensorList,
+    random: Sequence[Random],
+    stochastic: bool,
+) -> None:
+    for i, (param, value) in enumerate(zip(params, theta, strict=True)):
+        if compensations and compensations[i].numel():
+            high = value.to(param.dtype)
+            low = (value - high).to(param.dtype)
+            kept = frozen[i] if frozen else torch.zeros((), dtype=torch.bool, device=param.device)
+            param.copy_(torch.where(kept, param, high))
+            compensations[i].copy_(torch.where(kept, compensations[i], low))
+        elif stochastic and param.dtype == torch.bfloat16:
+            param.copy_(codec.stochastic_bfloat16(value, random[i](0)))
+        elif param is not value:
             param.copy_(value)
+
+
+def _sums(
+    theta: TensorList,
+    importances: TensorList,
+    frozen: TensorList,
+    anchors: TensorList,
+    lambda_: float,
+) -> Tensor:
+    if not importances:
+        return torch.zeros(2, dtype=torch.float64)
+    penalties, drifts = [], []
+    for weight, importance, keeps, anchor in zip(theta, importances, frozen, anchors, strict=True):
+        squares = (weight.double() - anchor.double()).square()
+        penalties.append((importance.masked_fill(keeps, 0.0).double() * squares).sum())
+        drifts.append(squares.sum())
+    return torch.stack([lambda_ * torch.stack(penalties).sum(), torch.stack(drifts).sum()])
 
 
 def _saved(tensors: TensorList) -> list[Tensor]:
@@ -276,7 +379,6 @@ def _proximal_(
 ) -> None:
     for value, importance, anchor, pull in zip(theta, importances, anchors, pulls, strict=True):
         c = importance * pull
-        anchor = anchor.to(value.dtype)
         # The same number twice: the first leaves F = 0 unmoved, the second survives c = inf.
         toward = value + c / (1 + c) * (anchor - value)
         from_anchor = anchor + (value - anchor) / (1 + c)

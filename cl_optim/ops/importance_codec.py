@@ -1,8 +1,9 @@
 """How importance and moments are kept in one byte per weight, or two.
 
-The 8-bit codes are logarithmic. All values lie on one grid, 2^(j·8/63) for whole j: steps of 9.2 %,
-so that the nearest is at most 4.5 % away. A block of 256 values in row-major order holds the largest
-grid value that it needs as a float32 scale, and a code for each value, counted in steps below it:
+The 8-bit codes are logarithmic. All values lie on one grid, 2^(j·8/63) for whole j: steps of
+9.2 %, so that the nearest is at most 4.5 % away. A block of 256 values in row-major order holds the
+largest grid value that it needs as a float32 scale, and a code for each value, counted in steps
+below it:
 
 - ``log8``, of importance and of second moments: 0 is an exact zero, 1 … 254 reach down to at least
   2⁻³² of the block's maximum (smaller ones take code 1), 255 marks a frozen weight;
@@ -21,6 +22,7 @@ model round alike, and a resumed run continues alike.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -75,6 +77,26 @@ def frozen_log8(packed: Tensor, shape: torch.Size) -> Tensor:
     return _shaped(_unpacked(packed)[1] == FROZEN, shape)
 
 
+def freeze_log8_(packed: Tensor, frozen: Tensor) -> Tensor:
+    """Give weights the code of frozen ones, in place.
+
+    Returns:
+        The codes that they had, uint8 [number of them], for :func:`thaw_log8`.
+    """
+    codes = packed[:, 4:]
+    frozen = _blocks(frozen)
+    kept = codes[frozen]
+    codes[frozen] = FROZEN
+    return kept
+
+
+def thaw_log8(packed: Tensor, codes: Tensor) -> Tensor:
+    """A copy in which frozen weights have the codes that they had before."""
+    thawed = packed.clone()
+    thawed[:, 4:].masked_scatter_(packed[:, 4:] == FROZEN, codes)
+    return thawed
+
+
 def count_underflows(values: Tensor) -> int:
     """How many values above 0 are too small for their block's scale in ``log8``."""
     blocks = _blocks(values.float())
@@ -82,15 +104,15 @@ def count_underflows(values: Tensor) -> int:
     return int(((blocks > 0) & (position < 1 - _TOP - 0.5)).sum())
 
 
-def encode_signed(values: Tensor, random: Tensor) -> Tensor:
-    """Encode values of either sign, rounded stochastically: uint8 [ceil(n / 256), 260]."""
+def encode_signed(values: Tensor, random: Tensor | None = None) -> Tensor:
+    """Encode values of either sign: uint8 [ceil(n / 256), 260]. Arguments as of `encode_log8`."""
     blocks = _blocks(values.float())
     scale, position = _on_grid(blocks.abs())
     codes = (_SIGNED_TOP + _rounded(position, random)).clamp(0, _SIGNED_TOP)
-    # Below the lowest code's value, in proportion to it or 0.
+    # Below the lowest code's value: that, or 0.
     lowest = scale * _grid(codes.new_tensor(_SIGNED_TOP - 1))
-    below = blocks.abs() < lowest
-    codes = torch.where(below, (_blocks(random) * lowest < blocks.abs()).long(), codes)
+    bound = lowest / 2 if random is None else lowest * _blocks(random)
+    codes = torch.where(blocks.abs() < lowest, (bound < blocks.abs()).long(), codes)
     codes = torch.where(blocks == 0, 0, codes)
     return _packed(scale, codes + torch.where((blocks < 0) & (codes > 0), _SIGN, 0))
 
@@ -106,6 +128,46 @@ def decode_signed(packed: Tensor, shape: torch.Size) -> Tensor:
 def packed_shape(numel: int) -> tuple[int, int]:
     """The shape of the packed tensor of so many values."""
     return -(-numel // BLOCK), PACKED_BLOCK
+
+
+# --- what is kept of a weight ---------------------------------------------------------------------
+
+
+def load_importance(stored: Tensor, param: Tensor) -> tuple[Tensor, Tensor]:
+    """Read a stored importance.
+
+    Args:
+        stored: ``log8``, or a floating-point tensor whose sign bits mark frozen weights.
+        param: Its parameter.
+
+    Returns:
+        F and which weights are frozen, of the parameter's shape; F in the dtype of the arithmetic.
+        A frozen weight's F is 0 in ``log8``, which has no code for it.
+    """
+    if stored.dtype == torch.uint8:
+        return decode_log8(stored, param.shape), frozen_log8(stored, param.shape)
+    wide = torch.float64 if param.dtype == torch.float64 else torch.float32
+    return stored.to(wide).abs(), stored.signbit()
+
+
+def load_moment(stored: Tensor, param: Tensor, *, signed: bool) -> Tensor:
+    """Read a stored moment in the dtype of the arithmetic; itself if that is its own."""
+    if stored.dtype == torch.uint8:
+        return (decode_signed if signed else decode_log8)(stored, param.shape)
+    return stored.to(torch.float64 if param.dtype == torch.float64 else torch.float32)
+
+
+def store_moment(
+    stored: Tensor, values: Tensor, random: Callable[[], Tensor], *, signed: bool
+) -> None:
+    """Write a moment where it is stored, rounded stochastically if that is narrower."""
+    if stored.dtype == torch.uint8:
+        encode = encode_signed if signed else encode_log8
+        stored.copy_(encode(values, random=random()))
+    elif stored.dtype == torch.bfloat16 and values.dtype != stored.dtype:
+        stored.copy_(stochastic_bfloat16(values, random()))
+    elif stored is not values:
+        stored.copy_(values)
 
 
 # --- rounding -------------------------------------------------------------------------------------
@@ -124,20 +186,23 @@ def stochastic_bfloat16(values: Tensor, random: Tensor) -> Tensor:
     return torch.where(values.isfinite(), bits.view(torch.bfloat16), values.to(torch.bfloat16))
 
 
-def hashed(values: Tensor, time: Tensor | int = 0, use: int = 0) -> Tensor:
+def hashed(values: Tensor, time: Tensor | float = 0, use: int = 0) -> Tensor:
     """Numbers in [0, 1) that look random: a hash of each value's place, of the time, of its bits.
 
     Args:
-        values: float32, in whose row-major order the places are counted.
+        values: float32. A place is where a value comes in memory, or in row-major order where the
+            tensor has gaps.
         time: A step count.
         use: Tells apart the several numbers that one place needs at one time.
 
     Returns:
         float32 multiples of 2⁻¹⁶, of the same shape.
     """
-    place = torch.arange(values.numel(), device=values.device).view(values.shape)
-    time = time.long() if isinstance(time, Tensor) else time
-    mixed = (place * 0x9E3779B1 + time * 0x85EBCA77) ^ values.contiguous().view(torch.int32).long()
+    place = torch.empty_like(values, dtype=torch.int64)
+    count = place.numel()
+    place.as_strided((count,), (1,)).copy_(torch.arange(count, device=values.device))
+    time = time.long() if isinstance(time, Tensor) else int(time)
+    mixed = (place * 0x9E3779B1 + time * 0x85EBCA77) ^ values.view(torch.int32).long()
     bits = _mix((_mix(mixed & 0xFFFFFFFF) + use) & 0xFFFFFFFF)
     return (bits >> 16).float() / 65536
 

@@ -6,6 +6,7 @@ import functools
 import importlib
 import warnings
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ INSTALL_HINT = {
     "cpu": "reinstall with a C++17 compiler, and CL_OPTIM_REQUIRE=cpu to see what stops the build",
     "cuda": "reinstall with a CUDA toolkit, and CL_OPTIM_REQUIRE=cuda to see what stops the build",
 }
+_MODULES = {"cpu": "_C", "cuda": "_C_cuda"}
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,11 @@ def available(device_type: str) -> bool:
     return backend is not None and backend.available
 
 
+def extension(device_type: str) -> Any:
+    """The module of compiled kernels for a ``torch.device.type`` that has them."""
+    return importlib.import_module(f"cl_optim.{_MODULES[device_type]}")
+
+
 def explain(device_type: str) -> str:
     """One sentence on why there are no compiled kernels for a ``torch.device.type``."""
     backend = backends().get(device_type)
@@ -65,7 +72,7 @@ def warn_once(sentence: str) -> None:
 
 
 def _load_cpu() -> Backend:
-    backend = _load("cpu", "_C")
+    backend = _load("cpu")
     if backend.available:
         _register_fakes()
     return backend
@@ -76,10 +83,11 @@ def _load_cuda(cpu: Backend) -> Backend:
         return Backend("cuda", False, f"torch {torch.__version__} is a build without CUDA.")
     if not cpu.available:
         return Backend("cuda", False, "The CUDA kernels need the extension cl_optim._C as well.")
-    return _load("cuda", "_C_cuda")
+    return _load("cuda")
 
 
-def _load(name: str, module: str) -> Backend:
+def _load(name: str) -> Backend:
+    module = _MODULES[name]
     try:
         extension = importlib.import_module(f"cl_optim.{module}")
     except ImportError as error:

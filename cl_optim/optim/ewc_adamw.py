@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Mapping
-from operator import is_, itemgetter
-from typing import Any, Literal, TypeAlias, TypeGuard, overload
+from typing import Any, Literal, NamedTuple, TypeAlias, TypeGuard, overload
 
 import torch
 from torch import Tensor
@@ -14,99 +15,40 @@ from torch.optim.optimizer import ParamsT
 
 from cl_optim.importance.names import match_names
 from cl_optim.ops import ewc_adamw as ops
-
-ANCHORS = ("latest", "exact")
-_MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
-# What a saved group must have.
-_HYPERPARAMETERS = (
-    "lr",
-    "betas",
-    "eps",
-    "weight_decay",
-    "ewc_lambda",
-    "penalty",
-    "amsgrad",
-    "maximize",
+from cl_optim.optim import protection
+from cl_optim.optim.launch import Batch, Plans, are_alike, gather
+from cl_optim.optim.state import (
+    MOMENTS,
+    check_formats,
+    check_state_dict,
+    from_adamw,
+    loaded,
+    weight_of,
 )
 
-
-_KEYS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "importance", "anchor", "step")
-
+ANCHORS = ("latest", "exact")
 
 _Projection: TypeAlias = tuple[Mapping[Tensor, Tensor], Mapping[Tensor, Tensor]]
 
 
-class _Batch:
-    """Parameters that take their step in one call, with the tensors of their state.
+class Protected(NamedTuple):
+    """What protects one parameter.
 
-    It is kept from step to step, and is of use as long as it `is_current`: gathering the tensors
-    anew each time would cost more than updating small ones.
+    Attributes:
+        name: Its name; None where the optimizer was made without.
+        param: The parameter.
+        importance: F in the dtype of its arithmetic, of its shape; of frozen weights, too.
+        frozen: Bool, of its shape.
+        anchor: θ*, as stored.
+        ewc_lambda: Its group's λ.
     """
 
-    def __init__(self, device: torch.device, amsgrad: bool, protected: bool) -> None:
-        self.device = device
-        self.params: list[Tensor] = []
-        self.tensors: tuple[list[Tensor], ...] = ([], [], [], [], [], [])
-        used = (True, True, amsgrad, protected, protected, True)
-        self._keys = [key if use else None for key, use in zip(_KEYS, used, strict=True)]
-        self._states: list[dict[str, Any]] = []
-        self._size = 0
-        self._steps = 0
-        self._plan: ops.Plan | None = None
-
-    def add(self, param: Tensor, state: dict[str, Any]) -> None:
-        self.params.append(param)
-        self._states.append(state)
-        self._size += len(state)
-        for key, tensors in zip(self._keys, self.tensors, strict=True):
-            if key is not None:
-                tensors.append(state[key])
-
-    def grads(self) -> list[Tensor]:
-        return [param.grad for param in self.params if param.grad is not None]
-
-    def is_current(self, state: Mapping[Tensor, dict[str, Any]]) -> bool:
-        """Whether the parameters' state still holds these very tensors, and no others."""
-        return (
-            all(map(is_, map(state.get, self.params), self._states))
-            and sum(map(len, self._states)) == self._size
-            and all(
-                all(map(is_, map(itemgetter(key), self._states), tensors))
-                for key, tensors in zip(self._keys, self.tensors, strict=True)
-                if key is not None
-            )
-        )
-
-    def step_planned(
-        self, grads: list[Tensor], hyper: ops.Hyperparameters, inputs: ops.Inputs
-    ) -> bool:
-        """Take the step by a launch plan, if one is worth while and possible."""
-        self._steps += 1
-        if self._steps == 1:
-            return False  # the next step may be one of other parameters
-        if self._plan is not None and self._plan.step(self.params, grads, hyper, inputs):
-            return True
-        self._plan = ops.Plan(self.params, *self.tensors)
-        return self._plan.step(self.params, grads, hyper, inputs)
-
-
-class _Prepared:
-    """The batches of a group, for the parameters that had a gradient in the last step."""
-
-    def __init__(self, params: list[Tensor], amsgrad: bool, batches: list[_Batch]) -> None:
-        self._params = params
-        self._amsgrad = amsgrad
-        self.batches = batches
-
-    def is_current(
-        self, params: list[Tensor], amsgrad: bool, state: Mapping[Tensor, dict[str, Any]]
-    ) -> bool:
-        return (
-            len(params) == len(self._params)
-            and all(map(is_, params, self._params))
-            and amsgrad == self._amsgrad
-            and all(batch.is_current(state) for batch in self.batches)
-        )
+    name: str | None
+    param: Tensor
+    importance: Tensor
+    frozen: Tensor
+    anchor: Tensor
+    ewc_lambda: float
 
 
 class EWCAdamW(torch.optim.Optimizer):
@@ -131,9 +73,10 @@ class EWCAdamW(torch.optim.Optimizer):
     and a parameter without a gradient in a step is skipped. ``maximize`` negates the gradient of
     the task, not the penalty's.
 
-    The moments are float32 (float64 for float64 parameters) whatever the parameter's dtype, and so
-    is the arithmetic. Importance is stored in float32, the anchor in the parameter's dtype:
-    36 bytes per float32 parameter are read and written in a step, against 28 for AdamW.
+    Arithmetic is in float32 (float64 for float64 parameters) whatever the parameter's dtype, and so
+    are moments and importance unless narrower ones are asked for; the anchor has the parameter's
+    dtype. 36 bytes per float32 parameter are read and written in a step, against 28 for AdamW; 33
+    with ``importance_dtype="log8"``.
 
     Args:
         params: Parameters, named parameters (``model.named_parameters()``, which lets
@@ -145,6 +88,21 @@ class EWCAdamW(torch.optim.Optimizer):
         weight_decay: Decoupled weight decay, times lr.
         ewc_lambda: λ ≥ 0; may differ between groups.
         penalty: ``"gradient"``, ``"decoupled"`` or ``"proximal"``; may differ between groups.
+        importance_dtype: How F is stored: ``"float32"``, ``"bfloat16"`` or ``"log8"``, one byte
+            within 4.5 % (2⁻³² of the largest of 256 neighbours and less: more). Exact zeros stay
+            zero, and merging is right on average.
+        anchor_dtype: How θ* is stored: None for the parameter's own dtype, ``"float32"`` or
+            ``"bfloat16"``, which pulls float32 weights towards rounded ones. Exact anchors are
+            always float32.
+        state_dtype: How moments are stored: ``"float32"``, ``"bfloat16"`` or ``"8bit"``, for
+            parameters of 4 096 elements and more; the narrow ones are rounded stochastically.
+        rounding: How bfloat16 parameters take up steps of less than half a unit of their last
+            place: ``"nearest"``: not at all; ``"stochastic"``: on average; ``"kahan"``: from two
+            more bytes that hold what was rounded away.
+        importance_damping: κ ≥ 0. Adam's own step, not the pull, is divided by 1 + κF/F̂, where F̂
+            is the mean over all weights that were not frozen at the last :meth:`consolidate`:
+            important weights learn more slowly.
+        track_penalty: Let every step also sum :attr:`last_penalty` and :attr:`last_drift`.
         amsgrad: Use the running maximum of the second moment.
         maximize: Ascend the loss.
         capturable: Accepted as torch's optimizers do; on a GPU every step can be captured.
@@ -155,7 +113,8 @@ class EWCAdamW(torch.optim.Optimizer):
 
     Raises:
         ValueError: A hyperparameter is out of range; ``foreach`` or ``differentiable`` is true
-            and so is ``fused``; a parameter is complex, or a DTensor.
+            and so is ``fused``; a parameter is complex, or a DTensor; ``rounding`` is not
+            ``"nearest"`` for a float16 parameter.
         RuntimeError: ``fused=True`` where there are no compiled kernels.
 
     References:
@@ -173,6 +132,12 @@ class EWCAdamW(torch.optim.Optimizer):
         ewc_lambda: float = 1.0,
         penalty: ops.Penalty = "gradient",
         *,
+        importance_dtype: Literal["float32", "bfloat16", "log8"] = "float32",
+        anchor_dtype: Literal["float32", "bfloat16"] | None = None,
+        state_dtype: Literal["float32", "bfloat16", "8bit"] = "float32",
+        rounding: Literal["nearest", "stochastic", "kahan"] = "nearest",
+        importance_damping: float = 0.0,
+        track_penalty: bool = False,
         amsgrad: bool = False,
         maximize: bool = False,
         foreach: bool | None = None,
@@ -180,9 +145,7 @@ class EWCAdamW(torch.optim.Optimizer):
         capturable: bool = False,
         differentiable: bool = False,
     ) -> None:
-        self._backend = ""
-        self._prepared: dict[int, _Prepared] = {}
-        self._projection: _Projection | None = None
+        self._forget_steps()
         defaults = {
             "lr": lr,
             "betas": betas,
@@ -190,6 +153,13 @@ class EWCAdamW(torch.optim.Optimizer):
             "weight_decay": weight_decay,
             "ewc_lambda": ewc_lambda,
             "penalty": penalty,
+            "importance_dtype": importance_dtype,
+            "anchor_dtype": anchor_dtype,
+            "state_dtype": state_dtype,
+            "rounding": rounding,
+            "importance_damping": importance_damping,
+            "importance_mean": 0.0,  # F̂; 0 before the first consolidation
+            "track_penalty": track_penalty,
             "amsgrad": amsgrad,
             "maximize": maximize,
             "foreach": foreach,
@@ -204,7 +174,7 @@ class EWCAdamW(torch.optim.Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, in mid-training, too; it is unprotected until the next `consolidate`."""
-        _hyperparameters({**self.defaults, **param_group})
+        _check_group({**self.defaults, **param_group})
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
@@ -219,6 +189,11 @@ class EWCAdamW(torch.optim.Optimizer):
                         f"parameter {_name(group, param)} must not be a DTensor: give the "
                         "optimizer its local shard, param.to_local()."
                     )
+                if group["rounding"] != "nearest" and param.dtype == torch.float16:
+                    raise ValueError(
+                        f"rounding must be 'nearest' for parameter {_name(group, param)}, which is "
+                        "float16: the others are for bfloat16."
+                    )
                 _choose(group, param.device)
         except (ValueError, RuntimeError):
             self.param_groups.pop()
@@ -227,12 +202,18 @@ class EWCAdamW(torch.optim.Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore from a pickle, with the defaults of what an older version did not have."""
         super().__setstate__(state)
-        self._backend = ""
-        self._prepared = {}
-        self._projection = None
+        self._forget_steps()
         for group in self.param_groups:
             for key, value in self.defaults.items():
                 group.setdefault(key, value)
+
+    def _forget_steps(self) -> None:
+        """Begin anew with what is known of earlier steps only to make the next one faster."""
+        self._backend = ""
+        self._batches: list[Batch] = []
+        self._plans: Plans | None = None
+        self._projection: _Projection | None = None
+        self._sums: dict[tuple[int, torch.device], Tensor] = {}
 
     @property
     def backend(self) -> str:
@@ -267,16 +248,34 @@ class EWCAdamW(torch.optim.Optimizer):
         return loss
 
     def _step(self) -> None:
-        work = [
-            (batch, batch.grads(), _hyperparameters(group), group)
-            for group in self.param_groups
-            for batch in self._batches(group)
-        ]
-        for batch, grads, hyper, group in work:
-            self._backend, step = _choose(group, batch.device)
-            inputs = self._inputs(batch, group["lr"])
-            if step is not ops.fused or not batch.step_planned(grads, hyper, inputs):
-                step(batch.params, grads, *batch.tensors, hyper=hyper, inputs=inputs)
+        for group in self.param_groups:
+            _check_group(group)
+        if self._plans is not None and self._step_planned(self._plans):
+            return
+        self._plans = None
+        for group in self.param_groups:
+            self._refuse_sparse(group)
+        batches = [batch for group in self.param_groups for batch in gather(group, self.state)]
+        chosen = [_choose(batch.group, batch.device) for batch in batches]
+        for batch, (self._backend, step) in zip(batches, chosen, strict=True):
+            hyper, inputs = _hyperparameters(batch.group), self._inputs(batch)
+            step(batch.params, batch.grads(), batch.lists(), hyper=hyper, inputs=inputs)
+        # A plan is worth its making where steps are alike.
+        if all(step is ops.fused for _, step in chosen) and are_alike(batches, self._batches):
+            self._plans = Plans(batches, self)
+        self._batches = batches
+
+    def _step_planned(self, plans: Plans) -> bool:
+        if not plans.possible:
+            return False
+        chosen = [_choose(batch.group, batch.device) for batch in plans.batches]
+        inputs = [self._inputs(batch) for batch in plans.batches]
+        if any(step is not ops.fused for _, step in chosen) or not plans.ready(self, inputs):
+            return False
+        for plan, batch, given in zip(plans.plans, plans.batches, inputs, strict=True):
+            plan.run(_hyperparameters(batch.group), given)
+        self._backend = chosen[-1][0] if chosen else self._backend
+        return True
 
     def step_projected(
         self, memories: Mapping[Tensor, Tensor], coefficients: Mapping[Tensor, Tensor]
@@ -294,43 +293,38 @@ class EWCAdamW(torch.optim.Optimizer):
         finally:
             self._projection = None
 
-    def _inputs(self, batch: _Batch, lr: float | Tensor) -> ops.Inputs:
-        memories, coefficients = self._projection or ({}, {})
-        none = torch.empty(0, dtype=torch.float64, device=batch.device)
+    def _inputs(self, batch: Batch) -> ops.Inputs:
+        lr = batch.group["lr"]
 
         def on_device(number: Tensor | None) -> Tensor | None:
             return None if number is None else number.to(batch.device, torch.float32)
 
         return ops.Inputs(
-            [memories.get(param, param[None][:0]) for param in batch.params] if memories else [],
-            [coefficients.get(param, none) for param in batch.params] if memories else [],
+            *self._rows(batch),
             on_device(lr) if _stays_on_device(lr) else None,
             # GradScaler sets these two for the time of a step.
             on_device(getattr(self, "grad_scale", None)),
             on_device(getattr(self, "found_inf", None)),
+            self._sums_of(batch),
         )
 
-    def _batches(self, group: dict[str, Any]) -> list[_Batch]:
-        """The group's parameters with gradients, by device and by whether they are protected."""
-        params = [param for param in group["params"] if param.grad is not None]
-        if any(param.grad.layout is not torch.strided for param in params):
-            self._refuse_sparse(group)
-        prepared = self._prepared.get(id(group))
-        if prepared is None or not prepared.is_current(params, group["amsgrad"], self.state):
-            prepared = self._prepared[id(group)] = self._prepare(params, group["amsgrad"])
-        return prepared.batches
+    def _rows(self, batch: Batch) -> tuple[list[Tensor], list[Tensor]]:
+        memories, coefficients = self._projection or ({}, {})
+        if not memories:
+            return [], []
+        none = torch.empty(0, dtype=torch.float64, device=batch.device)
+        return (
+            [memories.get(param, param[None][:0]) for param in batch.params],
+            [coefficients.get(param, none) for param in batch.params],
+        )
 
-    def _prepare(self, params: list[Tensor], amsgrad: bool) -> _Prepared:
-        batches: dict[tuple[torch.device, bool], _Batch] = {}
-        for param in params:
-            state = self.state[param]
-            if "step" not in state or (amsgrad and "max_exp_avg_sq" not in state):
-                _start_moments(state, param, amsgrad)
-            key = (param.device, "importance" in state)
-            if key not in batches:
-                batches[key] = _Batch(param.device, amsgrad, "importance" in state)
-            batches[key].add(param, state)
-        return _Prepared(params, amsgrad, list(batches.values()))
+    def _sums_of(self, batch: Batch) -> Tensor | None:
+        if not batch.group["track_penalty"] or not batch.is_protected:
+            return None
+        key = (id(batch.group), batch.device)
+        if key not in self._sums:
+            self._sums[key] = torch.zeros(2, dtype=torch.float64, device=batch.device)
+        return self._sums[key]
 
     @staticmethod
     def _refuse_sparse(group: dict[str, Any]) -> None:
@@ -382,36 +376,19 @@ class EWCAdamW(torch.optim.Optimizer):
         if anchors not in ANCHORS:
             raise ValueError(f"anchors must be one of {ANCHORS}, not {anchors!r}.")
         matched = list(self._match(importance, model, strict))
-        merge = self._merge_exact if anchors == "exact" else self._merge_latest
-        self._prepared.clear()  # it would keep the replaced tensors alive
+        self._plans = None  # it would keep the replaced tensors alive
+        self._batches = []
+        groups = {param: group for group in self.param_groups for param in group["params"]}
+        _warn_of_rounded_anchors([param for param, _ in matched], groups)
         for param, new in matched:
-            merge(param, new, decay)
+            state = self.state[param]
+            protection.merge(state, param, new, decay, groups[param], exact=anchors == "exact")
             if reset_state:
-                for key in ("step", *_MOMENTS):
-                    self.state[param].pop(key, None)
-
-    def _merge_latest(self, param: Tensor, new: Tensor | None, decay: float) -> None:
-        """F ← dF + F_new, θ* ← θ."""
-        state = self.state[param]
-        if "importance" in state:
-            state["importance"].mul_(decay)
-        if new is not None:
-            state["importance"] = _wide(param, new).add_(state.get("importance", 0.0))
-        if "importance" in state:
-            state["anchor"] = param.detach().clone(memory_format=torch.preserve_format)
-
-    def _merge_exact(self, param: Tensor, new: Tensor | None, decay: float) -> None:
-        """F̄ ← dF̄ + F, θ̄ ← θ̄ + (F/F̄)(θ − θ̄): dF̄(·−θ̄)² + F(·−θ)² up to a constant."""
-        state = self.state[param]
-        if "importance" in state:
-            state["importance"].mul_(decay)
-        if new is None:
-            return
-        theta, new = _wide(param, param.detach()), _wide(param, new)
-        total = state["importance"] = new + state.get("importance", 0.0)
-        anchor = _wide(param, state["anchor"]) if "anchor" in state else theta
-        moved = anchor + new / total * (theta - anchor)
-        state["anchor"] = torch.where(total == 0, theta, moved)
+                for key in ("step", *MOMENTS):
+                    state.pop(key, None)
+        mean = protection.mean_importance(self._protected_states())
+        for group in self.param_groups:
+            group["importance_mean"] = mean
 
     def _match(
         self, importance: Mapping[str, Tensor] | None, model: torch.nn.Module | None, strict: bool
@@ -466,25 +443,105 @@ class EWCAdamW(torch.optim.Optimizer):
             named.update(zip(group["param_names"], group["params"], strict=True))
         return named
 
+    def _protected_states(self) -> list[tuple[Tensor, dict[str, Any]]]:
+        return [
+            (param, self.state[param])
+            for param in self._params()
+            if param in self.state and "importance" in self.state[param]
+        ]
+
+    # --- frozen weights ---------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def freeze(self, fraction: float = 0.05) -> int:
+        """Pin the most important weights: they keep their bits, whatever is stepped or merged.
+
+        The most important ones of all protected parameters together, λ aside; of equally important
+        ones, those that come first. Weights that are frozen already count towards the fraction, and
+        stay frozen even if it is smaller. A frozen weight is left out of the penalty.
+
+        Args:
+            fraction: Of the protected weights, in [0, 1].
+
+        Returns:
+            How many weights are frozen now.
+
+        Raises:
+            ValueError: ``fraction`` is out of range.
+            RuntimeError: Nothing has been consolidated.
+        """
+        if not 0.0 <= fraction <= 1.0:
+            raise ValueError(f"fraction must be in [0, 1], not {fraction}.")
+        states = self._protected_states()
+        if not states:
+            raise RuntimeError("freeze() needs importance: call consolidate() first.")
+        return protection.freeze(states, fraction)
+
+    @torch.no_grad()
+    def unfreeze(self) -> None:
+        """Let all frozen weights move again; they are as important as they were."""
+        for _, state in self._protected_states():
+            protection.unfreeze(state)
+
+    # --- what is known of the protection ----------------------------------------------------------
+
+    @torch.no_grad()
+    def protected(self) -> Iterator[Protected]:
+        """What protects each parameter that is protected, in the optimizer's order."""
+        for group in self.param_groups:
+            names = group.get("param_names", [None] * len(group["params"]))
+            for name, param in zip(names, group["params"], strict=True):
+                state = self.state.get(param, {})
+                if "importance" in state:
+                    importance, frozen = protection.read(state, param)
+                    anchor = state["anchor"]
+                    yield Protected(name, param, importance, frozen, anchor, group["ewc_lambda"])
+
     @torch.no_grad()
     def penalty(self) -> Tensor:
-        """The penalty at the current weights, Σ_groups λ Σ F (θ − θ*)².
+        """The penalty at the current weights, Σ_groups λ Σ F (θ − θ*)², frozen ones left out.
 
         Returns:
             A detached 0-dim float32 tensor (float64 where a parameter is) on the first parameter's
             device; 0 before the first :meth:`consolidate`.
         """
-        terms = [
-            (state["importance"] * (param - state["anchor"]).to(ops.state_dtype(param)).square())
-            .sum()
-            .mul(group["ewc_lambda"])
-            for group in self.param_groups
-            for param in group["params"]
-            if param in self.state and "importance" in (state := self.state[param])
-        ]
+        terms = []
+        for _, param, importance, frozen, anchor, ewc_lambda in self.protected():
+            drift = weight_of(param, self.state[param]) - anchor
+            squares = importance.masked_fill(frozen, 0.0) * drift.square()
+            terms.append(squares.sum().mul(ewc_lambda))
         if not terms:
             return torch.zeros((), device=next(self._params()).device)
         return torch.stack([term.to(terms[0].device) for term in terms]).sum()
+
+    @property
+    def last_penalty(self) -> Tensor:
+        """The penalty as the last step met it, Σ_groups λ Σ F (θ − θ*)² before the update.
+
+        Summed by the step itself, in the same order each time, over the parameters that it updated;
+        nothing waits for a GPU until the number is read. A detached 0-dim float64 tensor on the
+        first parameter's device; 0 before the first step after :meth:`consolidate`.
+
+        Raises:
+            RuntimeError: The optimizer was made without ``track_penalty=True``.
+        """
+        return self._tracked("last_penalty")[:, 0].sum()
+
+    @property
+    def last_drift(self) -> Tensor:
+        """‖θ − θ*‖ of each group as the last step met it: float64 [groups]; see `last_penalty`."""
+        return self._tracked("last_drift")[:, 1].sqrt()
+
+    def _tracked(self, what: str) -> Tensor:
+        if not any(group["track_penalty"] for group in self.param_groups):
+            raise RuntimeError(f"{what} needs an optimizer made with track_penalty=True.")
+        device = next(self._params()).device
+        nothing = torch.zeros(2, dtype=torch.float64, device=device)
+        rows = [
+            [sums.to(device) for (group_id, _), sums in self._sums.items() if group_id == id(group)]
+            for group in self.param_groups
+        ]
+        return torch.stack([sum(of_group, start=nothing) for of_group in rows])
 
     # --- state ------------------------------------------------------------------------------------
 
@@ -502,25 +559,27 @@ class EWCAdamW(torch.optim.Optimizer):
             ValueError: The state dict is truncated or belongs to other parameters. The optimizer
                 is unchanged then.
         """
-        loaded: dict[int, dict[str, Any]] = {}
+        saved: dict[int, dict[str, Any]] = {}
 
         def check(
             optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]
         ) -> dict[str, Any] | None:
-            state_dict = self._from_adamw(state_dict)
-            self._check_state_dict(state_dict)
+            state_dict = from_adamw(state_dict, self.param_groups)
+            names = [_name(g, param) for g in self.param_groups for param in g["params"]]
+            check_state_dict(state_dict, self.param_groups, names)
+            for group in state_dict["param_groups"]:
+                _check_group({**self.defaults, **group})
             indices = [index for group in state_dict["param_groups"] for index in group["params"]]
-            loaded.update(
-                {i: state_dict["state"].get(index, {}) for i, index in enumerate(indices)}
-            )
+            saved.update({i: state_dict["state"].get(index, {}) for i, index in enumerate(indices)})
             return state_dict
 
         def restore(optimizer: torch.optim.Optimizer) -> None:
             # torch casts all state but `step` to the parameter's dtype, and `step` stays the very
             # tensor of the state dict, which the next step would advance.
+            groups = {param: group for group in self.param_groups for param in group["params"]}
             for index, param in enumerate(self._params()):
-                for key, value in loaded[index].items():
-                    self.state[param][key] = _loaded(key, value, param)
+                for key, value in saved[index].items():
+                    self.state[param][key] = loaded(key, value, param, groups[param])
 
         # The check comes after the user's own hooks, which may replace the state dict.
         first = self.register_load_state_dict_pre_hook(check)
@@ -530,74 +589,6 @@ class EWCAdamW(torch.optim.Optimizer):
         finally:
             first.remove()
             last.remove()
-
-    def _from_adamw(self, state_dict: dict[str, Any]) -> dict[str, Any]:
-        """A state dict of torch's AdamW with what it lacks; any other as it is."""
-        groups = state_dict.get("param_groups", ())
-        if not groups or not all("decoupled_weight_decay" in group for group in groups):
-            return state_dict
-        if any(not g["decoupled_weight_decay"] and g["weight_decay"] != 0 for g in groups):
-            raise ValueError(
-                "the state dict is one of torch.optim.Adam with weight decay in the gradient, "
-                "which this optimizer does not have."
-            )
-        groups = [
-            {**{key: here[key] for key in ("ewc_lambda", "penalty")}, **group}
-            for here, group in zip(self.param_groups, groups, strict=False)
-        ] + list(groups[len(self.param_groups) :])
-        for group in groups:
-            del group["decoupled_weight_decay"]
-        return {**state_dict, "param_groups": groups}
-
-    def _check_state_dict(self, state_dict: dict[str, Any]) -> None:
-        for key in ("state", "param_groups"):
-            if key not in state_dict:
-                raise ValueError(f"the state dict is truncated: it has no {key!r}.")
-        groups = state_dict["param_groups"]
-        if [len(group.get("params", ())) for group in groups] != [
-            len(group["params"]) for group in self.param_groups
-        ]:
-            raise ValueError(
-                "the state dict belongs to other parameters: its groups have "
-                f"{[len(group.get('params', ())) for group in groups]} parameters, this "
-                f"optimizer's have {[len(group['params']) for group in self.param_groups]}."
-            )
-        for number, group in enumerate(groups):
-            for key in _HYPERPARAMETERS:
-                if key not in group:
-                    raise ValueError(
-                        f"the state dict is truncated: its group {number} has no {key!r}."
-                    )
-            _hyperparameters(group)
-        indices = [index for group in groups for index in group["params"]]
-        amsgrad = {index: group["amsgrad"] for group in groups for index in group["params"]}
-        names = {
-            index: _name(group, param)
-            for index, (group, param) in zip(
-                indices,
-                ((g, p) for g in self.param_groups for p in g["params"]),
-                strict=True,
-            )
-        }
-        for index, param in zip(indices, self._params(), strict=True):
-            state = state_dict["state"].get(index, {})
-            required: set[str] = set()
-            if state.keys() & {"step", *_MOMENTS}:
-                required |= {"step", "exp_avg", "exp_avg_sq"}
-                required |= {"max_exp_avg_sq"} if amsgrad[index] else set()
-            if state.keys() & {"importance", "anchor"}:
-                required |= {"importance", "anchor"}
-            for key in sorted(required):
-                if key not in state:
-                    raise ValueError(
-                        f"the state dict is truncated: parameter {names[index]} has no {key!r}."
-                    )
-                if key != "step" and state[key].shape != param.shape:
-                    raise ValueError(
-                        f"the state dict belongs to other parameters: {key!r} of parameter "
-                        f"{names[index]} has shape {tuple(state[key].shape)}, not "
-                        f"{tuple(param.shape)}."
-                    )
 
 
 def _choose(group: Mapping[str, Any], device: torch.device) -> tuple[str, ops.Step]:
@@ -614,9 +605,20 @@ def _stays_on_device(lr: float | Tensor) -> TypeGuard[Tensor]:
     return isinstance(lr, Tensor) and lr.device.type != "cpu"
 
 
+def _check_group(group: Mapping[str, Any]) -> None:
+    _hyperparameters(group)
+    check_formats(group)
+    if not 0.0 <= group["importance_damping"] < math.inf:
+        raise ValueError(
+            f"importance_damping must be finite and at least 0, not {group['importance_damping']}."
+        )
+
+
 def _hyperparameters(group: Mapping[str, Any]) -> ops.Hyperparameters:
     beta1, beta2 = group["betas"]
     lr = group["lr"]
+    mean = group["importance_mean"]
+    damping = group["importance_damping"] / mean if mean > 0.0 else 0.0
     return ops.Hyperparameters(
         lr=0.0 if _stays_on_device(lr) else float(lr),
         beta1=beta1,
@@ -624,42 +626,24 @@ def _hyperparameters(group: Mapping[str, Any]) -> ops.Hyperparameters:
         eps=group["eps"],
         weight_decay=group["weight_decay"],
         ewc_lambda=group["ewc_lambda"],
+        damping=min(damping, sys.float_info.max),
         penalty=group["penalty"],
         amsgrad=group["amsgrad"],
         maximize=group["maximize"],
+        stochastic=group["rounding"] == "stochastic",
     )
 
 
-def _wide(param: Tensor, value: Tensor) -> Tensor:
-    """A copy in the dtype of the parameter's state, on its device, laid out like it."""
-    copy = torch.empty_like(
-        param, dtype=ops.state_dtype(param), memory_format=torch.preserve_format
-    )
-    return copy.copy_(value)
-
-
-def _start_moments(state: dict[str, Any], param: Tensor, amsgrad: bool) -> None:
-    def zeros() -> Tensor:
-        return torch.zeros_like(
-            param, dtype=ops.state_dtype(param), memory_format=torch.preserve_format
+def _warn_of_rounded_anchors(
+    params: list[Tensor], groups: Mapping[Tensor, Mapping[str, Any]]
+) -> None:
+    rounded = sum(protection.rounds_anchors(param, groups[param]) for param in params)
+    if rounded:
+        warnings.warn(
+            f"anchor_dtype rounds the anchors of {rounded} parameters: the penalty pulls them "
+            "towards weights that are up to 0.4 % off.",
+            stacklevel=3,
         )
-
-    if "step" not in state:
-        state["step"] = torch.zeros((), dtype=torch.float32, device=param.device)
-        state["exp_avg"] = zeros()
-        state["exp_avg_sq"] = zeros()
-    if amsgrad:
-        state["max_exp_avg_sq"] = zeros()
-
-
-def _loaded(key: str, value: Any, param: Tensor) -> Any:
-    if not isinstance(value, Tensor):
-        return value
-    if key == "step":
-        return value.to(param.device, torch.float32, copy=True)
-    dtype = value.dtype if key == "anchor" else ops.state_dtype(param)
-    copy = torch.empty_like(param, dtype=dtype, memory_format=torch.preserve_format)
-    return copy.copy_(value)
 
 
 def is_dtensor(param: Tensor) -> bool:

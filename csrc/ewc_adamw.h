@@ -8,8 +8,8 @@
 //   proximal    AdamW on g gives theta'; theta <- theta* + (theta' - theta*) / (1 + c),
 //               c = 2 lr lambda F
 //
-// Adam's own step may be damped where a weight is important, by 1 / (1 + damping F). The sign bit of
-// a stored importance marks a frozen weight, which keeps its bits.
+// Adam's own step may be damped where a weight is important, by 1 / (1 + damping F). The sign bit
+// of a stored importance marks a frozen weight, which keeps its bits.
 #pragma once
 
 #include <cfloat>
@@ -59,7 +59,7 @@ struct DeviceNumbers {
 
 // What Adam's moments lack in the first steps, which begin with 0.
 struct BiasCorrections {
-  double first;        // 1 - beta1^step
+  double first;            // 1 - beta1^step
   double inv_sqrt_second;  // 1 / sqrt(1 - beta2^step)
 
   CL_OPTIM_HD BiasCorrections(const EWCAdamWOptions& o, double step)
@@ -79,7 +79,7 @@ struct EWCAdamWConstants {
   T inv_sqrt_bias2;  // 1 / sqrt(1 - beta2^step)
   T pull;            // 2 lambda, times lr unless the penalty goes into the gradient
   T damping;
-  T grad_factor;     // 1 / GradScaler's scale, negative to maximize
+  T grad_factor;  // 1 / GradScaler's scale, negative to maximize
 
   CL_OPTIM_HD EWCAdamWConstants(const EWCAdamWOptions& o, const DeviceNumbers& numbers,
                                 const BiasCorrections& bias)
@@ -160,8 +160,8 @@ CL_OPTIM_HD EWCAdamWElement<T> ewc_adamw_element(EWCAdamWElement<T> x, T grad, T
 
 // One tensor as the kernels see it: `numel` elements of each array, in the same order in memory.
 // The gradient has the parameter's type. Moments and importance have the type of the arithmetic,
-// or are bfloat16 or blocks of codes (importance_codec.h); the anchor has the parameter's type, that
-// of the arithmetic or bfloat16. Null where the update does not use it.
+// or are bfloat16 or blocks of codes (importance_codec.h); the anchor has the parameter's type,
+// that of the arithmetic or bfloat16. Null where the update does not use it.
 struct EWCAdamWTensor {
   void* param;
   const void* grad;

@@ -147,8 +147,8 @@ class EWCAdamWArguments {
     const ScalarType type = given.scalar_type();
     const ScalarType wide = arithmetic_type(type);
     const bool is_protected = !lists.importances.empty();
-    const bool row_major = is_codes(lists.exp_avgs[i]) ||
-                           (is_protected && is_codes(lists.importances[i]));
+    const bool row_major =
+        is_codes(lists.exp_avgs[i]) || (is_protected && is_codes(lists.importances[i]));
     const bool in_place = row_major ? given.is_contiguous() : is_dense(given);
     const Tensor param = in_place ? given : copy(given, given, true, row_major);
 
@@ -170,21 +170,22 @@ class EWCAdamWArguments {
       const Tensor& anchor = lists.anchors[i];
       t.importance_kind = state_kind("importances", importance, i, wide);
       t.importance = read("importances", importance, i, param, importance.scalar_type());
-      const bool other = anchor.scalar_type() == wide ||
-                         (anchor.scalar_type() == ScalarType::BFloat16 && wide == ScalarType::Float);
+      const bool other =
+          anchor.scalar_type() == wide ||
+          (anchor.scalar_type() == ScalarType::BFloat16 && wide == ScalarType::Float);
       t.anchor = read("anchors", anchor, i, param, other ? anchor.scalar_type() : type);
       t.anchor_kind = scalar_kind(anchor.scalar_type(), "anchors", i);
     }
     if (!lists.compensations.empty() && lists.compensations[i].numel() != 0) {
-      check(type == ScalarType::BFloat16, "compensations[", i,
-            "] must be empty: params[", i, "] is not bfloat16");
+      check(type == ScalarType::BFloat16, "compensations[", i, "] must be empty: params[", i,
+            "] is not bfloat16");
       t.compensation = static_cast<BFloat16*>(
           write("compensations", lists.compensations[i], i, param, ScalarType::BFloat16));
     }
     const Tensor& step = lists.steps[i];
-    check(step.numel() == 1 && step.scalar_type() == ScalarType::Float &&
-              on_same_device(step, given),
-          "steps[", i, "] must be one float32 number on the device of params[", i, "]");
+    check(
+        step.numel() == 1 && step.scalar_type() == ScalarType::Float && on_same_device(step, given),
+        "steps[", i, "] must be one float32 number on the device of params[", i, "]");
     t.step = static_cast<float*>(step.mutable_data_ptr());
     tensors_.push_back(t);
   }
@@ -283,9 +284,8 @@ class EWCAdamWArguments {
   // A copy in row-major order, or in the order of another tensor: empty_like keeps the strides of a
   // dense tensor and makes others contiguous.
   Tensor copy(const Tensor& order, const Tensor& tensor, bool written, bool row_major = false) {
-    Tensor copy = row_major
-                      ? torch::stable::new_empty(tensor, tensor.sizes(), tensor.scalar_type())
-                      : empty_like(order, tensor.scalar_type());
+    Tensor copy = row_major ? torch::stable::new_empty(tensor, tensor.sizes(), tensor.scalar_type())
+                            : empty_like(order, tensor.scalar_type());
     torch::stable::copy_(copy, tensor);
     if (written) {
       written_copies_.emplace_back(tensor, copy);
@@ -296,12 +296,10 @@ class EWCAdamWArguments {
   }
 
   static Tensor empty_like(const Tensor& tensor, ScalarType type) {
-    StableIValue stack[] = {torch::stable::detail::from(tensor),
-                            torch::stable::detail::from(std::optional(type)),
-                            torch::stable::detail::from(std::nullopt),
-                            torch::stable::detail::from(std::nullopt),
-                            torch::stable::detail::from(std::nullopt),
-                            torch::stable::detail::from(std::nullopt)};
+    StableIValue stack[] = {
+        torch::stable::detail::from(tensor),       torch::stable::detail::from(std::optional(type)),
+        torch::stable::detail::from(std::nullopt), torch::stable::detail::from(std::nullopt),
+        torch::stable::detail::from(std::nullopt), torch::stable::detail::from(std::nullopt)};
     STABLE_TORCH_ERROR_CODE_CHECK(
         torch_call_dispatcher("aten::empty_like", "", stack, TORCH_ABI_VERSION));
     return torch::stable::detail::to<Tensor>(stack[0]);

@@ -55,7 +55,8 @@ CL_OPTIM_SIMD_CLONES void update(const Arrays<T>& a, int64_t count,
   }
 }
 
-// --- one unit of arrays of other types ------------------------------------------------------------
+// --- one unit of arrays of other types
+// ------------------------------------------------------------
 
 template <typename Stored>
 CL_OPTIM_SIMD_CLONES void widen(const Stored* from, int64_t count, float* to) {
@@ -121,13 +122,13 @@ CL_OPTIM_SIMD_CLONES float largest_of(const float* values, int64_t count) {
 }
 
 CL_OPTIM_SIMD_CLONES void pack_log8(const float* from, int64_t count, const Random& random,
-                                      PackedBlock& to) {
+                                    PackedBlock& to) {
   const float scale = to.scale = block_scale(largest_of(from, count));
   for (int64_t i = 0; i < count; ++i) to.codes[i] = encode_log8(from[i], scale, random.bits[i]);
 }
 
 CL_OPTIM_SIMD_CLONES void pack_signed(const float* from, int64_t count, const Random& random,
-                                        PackedBlock& to) {
+                                      PackedBlock& to) {
   const float scale = to.scale = block_scale(largest_of(from, count));
   for (int64_t i = 0; i < count; ++i) to.codes[i] = encode_signed(from[i], scale, random.bits[i]);
 }
@@ -164,8 +165,7 @@ void write_moment(void* array, ScalarKind kind, int64_t first, int64_t count, co
     return narrow_stochastic(values, count, random, static_cast<BFloat16*>(array) + first);
   }
   PackedBlock& block = static_cast<PackedBlock*>(array)[first / kBlock];
-  is_signed ? pack_signed(values, count, random, block)
-            : pack_log8(values, count, random, block);
+  is_signed ? pack_signed(values, count, random, block) : pack_log8(values, count, random, block);
 }
 
 // The gradient with its memory rows, rounded as one that is stored.
@@ -219,7 +219,8 @@ CL_OPTIM_SIMD_CLONES PenaltySums sums_of(const Arrays<T>& a, int64_t count) {
   return sums;
 }
 
-// --- one piece of a tensor ------------------------------------------------------------------------
+// --- one piece of a tensor
+// ------------------------------------------------------------------------
 
 template <typename T>
 constexpr ScalarKind kArithmetic =
@@ -300,7 +301,8 @@ void update_piece(const EWCAdamWTensor& t, const Piece& piece, const EWCAdamWOpt
   const EWCAdamWConstants<T> k(options, numbers, bias);
   if (is_plain<T>(t) && !sums) {
     const auto at = [&](const void* array) {
-      return array ? read(array, kArithmetic<T>, piece.begin, 0, static_cast<T*>(nullptr)) : nullptr;
+      return array ? read(array, kArithmetic<T>, piece.begin, 0, static_cast<T*>(nullptr))
+                   : nullptr;
     };
     const Arrays<T> a{at(t.param),          at(t.grad),       at(t.exp_avg), at(t.exp_avg_sq),
                       at(t.max_exp_avg_sq), at(t.importance), at(t.anchor)};

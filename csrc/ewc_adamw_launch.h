@@ -14,8 +14,8 @@ inline Penalty parse_penalty(const std::string& name) {
   if (name == "gradient") return Penalty::gradient;
   if (name == "decoupled") return Penalty::decoupled;
   if (name == "proximal") return Penalty::proximal;
-  throw std::runtime_error("ewc_adamw_: penalty must be 'gradient', 'decoupled' or 'proximal', not '" +
-                           name + "'");
+  throw std::runtime_error(
+      "ewc_adamw_: penalty must be 'gradient', 'decoupled' or 'proximal', not '" + name + "'");
 }
 
 // Advances every tensor's step count and updates it. The arrays are in host memory.

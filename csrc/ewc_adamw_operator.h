@@ -20,8 +20,9 @@ void ewc_adamw_(const TensorList& params, const TensorList& grads, const TensorL
                 double lr, double beta1, double beta2, double eps, double weight_decay,
                 double ewc_lambda, double damping, const std::string& penalty, bool amsgrad,
                 bool maximize, bool stochastic) {
-  const EWCAdamWOptions options{lr,      beta1,   beta2,   eps,     weight_decay, ewc_lambda,
-                                damping, parse_penalty(penalty), amsgrad, maximize, stochastic};
+  const EWCAdamWOptions options{lr,           beta1,      beta2,     eps,
+                                weight_decay, ewc_lambda, damping,   parse_penalty(penalty),
+                                amsgrad,      maximize,   stochastic};
   EWCAdamWArguments arguments(
       {params, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, importances, anchors, compensations, steps},
       {grads, memories, coefficients}, amsgrad);

@@ -1,6 +1,6 @@
-// Launch plans: the step for the same parameters and state again and again, without handing a tensor
-// to an operator, which takes longer than updating a small one. Tensors are read through DLPack's C
-// interface, some 40 ns each.
+// Launch plans: the step for the same parameters and state again and again, without handing a
+// tensor to an operator, which takes longer than updating a small one. Tensors are read through
+// DLPack's C interface, some 40 ns each.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -162,9 +162,9 @@ struct Launcher {
               const DeviceNumbers& numbers, void* workspace, void* stream, int device);
 };
 
-// The step of some parameters of a group. It keeps their tensors, and is of use as long as these are
-// the ones that have a gradient and their state holds the same tensors in the same memory: ready()
-// looks.
+// The step of some parameters of a group. It keeps their tensors, and is of use as long as these
+// are the ones that have a gradient and their state holds the same tensors in the same memory:
+// ready() looks.
 template <const Launcher& launcher>
 class Plan {
  public:
@@ -195,7 +195,8 @@ class Plan {
     }
     tensors_.clear();
     for (size_t i = 0; i < members_.size(); ++i) {
-      Row& row = rows_[i];
+      const Row& row = rows_[i];
+      if (i + kAhead < members_.size()) prefetch(rows_[i + kAhead]);
       if (!is_same(group, members_[i]) || !is_current(row)) return false;
       const auto param = look(group_[members_[i]].ptr());
       const py::object grad_object = gradient(members_[i]);
@@ -222,10 +223,9 @@ class Plan {
            uintptr_t sums, double lr, double beta1, double beta2, double eps, double weight_decay,
            double ewc_lambda, double damping, const std::string& penalty, bool amsgrad,
            bool maximize, bool stochastic) {
-    const EWCAdamWOptions options{lr,         beta1,   beta2,
-                                  eps,        weight_decay,
-                                  ewc_lambda, damping, parse_penalty(penalty),
-                                  amsgrad,    maximize, stochastic};
+    const EWCAdamWOptions options{lr,           beta1,      beta2,     eps,
+                                  weight_decay, ewc_lambda, damping,   parse_penalty(penalty),
+                                  amsgrad,      maximize,   stochastic};
     const DeviceNumbers numbers{
         reinterpret_cast<const float*>(lr_tensor), reinterpret_cast<const float*>(grad_scale),
         reinterpret_cast<const float*>(found_inf), reinterpret_cast<PenaltySums*>(sums)};
@@ -240,13 +240,22 @@ class Plan {
   }
 
  private:
+  static constexpr size_t kAhead = 3;  // parameters
+
+  // A tensor of a parameter's state. Its sizes lie within torch's object, where its address is.
+  struct Place {
+    PyObject* tensor;
+    const void* address;
+    const char* sizes;
+  };
+
   // A parameter's state: its dict, what was in it, and where.
   struct Row {
     EWCAdamWTensor tensor{};
     Layout layout;
     py::dict state;
     std::vector<py::object> items;
-    std::vector<std::pair<PyObject*, void*>> addresses;
+    std::vector<Place> places;
   };
 
   bool is_same(const py::list& group, size_t i) const {
@@ -262,11 +271,19 @@ class Plan {
 
   static bool is_current(const Row& row) {
     if (!same_items(row.state, row.items)) return false;
-    for (const auto& [tensor, place] : row.addresses) {
-      const auto seen = look(tensor);
-      if (!seen || address(*seen) != place) return false;
+    for (const Place& place : row.places) {
+      const auto seen = look(place.tensor);
+      if (!seen || address(*seen) != place.address) return false;
     }
     return true;
+  }
+
+  // After a model's forward and backward pass nothing of this is in the cache, and to find it out
+  // takes longer than the step of a small parameter.
+  static void prefetch(const Row& row) {
+    for (const Place& place : row.places) {
+      for (int line = -1; line <= 1; ++line) __builtin_prefetch(place.sizes + 64 * line);
+    }
   }
 
   bool add(PyObject* object, const py::dict& state, Row& row) {
@@ -310,7 +327,7 @@ class Plan {
       if (!placed) return false;
       *array_kind = *seen_kind;
       *place = address(*seen);
-      row.addresses.emplace_back(tensor.ptr(), *place);
+      row.places.push_back({tensor.ptr(), *place, reinterpret_cast<const char*>(seen->shape)});
     }
     t.exp_avg = exp_avg;
     t.exp_avg_sq = exp_avg_sq;

@@ -18,7 +18,7 @@ struct PackedBlock {
 };
 static_assert(sizeof(PackedBlock) == 260);
 
-constexpr int kTop = 254;         // the code of the scale itself
+constexpr int kTop = 254;  // the code of the scale itself
 constexpr int kFrozen = 255;
 constexpr int kSignedTop = 127;
 constexpr int kSign = 128;
@@ -78,7 +78,8 @@ CL_OPTIM_HD float decode_signed(uint8_t code, float scale) {
   return code & kSign ? -value : value;
 }
 
-// --- stochastic rounding --------------------------------------------------------------------------
+// --- stochastic rounding
+// --------------------------------------------------------------------------
 
 // The finaliser of MurmurHash3.
 CL_OPTIM_HD uint32_t mix(uint32_t bits) {

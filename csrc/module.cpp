@@ -74,7 +74,8 @@ PYBIND11_MODULE(_C, m) {
       py::arg("numels"), "How many units of work tensors of these sizes make.");
   m.def("pieces", &pieces, py::arg("numels"), py::arg("begin"), py::arg("end"),
         "What the units from begin to end hold: (tensor, first element, last element + 1).");
-  m.def("decoded", &decoded, py::arg("is_signed"), "What each 8-bit code stands for, times its scale.");
+  m.def("decoded", &decoded, py::arg("is_signed"),
+        "What each 8-bit code stands for, times its scale.");
   cl_optim::bind_snapshot(m);
   cl_optim::bind_plan<kLauncher>(m);
 }

@@ -60,9 +60,7 @@ class MultiTensor {
   int64_t units() const { return first_unit_.back(); }
 
   // The unit in which a piece begins.
-  int64_t unit(const Piece& piece) const {
-    return first_unit_[piece.tensor] + piece.begin / kUnit;
-  }
+  int64_t unit(const Piece& piece) const { return first_unit_[piece.tensor] + piece.begin / kUnit; }
 
   template <typename F>
   void for_each(int64_t begin, int64_t end, F&& f) const {

@@ -98,13 +98,15 @@ CL_OPTIM_SIMD_CLONES void narrow_stochastic(const float* from, int64_t count, co
   for (int64_t i = 0; i < count; ++i) store_stochastic(to[i], from[i], random.bits[i]);
 }
 
-// The parameter and what it lacks of the weight. A frozen weight keeps both.
+// The parameter and what it lacks of the weight, rounded stochastically: steps far smaller than a
+// unit of the parameter's last place would come to the same error each time. A frozen weight keeps
+// both.
 CL_OPTIM_SIMD_CLONES void split(const float* weight, const float* importance, int64_t count,
-                                BFloat16* param, BFloat16* compensation) {
+                                const Random& random, BFloat16* param, BFloat16* compensation) {
   for (int64_t i = 0; i < count; ++i) {
     BFloat16 high, low;
     store(high, weight[i]);
-    store(low, weight[i] - load(high));
+    store_stochastic(low, weight[i] - load(high), random.bits[i]);
     const bool frozen = is_frozen(importance[i]);
     param[i].bits = frozen ? param[i].bits : high.bits;
     compensation[i].bits = frozen ? compensation[i].bits : low.bits;
@@ -284,7 +286,7 @@ void update_unit(const EWCAdamWTensor& t, int64_t first, int64_t count,
       if (t.compensation) {
         if constexpr (penalty == Penalty::none) std::fill(importance, importance + count, T{0});
         const float* marks = penalty == Penalty::none ? importance : a.importance;
-        split(a.param, marks, count, to, t.compensation + first);
+        split(a.param, marks, count, drawn(kParam), to, t.compensation + first);
       } else if (stochastic) {
         narrow_stochastic(a.param, count, drawn(kParam), to);
       } else {

@@ -335,7 +335,7 @@ def _store_weights(
     for i, (param, value) in enumerate(zip(params, theta, strict=True)):
         if compensations and compensations[i].numel():
             high = value.to(param.dtype)
-            low = (value - high).to(param.dtype)
+            low = codec.stochastic_bfloat16(value - high, random[i](0))
             kept = frozen[i] if frozen else torch.zeros((), dtype=torch.bool, device=param.device)
             param.copy_(torch.where(kept, param, high))
             compensations[i].copy_(torch.where(kept, compensations[i], low))

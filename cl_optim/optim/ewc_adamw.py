@@ -158,7 +158,9 @@ class EWCAdamW(torch.optim.Optimizer):
             "state_dtype": state_dtype,
             "rounding": rounding,
             "importance_damping": importance_damping,
-            "importance_mean": 0.0,  # F̂; 0 before the first consolidation
+            # What consolidate() leaves: F̂, and how often it was called.
+            "importance_mean": 0.0,
+            "consolidations": 0,
             "track_penalty": track_penalty,
             "amsgrad": amsgrad,
             "maximize": maximize,
@@ -389,6 +391,7 @@ class EWCAdamW(torch.optim.Optimizer):
         mean = protection.mean_importance(self._protected_states())
         for group in self.param_groups:
             group["importance_mean"] = mean
+            group["consolidations"] += 1
 
     def _match(
         self, importance: Mapping[str, Tensor] | None, model: torch.nn.Module | None, strict: bool

@@ -73,17 +73,22 @@ def write(
     merged = "importance" in state
     state.pop("frozen_codes", None)
     if format_ == "log8" and param.dtype != torch.float64:
-        random = codec.hashed(importance.contiguous()) if merged else None
+        random = _random(importance.contiguous(), group) if merged else None
         state["importance"] = codec.encode_log8(importance, random=random)
     else:
         dtype = float_dtype(param, "float32" if format_ == "float32" else "bfloat16")
         if dtype == torch.bfloat16:
             importance = importance.clamp(max=torch.finfo(dtype).max)
             if merged:
-                importance = codec.stochastic_bfloat16(importance, codec.hashed(importance))
+                importance = codec.stochastic_bfloat16(importance, _random(importance, group))
         state["importance"] = like(param, dtype).copy_(importance)
     if frozen is not None and frozen.any():
         _mark(state, frozen)
+
+
+def _random(importance: Tensor, group: Mapping[str, Any]) -> Tensor:
+    # The same increments to the same importance, again and again, must not be rounded alike.
+    return codec.hashed(importance, group["consolidations"])
 
 
 def _anchor(param: Tensor, state: Mapping[str, Any], group: Mapping[str, Any]) -> Tensor:

@@ -1,0 +1,524 @@
+"""Importance, anchors, moments and weights in fewer bytes: fused and reference, resuming."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import subprocess
+import sys
+import textwrap
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from ewc_adamw_cases import OFF_DEFAULT, Problem, Setting, make_optimizer, make_params, protect
+from torch import Tensor
+
+from cl_optim import _C, EWCAdamW
+from cl_optim.ops import importance_codec as codec
+
+# Blocks of codes that are full, begun and alone; 8-bit moments from 4 096 elements on.
+SHAPES = [(0,), (1,), (255,), (64, 4), (257,), (71, 73), (2, 3, 5, 7), ()]
+IMPORTANCE = ("float32", "bfloat16", "log8")
+MOMENTS = ("float32", "bfloat16", "8bit")
+ROUNDING = ("nearest", "stochastic", "kahan")
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture(autouse=True)
+def no_word_about_rounded_anchors():
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="anchor_dtype rounds")
+        yield
+
+
+def make(problem: Problem, penalty: str, formats: dict[str, Any], **options: Any) -> EWCAdamW:
+    named = [(f"p{i}", p) for i, p in enumerate(problem.params)]
+    settings = {**OFF_DEFAULT, "penalty": penalty, **formats, **options}
+    optimizer = EWCAdamW(named, **settings)
+    protect(optimizer, problem)
+    return optimizer
+
+
+def step(problem: Problem, optimizer: EWCAdamW, number: int) -> None:
+    problem.set_gradients(number, torch.float32)
+    optimizer.step()
+
+
+def values(state: dict[str, Any], key: str, param: Tensor) -> Tensor:
+    return codec.load_moment(state[key], param, signed=key == "exp_avg")
+
+
+def assert_close(a: EWCAdamW, b: EWCAdamW, share: float) -> None:
+    """Equal but for an ulp here and there, and where that tips a rounding."""
+    pairs = zip(a.param_groups[0]["params"], b.param_groups[0]["params"], strict=True)
+    for p, q in pairs:
+        ours, theirs = a.state[p], b.state[q]
+        assert ours.keys() == theirs.keys()
+        for key in ours:
+            x, y = ours[key], theirs[key].to(ours[key].device)
+            assert x.dtype == y.dtype
+            if key in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq"):
+                x, y = values(ours, key, p), values(theirs, key, q).to(x.device)
+            if key == "compensation":
+                x, y = (o.state[w]["compensation"].float() + w.float() for o, w in ((a, p), (b, q)))
+                y = y.to(x.device)
+            _mostly_close(x.float(), y.float(), share)
+        _mostly_close(p.detach().float(), q.detach().float().to(p.device), share)
+
+
+def _mostly_close(x: Tensor, y: Tensor, share: float) -> None:
+    apart = ~torch.isclose(x, y, rtol=3e-6, atol=1e-7)
+    assert apart.float().mean().nan_to_num() <= share
+    # Where a rounding tipped, it is the next value.
+    torch.testing.assert_close(x[apart], y[apart], rtol=0.1, atol=1e-4)
+
+
+@pytest.mark.parametrize("penalty", ["gradient", "decoupled", "proximal"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_fused_is_the_reference_in_every_format(dtype, penalty, device):
+    """From equal state, each step; no hyperparameter at its default."""
+    start = Problem.of(make_params(SHAPES, torch.float32))
+    anchors = (None, "float32", "bfloat16")
+    roundings = ROUNDING if dtype == torch.bfloat16 else ROUNDING[:1]
+    for number, (importance, anchor, moments, rounding) in enumerate(
+        itertools.product(IMPORTANCE, anchors, MOMENTS, roundings)
+    ):
+        formats = {
+            "importance_dtype": importance,
+            "anchor_dtype": anchor,
+            "state_dtype": moments,
+            "rounding": rounding,
+            "importance_damping": 0.4,
+            "amsgrad": number % 2 == 1,
+            "maximize": number % 3 == 1,
+        }
+        one, other = start.copy(dtype, device), start.copy(dtype)
+        fused = make(one, penalty, formats, fused=True)
+        reference = make(other, penalty, formats, foreach=True)
+        fused.freeze(0.1)
+        reference.freeze(0.1)
+        for count in range(3):
+            step(one, fused, count)
+            step(other, reference, count)
+            assert fused.backend == device
+            assert_close(fused, reference, share=5e-3)
+            reference.load_state_dict(copy.deepcopy(fused.state_dict()))
+            with torch.no_grad():
+                for p, q in zip(one.params, other.params, strict=True):
+                    q.copy_(p)
+
+
+def test_the_kernel_decodes_what_the_reference_decodes():
+    for is_signed, decode in ((False, codec.decode_log8), (True, codec.decode_signed)):
+        packed = torch.cat(
+            [torch.tensor([1.0]).view(torch.uint8), torch.arange(256, dtype=torch.uint8)]
+        )
+        expected = decode(packed[None], torch.Size([256]))
+        kernel = torch.tensor(_C.decoded(is_signed))
+        torch.testing.assert_close(kernel, expected, rtol=3e-7, atol=0.0)
+    assert torch.tensor(_C.decoded(False))[codec.FROZEN].signbit()
+
+
+@pytest.mark.parametrize("formats", [{}, {"importance_dtype": "log8", "state_dtype": "8bit"}])
+@pytest.mark.parametrize("implementation", [{"fused": True}, {"foreach": True}], ids=str)
+def test_other_memory_orders(formats, implementation):
+    """Codes are in row-major order; channels-last and transposed weights and gaps are not."""
+
+    def build(change) -> tuple[Problem, EWCAdamW]:
+        problem = Problem.of(make_params([(8, 16, 6, 6), (80, 70), (90, 50)], torch.float32))
+        problem.params = [torch.nn.Parameter(change(p.detach())) for p in problem.params]
+        return problem, make(problem, "gradient", formats, **implementation)
+
+    def strange(p: Tensor) -> Tensor:
+        if p.dim() == 4:
+            return p.to(memory_format=torch.channels_last)
+        if p.shape[0] == 80:
+            return p.t().contiguous().t()
+        return torch.empty(*p.shape, 2)[..., 0].copy_(p)
+
+    plain, odd = build(torch.clone), build(strange)
+    assert not any(p.is_contiguous() for p in odd[0].params)
+    for number in range(4):
+        step(*plain, number)
+        step(*odd, number)
+    for p, q in zip(plain[0].params, odd[0].params, strict=True):
+        if formats:  # else the moments are in other places, and nothing is rounded
+            assert torch.equal(p, q)
+        torch.testing.assert_close(p, q)
+
+
+def test_the_penalty_survives_log8():
+    start = Problem.of(make_params([(300, 100)], torch.float32))
+    start.importances = [10 ** (torch.randn(300, 100) - 3)]
+    exact, coded = (
+        make(start.copy(torch.float32), "gradient", {"importance_dtype": name}).penalty()
+        for name in ("float32", "log8")
+    )
+    assert abs(coded / exact - 1) <= 0.01
+
+
+class TestMerging:
+    """Twenty tasks, each of 3 % of the first one's importance."""
+
+    @pytest.mark.parametrize("importance_dtype", ["bfloat16", "log8"])
+    @pytest.mark.parametrize("increment", [0.03, 0.001])
+    def test_small_increments_are_not_lost(self, importance_dtype, increment):
+        weight = torch.nn.Parameter(torch.zeros(20_000))
+        optimizer = EWCAdamW([("w", weight)], importance_dtype=importance_dtype)
+        first = torch.rand(20_000) + 0.5
+        optimizer.consolidate({"w": first})
+        for _ in range(20):
+            optimizer.consolidate({"w": increment * first})
+        (protected,) = optimizer.protected()
+        expected = 1 + 20 * increment
+        assert abs((protected.importance / first).mean() / expected - 1) < 3e-3
+        # What increments the state of one replica increments another's.
+        again = EWCAdamW([("w", weight)], importance_dtype=importance_dtype)
+        again.consolidate({"w": first})
+        for _ in range(20):
+            again.consolidate({"w": increment * first})
+        assert torch.equal(again.state[weight]["importance"], optimizer.state[weight]["importance"])
+
+    @pytest.mark.parametrize("importance_dtype", ["bfloat16", "log8"])
+    def test_decay_and_zeros(self, importance_dtype):
+        weight = torch.nn.Parameter(torch.zeros(5000))
+        optimizer = EWCAdamW([("w", weight)], importance_dtype=importance_dtype)
+        optimizer.consolidate({"w": torch.cat([torch.zeros(2500), torch.rand(2500)])})
+        optimizer.consolidate({"w": torch.zeros(5000)}, decay=0.5)
+        (protected,) = optimizer.protected()
+        assert (protected.importance[:2500] == 0).all()
+        assert abs(protected.importance[2500:].mean() - 0.25) < 0.02
+        optimizer.consolidate({"w": torch.zeros(5000)}, decay=0.0)
+        assert next(optimizer.protected()).importance.abs().max() == 0
+
+
+class TestAnchors:
+    def test_a_word_where_bfloat16_cannot_hold_the_weights(self):
+        weight = torch.nn.Parameter(torch.randn(50))
+        optimizer = EWCAdamW([("w", weight)], anchor_dtype="bfloat16")
+        with pytest.warns(UserWarning, match="anchor_dtype rounds the anchors of 1 parameter"):
+            optimizer.consolidate({"w": torch.ones(50)})
+        assert optimizer.state[weight]["anchor"].dtype == torch.bfloat16
+
+    def test_none_where_it_can(self):
+        weight = torch.nn.Parameter(torch.randn(50).bfloat16())
+        other = torch.nn.Parameter(torch.randn(50).bfloat16().float())
+        optimizer = EWCAdamW([("w", weight), ("o", other)], anchor_dtype="bfloat16")
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            optimizer.consolidate({"w": torch.ones(50), "o": torch.ones(50)})
+        assert optimizer.penalty() == 0
+
+    def test_exact_anchors_are_wide(self):
+        weight = torch.nn.Parameter(torch.randn(50).bfloat16())
+        optimizer = EWCAdamW([("w", weight)], anchor_dtype="bfloat16", importance_dtype="log8")
+        optimizer.consolidate({"w": torch.ones(50)}, anchors="exact")
+        assert optimizer.state[weight]["anchor"].dtype == torch.float32
+
+    def test_float32_anchors_have_what_kahan_keeps(self):
+        weight = torch.nn.Parameter(torch.ones(50).bfloat16())
+        optimizer = EWCAdamW([("w", weight)], lr=1e-4, rounding="kahan", anchor_dtype="float32")
+        weight.grad = torch.ones_like(weight)
+        optimizer.step()
+        optimizer.consolidate({"w": torch.ones(50)})
+        anchor = optimizer.state[weight]["anchor"]
+        assert ((anchor < 1) & (anchor > 0.999)).all()
+        assert (weight == 1).all()
+        assert optimizer.penalty() == 0
+
+
+class TestRounding:
+    """Steps of 1e-4 at weights of 1: far below half a unit of bfloat16's last place, 2⁻⁹."""
+
+    def run(self, dtype: torch.dtype, implementation: dict[str, bool], **options: Any) -> Tensor:
+        weight = torch.nn.Parameter(torch.linspace(1.0, 1.9, 4000).to(dtype))
+        optimizer = EWCAdamW([weight], lr=1e-4, weight_decay=0.0, **options, **implementation)
+        for number in range(300):
+            weight.grad = torch.full_like(weight, 1 + 0.1 * (number % 3))
+            optimizer.step()
+        kept = optimizer.state[weight].get("compensation", torch.zeros(()))
+        begun = torch.linspace(1.0, 1.9, 4000).to(dtype)
+        return weight.detach().float() + kept.float() - begun.float()
+
+    @pytest.mark.parametrize("implementation", [{"fused": True}, {"foreach": True}], ids=str)
+    def test_bfloat16_follows_float32_where_it_would_stall(self, implementation):
+        moved = self.run(torch.float32, implementation).mean()
+        assert abs(moved + 0.03) < 2e-3
+        assert self.run(torch.bfloat16, implementation).abs().max() == 0
+        stochastic = self.run(torch.bfloat16, implementation, rounding="stochastic")
+        assert abs(stochastic.mean() / moved - 1) < 0.02
+        kahan = self.run(torch.bfloat16, implementation, rounding="kahan")
+        torch.testing.assert_close(kahan, moved.expand(4000), rtol=0.01, atol=0.0)
+
+    def test_other_dtypes_are_not_concerned(self):
+        moved = self.run(torch.float32, {})
+        assert torch.equal(self.run(torch.float32, {}, rounding="kahan"), moved)
+        assert torch.equal(self.run(torch.float32, {}, rounding="stochastic"), moved)
+
+    @pytest.mark.parametrize("rounding", ["stochastic", "kahan"])
+    def test_not_for_float16(self, rounding):
+        weight = torch.nn.Parameter(torch.ones(3).half())
+        with pytest.raises(ValueError, match=r"rounding must be 'nearest' for parameter 0 of its"):
+            EWCAdamW([weight], rounding=rounding)
+
+
+class TestMoments:
+    @pytest.mark.parametrize("implementation", [{"fused": True}, {"foreach": True}], ids=str)
+    @pytest.mark.parametrize("state_dtype", ["bfloat16", "8bit"])
+    def test_the_second_moment_decays_as_it_should(self, state_dtype, implementation):
+        """It loses 0.1 % a step, which rounding to the nearest value would never do."""
+        weight = torch.nn.Parameter(torch.zeros(8192))
+        optimizer = EWCAdamW([weight], state_dtype=state_dtype, **implementation)
+        weight.grad = 1 + torch.rand(8192)
+        optimizer.step()
+        before = values(optimizer.state[weight], "exp_avg_sq", weight).double()
+        weight.grad.zero_()
+        for _ in range(300):
+            optimizer.step()
+        after = values(optimizer.state[weight], "exp_avg_sq", weight).double()
+        assert abs((after / before).mean() / 0.999**300 - 1) < 0.02
+
+    @pytest.mark.parametrize("state_dtype", ["bfloat16", "8bit"])
+    def test_training_goes_as_with_float32(self, state_dtype):
+        def loss_after(state_dtype: str) -> float:
+            torch.manual_seed(0)
+            model = torch.nn.Sequential(
+                torch.nn.Linear(64, 128), torch.nn.Tanh(), torch.nn.Linear(128, 64)
+            )
+            x = torch.randn(512, 64)
+            y = torch.tanh(x @ torch.randn(64, 64) / 8)
+            optimizer = EWCAdamW(model.parameters(), lr=3e-3, state_dtype=state_dtype)
+            for _ in range(150):
+                optimizer.zero_grad()
+                loss = (model(x) - y).square().mean()
+                loss.backward()
+                optimizer.step()
+            return loss.item()
+
+        exact = loss_after("float32")
+        assert loss_after(state_dtype) < 1.15 * exact
+
+    @pytest.mark.parametrize("implementation", [{"fused": True}, {"foreach": True}], ids=str)
+    def test_a_gradient_that_is_not_a_number_shows(self, implementation):
+        weight = torch.nn.Parameter(torch.ones(8192))
+        optimizer = EWCAdamW([weight], state_dtype="8bit", **implementation)
+        weight.grad = torch.ones(8192)
+        weight.grad[5000] = torch.nan
+        optimizer.step()
+        assert weight[5000].isnan()
+        assert weight.isnan().sum() == 1
+        moment = values(optimizer.state[weight], "exp_avg_sq", weight)
+        assert moment[5000 // 256 * 256 : 5000 // 256 * 256 + 256].isnan().all()
+        assert moment[:4864].isfinite().all()
+
+
+BYTES = [
+    # parameter, options, bytes of state per element without protection, and with
+    (torch.float32, {}, 8, 16),
+    (torch.float32, {"importance_dtype": "bfloat16"}, 8, 14),
+    (torch.float32, {"importance_dtype": "log8"}, 8, 13 + 4 / 256),
+    (torch.float32, {"importance_dtype": "log8", "anchor_dtype": "bfloat16"}, 8, 11 + 4 / 256),
+    (torch.float32, {"importance_dtype": "log8", "state_dtype": "8bit"}, 2 + 8 / 256, 7 + 12 / 256),
+    (torch.bfloat16, {}, 8, 14),
+    (torch.bfloat16, {"importance_dtype": "log8"}, 8, 11 + 4 / 256),
+    (torch.bfloat16, {"importance_dtype": "log8", "state_dtype": "bfloat16"}, 4, 7 + 4 / 256),
+    (torch.bfloat16, {"importance_dtype": "log8", "state_dtype": "8bit", "rounding": "kahan"},
+     4 + 8 / 256, 7 + 12 / 256),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("dtype", "options", "plain", "protected"), BYTES)
+def test_bytes_of_state_per_weight(dtype, options, plain, protected):
+    """The table in the README."""
+    weight = torch.nn.Parameter(torch.randn(256 * 400).to(dtype))
+    optimizer = EWCAdamW([("w", weight)], **options)
+
+    def measured() -> float:
+        tensors = [t for t in optimizer.state[weight].values() if t.dim()]
+        return sum(t.nbytes for t in tensors) / weight.numel()
+
+    weight.grad = torch.ones_like(weight)
+    optimizer.step()
+    assert measured() == plain
+    optimizer.consolidate({"w": torch.rand(weight.shape)})
+    optimizer.step()
+    assert measured() == protected
+
+
+RESUME = """
+    import itertools, sys, warnings, torch
+    from cl_optim import EWCAdamW
+    warnings.simplefilter("ignore")
+    begin, end, source, target = sys.argv[1:]
+    saved = torch.load(source, weights_only=True) if source != "-" else {}
+
+    def run(implementation, dtype, before):
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(
+            torch.nn.Linear(80, 70), torch.nn.Tanh(), torch.nn.Linear(70, 60)
+        ).to(dtype)
+        optimizer = EWCAdamW(
+            model.named_parameters(), lr=1e-2, ewc_lambda=3.0, importance_dtype="log8",
+            anchor_dtype="bfloat16", state_dtype="8bit", importance_damping=0.5,
+            track_penalty=True, rounding="kahan" if dtype == torch.bfloat16 else "nearest",
+            **{implementation: True},
+        )
+        if before:
+            model.load_state_dict(before["model"])
+            optimizer.load_state_dict(before["optimizer"])
+        for step in range(int(begin), int(end)):
+            generator = torch.Generator().manual_seed(step)
+            x = torch.randn(16, 80, generator=generator).to(dtype)
+            optimizer.zero_grad()
+            (model(x) - x[:, :60]).square().mean().backward()
+            optimizer.step()
+            if step in (20, 30):
+                fisher = {n: p.grad.float() ** 2 for n, p in model.named_parameters()}
+                optimizer.consolidate(fisher)
+                optimizer.freeze(0.05)
+        return {
+            "model": model.state_dict(), "optimizer": optimizer.state_dict(),
+            "penalty": optimizer.last_penalty,
+        }
+
+    torch.save({
+        f"{implementation} {dtype}": run(
+            implementation, dtype, saved.get(f"{implementation} {dtype}")
+        )
+        for implementation in ("fused", "foreach")
+        for dtype in (torch.float32, torch.bfloat16)
+    }, target)
+"""
+
+
+def test_a_fresh_process_resumes_bit_for_bit(tmp_path):
+    def run(begin: int, end: int, source: str, target: str) -> Any:
+        path = tmp_path / target
+        source = "-" if source == "-" else str(tmp_path / source)
+        command = [sys.executable, "-c", textwrap.dedent(RESUME), str(begin), str(end), source]
+        subprocess.run([*command, str(path)], check=True)
+        return torch.load(path, weights_only=True)
+
+    whole = run(0, 100, "-", "whole")
+    run(0, 50, "-", "half")
+    resumed = run(50, 100, "half", "resumed")
+    assert len(whole) == 4
+    assert all(run["penalty"] > 0 for run in whole.values())
+
+    def compare(a: Any, b: Any) -> None:
+        if isinstance(a, Tensor):
+            assert torch.equal(a, b)
+            assert a.dtype == b.dtype
+        elif isinstance(a, dict):
+            assert a.keys() == b.keys()
+            for key in a:
+                compare(a[key], b[key])
+        elif isinstance(a, (list, tuple)):
+            for x, y in zip(a, b, strict=True):
+                compare(x, y)
+        else:
+            assert a == b
+
+    compare(whole, resumed)
+
+
+class TestStateDicts:
+    def test_adamw_moments_take_the_format_that_was_asked_for(self):
+        weight = torch.nn.Parameter(torch.randn(5000))
+        adamw = torch.optim.AdamW([weight])
+        for number in range(3):
+            weight.grad = torch.randn(5000, generator=torch.Generator().manual_seed(number))
+            adamw.step()
+        optimizer = EWCAdamW([weight], state_dtype="8bit", importance_dtype="log8")
+        optimizer.load_state_dict(adamw.state_dict())
+        state = optimizer.state[weight]
+        assert state["exp_avg"].dtype == torch.uint8
+        expected = adamw.state[weight]["exp_avg"]
+        torch.testing.assert_close(values(state, "exp_avg", weight), expected, rtol=0.05, atol=1e-5)
+        assert optimizer.param_groups[0]["importance_dtype"] == "log8"
+        optimizer.step()
+
+    def test_16_bit_adamw_moments_are_widened(self):
+        weight = torch.nn.Parameter(torch.randn(5000).bfloat16())
+        adamw = torch.optim.AdamW([weight])
+        weight.grad = torch.randn(5000).bfloat16()
+        adamw.step()
+        optimizer = EWCAdamW([weight])
+        optimizer.load_state_dict(adamw.state_dict())
+        assert optimizer.state[weight]["exp_avg"].dtype == torch.float32
+
+    def test_frozen_weights_are_in_it(self):
+        weight = torch.nn.Parameter(torch.randn(5000))
+        for name in IMPORTANCE:
+            optimizer = EWCAdamW([("w", weight)], importance_dtype=name)
+            optimizer.consolidate({"w": torch.rand(5000)})
+            optimizer.freeze(0.1)
+            other = EWCAdamW([("w", weight)], importance_dtype=name)
+            other.load_state_dict(optimizer.state_dict())
+            (ours,), (theirs,) = optimizer.protected(), other.protected()
+            assert torch.equal(ours.frozen, theirs.frozen)
+            assert torch.equal(ours.importance, theirs.importance)
+            other.unfreeze()
+            assert torch.equal(next(other.protected()).importance, ours.importance)
+
+    def test_codes_of_other_parameters(self):
+        weight = torch.nn.Parameter(torch.randn(5000))
+        optimizer = EWCAdamW([("w", weight)], importance_dtype="log8")
+        optimizer.consolidate({"w": torch.rand(5000)})
+        saved = optimizer.state_dict()
+        saved["state"][0]["importance"] = saved["state"][0]["importance"][:3]
+        with pytest.raises(ValueError, match=r"'importance' of parameter w has shape \(3, 260\)"):
+            optimizer.load_state_dict(saved)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"importance_dtype": "int8"}, "importance_dtype must be one of"),
+        ({"anchor_dtype": "log8"}, "anchor_dtype must be one of"),
+        ({"state_dtype": torch.bfloat16}, "state_dtype must be one of"),
+        ({"rounding": "up"}, "rounding must be one of"),
+        ({"importance_damping": -1.0}, "importance_damping must be finite and at least 0"),
+    ],
+)
+def test_bad_options(options, message):
+    weight = torch.nn.Parameter(torch.ones(3))
+    with pytest.raises(ValueError, match=message):
+        EWCAdamW([weight], **options)
+
+
+def test_float64_keeps_everything_in_float64():
+    start = Problem.of(make_params([(5000,)], torch.float64))
+    narrow = {"importance_dtype": "log8", "anchor_dtype": "bfloat16", "state_dtype": "8bit"}
+    sides = []
+    for formats in ({}, narrow):
+        problem = start.copy(torch.float64)
+        optimizer = make(problem, "proximal", formats, rounding="kahan")
+        for number in range(3):
+            problem.set_gradients(number, torch.float64)
+            optimizer.step()
+        sides.append(problem.params[0])
+        state = optimizer.state[problem.params[0]]
+        assert all(t.dtype == torch.float64 for key, t in state.items() if key != "step")
+    assert torch.equal(*sides)
+
+
+def test_settings_of_the_matrix_are_used():
+    """A guard for the tests above: each format gives another result."""
+    start = Problem.of(make_params([(5000,)], torch.float32))
+    results = []
+    for formats in ({}, {"importance_dtype": "log8"}, {"state_dtype": "8bit"}):
+        problem = start.copy(torch.float32)
+        optimizer = make(problem, "gradient", formats)
+        for number in range(2):
+            step(problem, optimizer, number)
+        results.append(problem.params[0].detach())
+    assert not torch.equal(results[0], results[1])
+    assert not torch.equal(results[0], results[2])
+    assert make_optimizer(start.copy(torch.float32), Setting("gradient")).backend == ""

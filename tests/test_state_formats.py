@@ -254,7 +254,8 @@ class TestRounding:
         stochastic = self.run(torch.bfloat16, implementation, rounding="stochastic")
         assert abs(stochastic.mean() / moved - 1) < 0.02
         kahan = self.run(torch.bfloat16, implementation, rounding="kahan")
-        torch.testing.assert_close(kahan, moved.expand(4000), rtol=0.01, atol=0.0)
+        torch.testing.assert_close(kahan, moved.expand(4000), rtol=0.03, atol=0.0)
+        assert abs(kahan.mean() / moved - 1) < 2e-3
 
     def test_other_dtypes_are_not_concerned(self):
         moved = self.run(torch.float32, {})

@@ -1,0 +1,361 @@
+"""Launch plans: taken where steps are alike, and nothing stale is ever used."""
+
+from __future__ import annotations
+
+import copy
+from collections import defaultdict
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from ewc_adamw_cases import OFF_DEFAULT, Problem, make_params
+from torch import Tensor
+
+from cl_optim import GEM, EWCAdamW
+from cl_optim.ops import ewc_adamw as ops
+
+SHAPES = [(5, 7), (300,), (), (0,), (4, 3, 2)]
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture
+def planned(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """One number for each planned launch: how many parameters took part."""
+    launches: list[int] = []
+    run = ops.Plan.run
+
+    def recorded(self: ops.Plan, *arguments: Any) -> None:
+        launches.append(len(self.params))
+        run(self, *arguments)
+
+    monkeypatch.setattr(ops.Plan, "run", recorded)
+    return launches
+
+
+class Pair:
+    """The same training twice: fused, with plans, and by the reference."""
+
+    def __init__(self, device: str = "cpu", **options: Any) -> None:
+        start = Problem.of(make_params(SHAPES, torch.float32))
+        self.sides = []
+        self.step_number = 0
+        for implementation in ({"fused": True}, {"foreach": True}):
+            problem = start.copy(torch.float32, device)
+            named = [(f"p{i}", p) for i, p in enumerate(problem.params)]
+            groups = [{"params": named[:3]}, {"params": named[3:], "lr": 1e-3}]
+            optimizer = EWCAdamW(groups, **{**OFF_DEFAULT, **implementation, **options})
+            optimizer.consolidate({f"p{i}": f for i, f in enumerate(problem.importances)})
+            self.sides.append((problem, optimizer))
+        self.fused = self.sides[0][1]
+
+    def step(self, steps: int = 1) -> None:
+        for _ in range(steps):
+            for problem, optimizer in self.sides:
+                problem.set_gradients(self.step_number, torch.float32)
+                optimizer.step()
+            self.step_number += 1
+        self.check()
+
+    def check(self) -> None:
+        for p, q in zip(self.sides[0][0].params, self.sides[1][0].params, strict=True):
+            torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5)
+            for key, value in self.sides[1][1].state[q].items():
+                ours = self.fused.state[p][key]
+                torch.testing.assert_close(ours, value, rtol=1e-4, atol=1e-5)
+
+    def both(self, change: Callable[[EWCAdamW, list[Tensor]], None]) -> None:
+        with torch.no_grad():
+            for problem, optimizer in self.sides:
+                change(optimizer, problem.params)
+
+
+def test_from_the_third_step_on(planned, device):
+    pair = Pair(device)
+    pair.step(2)
+    assert planned == []
+    pair.step(2)
+    assert planned == [3, 2, 3, 2]
+
+
+def test_every_gradient_is_read_again(planned):
+    """New memory, another dtype, another layout, none: each step."""
+    weights = [torch.nn.Parameter(torch.ones(6, 4)) for _ in range(2)]
+    optimizer = EWCAdamW(weights, lr=0.1, fused=True)
+
+    def step(*grads: Tensor | None) -> None:
+        for weight, grad in zip(weights, grads, strict=True):
+            weight.grad = grad
+        before = [w.detach().clone() for w in weights]
+        optimizer.step()
+        for weight, grad, old in zip(weights, grads, before, strict=True):
+            assert torch.equal(weight, old) == (grad is None)
+
+    for _ in range(4):
+        step(torch.ones(6, 4), torch.ones(6, 4))
+    assert len(planned) == 2
+    step(torch.ones(6, 4), torch.ones(4, 6).t())  # copied: taken, but not by the plan
+    assert len(planned) == 2
+    for _ in range(3):
+        step(torch.ones(6, 4), None)
+    assert len(planned) == 3
+    step(None, None)
+    step(torch.ones(6, 4), torch.ones(6, 4))
+    assert [int(optimizer.state[w]["step"]) for w in weights] == [9, 6]
+
+    with torch.no_grad():  # the parameters become bfloat16 in place, and so do their gradients
+        for weight in weights:
+            weight.data = weight.data.bfloat16()
+    for _ in range(4):
+        step(torch.ones(6, 4).bfloat16(), torch.ones(6, 4).bfloat16())
+    assert weights[0].dtype == torch.bfloat16
+    assert len(planned) == 5
+
+
+def test_gradients_in_the_same_buffer_with_another_offset():
+    weight = torch.nn.Parameter(torch.zeros(4))
+    optimizer = EWCAdamW([weight], lr=1.0, betas=(0.0, 0.0), eps=0.0, weight_decay=0.0, fused=True)
+    buffer = torch.tensor([1.0, 1.0, 1.0, 1.0, -1.0, -1.0, -1.0, -1.0])
+    for step in range(6):
+        weight.grad = buffer[4 * (step % 2) :][:4]
+        optimizer.step()
+        assert (weight == (-1.0 if step % 2 == 0 else 0.0)).all()
+
+
+@pytest.mark.parametrize("key", ["exp_avg", "exp_avg_sq", "importance", "anchor", "step"])
+@pytest.mark.parametrize("how", ["other memory", "other tensor"])
+def test_state_that_is_replaced(key, how, planned):
+    pair = Pair()
+    pair.step(3)
+
+    def change(optimizer: EWCAdamW, params: list[Tensor]) -> None:
+        state = optimizer.state[params[1]]
+        if how == "other memory":
+            state[key].data = state[key].data * 2 + 1
+        else:
+            state[key] = state[key] * 2 + 1
+
+    pair.both(change)
+    pair.step(4)
+    assert len(planned) >= 4
+
+
+def test_state_that_is_removed_or_begun_anew():
+    pair = Pair()
+    pair.step(3)
+    pair.both(lambda optimizer, params: optimizer.state[params[0]].clear())
+    pair.step(3)
+
+    def replace(optimizer: EWCAdamW, params: list[Tensor]) -> None:
+        optimizer.state[params[1]] = dict(optimizer.state[params[1]])
+
+    pair.both(replace)
+    pair.step(3)
+
+    def forget(optimizer: EWCAdamW, params: list[Tensor]) -> None:
+        optimizer.state = defaultdict(dict)
+
+    pair.both(forget)
+    pair.step(3)
+    assert "importance" not in pair.fused.state[pair.sides[0][0].params[0]]
+
+
+def test_parameters_in_other_memory(planned):
+    pair = Pair()
+    pair.step(4)
+
+    def move(optimizer: EWCAdamW, params: list[Tensor]) -> None:
+        for param in params:
+            param.data = param.data.clone()
+
+    pair.both(move)
+    before = len(planned)
+    pair.step(2)
+    assert len(planned) == before + 4  # its address is read anew: the plan goes on
+
+
+def test_a_parameter_in_the_place_of_another():
+    pair = Pair()
+    pair.step(3)
+
+    def exchange(optimizer: EWCAdamW, params: list[Tensor]) -> None:
+        group = optimizer.param_groups[0]["params"]
+        group[0], group[1] = group[1], group[0]
+
+    pair.both(exchange)
+    pair.step(3)
+
+
+def test_groups_that_come_and_go():
+    pair = Pair()
+    pair.step(3)
+    new = [torch.nn.Parameter(torch.ones(3)) for _ in pair.sides]
+    for (problem, optimizer), param in zip(pair.sides, new, strict=True):
+        optimizer.add_param_group({"params": [("new", param)]})
+        problem.params.append(param)
+    pair.step(4)
+    assert (new[0] != 1).all()
+    for problem, optimizer in pair.sides:
+        optimizer.param_groups.pop()
+        problem.params.pop()
+    stopped = new[0].detach().clone()
+    pair.step(3)
+    assert torch.equal(new[0], stopped)
+
+
+def test_hyperparameters_are_read_in_each_step(planned):
+    pair = Pair()
+    pair.step(3)
+    for name, value in {
+        "lr": 0.5,
+        "betas": (0.5, 0.6),
+        "weight_decay": 0.3,
+        "ewc_lambda": 9.0,
+        "penalty": "proximal",
+        "importance_damping": 2.0,
+        "maximize": True,
+        "eps": 1e-3,
+    }.items():
+        for _, optimizer in pair.sides:
+            optimizer.param_groups[0][name] = value
+        pair.step()
+    assert len(planned) == 2 + 16
+    for _, optimizer in pair.sides:
+        optimizer.param_groups[0]["amsgrad"] = True
+    pair.step(4)
+    pair.fused.param_groups[1]["lr"] = -1.0
+    with pytest.raises(ValueError, match="lr must be finite"):
+        pair.fused.step()
+
+
+def test_consolidating_and_freezing_in_mid_training():
+    pair = Pair(importance_dtype="log8")
+    pair.step(4)
+    for number in range(2):
+        for problem, optimizer in pair.sides:
+            torch.manual_seed(number)
+            optimizer.consolidate(
+                {f"p{i}": torch.rand(p.shape) for i, p in enumerate(problem.params)}
+            )
+            optimizer.freeze(0.1 * (number + 1))
+        pair.step(4)
+    for _, optimizer in pair.sides:
+        optimizer.unfreeze()
+    pair.step(4)
+
+
+def test_a_loaded_state_dict_and_copies(planned):
+    pair = Pair()
+    pair.step(4)
+    saved = copy.deepcopy(pair.fused.state_dict())
+    pair.step(2)
+    twin = copy.deepcopy(pair.fused)
+    assert twin.param_groups[0]["params"][0] is not pair.fused.param_groups[0]["params"][0]
+    twin.step()
+    pair.check()  # it has moved the copies only
+    for _, optimizer in pair.sides:
+        optimizer.load_state_dict({**copy.deepcopy(saved), "param_groups": [
+            {**group, "fused": here["fused"], "foreach": here["foreach"]}
+            for group, here in zip(saved["param_groups"], optimizer.param_groups, strict=True)
+        ]})  # fmt: skip
+    pair.step(4)
+
+
+def test_a_sparse_gradient_changes_nothing():
+    pair = Pair()
+    pair.step(4)
+    param = pair.fused.param_groups[1]["params"][1]
+    pair.sides[0][0].set_gradients(0, torch.float32)
+    before = [p.detach().clone() for p in pair.sides[0][0].params]
+    param.grad = param.grad.to_sparse()
+    with pytest.raises(RuntimeError, match="the gradient of parameter p4 must be dense"):
+        pair.fused.step()
+    for p, old in zip(pair.sides[0][0].params, before, strict=True):
+        assert torch.equal(p, old)
+
+
+def test_an_idle_group_is_watched(planned):
+    weights = [torch.nn.Parameter(torch.ones(3)) for _ in range(2)]
+    optimizer = EWCAdamW([{"params": weights[:1]}, {"params": weights[1:]}], fused=True)
+    for _ in range(4):
+        weights[0].grad = torch.ones(3)
+        optimizer.step()
+    assert planned == [1, 1]
+    weights[1].grad = torch.ones(3)
+    optimizer.step()
+    assert (weights[1] != 1).all()
+
+
+def test_strange_layouts_are_not_planned(planned):
+    weight = torch.nn.Parameter(torch.ones(6, 4)[:, ::2])
+    optimizer = EWCAdamW([weight], fused=True)
+    for _ in range(4):
+        weight.grad = torch.ones(6, 2)
+        optimizer.step()
+    assert planned == []
+    assert (weight < 1).all()
+
+
+def test_transposed_and_channels_last_parameters_are(planned):
+    weights = [
+        torch.nn.Parameter(torch.ones(6, 4).t()),
+        torch.nn.Parameter(torch.ones(2, 3, 4, 5).to(memory_format=torch.channels_last)),
+        torch.nn.Parameter(torch.ones(1, 5)),
+    ]
+    optimizer = EWCAdamW(weights, fused=True)
+    for _ in range(4):
+        for weight in weights:
+            weight.grad = torch.ones_like(weight)
+        optimizer.step()
+    assert planned == [3, 3]
+
+
+def test_gem_projects_in_planned_steps(planned):
+    results = []
+    for implementation in ({"fused": True}, {"foreach": True}):
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.Tanh(), torch.nn.Linear(8, 2))
+        old = torch.randn(32, 6), torch.randn(32, 2)
+        optimizer = GEM(EWCAdamW(model.named_parameters(), lr=1e-2, **implementation))
+
+        def closure(model=model, old=old) -> None:
+            (model(old[0]) - old[1]).square().mean().backward()
+
+        optimizer.remember("old", closure)
+        for step in range(8):
+            x = torch.randn(32, 6, generator=torch.Generator().manual_seed(step))
+            optimizer.zero_grad()
+            (model(x) + 3 * x[:, :2]).square().mean().backward()
+            optimizer.step()
+        results.append([p.detach() for p in model.parameters()])
+    assert len(planned) >= 5
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_the_parameters_versions_advance(planned):
+    pair = Pair()
+    pair.step(4)
+    param = pair.sides[0][0].params[1]
+    saved = (param * param).sum()  # saves it for the backward pass
+    pair.sides[0][0].set_gradients(0, torch.float32)
+    pair.fused.step()
+    assert planned[-1] == 2
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        saved.backward()
+
+
+def test_memory_is_kept_while_it_is_needed(planned):
+    """Nothing but the plan holds the state's old tensors when they are dropped."""
+    pair = Pair()
+    pair.step(4)
+    for _, optimizer in pair.sides:
+        for state in optimizer.state.values():
+            for key in ("exp_avg", "exp_avg_sq"):
+                state[key] = torch.zeros_like(state[key])
+    torch.empty(100_000).fill_(torch.nan)
+    pair.step(3)

@@ -113,7 +113,7 @@ def test_every_gradient_is_read_again(planned):
     for _ in range(4):
         step(torch.ones(6, 4).bfloat16(), torch.ones(6, 4).bfloat16())
     assert weights[0].dtype == torch.bfloat16
-    assert len(planned) == 5
+    assert len(planned) == 6
 
 
 def test_gradients_in_the_same_buffer_with_another_offset():

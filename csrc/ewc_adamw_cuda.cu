@@ -1,12 +1,15 @@
 // The fused step on the GPU: one launch for hundreds of tensors, whose addresses travel as kernel
 // arguments. Includes no torch header.
+//
+// A warp takes a unit of 256 elements, a block of codes: a lane has two groups of four neighbours,
+// 128 elements apart. How each array is stored is the same for the whole unit, so it is looked up
+// at run time: all loads are issued as raw words before the first of them is decoded.
 #include <cuda_runtime.h>
 
 #include <algorithm>
 #include <cstddef>
 #include <map>
 #include <tuple>
-#include <utility>
 #include <vector>
 
 #include "cuda_check.h"
@@ -17,26 +20,42 @@ namespace cl_optim {
 namespace {
 
 constexpr int kThreads = 256;
-// With their arguments below the 32 764 bytes that a kernel may take (CUDA 12.1, sm_70).
-constexpr int kTensorsPerLaunch = 384;
+constexpr int kWarps = kThreads / 32;
+constexpr unsigned kAllLanes = 0xffffffffu;
+constexpr int kPerLane = kUnit / 32;
+static_assert(kUnit == kBlock && kPerLane == 8, "a warp's unit is a block of codes");
 // A block's work: enough to hide its start, little enough that the last blocks end together.
-constexpr int64_t kMostUnitsPerBlock = 256;
+constexpr int64_t kMostUnitsPerBlock = 64;
 constexpr int64_t kBlocksWanted = 1024;
 
+// With all their arguments below the 32 764 bytes that a kernel may take (CUDA 12.1, sm_70).
+constexpr int kTensorsPerLaunch = 360;
+constexpr int kProjectedPerLaunch = 256;
+
+template <int tensors>
 struct Work {
-  void* param[kTensorsPerLaunch];
-  const void* grad[kTensorsPerLaunch];
-  void* exp_avg[kTensorsPerLaunch];
-  void* exp_avg_sq[kTensorsPerLaunch];
-  void* max_exp_avg_sq[kTensorsPerLaunch];
-  const void* importance[kTensorsPerLaunch];
-  const void* anchor[kTensorsPerLaunch];
-  int64_t numel[kTensorsPerLaunch];
-  int64_t first_unit[kTensorsPerLaunch + 1];
+  static constexpr int kTensors = tensors;
+  void* param[tensors];
+  const void* grad[tensors];
+  void* exp_avg[tensors];
+  void* exp_avg_sq[tensors];
+  void* max_exp_avg_sq[tensors];
+  const void* importance[tensors];
+  const void* anchor[tensors];
+  BFloat16* compensation[tensors];
+  int64_t numel[tensors];
+  int64_t first_unit[tensors + 1];
+  uint8_t param_kind[tensors];
+  uint8_t moment_kind[tensors];
+  uint8_t importance_kind[tensors];
+  uint8_t anchor_kind[tensors];
+  bool aligned[tensors];
   int64_t units_per_block;
   int count;
-  bool aligned;
+  bool amsgrad;
+  bool stochastic;
 };
+
 // The memory rows of the tensors of a launch, if it has some; then it takes fewer tensors.
 template <bool projected>
 struct Projection {
@@ -44,18 +63,26 @@ struct Projection {
 };
 template <>
 struct Projection<true> {
-  static constexpr int kTensors = 144;
+  static constexpr int kTensors = kProjectedPerLaunch;
   const void* rows[kTensors];
   const double* coefficients[kTensors];
   int64_t stride[kTensors];
   int count[kTensors];
-  ScalarKind kind[kTensors];
+  uint8_t kind[kTensors];
 };
-static_assert(sizeof(Work) + sizeof(Projection<true>) <= 32764 - 64, "the arguments of a kernel");
+static_assert(sizeof(Work<kTensorsPerLaunch>) <= 32764 - 128, "the arguments of a kernel");
+static_assert(sizeof(Work<kProjectedPerLaunch>) + sizeof(Projection<true>) <= 32764 - 128,
+              "the arguments of a kernel");
 
 struct Steps {
   float* step[kTensorsPerLaunch];
   int count;
+};
+
+template <typename T>
+struct TensorConstants {
+  EWCAdamWConstants<T> update;
+  float step;
 };
 
 // Advances the step counts and leaves each tensor's constants for the update that follows: the two
@@ -64,236 +91,653 @@ template <typename T>
 __global__ void advance(const __grid_constant__ Steps steps,
                         const __grid_constant__ EWCAdamWOptions options,
                         const __grid_constant__ DeviceNumbers numbers,
-                        EWCAdamWConstants<T>* constants) {
+                        TensorConstants<T>* constants) {
   const int i = blockIdx.x * blockDim.x + threadIdx.x;
   if (i >= steps.count || numbers.overflowed()) return;
   const float step = *steps.step[i] + 1.0f;
   *steps.step[i] = step;
-  constants[i] = EWCAdamWConstants<T>(options, numbers, step);
+  const BiasCorrections bias(options, step);
+  constants[i] = {EWCAdamWConstants<T>(options, numbers, bias), step};
 }
 
-// Neighbouring elements that a thread loads at once: 16 bytes of the narrowest array.
-template <typename T, int n>
-struct alignas(sizeof(T) * n) Vector {
-  T values[n];
+// --- a lane's elements
+// ----------------------------------------------------------------------------
+
+// Which elements of a unit a lane has: element j of it is at offset(j).
+struct Place {
+  int64_t first;  // of the unit in its tensor
+  int count;      // of the unit's elements
+  int lane;
+  bool wide;  // all of the unit is there, and aligned for vectors
+
+  __device__ int offset(int j) const { return (j / 4) * 128 + 4 * lane + j % 4; }
+  __device__ bool has(int j) const { return offset(j) < count; }
 };
 
-template <typename Row, int n>
-__device__ void add_rows(const Projection<true>& projection, int tensor, int64_t i,
-                         double (&sum)[n]) {
-  using Rows = Vector<Row, n>;
+// The words that hold a lane's elements of an array of 4-byte numbers.
+__device__ void load_words(const uint32_t* array, const Place& at, uint32_t (&words)[8]) {
+  array += at.first;
+  if (at.wide) {
+#pragma unroll
+    for (int group = 0; group < 2; ++group) {
+      const uint4 four = *reinterpret_cast<const uint4*>(array + at.offset(4 * group));
+      words[4 * group] = four.x;
+      words[4 * group + 1] = four.y;
+      words[4 * group + 2] = four.z;
+      words[4 * group + 3] = four.w;
+    }
+  } else {
+#pragma unroll
+    for (int j = 0; j < 8; ++j) words[j] = at.has(j) ? array[at.offset(j)] : 0u;
+  }
+}
+
+__device__ void store_words(uint32_t* array, const Place& at, const uint32_t (&words)[8]) {
+  array += at.first;
+  if (at.wide) {
+#pragma unroll
+    for (int group = 0; group < 2; ++group) {
+      *reinterpret_cast<uint4*>(array + at.offset(4 * group)) = {
+          words[4 * group], words[4 * group + 1], words[4 * group + 2], words[4 * group + 3]};
+    }
+  } else {
+#pragma unroll
+    for (int j = 0; j < 8; ++j) {
+      if (at.has(j)) array[at.offset(j)] = words[j];
+    }
+  }
+}
+
+// The same for 2-byte numbers, two to a word, in the first four words.
+__device__ void load_words(const uint16_t* array, const Place& at, uint32_t (&words)[8]) {
+  array += at.first;
+  if (at.wide) {
+#pragma unroll
+    for (int group = 0; group < 2; ++group) {
+      const uint2 four = *reinterpret_cast<const uint2*>(array + at.offset(4 * group));
+      words[2 * group] = four.x;
+      words[2 * group + 1] = four.y;
+    }
+  } else {
+#pragma unroll
+    for (int j = 0; j < 8; j += 2) {
+      const uint32_t low = at.has(j) ? array[at.offset(j)] : 0u;
+      const uint32_t high = at.has(j + 1) ? array[at.offset(j + 1)] : 0u;
+      words[j / 2] = low | high << 16;
+    }
+  }
+}
+
+__device__ void store_words(uint16_t* array, const Place& at, const uint32_t (&words)[8]) {
+  array += at.first;
+  if (at.wide) {
+#pragma unroll
+    for (int group = 0; group < 2; ++group) {
+      *reinterpret_cast<uint2*>(array + at.offset(4 * group)) = {words[2 * group],
+                                                                 words[2 * group + 1]};
+    }
+  } else {
+#pragma unroll
+    for (int j = 0; j < 8; ++j) {
+      if (at.has(j)) {
+        array[at.offset(j)] = static_cast<uint16_t>(words[j / 2] >> (j % 2 ? 16 : 0));
+      }
+    }
+  }
+}
+
+// The same for codes, four to a word, in the first two words; the scale in the third. A block of
+// codes is always whole.
+__device__ void load_words(const PackedBlock* blocks, const Place& at, uint32_t (&words)[8]) {
+  const PackedBlock& block = blocks[at.first / kBlock];
+#pragma unroll
+  for (int group = 0; group < 2; ++group) {
+    words[group] = *reinterpret_cast<const uint32_t*>(block.codes + at.offset(4 * group));
+  }
+  words[2] = float_bits(block.scale);
+}
+
+__device__ void store_words(PackedBlock* blocks, const Place& at, const uint32_t (&words)[8]) {
+  PackedBlock& block = blocks[at.first / kBlock];
+#pragma unroll
+  for (int group = 0; group < 2; ++group) {
+    *reinterpret_cast<uint32_t*>(block.codes + at.offset(4 * group)) = words[group];
+  }
+  if (at.lane == 0) block.scale = bits_float(words[2]);
+}
+
+// An array's elements before they are decoded.
+struct Raw {
+  uint32_t words[8];
+
+  __device__ void load(const void* array, ScalarKind kind, const Place& at) {
+    switch (kind) {
+      case ScalarKind::float32:
+        return load_words(static_cast<const uint32_t*>(array), at, words);
+      case ScalarKind::codes:
+        return load_words(static_cast<const PackedBlock*>(array), at, words);
+      default:
+        return load_words(static_cast<const uint16_t*>(array), at, words);
+    }
+  }
+
+  __device__ uint16_t half_word(int j) const {
+    return static_cast<uint16_t>(words[j / 2] >> (j % 2 ? 16 : 0));
+  }
+  __device__ uint8_t code(int j) const { return static_cast<uint8_t>(words[j / 4] >> 8 * (j % 4)); }
+
+  template <bool is_signed = false>
+  __device__ void decode(ScalarKind kind, float (&values)[8]) const {
+    switch (kind) {
+      case ScalarKind::bfloat16:
+#pragma unroll
+        for (int j = 0; j < 8; ++j) values[j] = cl_optim::load(BFloat16{half_word(j)});
+        return;
+      case ScalarKind::float16:
+#pragma unroll
+        for (int j = 0; j < 8; ++j) values[j] = cl_optim::load(Half{half_word(j)});
+        return;
+      case ScalarKind::codes: {
+        const float scale = bits_float(words[2]);
+#pragma unroll
+        for (int j = 0; j < 8; ++j) {
+          values[j] = is_signed ? decode_signed(code(j), scale) : decode_log8(code(j), scale);
+        }
+        return;
+      }
+      default:
+#pragma unroll
+        for (int j = 0; j < 8; ++j) values[j] = bits_float(words[j]);
+    }
+  }
+};
+
+// The random bits of a lane's elements.
+struct Random {
+  Dither dither[8];
+
+  __device__ static Random of(const Place& at, float step, const float (&grad)[8]) {
+    return {{{at.first + at.offset(0), step, grad[0]},
+             {at.first + at.offset(1), step, grad[1]},
+             {at.first + at.offset(2), step, grad[2]},
+             {at.first + at.offset(3), step, grad[3]},
+             {at.first + at.offset(4), step, grad[4]},
+             {at.first + at.offset(5), step, grad[5]},
+             {at.first + at.offset(6), step, grad[6]},
+             {at.first + at.offset(7), step, grad[7]}}};
+  }
+};
+
+template <typename Stored>
+__device__ void pack(const Stored (&values)[8], uint32_t (&words)[8]) {
+#pragma unroll
+  for (int j = 0; j < 8; j += 2) {
+    words[j / 2] = uint32_t{values[j].bits} | uint32_t{values[j + 1].bits} << 16;
+  }
+}
+
+// The largest magnitude of a warp's elements. Not a comparison of numbers: NaN must stay.
+__device__ float largest_of(const float (&values)[8], const Place& at) {
+  uint32_t largest = 0;
+#pragma unroll
+  for (int j = 0; j < 8; ++j) {
+    const uint32_t bits = at.has(j) ? float_bits(values[j]) & 0x7fffffffu : 0u;
+    largest = bits > largest ? bits : largest;
+  }
+#pragma unroll
+  for (int other = 16; other > 0; other /= 2) {
+    const uint32_t bits = __shfl_xor_sync(kAllLanes, largest, other);
+    largest = bits > largest ? bits : largest;
+  }
+  return bits_float(largest);
+}
+
+template <bool is_signed>
+__device__ void store_moment(void* array, ScalarKind kind, const Place& at,
+                             const float (&values)[8], const Random& random, DitherUse use) {
+  uint32_t words[8];
+  if (kind == ScalarKind::float32) {
+#pragma unroll
+    for (int j = 0; j < 8; ++j) words[j] = float_bits(values[j]);
+    store_words(static_cast<uint32_t*>(array), at, words);
+  } else if (kind == ScalarKind::bfloat16) {
+    BFloat16 rounded[8];
+#pragma unroll
+    for (int j = 0; j < 8; ++j) store_stochastic(rounded[j], values[j], random.dither[j](use));
+    pack(rounded, words);
+    store_words(static_cast<uint16_t*>(array), at, words);
+  } else {
+    const float scale = block_scale(largest_of(values, at));
+    words[0] = words[1] = 0;
+    words[2] = float_bits(scale);
+#pragma unroll
+    for (int j = 0; j < 8; ++j) {
+      const uint32_t bits = random.dither[j](use);
+      const uint32_t code =
+          is_signed ? encode_signed(values[j], scale, bits) : encode_log8(values[j], scale, bits);
+      words[j / 4] |= (at.has(j) ? code : 0u) << 8 * (j % 4);
+    }
+    store_words(static_cast<PackedBlock*>(array), at, words);
+  }
+}
+
+__device__ void store_param(void* array, BFloat16* compensation, ScalarKind kind, const Place& at,
+                            const float (&values)[8], const float (&importance)[8],
+                            const Raw& old_param, const Raw& old_compensation, const Random& random,
+                            bool stochastic) {
+  uint32_t words[8];
+  if (kind == ScalarKind::float32) {
+#pragma unroll
+    for (int j = 0; j < 8; ++j) words[j] = float_bits(values[j]);
+    return store_words(static_cast<uint32_t*>(array), at, words);
+  }
+  if (kind == ScalarKind::float16) {
+    Half rounded[8];
+#pragma unroll
+    for (int j = 0; j < 8; ++j) store(rounded[j], values[j]);
+    pack(rounded, words);
+    return store_words(static_cast<uint16_t*>(array), at, words);
+  }
+  BFloat16 rounded[8];
+  if (compensation != nullptr) {
+    BFloat16 low[8];
+#pragma unroll
+    for (int j = 0; j < 8; ++j) {
+      store(rounded[j], values[j]);
+      store_stochastic(low[j], values[j] - load(rounded[j]), random.dither[j](kParam));
+      if (is_frozen(importance[j])) {
+        rounded[j].bits = old_param.half_word(j);
+        low[j].bits = old_compensation.half_word(j);
+      }
+    }
+    pack(low, words);
+    store_words(reinterpret_cast<uint16_t*>(compensation), at, words);
+  } else {
+#pragma unroll
+    for (int j = 0; j < 8; ++j) {
+      if (stochastic) {
+        store_stochastic(rounded[j], values[j], random.dither[j](kParam));
+      } else {
+        store(rounded[j], values[j]);
+      }
+    }
+  }
+  pack(rounded, words);
+  store_words(static_cast<uint16_t*>(array), at, words);
+}
+
+// --- what both arithmetics share
+// ------------------------------------------------------------------
+
+template <typename Row, typename T>
+__device__ void add_rows(const Projection<true>& projection, int tensor, const Place& at,
+                         double (&sum)[8]) {
   const double* coefficients = projection.coefficients[tensor];
-  const Row* row = static_cast<const Row*>(projection.rows[tensor]) + i;
+  const Row* row = static_cast<const Row*>(projection.rows[tensor]) + at.first;
   for (int k = 0; k < projection.count[tensor]; ++k, row += projection.stride[tensor]) {
     const double coefficient = coefficients[k];
     if (coefficient == 0.0) continue;  // all threads alike
-    const Rows values = *reinterpret_cast<const Rows*>(row);
 #pragma unroll
-    for (int j = 0; j < n; ++j) sum[j] += coefficient * load(values.values[j]);
+    for (int j = 0; j < 8; ++j) {
+      if (at.has(j)) sum[j] += coefficient * load(row[at.offset(j)]);
+    }
   }
 }
 
-// The projected gradient, in the gradient's place. Summed in float64, as on the CPU.
-template <typename Param, int n>
-__device__ void project(const Projection<true>& projection, int tensor, int64_t i,
-                        Vector<Param, n>& grad) {
-  double sum[n];
+// The projected gradient, in the gradient's place, rounded as one that is stored. Summed in
+// float64, as on the CPU.
+template <typename T>
+__device__ void project(const Projection<true>& projection, int tensor, ScalarKind param_kind,
+                        const Place& at, T (&grad)[8]) {
+  double sum[8];
 #pragma unroll
-  for (int j = 0; j < n; ++j) sum[j] = load(grad.values[j]);
-  switch (projection.kind[tensor]) {
+  for (int j = 0; j < 8; ++j) sum[j] = grad[j];
+  switch (static_cast<ScalarKind>(projection.kind[tensor])) {
     case ScalarKind::float64:
-      add_rows<double>(projection, tensor, i, sum);
+      add_rows<double, T>(projection, tensor, at, sum);
       break;
     case ScalarKind::bfloat16:
-      add_rows<BFloat16>(projection, tensor, i, sum);
+      add_rows<BFloat16, T>(projection, tensor, at, sum);
       break;
     case ScalarKind::float16:
-      add_rows<Half>(projection, tensor, i, sum);
+      add_rows<Half, T>(projection, tensor, at, sum);
       break;
     default:
-      add_rows<float>(projection, tensor, i, sum);
+      add_rows<float, T>(projection, tensor, at, sum);
   }
 #pragma unroll
-  for (int j = 0; j < n; ++j) store(grad.values[j], static_cast<arithmetic_t<Param>>(sum[j]));
+  for (int j = 0; j < 8; ++j) {
+    const T value = static_cast<T>(sum[j]);
+    if (param_kind == ScalarKind::bfloat16) {
+      BFloat16 rounded;
+      store(rounded, static_cast<float>(value));
+      grad[j] = load(rounded);
+    } else if (param_kind == ScalarKind::float16) {
+      Half rounded;
+      store(rounded, static_cast<float>(value));
+      grad[j] = load(rounded);
+    } else {
+      grad[j] = value;
+    }
+  }
 }
 
-template <typename Instance, int n, bool projected, typename T>
-__device__ void update(const Work& work, const Projection<projected>& projection, int tensor,
-                       int64_t i, const EWCAdamWConstants<T>& constants) {
-  using Param = typename Instance::Param;
-  using Anchor = typename Instance::Anchor;
-  using Params = Vector<Param, n>;
-  using Anchors = Vector<Anchor, n>;
-  using Moments = Vector<T, n>;
+// Of one unit, in an order that is always the same.
+template <typename T>
+__device__ void sum_unit(const T (&param)[8], const T (&importance)[8], const T (&anchor)[8],
+                         const Place& at, PenaltySums* to) {
+  PenaltySums sums{0.0, 0.0};
+#pragma unroll
+  for (int j = 0; j < 8; ++j) {
+    if (!at.has(j)) continue;
+    const double d = static_cast<double>(param[j]) - static_cast<double>(anchor[j]);
+    sums.penalty += is_frozen(importance[j]) ? 0.0 : importance[j] * d * d;
+    sums.drift += d * d;
+  }
+#pragma unroll
+  for (int other = 16; other > 0; other /= 2) {
+    sums.penalty += __shfl_xor_sync(kAllLanes, sums.penalty, other);
+    sums.drift += __shfl_xor_sync(kAllLanes, sums.drift, other);
+  }
+  if (at.lane == 0) *to = sums;
+}
+
+template <Penalty penalty, typename T>
+__device__ void update(T (&param)[8], const T (&grad)[8], T (&exp_avg)[8], T (&exp_avg_sq)[8],
+                       T (&max_exp_avg_sq)[8], const T (&importance)[8], const T (&anchor)[8],
+                       bool amsgrad, const EWCAdamWConstants<T>& k) {
+#pragma unroll
+  for (int j = 0; j < 8; ++j) {
+    EWCAdamWElement<T> x{param[j], exp_avg[j], exp_avg_sq[j], max_exp_avg_sq[j]};
+    x = amsgrad ? ewc_adamw_element<penalty, true, T>(x, grad[j], importance[j], anchor[j], k)
+                : ewc_adamw_element<penalty, false, T>(x, grad[j], importance[j], anchor[j], k);
+    param[j] = x.param;
+    exp_avg[j] = x.exp_avg;
+    exp_avg_sq[j] = x.exp_avg_sq;
+    max_exp_avg_sq[j] = x.max_exp_avg_sq;
+  }
+}
+
+// --- one unit
+// -------------------------------------------------------------------------------------
+
+template <Penalty penalty, bool projected, typename W>
+__device__ void update_unit(const W& work, const Projection<projected>& projection, int tensor,
+                            const Place& at, const TensorConstants<float>& constants,
+                            PenaltySums* sums) {
+  const auto param_kind = static_cast<ScalarKind>(work.param_kind[tensor]);
+  const auto moment_kind = static_cast<ScalarKind>(work.moment_kind[tensor]);
+  const auto importance_kind = static_cast<ScalarKind>(work.importance_kind[tensor]);
+  const auto anchor_kind = static_cast<ScalarKind>(work.anchor_kind[tensor]);
+  BFloat16* compensation = work.compensation[tensor];
   // All loads first, so that they are in flight together.
-  auto* param_at = reinterpret_cast<Params*>(static_cast<Param*>(work.param[tensor]) + i);
-  auto* exp_avg_at = reinterpret_cast<Moments*>(static_cast<T*>(work.exp_avg[tensor]) + i);
-  auto* exp_avg_sq_at = reinterpret_cast<Moments*>(static_cast<T*>(work.exp_avg_sq[tensor]) + i);
-  Params param = *param_at;
-  Params grad = *reinterpret_cast<const Params*>(static_cast<const Param*>(work.grad[tensor]) + i);
-  Moments exp_avg = *exp_avg_at;
-  Moments exp_avg_sq = *exp_avg_sq_at;
-  Moments max_exp_avg_sq{};
-  Moments importance{};
-  Anchors anchor{};
-  if constexpr (Instance::amsgrad) {
-    max_exp_avg_sq =
-        *reinterpret_cast<const Moments*>(static_cast<T*>(work.max_exp_avg_sq[tensor]) + i);
+  Raw raw_param, raw_grad, raw_avg, raw_avg_sq, raw_max{}, raw_importance{}, raw_anchor{},
+      raw_low{};
+  raw_param.load(work.param[tensor], param_kind, at);
+  raw_grad.load(work.grad[tensor], param_kind, at);
+  raw_avg.load(work.exp_avg[tensor], moment_kind, at);
+  raw_avg_sq.load(work.exp_avg_sq[tensor], moment_kind, at);
+  if (work.amsgrad) raw_max.load(work.max_exp_avg_sq[tensor], moment_kind, at);
+  if constexpr (penalty != Penalty::none) {
+    raw_importance.load(work.importance[tensor], importance_kind, at);
+    raw_anchor.load(work.anchor[tensor], anchor_kind, at);
   }
-  if constexpr (Instance::penalty != Penalty::none) {
-    importance =
-        *reinterpret_cast<const Moments*>(static_cast<const T*>(work.importance[tensor]) + i);
-    anchor = *reinterpret_cast<const Anchors*>(static_cast<const Anchor*>(work.anchor[tensor]) + i);
+  if (compensation != nullptr) raw_low.load(compensation, ScalarKind::bfloat16, at);
+
+  float param[8], grad[8], exp_avg[8], exp_avg_sq[8], max_exp_avg_sq[8], importance[8]{},
+      anchor[8]{};
+  raw_param.decode(param_kind, param);
+  raw_grad.decode(param_kind, grad);
+  raw_avg.decode<true>(moment_kind, exp_avg);
+  raw_avg_sq.decode(moment_kind, exp_avg_sq);
+  raw_max.decode(moment_kind, max_exp_avg_sq);
+  if constexpr (penalty != Penalty::none) {
+    raw_importance.decode(importance_kind, importance);
+    raw_anchor.decode(anchor_kind, anchor);
   }
-  if constexpr (projected) project<Param, n>(projection, tensor, i, grad);
+  if (compensation != nullptr) {
 #pragma unroll
-  for (int j = 0; j < n; ++j) {
-    EWCAdamWElement<T> x{load(param.values[j]), exp_avg.values[j], exp_avg_sq.values[j],
-                         max_exp_avg_sq.values[j]};
-    x = ewc_adamw_element<Instance::penalty, Instance::amsgrad, T>(
-        x, load(grad.values[j]), importance.values[j], load(anchor.values[j]), constants);
-    store(param.values[j], x.param);
-    exp_avg.values[j] = x.exp_avg;
-    exp_avg_sq.values[j] = x.exp_avg_sq;
-    max_exp_avg_sq.values[j] = x.max_exp_avg_sq;
+    for (int j = 0; j < 8; ++j) param[j] += load(BFloat16{raw_low.half_word(j)});
   }
-  *param_at = param;
-  *exp_avg_at = exp_avg;
-  *exp_avg_sq_at = exp_avg_sq;
-  if constexpr (Instance::amsgrad) {
-    *reinterpret_cast<Moments*>(static_cast<T*>(work.max_exp_avg_sq[tensor]) + i) = max_exp_avg_sq;
+  if constexpr (projected) project(projection, tensor, param_kind, at, grad);
+  if (penalty != Penalty::none && sums) sum_unit(param, importance, anchor, at, sums);
+
+  update<penalty>(param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq, importance, anchor,
+                  work.amsgrad, constants.update);
+
+  const Random random = Random::of(at, constants.step, grad);
+  store_moment<true>(work.exp_avg[tensor], moment_kind, at, exp_avg, random, kExpAvg);
+  store_moment<false>(work.exp_avg_sq[tensor], moment_kind, at, exp_avg_sq, random, kExpAvgSq);
+  if (work.amsgrad) {
+    store_moment<false>(work.max_exp_avg_sq[tensor], moment_kind, at, max_exp_avg_sq, random,
+                        kMaxExpAvgSq);
   }
+  store_param(work.param[tensor], compensation, param_kind, at, param, importance, raw_param,
+              raw_low, random, work.stochastic);
 }
 
-template <typename Instance, bool projected, typename T>
+// float64 keeps everything in float64.
+template <Penalty penalty, bool projected, typename W>
+__device__ void update_unit(const W& work, const Projection<projected>& projection, int tensor,
+                            const Place& at, const TensorConstants<double>& constants,
+                            PenaltySums* sums) {
+  const auto load_all = [&](const void* array, double (&values)[8]) {
+#pragma unroll
+    for (int j = 0; j < 8; ++j) {
+      values[j] = at.has(j) ? static_cast<const double*>(array)[at.first + at.offset(j)] : 0.0;
+    }
+  };
+  const auto store_all = [&](void* array, const double (&values)[8]) {
+#pragma unroll
+    for (int j = 0; j < 8; ++j) {
+      if (at.has(j)) static_cast<double*>(array)[at.first + at.offset(j)] = values[j];
+    }
+  };
+  double param[8], grad[8], exp_avg[8], exp_avg_sq[8], max_exp_avg_sq[8]{}, importance[8]{},
+      anchor[8]{};
+  load_all(work.param[tensor], param);
+  load_all(work.grad[tensor], grad);
+  load_all(work.exp_avg[tensor], exp_avg);
+  load_all(work.exp_avg_sq[tensor], exp_avg_sq);
+  if (work.amsgrad) load_all(work.max_exp_avg_sq[tensor], max_exp_avg_sq);
+  if constexpr (penalty != Penalty::none) {
+    load_all(work.importance[tensor], importance);
+    load_all(work.anchor[tensor], anchor);
+  }
+  if constexpr (projected) project(projection, tensor, ScalarKind::float64, at, grad);
+  if (penalty != Penalty::none && sums) sum_unit(param, importance, anchor, at, sums);
+  update<penalty>(param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq, importance, anchor,
+                  work.amsgrad, constants.update);
+  store_all(work.param[tensor], param);
+  store_all(work.exp_avg[tensor], exp_avg);
+  store_all(work.exp_avg_sq[tensor], exp_avg_sq);
+  if (work.amsgrad) store_all(work.max_exp_avg_sq[tensor], max_exp_avg_sq);
+}
+
+// --- the kernels
+// ----------------------------------------------------------------------------------
+
+template <bool projected>
+using WorkOf = Work<Projection<projected>::kTensors>;
+
+template <typename T, Penalty penalty, bool projected>
 __global__ void __launch_bounds__(kThreads)
-    ewc_adamw(const __grid_constant__ Work work,
+    ewc_adamw(const __grid_constant__ WorkOf<projected> work,
               const __grid_constant__ Projection<projected> projection,
-              const __grid_constant__ DeviceNumbers numbers,
-              const EWCAdamWConstants<T>* constants) {
+              const __grid_constant__ DeviceNumbers numbers, const TensorConstants<T>* constants,
+              PenaltySums* sums) {
   if (numbers.overflowed()) return;
-  constexpr int n = 16 / sizeof(typename Instance::Param);
   const int64_t begin = blockIdx.x * work.units_per_block;
   const int64_t units = work.first_unit[work.count];
   const int64_t end = begin + work.units_per_block < units ? begin + work.units_per_block : units;
+  const int warp = threadIdx.x / 32;
+  Place at{};
+  at.lane = threadIdx.x % 32;
   for_each_piece(
       work.first_unit, work.count, [&](int i) { return work.numel[i]; }, begin, end,
       [&](const Piece& piece) {
-        const EWCAdamWConstants<T> k = constants[piece.tensor];
-        const int64_t vectors_end =
-            work.aligned ? piece.begin + (piece.end - piece.begin) / n * n : piece.begin;
-        for (int64_t i = piece.begin + threadIdx.x * n; i < vectors_end; i += kThreads * n) {
-          update<Instance, n>(work, projection, piece.tensor, i, k);
-        }
-        for (int64_t i = vectors_end + threadIdx.x; i < piece.end; i += kThreads) {
-          update<Instance, 1>(work, projection, piece.tensor, i, k);
+        const TensorConstants<T> k = constants[piece.tensor];
+        for (at.first = piece.begin + warp * kUnit; at.first < piece.end;
+             at.first += kWarps * kUnit) {
+          const int64_t left = piece.end - at.first;
+          at.count = static_cast<int>(left < kUnit ? left : kUnit);
+          at.wide = work.aligned[piece.tensor] && at.count == kUnit;
+          PenaltySums* to = nullptr;
+          if (sums) to = sums + work.first_unit[piece.tensor] + at.first / kUnit;
+          update_unit<penalty, projected>(work, projection, piece.tensor, at, k, to);
         }
       });
 }
 
-void check(cudaError_t error) { cl_optim::check(error, "ewc_adamw_"); }
-
-// Whether all arrays allow the widest vectors: eight floats beside eight 16-bit numbers.
-bool is_aligned(const EWCAdamWTensor& t) {
-  const void* all[] = {t.param,          t.grad,       t.exp_avg, t.exp_avg_sq,
-                       t.max_exp_avg_sq, t.importance, t.anchor};
-  const bool rows =
-      t.memory.rows == nullptr ||
-      (reinterpret_cast<uintptr_t>(t.memory.rows) % 32 == 0 && t.memory.stride % 16 == 0);
-  return rows && std::all_of(std::begin(all), std::end(all), [](const void* pointer) {
-           return reinterpret_cast<uintptr_t>(pointer) % 32 == 0;
-         });
+// Adds the units' sums, in an order that is always the same.
+__global__ void __launch_bounds__(kThreads)
+    add_sums(const PenaltySums* units, int64_t count, double ewc_lambda,
+             const __grid_constant__ DeviceNumbers numbers) {
+  if (numbers.overflowed()) return;
+  __shared__ PenaltySums shared[kThreads];
+  PenaltySums sums{0.0, 0.0};
+  for (int64_t i = threadIdx.x; i < count; i += kThreads) {
+    sums.penalty += units[i].penalty;
+    sums.drift += units[i].drift;
+  }
+  shared[threadIdx.x] = sums;
+  for (int half = kThreads / 2; half > 0; half /= 2) {
+    __syncthreads();
+    if (threadIdx.x < half) {
+      shared[threadIdx.x].penalty += shared[threadIdx.x + half].penalty;
+      shared[threadIdx.x].drift += shared[threadIdx.x + half].drift;
+    }
+  }
+  if (threadIdx.x == 0) *numbers.sums = {ewc_lambda * shared[0].penalty, shared[0].drift};
 }
 
-// What one launch takes.
-struct Share {
-  Work work{};
-  Projection<true> projection{};
-  Steps steps{};
+// --- launching
+// ------------------------------------------------------------------------------------
+
+void check(cudaError_t error) { cl_optim::check(error, "ewc_adamw_"); }
+
+// Whether all arrays allow vectors of four elements. Blocks of codes allow theirs always.
+bool is_aligned(const EWCAdamWTensor& t) {
+  const void* all[] = {t.param,          t.grad,       t.exp_avg, t.exp_avg_sq,
+                       t.max_exp_avg_sq, t.importance, t.anchor,  t.compensation};
+  return std::all_of(std::begin(all), std::end(all), [](const void* pointer) {
+    return reinterpret_cast<uintptr_t>(pointer) % 16 == 0;
+  });
+}
+
+// What of the step is the same for all its launches.
+struct Step {
+  const EWCAdamWOptions& options;
+  const DeviceNumbers& numbers;
+  cudaStream_t stream;
+  std::byte* constants;  // free memory for them
+  PenaltySums* sums;     // free memory for the units' sums, or null
 };
 
-using Launch = void (*)(Share& share, const EWCAdamWOptions& options, const DeviceNumbers& numbers,
-                        void* workspace, cudaStream_t stream);
+using Tensors = std::vector<const EWCAdamWTensor*>;
+using Launch = void (*)(const Tensors& tensors, Step& step);
 
-template <typename Instance, bool projected>
-void launch(Share& share, const EWCAdamWOptions& options, const DeviceNumbers& numbers,
-            void* workspace, cudaStream_t stream) {
-  auto& [work, projection, steps] = share;
-  using T = arithmetic_t<typename Instance::Param>;
-  auto* constants = static_cast<EWCAdamWConstants<T>*>(workspace);
-  advance<T><<<(steps.count + 127) / 128, 128, 0, stream>>>(steps, options, numbers, constants);
-  check(cudaGetLastError());
-  const int64_t units = work.first_unit[work.count];
-  if (units == 0) return;
-  const int64_t wanted = (units + kBlocksWanted - 1) / kBlocksWanted;
-  work.units_per_block = std::min(wanted, kMostUnitsPerBlock);
-  const int64_t blocks = (units + work.units_per_block - 1) / work.units_per_block;
+template <bool projected>
+void fill(const EWCAdamWTensor& t, int i, WorkOf<projected>& work,
+          Projection<projected>& projection) {
+  work.param[i] = t.param;
+  work.grad[i] = t.grad;
+  work.exp_avg[i] = t.exp_avg;
+  work.exp_avg_sq[i] = t.exp_avg_sq;
+  work.max_exp_avg_sq[i] = t.max_exp_avg_sq;
+  work.importance[i] = t.importance;
+  work.anchor[i] = t.anchor;
+  work.compensation[i] = t.compensation;
+  work.numel[i] = t.numel;
+  work.first_unit[i + 1] = work.first_unit[i] + units_of(t.numel);
+  work.param_kind[i] = static_cast<uint8_t>(t.param_kind);
+  work.moment_kind[i] = static_cast<uint8_t>(t.moment_kind);
+  work.importance_kind[i] = static_cast<uint8_t>(t.importance_kind);
+  work.anchor_kind[i] = static_cast<uint8_t>(t.anchor_kind);
+  work.aligned[i] = is_aligned(t);
   if constexpr (projected) {
-    ewc_adamw<Instance, true, T>
-        <<<blocks, kThreads, 0, stream>>>(work, projection, numbers, constants);
-  } else {
-    ewc_adamw<Instance, false, T>
-        <<<blocks, kThreads, 0, stream>>>(work, Projection<false>{}, numbers, constants);
+    projection.rows[i] = t.memory.rows;
+    projection.coefficients[i] = t.memory.coefficients;
+    projection.stride[i] = t.memory.stride;
+    projection.count[i] = t.memory.count;
+    projection.kind[i] = static_cast<uint8_t>(t.memory.kind);
   }
-  check(cudaGetLastError());
+}
+
+template <typename T, Penalty penalty, bool projected>
+void launch(const Tensors& tensors, Step& step) {
+  constexpr size_t most = Projection<projected>::kTensors;
+  for (size_t first = 0; first < tensors.size(); first += most) {
+    const size_t last = std::min(tensors.size(), first + most);
+    WorkOf<projected> work{};
+    Projection<projected> projection{};
+    Steps steps{};
+    work.count = steps.count = static_cast<int>(last - first);
+    work.amsgrad = step.options.amsgrad;
+    work.stochastic = step.options.stochastic;
+    for (int i = 0; i < work.count; ++i) {
+      fill<projected>(*tensors[first + i], i, work, projection);
+      steps.step[i] = tensors[first + i]->step;
+    }
+    auto* constants = reinterpret_cast<TensorConstants<T>*>(step.constants);
+    step.constants += work.count * sizeof(TensorConstants<double>);
+    advance<T><<<(steps.count + 127) / 128, 128, 0, step.stream>>>(steps, step.options,
+                                                                   step.numbers, constants);
+    check(cudaGetLastError());
+    const int64_t units = work.first_unit[work.count];
+    if (units == 0) continue;
+    const int64_t wanted = (units + kBlocksWanted - 1) / kBlocksWanted;
+    work.units_per_block = std::clamp(wanted, int64_t{kWarps}, kMostUnitsPerBlock);
+    const int64_t blocks = (units + work.units_per_block - 1) / work.units_per_block;
+    ewc_adamw<T, penalty, projected><<<blocks, kThreads, 0, step.stream>>>(
+        work, projection, step.numbers, constants, penalty == Penalty::none ? nullptr : step.sums);
+    check(cudaGetLastError());
+    if (penalty != Penalty::none && step.sums) step.sums += units;
+  }
+}
+
+int64_t protected_units(const std::vector<EWCAdamWTensor>& tensors) {
+  int64_t units = 0;
+  for (const EWCAdamWTensor& t : tensors) units += t.importance ? units_of(t.numel) : 0;
+  return units;
 }
 
 }  // namespace
 
-size_t ewc_adamw_cuda_workspace(size_t tensors) {
-  return tensors * sizeof(EWCAdamWConstants<double>);
+size_t ewc_adamw_cuda_workspace(const std::vector<EWCAdamWTensor>& tensors, bool sums) {
+  return tensors.size() * sizeof(TensorConstants<double>) +
+         (sums ? protected_units(tensors) * sizeof(PenaltySums) : 0);
 }
 
 void ewc_adamw_cuda(const std::vector<EWCAdamWTensor>& tensors, const EWCAdamWOptions& options,
                     const DeviceNumbers& numbers, void* workspace, void* stream) {
   // The tensors that one kernel takes, in order.
-  struct Group {
-    Launch launch;
-    bool projected, aligned;
-    bool operator<(const Group& other) const {
-      return std::tie(launch, aligned) < std::tie(other.launch, other.aligned);
-    }
-  };
-  std::map<Group, std::vector<size_t>> groups;
-  for (size_t i = 0; i < tensors.size(); ++i) {
-    const bool projected = tensors[i].memory.rows != nullptr;
-    const Launch kernel = dispatch(tensors[i], options, [&](auto instance) -> Launch {
-      using Instance = decltype(instance);
-      return projected ? launch<Instance, true> : launch<Instance, false>;
+  std::vector<std::pair<Launch, Tensors>> groups;
+  for (const EWCAdamWTensor& t : tensors) {
+    const bool projected = t.memory.rows != nullptr && t.memory.count != 0;
+    const Launch kernel = dispatch(t, options, [&](auto instance) -> Launch {
+      using I = decltype(instance);
+      return projected ? launch<typename I::T, I::penalty, true>
+                       : launch<typename I::T, I::penalty, false>;
     });
-    groups[{kernel, projected, is_aligned(tensors[i])}].push_back(i);
-  }
-  auto* free = static_cast<std::byte*>(workspace);
-  for (const auto& [group, indices] : groups) {
-    const size_t most = group.projected ? Projection<true>::kTensors : Projection<false>::kTensors;
-    for (size_t first = 0; first < indices.size(); first += most) {
-      const size_t last = std::min(indices.size(), first + most);
-      Share share;
-      auto& [work, projection, steps] = share;
-      work.aligned = group.aligned;
-      work.count = steps.count = static_cast<int>(last - first);
-      for (int i = 0; i < work.count; ++i) {
-        const EWCAdamWTensor& t = tensors[indices[first + i]];
-        steps.step[i] = t.step;
-        work.param[i] = t.param;
-        work.grad[i] = t.grad;
-        work.exp_avg[i] = t.exp_avg;
-        work.exp_avg_sq[i] = t.exp_avg_sq;
-        work.max_exp_avg_sq[i] = t.max_exp_avg_sq;
-        work.importance[i] = t.importance;
-        work.anchor[i] = t.anchor;
-        work.numel[i] = t.numel;
-        work.first_unit[i + 1] = work.first_unit[i] + units_of(t.numel);
-        if (!group.projected) continue;
-        projection.rows[i] = t.memory.rows;
-        projection.coefficients[i] = t.memory.coefficients;
-        projection.stride[i] = t.memory.stride;
-        projection.count[i] = t.memory.count;
-        projection.kind[i] = t.memory.kind;
-      }
-      group.launch(share, options, numbers, free, static_cast<cudaStream_t>(stream));
-      free += ewc_adamw_cuda_workspace(last - first);
+    const auto group = std::find_if(groups.begin(), groups.end(),
+                                    [&](const auto& g) { return g.first == kernel; });
+    if (group == groups.end()) {
+      groups.push_back({kernel, {&t}});
+    } else {
+      group->second.push_back(&t);
     }
+  }
+  auto* constants = static_cast<std::byte*>(workspace);
+  auto* sums =
+      reinterpret_cast<PenaltySums*>(constants + tensors.size() * sizeof(TensorConstants<double>));
+  Step step{options, numbers, static_cast<cudaStream_t>(stream), constants,
+            numbers.sums ? sums : nullptr};
+  for (const auto& [kernel, members] : groups) kernel(members, step);
+  if (numbers.sums) {
+    add_sums<<<1, kThreads, 0, step.stream>>>(sums, protected_units(tensors), options.ewc_lambda,
+                                              numbers);
+    check(cudaGetLastError());
   }
 }
 

@@ -27,6 +27,11 @@ void ewc_adamw_cpu(const std::vector<EWCAdamWTensor>& tensors, const EWCAdamWOpt
 // then; tensors may share it in the order of the stream.
 void ewc_adamw_cuda(const std::vector<EWCAdamWTensor>& tensors, const EWCAdamWOptions& options,
                     const DeviceNumbers& numbers, void* workspace, void* stream);
-size_t ewc_adamw_cuda_workspace(size_t tensors);
+size_t ewc_adamw_cuda_workspace(const std::vector<EWCAdamWTensor>& tensors, bool sums);
+
+// ewc_adamw_cuda on the device of an index, which it makes the current one for the time.
+void ewc_adamw_cuda_on(int device, const std::vector<EWCAdamWTensor>& tensors,
+                       const EWCAdamWOptions& options, const DeviceNumbers& numbers,
+                       void* workspace, void* stream);
 
 }  // namespace cl_optim

@@ -27,7 +27,7 @@ struct Device {
 
 void launch(const std::vector<EWCAdamWTensor>& tensors, const EWCAdamWOptions& options,
             const DeviceNumbers& numbers, const Tensor& on_device) {
-  const Device device(on_device, ewc_adamw_cuda_workspace(tensors.size()));
+  const Device device(on_device, ewc_adamw_cuda_workspace(tensors, numbers.sums != nullptr));
   ewc_adamw_cuda(tensors, options, numbers, device.workspace.mutable_data_ptr(), device.stream);
 }
 
@@ -38,6 +38,13 @@ void launch_nnqp(const NNQPBatch& batch, const NNQPOptions& options, const Tenso
 }
 
 }  // namespace
+
+void ewc_adamw_cuda_on(int device, const std::vector<EWCAdamWTensor>& tensors,
+                       const EWCAdamWOptions& options, const DeviceNumbers& numbers,
+                       void* workspace, void* stream) {
+  const torch::stable::accelerator::DeviceGuard guard(device);
+  ewc_adamw_cuda(tensors, options, numbers, workspace, stream);
+}
 
 STABLE_TORCH_LIBRARY_IMPL(cl_optim, CUDA, m) {
   m.impl("ewc_adamw_", TORCH_BOX(&ewc_adamw_<launch>));

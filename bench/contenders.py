@@ -5,7 +5,9 @@ Every contender does all that its method needs per step, gradients being there a
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -44,12 +46,16 @@ def adamw(problem: Problem) -> Callable[[], None]:
     return torch.optim.AdamW(problem.params, fused=True).step
 
 
-def ewc(penalty: str) -> Callable[[Problem], Callable[[], None]]:
+def ewc(penalty: str, **options: Any) -> Callable[[Problem], Callable[[], None]]:
     def make(problem: Problem) -> Callable[[], None]:
         named = [(str(i), p) for i, p in enumerate(problem.params)]
-        optimizer = EWCAdamW(named, ewc_lambda=LAMBDA, penalty=penalty, fused=True)
+        optimizer = EWCAdamW(named, ewc_lambda=LAMBDA, penalty=penalty, fused=True, **options)
         importances, _ = problem.protection()
-        optimizer.consolidate({name: f for (name, _), f in zip(named, importances, strict=True)})
+        with warnings.catch_warnings():  # about rounded anchors
+            warnings.simplefilter("ignore")
+            optimizer.consolidate(
+                {name: f for (name, _), f in zip(named, importances, strict=True)}
+            )
         del importances
         with torch.no_grad():
             for p in problem.params:
@@ -104,6 +110,12 @@ CONTENDERS: dict[str, Callable[[Problem], Callable[[], None]]] = {
     "EWCAdamW gradient": ewc("gradient"),
     "EWCAdamW decoupled": ewc("decoupled"),
     "EWCAdamW proximal": ewc("proximal"),
+    "EWCAdamW tracked": ewc("gradient", track_penalty=True),
+    "EWCAdamW log8": ewc("gradient", importance_dtype="log8"),
+    "EWCAdamW log8, bf16 anchors": ewc(
+        "gradient", importance_dtype="log8", anchor_dtype="bfloat16"
+    ),
+    "EWCAdamW log8, 8-bit moments": ewc("gradient", importance_dtype="log8", state_dtype="8bit"),
     "AdamW fused + autograd penalty": autograd_penalty,
     "AdamW fused + foreach penalty": foreach_penalty,
     "36 B per parameter in place": memory_floor,

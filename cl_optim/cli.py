@@ -58,12 +58,13 @@ def _add_demo(parser: argparse.ArgumentParser) -> None:
         "Learn tasks one after another with AdamW, L2-SP, EWC and GEM; print what each method "
         "remembers, and draw it. Permuted: each task shuffles the pixels in its own way. Split: "
         "each task has classes and a head of its own. GEM: the permuted digits with all variants "
-        "of gradient memories, around AdamW and around SGD, in two minutes more."
+        "of gradient memories, around AdamW and around SGD, in two minutes more. Formats: the same "
+        "with importance, anchors and moments in fewer bytes."
     )
     whole = _whole_number
     parser.add_argument(
-        "--scenario", choices=("permuted", "split", "both", "gem"), default="both",
-        help="which tasks (both), or all variants of GEM",
+        "--scenario", choices=("permuted", "split", "both", "gem", "formats"),
+        default="both", help="which tasks (both), all variants of GEM, or of formats",
     )  # fmt: skip
     parser.add_argument(
         "--data", choices=("digits", "fashion-mnist"), default="digits",
@@ -127,6 +128,8 @@ def _demo(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> int
         ]
         if not experiments:
             parser.error(f"there is no scenario {arguments.scenario} for --data {arguments.data}.")
+        if arguments.sweep and not all(experiment.grids for experiment in experiments):
+            parser.error(f"scenario {arguments.scenario} has no sweep: its settings are another's.")
         for experiment in experiments:  # before any training
             experiment.build(data, experiment.config.tasks, 0)
         for experiment in experiments:

@@ -76,7 +76,7 @@ class Experiment:
         config: The network and the length of training.
         seeds: How many are reported: 0, 1, ...
         methods: With the chosen settings; AdamW first.
-        grids: What the sweep chose from.
+        grids: What the sweep chose from; empty where the settings are another experiment's.
         sweep_seeds: How many seeds the sweep has.
         learning_loss: The learning accuracy that a method may lose against AdamW's best.
         headline: The keys of the methods whose gain over AdamW is put into a sentence.
@@ -95,7 +95,7 @@ class Experiment:
 
     @property
     def scenario(self) -> str:
-        """``"permuted"``, ``"split"`` or ``"gem"``."""
+        """``"permuted"``, ``"split"``, ``"gem"`` or ``"formats"``."""
         return self.key.partition("-")[0]
 
     @property
@@ -238,4 +238,30 @@ GEM_DIGITS = replace(
     ),
 )
 
-EXPERIMENTS = (PERMUTED_DIGITS, SPLIT_DIGITS, GEM_DIGITS, PERMUTED_FASHION, SPLIT_FASHION)
+# The same settings whatever the format: it is the formats that are compared.
+_EWC = replace(EWC_GRADIENT, lr=1e-2, ewc_lambda=32.0)
+_LOG8 = replace(_EWC, key="ewc-log8", label="EWC, log8", importance_dtype="log8")
+FORMATS_DIGITS = replace(
+    PERMUTED_DIGITS,
+    name="Formats-Permuted-Digits",
+    seeds=20,
+    methods=(
+        replace(ADAMW, lr=3.2e-4),
+        _EWC,
+        replace(_EWC, key="ewc-bf16", label="EWC, bfloat16", importance_dtype="bfloat16"),
+        _LOG8,
+        replace(_LOG8, key="ewc-log8-anchor", label="… bf16 anchors", anchor_dtype="bfloat16"),
+        replace(_LOG8, key="ewc-log8-bf16", label="… bf16 moments", state_dtype="bfloat16"),
+        replace(_LOG8, key="ewc-log8-8bit", label="… 8-bit moments", state_dtype="8bit"),
+    ),
+    grids=(),
+)
+
+EXPERIMENTS = (
+    PERMUTED_DIGITS,
+    SPLIT_DIGITS,
+    GEM_DIGITS,
+    FORMATS_DIGITS,
+    PERMUTED_FASHION,
+    SPLIT_FASHION,
+)

@@ -73,6 +73,9 @@ class ProtectedLearner(Learner):
             weight_decay=WEIGHT_DECAY,
             ewc_lambda=method.ewc_lambda,
             penalty=method.penalty,
+            importance_dtype=method.importance_dtype,
+            anchor_dtype=method.anchor_dtype,
+            state_dtype=method.state_dtype,
         )
         super().__init__(optimizer)
         self.model = model
@@ -179,12 +182,18 @@ class Protected(Method):
         penalty: The penalty's form.
         importance: The exact Fisher (EWC), or one for every weight (L2-SP).
         anchors: The newest weights (online EWC), or the sum of all tasks' quadratics.
+        importance_dtype: As EWCAdamW's, and so the next two.
+        anchor_dtype: How anchors are stored.
+        state_dtype: How moments are stored.
     """
 
     ewc_lambda: float = 1.0
     penalty: Literal["gradient", "decoupled", "proximal"] = "gradient"
     importance: Literal["fisher", "ones"] = "fisher"
     anchors: Literal["latest", "exact"] = "latest"
+    importance_dtype: Literal["float32", "bfloat16", "log8"] = "float32"
+    anchor_dtype: Literal["float32", "bfloat16"] | None = None
+    state_dtype: Literal["float32", "bfloat16", "8bit"] = "float32"
 
     @property
     def protects(self) -> bool:

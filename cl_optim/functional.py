@@ -45,10 +45,13 @@ def ewc_adamw_(
     Args:
         params: θ: float32, float64, bfloat16 or float16 tensors of any shapes and strides; updated.
         grads: The loss's gradients, of the parameters' dtypes and shapes.
-        exp_avgs: First moments, float32 (float64 for float64 parameters); updated.
+        exp_avgs: First moments, float32 (float64 for float64 parameters), bfloat16 or codes
+            (:mod:`cl_optim.ops.importance_codec`); updated.
         exp_avg_sqs: Second moments, likewise; updated.
-        importances: F ≥ 0, the moments' dtype; an empty list for plain AdamW.
-        anchors: θ*, of the parameter's dtype or the moments'; an empty list for plain AdamW.
+        importances: F ≥ 0, likewise; a sign bit, or the code of frozen ones, marks a weight that
+            keeps its bits. An empty list for plain AdamW.
+        anchors: θ*, float32 (float64), bfloat16 or of the parameter's dtype; an empty list for
+            plain AdamW.
         steps: Steps taken so far, one float32 number per parameter, on its device; advanced by one.
         lr: Learning rate.
         betas: Decay of the first and of the second moment.

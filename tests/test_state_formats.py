@@ -153,6 +153,33 @@ def test_other_memory_orders(formats, implementation):
         torch.testing.assert_close(p, q)
 
 
+@pytest.mark.parametrize("implementation", [{"fused": True}, {"foreach": True}], ids=str)
+def test_projected_steps_in_other_memory_orders(implementation):
+    results = []
+    for transposed in (False, True):
+        problem = Problem.of(make_params([(80, 70)], torch.float32, transposed=transposed))
+        if transposed:
+            values = results[0][1]
+            with torch.no_grad():
+                problem.params[0].copy_(values)
+            first = results[0][2]
+            problem.importances, problem.anchors = first.importances, first.anchors
+        start = problem.params[0].detach().clone()
+        formats = {"importance_dtype": "log8", "state_dtype": "8bit"}
+        optimizer = make(problem, "gradient", formats, **implementation)
+        weight = problem.params[0]
+        problem.set_gradients(0, torch.float32)
+        rows = torch.stack([torch.ones(80, 70), torch.arange(5600.0).view(80, 70) / 5600])
+        if transposed:
+            assert not weight.is_contiguous()
+            rows = rows.mT.contiguous().mT
+        optimizer.step_projected(
+            {weight: rows}, {weight: torch.tensor([0.3, 0.7], dtype=torch.float64)}
+        )
+        results.append((weight.detach().clone(), start, problem))
+    torch.testing.assert_close(results[0][0], results[1][0], rtol=1e-6, atol=1e-7)
+
+
 def test_the_penalty_survives_log8():
     start = Problem.of(make_params([(300, 100)], torch.float32))
     start.importances = [10 ** (torch.randn(300, 100) - 3)]

@@ -254,7 +254,6 @@ class EWCAdamW(torch.optim.Optimizer):
             _check_group(group)
         if self._plans is not None and self._step_planned(self._plans):
             return
-        self._plans = None
         for group in self.param_groups:
             self._refuse_sparse(group)
         batches = [batch for group in self.param_groups for batch in gather(group, self.state)]
@@ -262,8 +261,11 @@ class EWCAdamW(torch.optim.Optimizer):
         for batch, (self._backend, step) in zip(batches, chosen, strict=True):
             hyper, inputs = _hyperparameters(batch.group), self._inputs(batch)
             step(batch.params, batch.grads(), batch.lists(), hyper=hyper, inputs=inputs)
-        # A plan is worth its making where steps are alike.
-        if all(step is ops.fused for _, step in chosen) and are_alike(batches, self._batches):
+        # A plan is worth its making where steps are alike, and once where it is not possible.
+        alike = all(step is ops.fused for _, step in chosen) and are_alike(batches, self._batches)
+        if not alike:
+            self._plans = None
+        elif self._plans is None or self._plans.possible:
             self._plans = Plans(batches, self)
         self._batches = batches
 
@@ -381,7 +383,8 @@ class EWCAdamW(torch.optim.Optimizer):
         self._plans = None  # it would keep the replaced tensors alive
         self._batches = []
         groups = {param: group for group in self.param_groups for param in group["params"]}
-        _warn_of_rounded_anchors([param for param, _ in matched], groups)
+        if anchors == "latest":
+            _warn_of_rounded_anchors([param for param, _ in matched], groups)
         for param, new in matched:
             state = self.state[param]
             protection.merge(state, param, new, decay, groups[param], exact=anchors == "exact")

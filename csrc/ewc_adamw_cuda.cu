@@ -34,7 +34,6 @@ constexpr int kProjectedPerLaunch = 256;
 
 template <int tensors>
 struct Work {
-  static constexpr int kTensors = tensors;
   void* param[tensors];
   const void* grad[tensors];
   void* exp_avg[tensors];

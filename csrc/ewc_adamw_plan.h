@@ -207,7 +207,7 @@ class Plan {
       tensor.param = address(*param);
       tensor.grad = address(*grad);
       if (tensor.numel != 0 && (!tensor.param || !tensor.grad)) return false;
-      if (amsgrad && !tensor.max_exp_avg_sq) return false;
+      if (amsgrad && tensor.numel != 0 && !tensor.max_exp_avg_sq) return false;
       if (memories.size() != 0 && !add_rows(memories[i], coefficients[i], *param, tensor)) {
         return false;
       }

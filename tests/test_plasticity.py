@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from ewc_adamw_cases import OFF_DEFAULT, PENALTIES, Problem, make_params
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -169,6 +169,7 @@ class TestFreeze:
                 optimizer.freeze(fraction)
 
 
+@settings(deadline=None)
 @given(st.lists(st.floats(0, width=32, allow_infinity=False), min_size=1), st.data())
 def test_largest_is_what_sorting_finds(numbers: list[float], data: st.DataObject):
     count = data.draw(st.integers(1, len(numbers)))

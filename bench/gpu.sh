@@ -9,7 +9,8 @@ export CL_OPTIM_REQUIRE=cpu,cuda PYTHONPATH=$PWD
 python=${PYTHON:-python3}
 nvidia-smi >"$out/nvidia-smi.txt"
 $python setup.py build_ext --inplace >"$out/build.txt" 2>&1
-tests="tests/test_ewc_adamw.py tests/test_ewc_adamw_gradients.py tests/test_drop_in.py"
+tests="tests/test_ewc_adamw.py tests/test_ewc_adamw_gradients.py tests/test_drop_in.py tests/test_state_formats.py"
+tests="$tests tests/test_plasticity.py tests/test_launch_plans.py"
 tests="$tests tests/test_squared_grad_triton.py tests/test_gram.py tests/test_nnqp.py tests/test_gem.py tests/test_gem_project.py"
 $python -m pytest $tests -m gpu -p no:cacheprovider -q 2>&1 |
   tee "$out/tests.txt"

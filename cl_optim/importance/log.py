@@ -232,10 +232,9 @@ class ImportanceLog:
         self._check_task(task)
         _check_importance(importance)
         _check_masks(frozen)
+        _check_anchors(anchors)
         if model is not None:
             _check_model(importance, model)
-        if anchors is not None and not isinstance(anchors, Mapping) and not Path(anchors).is_file():
-            raise FileNotFoundError(f"anchors: there is no checkpoint {str(anchors)!r}.")
         with self._writing(f"task {task!r} cannot be recorded"):
             if task in self:
                 raise LogError(f"task {task!r} is in the log already: forget it first.")
@@ -374,6 +373,15 @@ def _check_masks(frozen: Mapping[str, Tensor] | None) -> None:
     for name, mask in (frozen or {}).items():
         if not isinstance(mask, Tensor) or mask.dtype is not torch.bool:
             raise TypeError(f"frozen[{name!r}] must be a bool tensor.")
+
+
+def _check_anchors(anchors: Anchors) -> None:
+    if isinstance(anchors, Mapping):
+        for name, value in anchors.items():
+            if not isinstance(value, Tensor):
+                raise TypeError(f"anchors[{name!r}] must be a tensor.")
+    elif anchors is not None and not Path(anchors).is_file():
+        raise FileNotFoundError(f"anchors: there is no checkpoint {str(anchors)!r}.")
 
 
 def _check_model(importance: Mapping[str, Tensor], model: nn.Module) -> None:

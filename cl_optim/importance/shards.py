@@ -7,6 +7,7 @@ is read, and what differs from what was written is named and not returned.
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -47,7 +48,10 @@ def write(
         for number, shard in enumerate(_shards(tensors, limit), start=1):
             path = folder / f"{stem}-{number:05}.safetensors"
             sums = {key: pool.submit(checksum, _bytes(value)) for key, value in shard.items()}
-            save_file(shard, path)
+            try:
+                save_file(shard, path)
+            except SafetensorError as error:  # which is how it reports a full disk
+                raise OSError(errno.EIO, str(error)) from None
             with open(path, "r+b") as file:
                 os.fsync(file.fileno())
                 header = _header(file.read(8), file)

@@ -118,7 +118,7 @@ class Reader:
         self._shards: Mapping[str, dict[str, Any]] = {
             key: shard for shard in table for key in shard["tensors"]
         }
-        self._checked: set[str] = set()
+        self._files: dict[str, safe_open] = {}
 
     def read(self, key: str, what: str) -> Tensor:
         """Read a tensor into memory of its own and verify it.
@@ -138,11 +138,14 @@ class Reader:
     def _piece(self, key: str, what: str) -> Tensor:
         shard = self._shards[key]
         path = self._folder / shard["file"]
-        self._check_file(path, shard, what)
         try:
-            with safe_open(path, framework="pt") as file:
-                # A copy: the file's own pages could change after the checksum.
-                tensor: Tensor = file.get_tensor(key).clone()
+            if shard["file"] not in self._files:
+                self._check_file(path, shard, what)
+                self._files[shard["file"]] = safe_open(path, framework="pt")
+            # A copy: the file's own pages could change after the checksum.
+            tensor: Tensor = self._files[shard["file"]].get_tensor(key).clone()
+        except FileNotFoundError:
+            raise self._damaged(what, path, "the file is gone") from None
         except (SafetensorError, OSError) as error:
             raise self._damaged(what, path, str(error)) from None
         if checksum(_bytes(tensor)) != shard["tensors"][key]:
@@ -150,19 +153,13 @@ class Reader:
         return tensor
 
     def _check_file(self, path: Path, shard: dict[str, Any], what: str) -> None:
-        if shard["file"] in self._checked:
-            return
-        try:
-            size = path.stat().st_size
-        except FileNotFoundError:
-            raise self._damaged(what, path, "the file is gone") from None
+        size = path.stat().st_size
         if size != shard["bytes"]:
             reason = f"the file has {size:,} bytes, not {shard['bytes']:,}"
             raise self._damaged(what, path, reason)
         with open(path, "rb") as file:
             if checksum(file.read(shard["header_bytes"])) != shard["header"]:
                 raise self._damaged(what, path, "the file's header is not what was written")
-        self._checked.add(shard["file"])
 
     def _damaged(self, what: str, path: Path, reason: str) -> DamagedError:
         return DamagedError(f"{what} of {self._owner} is damaged in {path}: {reason}.")

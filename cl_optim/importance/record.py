@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -172,7 +173,7 @@ class Record:
         """The samples in the importance's sums."""
         return float(self._table["samples"])
 
-    @property
+    @cached_property
     def layers(self) -> dict[str, Summary]:
         """The layers' statistics, without reading a tensor."""
         return {layer: _summary(values) for layer, values in self._table["layers"].items()}

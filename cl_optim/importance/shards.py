@@ -118,7 +118,7 @@ class Reader:
         self._shards: Mapping[str, dict[str, Any]] = {
             key: shard for shard in table for key in shard["tensors"]
         }
-        self._files: dict[str, safe_open] = {}
+        self._files: dict[str, Any] = {}
 
     def read(self, key: str, what: str) -> Tensor:
         """Read a tensor into memory of its own and verify it.

@@ -39,9 +39,9 @@
     element.append(...children);
     return element;
   };
-  // Names may be broken after their dots, dashes and underscores, and nowhere in a word.
+  // Names are broken after their dots and dashes, if they can be.
   const breakable = (name) => {
-    const parts = name.split(/(?<=[._/-])/);
+    const parts = name.split(/(?<=[./-])/);
     return parts.flatMap((part, at) => (at ? [document.createElement("wbr"), part] : [part]));
   };
 

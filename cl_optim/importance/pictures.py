@@ -93,7 +93,7 @@ def _carriers(data: dict[str, Any]) -> Figure:
     axes.set_yticks(range(len(tasks)), tasks)
     axes.invert_yaxis()
     axes.set_xlabel("% of the weights that carry so much of the importance")
-    axes.legend(frameon=False)
+    axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
     axes.set_title("How few weights carry it", loc="left", fontweight="bold")
     return figure
 
@@ -124,7 +124,7 @@ def _frozen(data: dict[str, Any]) -> Figure:
     axes.set_yticks(range(len(layers)), layers, fontsize=7)
     axes.set_ylim(len(layers) - 0.5, -0.5)
     axes.set_xlabel("% of the layer's weights that freezing would pin")
-    axes.legend(frameon=False)
+    axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
     axes.set_title("What freezing would pin", loc="left", fontweight="bold")
     return figure
 

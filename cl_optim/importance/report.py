@@ -6,6 +6,7 @@ import csv
 import json
 import math
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -40,7 +41,7 @@ def report_data(log: ImportanceLog) -> Data:
     if not log.tasks:
         raise LogError(f"there is nothing to report: the log {str(log.path)!r} has no task.")
     records = [log[task] for task in log.tasks]
-    layers = dict.fromkeys(layer for record in records for layer in record.layers)
+    layers = _in_order([list(record.layers) for record in records])
     importances = [record.importance() for record in records]
     return {
         "name": log.path.resolve().name,
@@ -58,6 +59,20 @@ def report_data(log: ImportanceLog) -> Data:
         "frozen": _frozen(log.merge(), layers),
         "training": [_training(entries) for entries in watch.read(log.path / "training")],
     }
+
+
+def _in_order(lists: list[list[str]]) -> list[str]:
+    """All layers of all records; one that a model got later comes after its neighbour there."""
+    ordered: list[str] = []
+    for layers in lists:
+        place = 0
+        for layer in layers:
+            if layer in ordered:
+                place = ordered.index(layer) + 1
+            else:
+                ordered.insert(place, layer)
+                place += 1
+    return ordered
 
 
 def _task(record: Record) -> Data:
@@ -82,7 +97,9 @@ def _weights(layer: str, records: list[Record]) -> int:
     return max(record.layers[layer].weights for record in records if layer in record.layers)
 
 
-def _table(records: list[Record], layers: Any, figure: Any) -> list[list[Any]]:
+def _table(
+    records: list[Record], layers: list[str], figure: Callable[[Record, str], Any]
+) -> list[list[Any]]:
     return [
         [figure(record, layer) if layer in record.layers else None for record in records]
         for layer in layers
@@ -100,7 +117,7 @@ def _overlap(found: Overlap) -> Data:
     return {name: value.tolist() for name, value in found._asdict().items()}
 
 
-def _frozen(merged: Importance, layers: Any) -> list[Data]:
+def _frozen(merged: Importance, layers: list[str]) -> list[Data]:
     """For each fraction of all weights the fraction of each layer's that is among the top."""
     result = []
     for fraction in FROZEN:

@@ -66,11 +66,19 @@ class Watch:
         optimizer: Made from named parameters.
         folder: Where the file goes.
         every: Steps from one entry to the next.
+
+    Raises:
+        ValueError: ``every`` is no positive whole number, or a protected parameter has no name.
     """
 
     def __init__(self, optimizer: ProtectingOptimizer, folder: Path, every: int) -> None:
         if not isinstance(every, int) or isinstance(every, bool) or every < 1:
             raise ValueError(f"every must be a whole number of steps from 1 on, not {every!r}.")
+        if any(one.name is None for one in optimizer.protected()):
+            raise ValueError(
+                "watch needs an optimizer that was made from model.named_parameters(): this one "
+                "has no names."
+            )
         self._optimizer = optimizer
         self._every = every
         self._step = 0
@@ -85,11 +93,7 @@ class Watch:
             self.write()
 
     def write(self) -> None:
-        """Write an entry now.
-
-        Raises:
-            ValueError: The optimizer was made without parameter names.
-        """
+        """Write an entry now."""
         layers = _layers(self._optimizer.protected())
         if not layers:
             return
@@ -121,12 +125,7 @@ def _layers(protected: Iterable[ProtectedParameter]) -> dict[str, dict[str, Any]
     squares: dict[str, list[Tensor]] = defaultdict(list)
     samples: dict[str, list[Tensor]] = defaultdict(list)
     for one in protected:
-        if one.name is None:
-            raise ValueError(
-                "watch needs an optimizer that was made from model.named_parameters(): this one "
-                "has no names."
-            )
-        layer = layer_of(one.name)
+        layer = layer_of(one.name or "")
         delta = (one.param - one.anchor).to(one.importance.dtype)
         penalties[layer].append((one.importance * delta.square()).sum() * one.ewc_lambda)
         squares[layer].append(delta.square().sum())

@@ -77,7 +77,7 @@
       for (const [x, cell] of row.cells.entries()) {
         const face = make("span", { "--v": cell.v ?? 0 }, cell.v === null ? "" : cell.text);
         const name = `${row.title}, ${columns[x]}: ${cell.lines.join(", ")}`;
-        const kind = cell.v === null ? "absent" : cell.v > 0.66 ? "strong stronger" : cell.v > 0.55 ? "strong" : "";
+        const kind = cell.v === null ? "absent" : cell.v > 0.655 ? "strong stronger" : cell.v > 0.55 ? "strong" : "";
         const td = make("td", { role: "gridcell", className: kind, tabIndex: x || y ? -1 : 0, "aria-label": name }, face);
         td.dataset.x = x;
         td.dataset.y = y;

@@ -108,6 +108,7 @@ def _demo(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> int
     from cl_optim.demo.fashion_mnist import fashion_mnist
     from cl_optim.demo.scenarios import DataError, digits
     from cl_optim.demo.train import DivergedError
+    from cl_optim.importance.errors import LogError
 
     console = Console()
     if not console.is_terminal:
@@ -137,7 +138,7 @@ def _demo(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> int
             else:
                 seeds = arguments.seeds or experiment.seeds
                 run_demo(experiment, data, seeds, arguments.out, console)
-    except DataError as error:
+    except (DataError, LogError) as error:
         parser.error(str(error))
     except DivergedError as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)

@@ -127,6 +127,9 @@ def test_the_heat_map_by_keyboard(opened):
     for key, layer, task in moves:
         page.keyboard.press(key)
         assert opened.active().startswith(f"transformer.h.{layer}.mlp, task number {task}: ")
+        page.evaluate("new Promise((done) => requestAnimationFrame(() => setTimeout(done)))")
+        title = f"transformer.h.{layer}.mlp · task number {task}"
+        assert tip.locator("b").inner_text() == title
         # The cell is in sight: below and beside the headers that stay in place.
         assert page.evaluate(
             """() => {

@@ -48,19 +48,28 @@
   // --- details beside the pointer or the focus --------------------------------------------------
 
   const tip = byId("tip");
-  const hide = () => { tip.hidden = true; };
-  const show = (anchor, title, lines) => {
-    tip.replaceChildren(make("b", {}, title), ...lines.map((line) => make("div", {}, line)));
-    tip.hidden = false;
-    const box = anchor.getBoundingClientRect();
+  let explained = null; // what the details are about
+  const hide = () => { tip.hidden = true; explained = null; };
+  const place = () => {
+    const box = explained.getBoundingClientRect();
     const { offsetWidth: width, offsetHeight: height } = tip;
     const left = Math.min(Math.max(8, box.left + box.width / 2 - width / 2), innerWidth - width - 8);
     const above = box.top - height - 8;
     tip.style.left = `${left}px`;
     tip.style.top = `${above > 8 ? above : Math.min(box.bottom + 8, innerHeight - height - 8)}px`;
   };
+  const show = (anchor, title, lines) => {
+    tip.replaceChildren(make("b", {}, title), ...lines.map((line) => make("div", {}, line)));
+    tip.hidden = false;
+    explained = anchor;
+    place();
+  };
   addEventListener("keydown", (event) => { if (event.key === "Escape") hide(); });
-  addEventListener("scroll", hide, { capture: true, passive: true });
+  // Moving the focus scrolls: the details follow it. Those of the pointer end.
+  addEventListener("scroll", () => {
+    if (explained && document.activeElement.contains(explained)) place();
+    else hide();
+  }, { capture: true, passive: true });
 
   // --- a grid of cells with one tab stop --------------------------------------------------------
 
@@ -77,7 +86,7 @@
       for (const [x, cell] of row.cells.entries()) {
         const face = make("span", { "--v": cell.v ?? 0 }, cell.v === null ? "" : cell.text);
         const name = `${row.title}, ${columns[x]}: ${cell.lines.join(", ")}`;
-        const kind = cell.v === null ? "absent" : cell.v > 0.655 ? "strong stronger" : cell.v > 0.55 ? "strong" : "";
+        const kind = cell.v === null ? "absent" : cell.v > 0.665 ? "strong stronger" : cell.v > 0.55 ? "strong" : "";
         const td = make("td", { role: "gridcell", className: kind, tabIndex: x || y ? -1 : 0, "aria-label": name }, face);
         td.dataset.x = x;
         td.dataset.y = y;

@@ -1,0 +1,126 @@
+"""The importance log on a model of 124 M parameters: size, error, and time against the disk's.
+
+    python bench/log_round_trip.py FOLDER
+
+The importance is the exact-shape stand-in of GPT-2 small's: a log-normal Fisher times a scale for
+each row and column, as trained models show. Writing is ``log.record`` (statistics, encoding,
+checksums, fsync), against ``dd conv=fsync`` of as many bytes into the same folder, in turns; reading
+is every tensor of ``log.load``, verified and decoded, against ``dd`` reading the same file. Both read
+from the page cache, where the file still is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from cl_optim import ImportanceLog
+from cl_optim.importance import codecs
+
+WIDTH, LAYERS, VOCABULARY, POSITIONS = 768, 12, 50257, 1024
+
+
+def gpt2() -> dict[str, tuple[int, ...]]:
+    """The shapes of GPT-2 small's 148 parameters: 124 439 808 weights."""
+    w = WIDTH
+    shapes: dict[str, tuple[int, ...]] = {
+        "wte.weight": (VOCABULARY, w),
+        "wpe.weight": (POSITIONS, w),
+    }
+    for layer in range(LAYERS):
+        block = {
+            "ln_1.weight": (w,), "ln_1.bias": (w,),
+            "attn.c_attn.weight": (w, 3 * w), "attn.c_attn.bias": (3 * w,),
+            "attn.c_proj.weight": (w, w), "attn.c_proj.bias": (w,),
+            "ln_2.weight": (w,), "ln_2.bias": (w,),
+            "mlp.c_fc.weight": (w, 4 * w), "mlp.c_fc.bias": (4 * w,),
+            "mlp.c_proj.weight": (4 * w, w), "mlp.c_proj.bias": (w,),
+        }  # fmt: skip
+        shapes |= {f"h.{layer}.{name}": shape for name, shape in block.items()}
+    return shapes | {"ln_f.weight": (w,), "ln_f.bias": (w,)}
+
+
+def fisher(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    values = torch.randn(shape, generator=generator).mul_(1.5)
+    for axis in range(len(shape)):
+        along = [1] * len(shape)
+        along[axis] = shape[axis]
+        values += torch.randn(along, generator=generator)
+    return values.exp_().mul_(1e-7)
+
+
+def seconds(work: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def dd(*arguments: str) -> float:
+    command = ["dd", "bs=8M", "status=none", *arguments]
+    return seconds(lambda: subprocess.run(command, check=True))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("folder", type=Path, help="an empty or new folder on the disk to measure")
+    parser.add_argument("--repeat", type=int, default=5)
+    arguments = parser.parse_args()
+    arguments.folder.mkdir(parents=True, exist_ok=True)
+    generator = torch.Generator().manual_seed(0)
+    importance = {name: fisher(shape, generator) for name, shape in gpt2().items()}
+    weights = sum(value.numel() for value in importance.values())
+
+    table = Table(box=box.MARKDOWN)
+    for column in ("codec", "bytes per weight", "‖error‖/‖F‖", "largest error", "top 5 % kept",
+                   "MB", "write, s", "dd", "dd / write", "read, s", "dd", "dd / read"):  # fmt: skip
+        table.add_column(column, justify="right" if column != "codec" else "left")
+    for name in codecs.NAMES:
+        error = codecs.measure(codecs.codec(name), importance)
+        writes, reads, dd_writes, dd_reads = [], [], [], []
+        for _ in range(arguments.repeat):
+            path, peer = arguments.folder / "log", arguments.folder / "dd"
+            log = ImportanceLog(path)
+            writes.append(seconds(lambda: log.record("task", importance, codec=name)))
+            size = log["task"].nbytes
+            count = f"count={size}"
+            dd_writes.append(
+                dd("if=/dev/zero", f"of={peer}", count, "iflag=count_bytes", "conv=fsync")
+            )
+            reads.append(seconds(lambda: [value for value in log.load("task").sums.values()]))
+            dd_reads.append(dd(f"if={peer}", "of=/dev/null"))
+            shutil.rmtree(path)
+            peer.unlink()
+        table.add_row(
+            name, f"{error.bytes_per_weight:.3f}", f"{error.relative:.2%}",
+            f"{error.largest:.2%}" if error.largest < 10 else f"×{error.largest:.0e}",
+            f"{error.top_overlap:.2%}", f"{size / 1e6:.0f}",
+            *cells(writes, dd_writes), *cells(reads, dd_reads),
+        )  # fmt: skip
+    console = Console(width=200)
+    console.print(f"{weights:,} weights in {len(importance)} tensors; median of {arguments.repeat}")
+    console.print(table)
+
+
+def cells(ours: list[float], peer: list[float]) -> list[str]:
+    ratios = sorted(b / a for a, b in zip(ours, peer, strict=True))
+    median = statistics.median
+    return [
+        f"{median(ours):.2f}",
+        f"{median(peer):.2f}",
+        f"{median(ratios):.2f} ({ratios[0]:.2f}–{ratios[-1]:.2f})",
+    ]
+
+
+if __name__ == "__main__":
+    main()

@@ -2,11 +2,11 @@
 
     python bench/log_round_trip.py FOLDER
 
-The importance is the exact-shape stand-in of GPT-2 small's: a log-normal Fisher times a scale for
-each row and column, as trained models show. Writing is ``log.record`` (statistics, encoding,
-checksums, fsync), against ``dd conv=fsync`` of as many bytes into the same folder, in turns; reading
-is every tensor of ``log.load``, verified and decoded, against ``dd`` reading the same file. Both read
-from the page cache, where the file still is.
+The importance has the shapes of GPT-2 small and made-up values: log-normal, times a log-normal
+scale for each row and column. Writing is ``log.record`` (statistics, encoding, checksums, fsync), against
+``dd conv=fsync`` of as many bytes into the same folder, in turns; reading is every tensor of
+``log.load``, verified and decoded, against ``dd`` reading as many bytes. Both read from the page
+cache, where the files still are.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from rich import box
@@ -71,6 +72,30 @@ def dd(*arguments: str) -> float:
     return seconds(lambda: subprocess.run(command, check=True))
 
 
+class Turn(NamedTuple):
+    """Seconds of one record written and read, and of dd for as many bytes."""
+
+    nbytes: int
+    write: float
+    dd_write: float
+    read: float
+    dd_read: float
+
+
+def turn(folder: Path, importance: dict[str, Tensor], codec: str) -> Turn:
+    path, peer = folder / "log", folder / "dd"
+    log = ImportanceLog(path)
+    write = seconds(lambda: log.record("task", importance, codec=codec))
+    nbytes = log["task"].nbytes
+    limits = (f"count={nbytes}", "iflag=count_bytes")
+    dd_write = dd("if=/dev/zero", f"of={peer}", *limits, "conv=fsync")
+    read = seconds(lambda: list(log.load("task").sums.values()))
+    dd_read = dd(f"if={peer}", "of=/dev/null")
+    shutil.rmtree(path)
+    peer.unlink()
+    return Turn(nbytes, write, dd_write, read, dd_read)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("folder", type=Path, help="an empty or new folder on the disk to measure")
@@ -87,25 +112,13 @@ def main() -> None:
         table.add_column(column, justify="right" if column != "codec" else "left")
     for name in codecs.NAMES:
         error = codecs.measure(codecs.codec(name), importance)
-        writes, reads, dd_writes, dd_reads = [], [], [], []
-        for _ in range(arguments.repeat):
-            path, peer = arguments.folder / "log", arguments.folder / "dd"
-            log = ImportanceLog(path)
-            writes.append(seconds(lambda: log.record("task", importance, codec=name)))
-            size = log["task"].nbytes
-            count = f"count={size}"
-            dd_writes.append(
-                dd("if=/dev/zero", f"of={peer}", count, "iflag=count_bytes", "conv=fsync")
-            )
-            reads.append(seconds(lambda: [value for value in log.load("task").sums.values()]))
-            dd_reads.append(dd(f"if={peer}", "of=/dev/null"))
-            shutil.rmtree(path)
-            peer.unlink()
+        turns = [turn(arguments.folder, importance, name) for _ in range(arguments.repeat)]
         table.add_row(
             name, f"{error.bytes_per_weight:.3f}", f"{error.relative:.2%}",
             f"{error.largest:.2%}" if error.largest < 10 else f"×{error.largest:.0e}",
-            f"{error.top_overlap:.2%}", f"{size / 1e6:.0f}",
-            *cells(writes, dd_writes), *cells(reads, dd_reads),
+            f"{error.top_overlap:.2%}", f"{turns[0].nbytes / 1e6:.0f}",
+            *cells([t.write for t in turns], [t.dd_write for t in turns]),
+            *cells([t.read for t in turns], [t.dd_read for t in turns]),
         )  # fmt: skip
     console = Console(width=200)
     console.print(f"{weights:,} weights in {len(importance)} tensors; median of {arguments.repeat}")

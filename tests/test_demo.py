@@ -14,7 +14,7 @@ import torch
 from scipy import stats
 from torch import nn
 
-from cl_optim import cli
+from cl_optim import ImportanceLog, cli
 from cl_optim.demo import experiments, metrics, scenarios, sweep
 from cl_optim.demo.experiments import (
     EXPERIMENTS,
@@ -30,6 +30,7 @@ from cl_optim.demo.report import Results
 from cl_optim.demo.scenarios import Split, Task
 from cl_optim.demo.sweep import Score
 from cl_optim.demo.train import Config, DivergedError, Run, train
+from cl_optim.importance.report import report_data
 
 DOCS = Path(__file__).parent.parent / "docs"
 TINY = Config(tasks=2, epochs=1, hidden=32, batch_size=64)
@@ -471,9 +472,12 @@ class TestCommands:
         assert "ACC(EWC, gradient) − ACC(AdamW) = " in text
         assert "paired over 2 seeds" in text
 
-    def test_demo_leaves_a_log_and_its_report(self, tmp_path, capsys):
+    def test_demo_leaves_a_log_and_its_report(self, tmp_path, capsys, monkeypatch):
+        methods = tuple(m for m in PERMUTED_DIGITS.methods if m.key in ("adamw", "ewc-gradient"))
+        tiny = replace(PERMUTED_DIGITS, methods=methods, config=TINY)
+        monkeypatch.setattr(experiments, "EXPERIMENTS", [tiny])
         arguments = ["demo", "--scenario", "permuted", "--seeds", "1", "--tasks", "3"]
-        arguments += ["--epochs", "1", "--out", str(tmp_path)]
+        arguments += ["--out", str(tmp_path)]
         for _ in range(2):  # the second in place of the first
             assert cli.main(arguments) == 0
             log = ImportanceLog(tmp_path / "permuted-digits-log", mode="r")

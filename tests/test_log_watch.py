@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from log_cases import make_log
@@ -65,6 +67,27 @@ def test_entries_hold_penalty_drift_and_quantiles(tmp_path):
         every = torch.cat([importance[name].reshape(-1) for name in names])
         expected = torch.quantile(every, torch.tensor(watch.QUANTILES), interpolation="nearest")
         torch.testing.assert_close(torch.tensor(values[layer]["quantiles"]), expected)
+
+
+def test_frozen_weights_are_not_in_the_penalty(tmp_path):
+    one = SimpleNamespace(
+        name="a.weight",
+        param=torch.tensor([1.0, 2.0, 3.0]),
+        importance=torch.tensor([1.0, 10.0, 100.0]),
+        frozen=torch.tensor([False, True, False]),
+        anchor=torch.zeros(3, dtype=torch.bfloat16),
+        ewc_lambda=0.5,
+    )
+    optimizer = SimpleNamespace(
+        protected=lambda: iter([one]),
+        register_step_post_hook=lambda hook: SimpleNamespace(remove=int),
+    )
+    watching = ImportanceLog(tmp_path).watch(optimizer)
+    watching.write()
+    ((entry,),) = watch.read(tmp_path / "training")
+    assert entry["layers"]["a"]["penalty"] == 0.5 * (1 + 100 * 9)
+    assert entry["layers"]["a"]["drift"] == pytest.approx(14**0.5)
+    watching.close()
 
 
 def test_half_an_entry_is_left_out(tmp_path):

@@ -6,6 +6,7 @@ import time
 import uuid
 from collections import defaultdict
 from collections.abc import Callable, Iterable
+from datetime import datetime, timezone
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
@@ -35,6 +36,10 @@ class ProtectedParameter(Protocol):
     @property
     def importance(self) -> Tensor:
         """F."""
+
+    @property
+    def frozen(self) -> Tensor:
+        """Which weights do not move: they are not in the penalty."""
 
     @property
     def anchor(self) -> Tensor:
@@ -83,7 +88,7 @@ class Watch:
         self._every = every
         self._step = 0
         folder.mkdir(exist_ok=True)
-        stamp = time.strftime("%Y%m%dT%H%M%S", time.gmtime())
+        stamp = datetime.now(timezone.utc).strftime("%Y%m%dT%H%M%S.%f")
         self._file = open(folder / f"{stamp}-{uuid.uuid4().hex[:8]}.jsonl", "ab")  # noqa: SIM115
         self._handle = optimizer.register_step_post_hook(self._after_step)
 
@@ -127,7 +132,8 @@ def _layers(protected: Iterable[ProtectedParameter]) -> dict[str, dict[str, Any]
     for one in protected:
         layer = layer_of(one.name or "")
         delta = (one.param - one.anchor).to(one.importance.dtype)
-        penalties[layer].append((one.importance * delta.square()).sum() * one.ewc_lambda)
+        pulled = (one.importance * delta.square()).masked_fill(one.frozen, 0.0)
+        penalties[layer].append(pulled.sum() * one.ewc_lambda)
         squares[layer].append(delta.square().sum())
         flat = one.importance.reshape(-1)
         samples[layer].append(flat[:: max(1, flat.numel() // _SAMPLE)].float())

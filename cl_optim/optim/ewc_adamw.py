@@ -113,19 +113,21 @@ class _Prepared:
 
 
 class Protected(NamedTuple):
-    """A protected parameter, and what protects it.
+    """What protects one parameter.
 
     Attributes:
-        name: None where the optimizer was made without names.
+        name: Its name; None where the optimizer was made without.
         param: The parameter.
-        importance: F, of its shape, float32 (float64 for float64 parameters).
-        anchor: θ*, of its shape.
-        ewc_lambda: λ of its group.
+        importance: F in the dtype of its arithmetic, of its shape.
+        frozen: Bool, of its shape.
+        anchor: θ*, as stored.
+        ewc_lambda: Its group's λ.
     """
 
     name: str | None
     param: Tensor
     importance: Tensor
+    frozen: Tensor
     anchor: Tensor
     ewc_lambda: float
 
@@ -519,9 +521,9 @@ class EWCAdamW(torch.optim.Optimizer):
             for name, param in zip(names, group["params"], strict=True):
                 state = self.state.get(param, {})
                 if "importance" in state:
-                    yield Protected(
-                        name, param, state["importance"], state["anchor"], group["ewc_lambda"]
-                    )
+                    importance, frozen = state["importance"], torch.zeros_like(param).bool()
+                    anchor = state["anchor"]
+                    yield Protected(name, param, importance, frozen, anchor, group["ewc_lambda"])
 
     # --- state ------------------------------------------------------------------------------------
 

@@ -193,3 +193,9 @@ def test_a_fraction_out_of_range_is_refused(importance, bad):
         importance.overlap(importance, fraction=bad)
     with pytest.raises(ValueError, match="a quantile needs at least one weight"):
         statistics.quantile({"a": torch.zeros(0)}, 0.5)
+
+
+def test_sums_beyond_float32():
+    layers = Importance({"a.weight": torch.full((8,), 2.0**127)}, samples=1).per_layer()
+    assert layers["a"].mean == 2.0**127
+    assert layers["a"].carriers == (0.5, 1.0, 1.0)

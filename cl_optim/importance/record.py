@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -45,18 +46,8 @@ def write(
     Returns:
         The checksum of its table, which the manifest keeps.
     """
-    summaries = Summaries()
     sums = importance.sums if isinstance(importance, Importance) else importance
     samples = importance.samples if isinstance(importance, Importance) else 1
-    encode = how.encoder(sums)
-
-    def encoded() -> Iterator[tuple[str, Tensor]]:
-        for name, value in sums.items():
-            flat = flat_float32(value)
-            summaries.add(name, flat / samples if samples != 1 else flat)
-            for part, tensor in encode(flat.view(value.shape)).items():
-                yield f"{part}/{name}", tensor
-
     table: dict[str, Any] = {
         "task": task,
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
@@ -67,8 +58,17 @@ def write(
         "codec": {"name": how.name, **how.options()},
         "shapes": {name: list(value.shape) for name, value in sums.items()},
         "model": None if model is None else fingerprint(model),
-        "importance": shards.write(folder, "importance", encoded()),
     }
+    summaries = Summaries()
+
+    def summarize(name: str) -> None:
+        summaries.add(name, sums[name], samples)
+
+    with ThreadPoolExecutor(1, thread_name_prefix="cl_optim-statistics") as pool:
+        done = [pool.submit(summarize, name) for name in sums]
+        table["importance"] = shards.write(folder, "importance", _encoded(sums, how))
+        for future in done:
+            future.result()
     layers = summaries.layers()
     table["layers"] = {layer: list(summary) for layer, summary in layers.items()}
     table["whole"] = list(summaries.whole())
@@ -85,6 +85,15 @@ def write(
     write_durably(folder / _FILE, line)
     fsync_directory(folder)
     return checksum(line)
+
+
+def _encoded(sums: Mapping[str, Tensor], how: Codec) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of each parameter, with their keys."""
+    encode = how.encoder(sums)
+    for name, value in sums.items():
+        flat = flat_float32(value)
+        for part, tensor in encode(flat.view(value.shape)).items():
+            yield f"{part}/{name}", tensor
 
 
 def fingerprint(model: nn.Module) -> dict[str, list[Any]]:

@@ -40,11 +40,15 @@ class Histogram:
     Args:
         counts: int64 [32768]; none is the histogram of nothing.
         largest: The largest value.
+        sum: The sum of the values.
     """
 
-    def __init__(self, counts: Tensor | None = None, largest: float = 0.0) -> None:
+    def __init__(
+        self, counts: Tensor | None = None, largest: float = 0.0, sum: float = 0.0
+    ) -> None:
         self.counts = torch.zeros(_BINS, dtype=torch.int64) if counts is None else counts
         self.largest = largest
+        self.sum = sum
 
     @classmethod
     def of(cls, values: Tensor) -> Histogram:
@@ -54,10 +58,15 @@ class Histogram:
             if chunk.numel():
                 histogram.counts += torch.bincount(_bins(chunk.contiguous()), minlength=_BINS)
                 histogram.largest = max(histogram.largest, chunk.max().item())
+                total = chunk.sum()
+                if not total.isfinite():
+                    total = chunk.sum(dtype=torch.float64)  # ten times as slow
+                histogram.sum += total.item()
         return histogram
 
     def __add__(self, other: Histogram) -> Histogram:
-        return Histogram(self.counts + other.counts, max(self.largest, other.largest))
+        largest = max(self.largest, other.largest)
+        return Histogram(self.counts + other.counts, largest, self.sum + other.sum)
 
     @property
     def total(self) -> int:
@@ -68,10 +77,6 @@ class Histogram:
     def zeros(self) -> int:
         """How many are 0, or below float32's normal numbers by 2⁷."""
         return int(self.counts[0])
-
-    def sum(self) -> float:
-        """The sum of the values."""
-        return float((self.counts * _middles()).sum())
 
     def quantile(self, q: float) -> float:
         """The smallest value that at least a fraction ``q`` of the values does not exceed."""
@@ -126,11 +131,11 @@ class Summary(NamedTuple):
     carriers: tuple[float, ...]
 
     @classmethod
-    def of(cls, histogram: Histogram, total: float) -> Summary:
-        """The summary of values with that histogram and that sum."""
+    def of(cls, histogram: Histogram) -> Summary:
+        """The summary of values with that histogram."""
         return cls(
             weights=histogram.total,
-            mean=total / max(histogram.total, 1),
+            mean=histogram.sum / max(histogram.total, 1),
             largest=histogram.largest,
             zeros=histogram.zeros,
             quantiles=tuple(histogram.quantile(q) for q in QUANTILES),
@@ -143,25 +148,20 @@ class Summaries:
 
     def __init__(self) -> None:
         self._histograms: dict[str, Histogram] = defaultdict(Histogram)
-        self._sums: dict[str, float] = defaultdict(float)
 
-    def add(self, name: str, values: Tensor) -> None:
-        """Add a parameter's importance."""
-        layer = layer_of(name)
-        self._histograms[layer] += Histogram.of(values)
-        self._sums[layer] += values.detach().sum(dtype=torch.float64).item()
+    def add(self, name: str, values: Tensor, divisor: float = 1) -> None:
+        """Add a parameter's importance, which is ``values / divisor``."""
+        values = flat_float32(values)
+        mean = values if divisor == 1 else values / divisor
+        self._histograms[layer_of(name)] += Histogram.of(mean)
 
     def layers(self) -> dict[str, Summary]:
         """Layer → summary, in the order in which the layers came."""
-        return {
-            layer: Summary.of(histogram, self._sums[layer])
-            for layer, histogram in self._histograms.items()
-        }
+        return {layer: Summary.of(values) for layer, values in self._histograms.items()}
 
     def whole(self) -> Summary:
         """The summary of all weights."""
-        histogram = sum(self._histograms.values(), Histogram())
-        return Summary.of(histogram, math.fsum(self._sums.values()))
+        return Summary.of(sum(self._histograms.values(), Histogram()))
 
 
 def layer_of(name: str) -> str:

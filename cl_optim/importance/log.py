@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 _RECORDS = "records"
 _UNFINISHED = "unfinished"
 _PARTIAL = ".partial"
+_PATIENCE = 0.5  # seconds
 
 
 class ImportanceLog:
@@ -138,7 +139,7 @@ class ImportanceLog:
     def _only_writer(self) -> Iterator[None]:
         if self._mode == "r":
             raise LogError(f"the log {str(self._path)!r} was opened with mode='r': only to read.")
-        with locked(self._path):
+        with locked(self._path, _PATIENCE):
             yield
 
     # --- what is in it ----------------------------------------------------------------------------

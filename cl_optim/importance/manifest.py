@@ -10,11 +10,12 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import xxhash
 
@@ -143,26 +144,41 @@ class Manifest:
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Be the only writer, or fail at once; a writer that is killed frees the lock.
+def locked(folder: Path, patience: float = 0.0) -> Iterator[None]:
+    """Be the only writer; one that is killed frees the lock.
+
+    Args:
+        folder: The log's.
+        patience: Seconds to wait for others. Who opens a log has the lock for a moment, to look
+            whether anyone is writing; a record takes longer.
 
     Raises:
         LockedError: Another one is at work.
         OSError: The folder cannot be written to.
     """
     with open(folder / _LOCK, "a+b") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            writer = file.read().decode() or "unknown"
-            raise LockedError(
-                f"{folder} is being written to by another writer (process {writer}): wait for it."
-            ) from None
+        end = time.monotonic() + patience
+        while not _try_lock(file, fcntl.LOCK_EX):
+            if time.monotonic() >= end:
+                file.seek(0)
+                writer = file.read().decode() or "unknown"
+                raise LockedError(
+                    f"{folder} is being written to by another writer (process {writer}): wait "
+                    "for it."
+                )
+            time.sleep(0.01)
         file.truncate(0)
         file.write(str(os.getpid()).encode())
         file.flush()
         yield
+
+
+def _try_lock(file: BinaryIO, kind: int) -> bool:
+    try:
+        fcntl.flock(file, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def being_written(folder: Path) -> bool:
@@ -172,8 +188,4 @@ def being_written(folder: Path) -> bool:
     except FileNotFoundError:
         return False
     with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-    return False
+        return not _try_lock(file, fcntl.LOCK_SH)

@@ -3,7 +3,7 @@
 from cl_optim import functional
 from cl_optim._version import __version__
 from cl_optim.fisher import FisherEstimator, estimate_fisher, register_fisher_rule
-from cl_optim.importance import Importance
+from cl_optim.importance import Importance, ImportanceLog
 from cl_optim.optim.ewc_adamw import EWCAdamW
 from cl_optim.optim.gem import GEM
 
@@ -12,6 +12,7 @@ __all__ = [
     "EWCAdamW",
     "FisherEstimator",
     "Importance",
+    "ImportanceLog",
     "__version__",
     "estimate_fisher",
     "functional",

@@ -44,6 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--version", action="version", version=f"cl-optim {cl_optim.__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     _add_demo(commands.add_parser("demo", help="forgetting, and what prevents it, on real data"))
+    _add_report(commands.add_parser("report", help="what an importance log says"))
     _add_info(commands.add_parser("info", help="versions and compiled kernels"))
     arguments = parser.parse_args(argv)
     run: Callable[[argparse.Namespace], int] = arguments.run
@@ -108,6 +109,7 @@ def _demo(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> int
     from cl_optim.demo.fashion_mnist import fashion_mnist
     from cl_optim.demo.scenarios import DataError, digits
     from cl_optim.demo.train import DivergedError
+    from cl_optim.importance.errors import LogError
 
     console = Console()
     if not console.is_terminal:
@@ -139,7 +141,7 @@ def _demo(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> int
             else:
                 seeds = arguments.seeds or experiment.seeds
                 run_demo(experiment, data, seeds, arguments.out, console)
-    except DataError as error:
+    except (DataError, LogError) as error:
         parser.error(str(error))
     except DivergedError as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)
@@ -170,6 +172,61 @@ def _whole_number(low: int, high: int) -> Callable[[str], int]:
         return value
 
     return parse
+
+
+# --- cl-optim report ------------------------------------------------------------------------------
+
+
+def _add_report(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Print which weights mattered for which task, from a log that ImportanceLog keeps; or "
+        "write it as one self-contained page, as pictures, JSON or CSV."
+    )
+    parser.add_argument("path", type=Path, metavar="PATH", help="the log's folder")
+    parser.add_argument("-o", "--out", type=Path, metavar="FILE", help="write the page (HTML)")
+    parser.add_argument("--png", type=Path, metavar="DIR", help="write the pictures")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures")
+    parser.add_argument("--csv", type=Path, metavar="FILE", help="write those of layers and tasks")
+    parser.set_defaults(run=lambda arguments: _report(parser, arguments))
+
+
+def _report(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> int:
+    if arguments.png is not None and importlib.util.find_spec("matplotlib") is None:
+        parser.error("--png needs matplotlib: pip install 'cl-optim[demo]'.")
+    from cl_optim.importance.report import report_data, write_csv, write_json
+
+    try:
+        data = report_data(cl_optim.ImportanceLog(arguments.path, mode="r"))
+        written = []
+        if arguments.out is not None:
+            from cl_optim.importance.report_html import write_html
+
+            write_html(data, arguments.out)
+            written.append(arguments.out)
+        if arguments.png is not None:
+            from cl_optim.importance.pictures import write_png
+
+            arguments.png.mkdir(parents=True, exist_ok=True)
+            written += write_png(data, arguments.png)
+        for write, path in ((write_json, arguments.json), (write_csv, arguments.csv)):
+            if path is not None:
+                write(data, path)
+                written.append(path)
+    except (ValueError, OSError) as error:
+        print(f"{parser.prog}: {error}", file=sys.stderr)
+        return 1
+    if written:
+        print("Written: " + ", ".join(map(str, written)))
+    else:
+        from rich.console import Console
+
+        from cl_optim.importance.report_text import render_text
+
+        console = Console()
+        if not console.is_terminal:
+            console.width = 120
+        console.print(render_text(data))
+    return 0
 
 
 # --- cl-optim info --------------------------------------------------------------------------------

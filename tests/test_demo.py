@@ -14,7 +14,7 @@ import torch
 from scipy import stats
 from torch import nn
 
-from cl_optim import cli
+from cl_optim import ImportanceLog, cli
 from cl_optim.demo import experiments, metrics, scenarios, sweep
 from cl_optim.demo.experiments import (
     EXPERIMENTS,
@@ -30,6 +30,7 @@ from cl_optim.demo.report import Results
 from cl_optim.demo.scenarios import Split, Task
 from cl_optim.demo.sweep import Score
 from cl_optim.demo.train import Config, DivergedError, Run, train
+from cl_optim.importance.report import report_data
 
 DOCS = Path(__file__).parent.parent / "docs"
 TINY = Config(tasks=2, epochs=1, hidden=32, batch_size=64)
@@ -474,6 +475,34 @@ class TestCommands:
         assert "Split-Digits" not in text
         assert "ACC(EWC, gradient) − ACC(AdamW) = " in text
         assert "paired over 2 seeds" in text
+
+    def test_demo_leaves_a_log_and_its_report(self, tmp_path, capsys, monkeypatch):
+        methods = tuple(m for m in PERMUTED_DIGITS.methods if m.key in ("adamw", "ewc-gradient"))
+        tiny = replace(PERMUTED_DIGITS, methods=methods, config=TINY)
+        monkeypatch.setattr(experiments, "EXPERIMENTS", [tiny])
+        arguments = ["demo", "--scenario", "permuted", "--seeds", "1", "--tasks", "3"]
+        arguments += ["--out", str(tmp_path)]
+        for _ in range(2):  # the second in place of the first
+            assert cli.main(arguments) == 0
+            log = ImportanceLog(tmp_path / "permuted-digits-log", mode="r")
+            assert log.tasks == ["task 1", "task 2", "task 3"]
+        record = log["task 2"]
+        assert record.metadata["labels"] == "exact"
+        assert set(record.anchors()) == set(record.model) == set(record.importance())
+        assert record.whole.mean > 0
+        data = report_data(log)
+        (run,) = data["training"]
+        assert run["steps"] == sorted(run["steps"])
+        assert min(run["drift"]) > 0
+        page = (tmp_path / "permuted-digits-importance.html").read_text()
+        assert json.dumps(data["mean"], separators=(",", ":")) in page
+        assert "permuted-digits-importance.html" in capsys.readouterr().out
+
+        (log.path / "manifest.jsonl").unlink()
+        with pytest.raises(SystemExit):
+            cli.main(arguments)
+        assert "is not an importance log" in capsys.readouterr().err
+        assert (log.path / "records").is_dir()  # nothing of somebody else's is replaced
 
     def test_demo_of_gem(self, tmp_path, capsys, monkeypatch):
         methods = tuple(GEM[key] for key in ("adamw", "gem-10", "a-gem-10"))

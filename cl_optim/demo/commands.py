@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,18 +10,23 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
+from cl_optim import ImportanceLog
 from cl_optim.demo import report, sweep
-from cl_optim.demo.experiments import Experiment
+from cl_optim.demo.experiments import EWC_GRADIENT, Experiment
 from cl_optim.demo.report import Results
 from cl_optim.demo.scenarios import Task
 from cl_optim.demo.sweep import Score
 from cl_optim.demo.train import Run, one_thread, train
+
+_LOGGED = EWC_GRADIENT.key
 
 
 def run_demo(
     experiment: Experiment, data: Task, seeds: int, out: Path, console: Console
 ) -> Results:
     """Train every method with every seed; print the tables, write them and the picture.
+
+    Of the permuted tasks, EWC's run with the first seed leaves an importance log and its report.
 
     Args:
         experiment: What to run.
@@ -30,6 +36,7 @@ def run_demo(
         console: Where to print.
     """
     runs: list[Run] = []
+    log = _new_log(out / f"{experiment.key}-log") if experiment.scenario == "permuted" else None
     with one_thread(), _progress(console) as progress:
         bar = progress.add_task("", total=seeds * len(experiment.methods))
         for seed in range(seeds):
@@ -41,11 +48,27 @@ def run_demo(
                 def advance(fraction: float, done: int = len(runs)) -> None:
                     progress.update(bar, completed=done + fraction)
 
-                runs.append(train(method, scenario, experiment.config, seed, on_progress=advance))
+                recorded = log if (seed, method.key) == (0, _LOGGED) else None
+                runs.append(
+                    train(method, scenario, experiment.config, seed, "test", advance, recorded)
+                )
     results = Results(experiment, tuple(runs))
     console.print(report.render(results))
-    _announce(report.write(results, out), console)
+    written = report.write(results, out)
+    if log is not None and log.tasks:
+        page = out / f"{experiment.key}-importance.html"
+        log.report(page)
+        written += [log.path, page]
+    _announce(written, console)
     return results
+
+
+def _new_log(path: Path) -> ImportanceLog:
+    """A log in place of an earlier demo's."""
+    if path.exists():
+        ImportanceLog(path, mode="r")  # refuses what is no log
+        shutil.rmtree(path)
+    return ImportanceLog(path)
 
 
 def run_sweep(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Literal
 
@@ -11,12 +12,13 @@ from numpy.typing import NDArray
 from torch import nn
 from torch.nn import functional as F
 
-from cl_optim import GEM, EWCAdamW, estimate_fisher
+from cl_optim import GEM, EWCAdamW, Importance, ImportanceLog, estimate_fisher
 from cl_optim.demo.scenarios import Split
 
 WEIGHT_DECAY = 1e-2  # AdamW's default in torch
 FISHER_SAMPLES = 500  # nearly as good as all of them (van de Ven 2025, arXiv:2502.11756)
 _FISHER_BATCH = 128
+_WATCH_EVERY = 10  # steps
 MEMORY_SAMPLES = 128  # of each task, kept by GEM; Lopez-Paz & Ranzato 2017 have 256
 
 Base = Literal["adamw", "sgd"]
@@ -60,6 +62,13 @@ class Learner:
     def end_task(self, train: Split) -> None:
         """Protect what has been learned; without protection there is nothing to do."""
 
+    def record(self, log: ImportanceLog, task: str) -> None:
+        """Put what the task that has ended needs into the log; only EWC knows."""
+
+    def watch(self, log: ImportanceLog) -> AbstractContextManager[object]:
+        """Let the log follow the training; only where weights are protected."""
+        return nullcontext()
+
 
 class ProtectedLearner(Learner):
     """EWCAdamW, consolidated at the end of each task."""
@@ -81,6 +90,7 @@ class ProtectedLearner(Learner):
         self.model = model
         self.importance = method.importance
         self.anchors = method.anchors
+        self._fisher: Importance | None = None  # of the task that ended last
 
     @property
     def backend(self) -> str:
@@ -92,14 +102,24 @@ class ProtectedLearner(Learner):
         if self.importance == "ones":
             self.optimizer.consolidate(None, decay=0.0)  # L2-SP: F = 1, however many tasks
             return
-        fisher = estimate_fisher(
+        self._fisher = estimate_fisher(
             self.model,
             torch.split(train.x, _FISHER_BATCH),  # the exact Fisher needs no labels
             labels="exact",
             max_samples=FISHER_SAMPLES,
             progress=False,
         )
-        self.optimizer.consolidate(fisher, decay=1.0, anchors=self.anchors)
+        self.optimizer.consolidate(self._fisher, decay=1.0, anchors=self.anchors)
+
+    def record(self, log: ImportanceLog, task: str) -> None:
+        """Record the task's Fisher information, and the weights that it left."""
+        if self._fisher is not None:
+            params = dict(self.model.named_parameters())
+            log.record(task, self._fisher, model=self.model, anchors=params)
+
+    def watch(self, log: ImportanceLog) -> AbstractContextManager[object]:
+        """Follow penalty and drift."""
+        return log.watch(self.optimizer, every=_WATCH_EVERY)
 
 
 class RememberingLearner(Learner):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from cl_optim import ImportanceLog
 from cl_optim.demo.methods import Learner, Method
 from cl_optim.demo.scenarios import Scenario, Split, generator
 
@@ -127,6 +128,7 @@ def train(
     seed: int,
     held_out: HeldOut = "test",
     on_progress: Callable[[float], None] = lambda fraction: None,
+    log: ImportanceLog | None = None,
 ) -> Run:
     """Train a network on the scenario's tasks, one after another, or jointly.
 
@@ -139,6 +141,7 @@ def train(
         seed: Of the weights and the order of the samples.
         held_out: The split that accuracies are measured on.
         on_progress: Called now and then with the fraction of the training that is done.
+        log: Where to record the importance of each task, if the method knows it.
 
     Raises:
         DivergedError: The weights have become useless.
@@ -150,24 +153,27 @@ def train(
     stages = _stages(scenario, method.joint)
     # As many points from every run, whatever its number of steps, so that runs have a mean.
     points = config.points * len(scenario.tasks) // len(stages)
-    for number, stage in enumerate(stages):
-        begun = len(scenario.tasks) if method.joint else number + 1
-        batches = config.epochs * sum(-(-len(data.x) // config.batch_size) for _, data in stage)
-        added = 0
-        for done, (task, x, y) in enumerate(_batches(stage, config, order), start=1):
-            recorder.step(learner.optimizer, task, x, y)
-            learner.after_step()
-            while added < points * done // batches:
-                recorder.add_point(begun)
-                added += 1
-                on_progress((number + done / batches) / len(stages))
-        _check_weights(model, method, number)
-        recorder.add_row()
-        if not method.joint:
-            ((model.task, data),) = stage
-            start = time.perf_counter()
-            learner.end_task(data)
-            recorder.end_task_seconds.append(time.perf_counter() - start)
+    with nullcontext() if log is None else learner.watch(log):
+        for number, stage in enumerate(stages):
+            begun = len(scenario.tasks) if method.joint else number + 1
+            batches = config.epochs * sum(-(-len(data.x) // config.batch_size) for _, data in stage)
+            added = 0
+            for done, (task, x, y) in enumerate(_batches(stage, config, order), start=1):
+                recorder.step(learner.optimizer, task, x, y)
+                learner.after_step()
+                while added < points * done // batches:
+                    recorder.add_point(begun)
+                    added += 1
+                    on_progress((number + done / batches) / len(stages))
+            _check_weights(model, method, number)
+            recorder.add_row()
+            if not method.joint:
+                ((model.task, data),) = stage
+                start = time.perf_counter()
+                learner.end_task(data)
+                recorder.end_task_seconds.append(time.perf_counter() - start)
+                if log is not None:
+                    learner.record(log, f"task {number + 1}")
     on_progress(1.0)
     return recorder.run(method, seed, learner)
 

@@ -15,6 +15,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from cl_optim.importance import statistics
+from cl_optim.importance.statistics import Summaries, Summary
+
 _FORMAT = "cl_optim.Importance/1"
 
 
@@ -26,7 +29,7 @@ class _Means(Mapping[str, Tensor]):
     __hash__ = object.__hash__
 
     def __init__(self, sums: Mapping[str, Tensor], count: float) -> None:
-        self._sums = dict(sums)
+        self._sums = sums
         self._count = count
 
     def __getitem__(self, name: str) -> Tensor:
@@ -83,12 +86,32 @@ class Importance(_Means):
         _check_count("samples", samples)
         if tokens is not None:
             _check_count("tokens", tokens)
-        super().__init__(sums, samples)
+        super().__init__(dict(sums), samples)
         self._tokens = tokens
         try:
             self._metadata: dict[str, Any] = json.loads(json.dumps(dict(metadata or {})))
         except (TypeError, ValueError) as error:
             raise TypeError(f"metadata must be what JSON can hold: {error}.") from None
+
+    @classmethod
+    def lazy(
+        cls,
+        sums: Mapping[str, Tensor],
+        samples: float,
+        tokens: float | None,
+        metadata: Mapping[str, Any],
+    ) -> Importance:
+        """An importance whose sums are read only when they are asked for; they are not checked.
+
+        Args:
+            sums: A mapping that makes its tensors on access, such as a file's.
+            samples: As for the class.
+            tokens: As for the class.
+            metadata: As for the class.
+        """
+        importance = cls({}, samples, tokens, metadata)
+        importance._sums = sums
+        return importance
 
     @property
     def sums(self) -> Mapping[str, Tensor]:
@@ -126,6 +149,98 @@ class Importance(_Means):
         """Return the same importance with its tensors on ``device``."""
         sums = {name: value.to(device) for name, value in self._sums.items()}
         return Importance(sums, self.samples, self._tokens, self._metadata)
+
+    # --- arithmetic -------------------------------------------------------------------------------
+
+    def merge(self, other: Mapping[str, Tensor], decay: float = 1.0) -> Importance:
+        """``decay`` × this importance + the other: what online EWC protects after both tasks.
+
+        A parameter that only one of them knows has only that one's importance. Means over samples
+        are added, not raw sums: the result does not depend on how many samples each was made of.
+
+        Args:
+            other: The newer importance; any mapping.
+            decay: What remains of this one, in [0, 1].
+
+        Raises:
+            ValueError: ``decay`` is out of range, or a parameter has two shapes.
+        """
+        statistics.check_fraction("decay", decay)
+        merged: dict[str, Tensor] = {}
+        for name in dict.fromkeys([*self, *other]):
+            terms = [decay * self[name]] if name in self else []
+            terms += [other[name]] if name in other else []
+            if len({term.shape for term in terms}) > 1:
+                shapes = " and ".join(str(tuple(term.shape)) for term in terms)
+                raise ValueError(f"{name!r} cannot be merged: its shapes are {shapes}.")
+            total = terms[0] if len(terms) == 1 else terms[0] + terms[1].to(terms[0].device)
+            merged[name] = total if total.dtype == torch.float64 else total.float()
+        sources = [*_sources(self, decay), *_sources(other, 1.0)]
+        return Importance(merged, samples=1, metadata={"merged": sources})
+
+    def normalize(self) -> Importance:
+        """The same importance on the scale where the mean weight has 1.
+
+        Estimators differ by orders of magnitude, and the best λ with them; on this scale it moves
+        less. The factor is in the metadata, as ``"normalized_by"``.
+
+        Raises:
+            ValueError: All of it is 0.
+        """
+        weights = sum(value.numel() for value in self.values())
+        mean = sum(value.sum(dtype=torch.float64).item() for value in self.values()) / (
+            max(weights, 1)
+        )
+        if not mean > 0:
+            raise ValueError("an importance that is 0 everywhere cannot be normalized.")
+        sums = {name: value / mean for name, value in self.items()}
+        return Importance(sums, samples=1, metadata={**self._metadata, "normalized_by": mean})
+
+    def top(self, fraction: float) -> dict[str, Tensor]:
+        """Masks of the most important fraction of all weights.
+
+        Args:
+            fraction: In [0, 1]; rounded to a number of weights. Ties go to those that come first.
+
+        Returns:
+            Parameter name → bool tensor of its shape, on the CPU.
+        """
+        return statistics.top_masks(self, fraction)
+
+    def quantile(self, q: float) -> float:
+        """The smallest importance that at least a fraction ``q`` of all weights does not exceed."""
+        return statistics.quantile(self, q)
+
+    def overlap(self, other: Mapping[str, Tensor], fraction: float = 0.05) -> dict[str, float]:
+        """How much this importance and another have in common, each from 0 to 1.
+
+        Args:
+            other: Any mapping; a parameter that it does not know counts as 0.
+            fraction: Of the most important weights, for ``"jaccard"``.
+
+        Returns:
+            ``"jaccard"``: common weights of both top sets by all in either; ``"cosine"``;
+            ``"fisher"``: Σ √(F̂₁F̂₂) with each F̂ scaled to sum 1.
+
+        References:
+            Kirkpatrick et al. 2017, arXiv:1612.00796, §4.3 (Fisher overlap).
+        """
+        found = statistics.overlap([self, other], fraction)
+        return {name: value[0, 1].item() for name, value in found._asdict().items()}
+
+    def per_layer(self) -> dict[str, Summary]:
+        """Layer → what its importance looks like; a layer is a parameter's name up to its last dot.
+
+        Returns:
+            For each layer weights, mean, maximum, quantiles and the fractions of its weights that
+            carry 50, 90 and 99 % of its importance.
+        """
+        summaries = Summaries()
+        for name, value in self.items():
+            summaries.add(name, value)
+        return summaries.layers()
+
+    # --- on disk ----------------------------------------------------------------------------------
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the sums, counts and metadata to a safetensors file.
@@ -192,6 +307,18 @@ class Importance(_Means):
             counts += f" of {self._tokens:,} tokens in all"
         labels = f", labels={self._metadata['labels']!r}" if "labels" in self._metadata else ""
         return f"Importance({len(self)} parameters with {weights:,} weights, {counts}{labels})"
+
+
+def _sources(importance: Mapping[str, Tensor], weight: float) -> list[dict[str, Any]]:
+    """Of what an importance was merged, with their weights."""
+    metadata = importance.metadata if isinstance(importance, Importance) else {}
+    if "merged" in metadata:
+        return [{**source, "weight": weight * source["weight"]} for source in metadata["merged"]]
+    source: dict[str, Any] = {"weight": weight}
+    if isinstance(importance, Importance):
+        source["samples"] = importance.samples
+    source |= {key: metadata[key] for key in ("task", "labels", "estimator") if key in metadata}
+    return [source]
 
 
 def _check_count(name: str, value: object) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable
+from typing import NamedTuple
 
 # Path segments that DataParallel and DDP, torch.compile, FSDP, activation checkpointing and PEFT's
 # adapted layers put into names.
@@ -60,3 +61,54 @@ def match_names(given: Iterable[str], known: Iterable[str]) -> dict[str, str]:
         meanings[name] = meaning
         givens[meaning] = name
     return meanings
+
+
+class NameMatch(NamedTuple):
+    """How the names of an importance meet those of a model that has changed since.
+
+    Attributes:
+        matching: The model's name of each parameter that has an importance.
+        new: The model's parameters without importance.
+        vanished: The importance's names that mean no parameter of the model.
+    """
+
+    matching: list[str]
+    new: list[str]
+    vanished: list[str]
+
+    def __str__(self) -> str:
+        parts = [f"{len(self.matching)} parameters match"]
+        parts += [f"{len(self.new)} are new: {listed(self.new)}"] if self.new else []
+        if self.vanished:
+            parts.append(f"{len(self.vanished)} have vanished: {listed(self.vanished)}")
+        return "; ".join(parts) + "."
+
+
+def compare_names(given: Iterable[str], known: Iterable[str]) -> NameMatch:
+    """Which parameters have an importance, which are new, which have vanished.
+
+    Args:
+        given: The names of an importance: ``log.merge()``.
+        known: The names of a model: ``dict(model.named_parameters())``.
+
+    Raises:
+        ValueError: A name is ambiguous.
+
+    Example:
+        >>> str(compare_names(["a.weight", "old"], ["module.a.weight", "b"]))
+        "1 parameters match; 1 are new: 'b'; 1 have vanished: 'old'."
+    """
+    given, known = list(given), list(known)
+    meanings = match_names(given, known)
+    found = set(meanings.values())
+    return NameMatch(
+        matching=[name for name in known if name in found],
+        new=[name for name in known if name not in found],
+        vanished=[name for name in given if name not in meanings],
+    )
+
+
+def listed(names: list[str]) -> str:
+    """The first three names, and how many more there are."""
+    shown = ", ".join(repr(name) for name in names[:3])
+    return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import sys
 import warnings
@@ -13,7 +14,8 @@ from torch import Tensor
 from torch._compile import _disable_dynamo
 from torch.optim.optimizer import ParamsT
 
-from cl_optim.importance.names import match_names
+from cl_optim.importance import ImportanceLog
+from cl_optim.importance.names import compare_names, listed, match_names
 from cl_optim.ops import ewc_adamw as ops
 from cl_optim.optim import protection
 from cl_optim.optim.launch import Batch, Plans, are_alike, gather
@@ -27,6 +29,7 @@ from cl_optim.optim.state import (
 )
 
 ANCHORS = ("latest", "exact")
+_LOGGER = logging.getLogger(__name__)
 
 _Projection: TypeAlias = tuple[Mapping[Tensor, Tensor], Mapping[Tensor, Tensor]]
 
@@ -344,7 +347,7 @@ class EWCAdamW(torch.optim.Optimizer):
     @torch.no_grad()
     def consolidate(
         self,
-        importance: Mapping[str, Tensor] | None,
+        importance: Mapping[str, Tensor] | ImportanceLog | None,
         decay: float = 1.0,
         anchors: Literal["latest", "exact"] = "latest",
         model: torch.nn.Module | None = None,
@@ -360,14 +363,16 @@ class EWCAdamW(torch.optim.Optimizer):
         Args:
             importance: F ≥ 0 by parameter name, each of its parameter's shape and of any real
                 dtype, on any device (an :class:`cl_optim.Importance`, or any mapping). Names
-                match without what DDP, torch.compile, FSDP and PEFT put into them. ``None``
-                protects all weights equally (F = 1): L2-SP.
+                match without what DDP, torch.compile, FSDP and PEFT put into them. An
+                :class:`cl_optim.ImportanceLog` stands for its ``merge()``: all its tasks at once.
+                ``None`` protects all weights equally (F = 1): L2-SP.
             decay: What remains of the earlier tasks' importance, in [0, 1].
             anchors: ``"latest"``: F ← decay·F + importance, θ* ← θ, in the parameter's dtype.
                 ``"exact"``: F̄ ← decay·F̄ + F and θ̄ ← θ̄ + (F/F̄)(θ − θ̄), in float32.
             model: Names the parameters, where the optimizer was made without names.
             strict: An importance for an unknown parameter, or a parameter without importance, is
-                an error. ``False`` ignores the former and gives the latter F = 0 for this task.
+                an error. ``False`` ignores the former and gives the latter F = 0 for this task,
+                and logs how many there are (``names.compare_names`` lists them).
             reset_state: Start the moments and step counts anew.
 
         Raises:
@@ -379,6 +384,8 @@ class EWCAdamW(torch.optim.Optimizer):
             raise ValueError(f"decay must be in [0, 1], not {decay}.")
         if anchors not in ANCHORS:
             raise ValueError(f"anchors must be one of {ANCHORS}, not {anchors!r}.")
+        if isinstance(importance, ImportanceLog):
+            importance = importance.merge()
         matched = list(self._match(importance, model, strict))
         self._plans = None  # it would keep the replaced tensors alive
         self._batches = []
@@ -407,18 +414,19 @@ class EWCAdamW(torch.optim.Optimizer):
         named = self._named_params(model)
         meanings = match_names(importance, named)
         names = {meaning: name for name, meaning in meanings.items()}
-        unknown = [name for name in importance if name not in meanings]
-        missing = [name for name in named if name not in names]
-        if strict and unknown:
+        match = compare_names(importance, named)
+        if strict and match.vanished:
             raise ValueError(
-                f"importance names {_listed(unknown)}, which this optimizer does not have "
+                f"importance names {listed(match.vanished)}, which this optimizer does not have "
                 "(strict=False ignores it)."
             )
-        if strict and missing:
+        if strict and match.new:
             raise ValueError(
-                f"importance has nothing for parameter {_listed(missing)} "
+                f"importance has nothing for parameter {listed(match.new)} "
                 "(strict=False leaves it without)."
             )
+        if match.new or match.vanished:
+            _LOGGER.warning("Consolidated with strict=False: %s", match)
         for name, param in named.items():
             new = importance[names[name]] if name in names else None
             if new is not None:
@@ -664,11 +672,6 @@ def _name(group: Mapping[str, Any], param: Tensor) -> str:
     if "param_names" in group:
         return str(group["param_names"][index])
     return f"{index} of its group (shape {tuple(param.shape)})"
-
-
-def _listed(names: list[str]) -> str:
-    shown = ", ".join(repr(name) for name in names[:3])
-    return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"
 
 
 def _check_importance(name: str, importance: Tensor, param: Tensor) -> None:

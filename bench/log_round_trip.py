@@ -1,0 +1,130 @@
+"""The importance log on a model of 124 M parameters: size, error, and time against the disk's.
+
+    python bench/log_round_trip.py FOLDER
+
+The importance has the shapes of GPT-2 small and made-up values: log-normal, times a log-normal
+scale for each row and column. Writing is ``log.record`` (statistics, encoding,
+checksums, fsync), reading is every tensor of ``log.load``, verified and decoded; both are compared
+with ``dd conv=fsync`` of as many bytes into the same folder, in turns. What is read is in the page
+cache, as it has just been written.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from cl_optim import ImportanceLog
+from cl_optim.importance import codecs
+
+WIDTH, LAYERS, VOCABULARY, POSITIONS = 768, 12, 50257, 1024
+
+
+def gpt2() -> dict[str, tuple[int, ...]]:
+    """The shapes of GPT-2 small's 148 parameters: 124 439 808 weights."""
+    w = WIDTH
+    shapes: dict[str, tuple[int, ...]] = {
+        "wte.weight": (VOCABULARY, w),
+        "wpe.weight": (POSITIONS, w),
+    }
+    for layer in range(LAYERS):
+        block = {
+            "ln_1.weight": (w,), "ln_1.bias": (w,),
+            "attn.c_attn.weight": (w, 3 * w), "attn.c_attn.bias": (3 * w,),
+            "attn.c_proj.weight": (w, w), "attn.c_proj.bias": (w,),
+            "ln_2.weight": (w,), "ln_2.bias": (w,),
+            "mlp.c_fc.weight": (w, 4 * w), "mlp.c_fc.bias": (4 * w,),
+            "mlp.c_proj.weight": (4 * w, w), "mlp.c_proj.bias": (w,),
+        }  # fmt: skip
+        shapes |= {f"h.{layer}.{name}": shape for name, shape in block.items()}
+    return shapes | {"ln_f.weight": (w,), "ln_f.bias": (w,)}
+
+
+def fisher(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    values = torch.randn(shape, generator=generator).mul_(1.5)
+    for axis in range(len(shape)):
+        along = [1] * len(shape)
+        along[axis] = shape[axis]
+        values += torch.randn(along, generator=generator)
+    return values.exp_().mul_(1e-7)
+
+
+def seconds(work: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+class Turn(NamedTuple):
+    """Seconds of one record written and read, and of dd for as many bytes."""
+
+    nbytes: int
+    write: float
+    read: float
+    dd: float
+
+
+def turn(folder: Path, importance: dict[str, Tensor], codec: str) -> Turn:
+    path, peer = folder / "log", folder / "dd"
+    log = ImportanceLog(path)
+    write = seconds(lambda: log.record("task", importance, codec=codec))
+    nbytes = log["task"].nbytes
+    read = seconds(lambda: list(log.load("task").sums.values()))
+    command = ["dd", "if=/dev/zero", f"of={peer}", f"count={nbytes}", "iflag=count_bytes"]
+    command += ["bs=8M", "conv=fsync", "status=none"]
+    dd = seconds(lambda: subprocess.run(command, check=True))
+    shutil.rmtree(path)
+    peer.unlink()
+    return Turn(nbytes, write, read, dd)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("folder", type=Path, help="an empty or new folder on the disk to measure")
+    parser.add_argument("--repeat", type=int, default=5)
+    arguments = parser.parse_args()
+    arguments.folder.mkdir(parents=True, exist_ok=True)
+    generator = torch.Generator().manual_seed(0)
+    importance = {name: fisher(shape, generator) for name, shape in gpt2().items()}
+    weights = sum(value.numel() for value in importance.values())
+
+    table = Table(box=box.MARKDOWN)
+    for column in ("codec", "bytes per weight", "‖error‖/‖F‖", "largest error", "top 5 % kept",
+                   "MB", "dd, s", "write, s", "dd / write", "read, s", "dd / read"):  # fmt: skip
+        table.add_column(column, justify="right" if column != "codec" else "left")
+    for name in codecs.NAMES:
+        error = codecs.measure(codecs.codec(name), importance)
+        turns = [turn(arguments.folder, importance, name) for _ in range(arguments.repeat)]
+        table.add_row(
+            name, f"{error.bytes_per_weight:.3f}", f"{error.relative:.2%}",
+            f"{error.largest:.2%}" if error.largest < 10 else f"×{error.largest:.0e}",
+            f"{error.top_overlap:.2%}", f"{turns[0].nbytes / 1e6:.0f}",
+            f"{statistics.median(t.dd for t in turns):.3f}",
+            *cells([t.write for t in turns], [t.dd for t in turns]),
+            *cells([t.read for t in turns], [t.dd for t in turns]),
+        )  # fmt: skip
+    console = Console(width=200)
+    console.print(f"{weights:,} weights in {len(importance)} tensors; median of {arguments.repeat}")
+    console.print(table)
+
+
+def cells(ours: list[float], peer: list[float]) -> list[str]:
+    ratios = sorted(b / a for a, b in zip(ours, peer, strict=True))
+    ratio = f"{statistics.median(ratios):.2f} ({ratios[0]:.2f}–{ratios[-1]:.2f})"
+    return [f"{statistics.median(ours):.3f}", ratio]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,400 @@
+"""The importance log: which weights mattered for which task, kept on disk."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import shutil
+import uuid
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import Tensor, nn
+
+from cl_optim.importance import codecs, record, statistics
+from cl_optim.importance.errors import LockedError, LogError
+from cl_optim.importance.importance import Importance
+from cl_optim.importance.manifest import (
+    FILE,
+    Entry,
+    Manifest,
+    being_written,
+    fsync_directory,
+    locked,
+)
+from cl_optim.importance.names import match_names
+from cl_optim.importance.record import Anchors, Record
+
+if TYPE_CHECKING:
+    from cl_optim.importance.tensorboard import ScalarWriter
+    from cl_optim.importance.watch import ProtectingOptimizer, Watch
+
+_RECORDS = "records"
+_UNFINISHED = "unfinished"
+_PARTIAL = ".partial"
+_PATIENCE = 0.5  # seconds
+
+
+class ImportanceLog:
+    """A folder that keeps the importance of every task a model has learned.
+
+    Records are only ever added. Each is written beside the others, made durable, moved into place
+    and then listed in the manifest: a crash at any instant, a full disk or a pulled plug lose at
+    most the record being written, which the next opening sets aside with a warning. Every byte has
+    a checksum, and what is damaged is named and not returned. There is no pickle in it.
+
+    Args:
+        path: The folder; it is made where there is none.
+        mode: ``"a"`` to read and record, ``"r"`` to read only: nothing is made or moved.
+
+    Raises:
+        FileNotFoundError: ``mode="r"`` and there is no such folder.
+        LogError: The folder is no log, or was written by a newer version.
+        DamagedError: The log's header is damaged.
+        OSError: The folder cannot be made.
+
+    Example:
+        >>> log = ImportanceLog("runs/support-bot")  # doctest: +SKIP
+        >>> log.record("task A", importance, model=model)  # doctest: +SKIP
+        >>> optimizer.consolidate(log)  # doctest: +SKIP
+    """
+
+    def __init__(self, path: str | os.PathLike[str], mode: Literal["a", "r"] = "a") -> None:
+        if mode not in ("a", "r"):
+            raise ValueError(f"mode must be 'a' or 'r', not {mode!r}.")
+        self._path = Path(path)
+        self._mode = mode
+        if mode == "a":
+            self._create()
+        elif not self._path.is_dir():
+            raise FileNotFoundError(f"path {str(self._path)!r} is not a folder.")
+        if not (self._path / FILE).is_file():
+            raise LogError(f"path {str(self._path)!r} is not an importance log: it has no {FILE}.")
+        self._manifest = Manifest(self._path)
+        self._entries = self._manifest.read()
+        self._manifest.warn_of_damage()
+        if self._unlisted():
+            self._recover()
+
+    def _create(self) -> None:
+        if self._path.exists() and not self._path.is_dir():
+            raise LogError(f"path {str(self._path)!r} is a file, not a folder.")
+        if self._path.is_dir() and any(
+            not name.startswith(f".{FILE}") for name in os.listdir(self._path)
+        ):
+            return
+        try:
+            self._path.mkdir(parents=True, exist_ok=True)
+            Manifest.create(self._path)
+        except OSError as error:
+            raise type(error)(
+                error.errno, f"a log cannot be made in {str(self._path)!r}: {error.strerror}"
+            ) from None
+
+    # --- after a crash ----------------------------------------------------------------------------
+
+    def _unlisted(self) -> list[Path]:
+        """Folders of records that are not in the manifest."""
+        records = self._path / _RECORDS
+        if not records.is_dir():
+            return []
+        listed = {entry["id"] for entry in self._entries if entry["event"] == "record"}
+        return sorted(folder for folder in records.iterdir() if folder.name not in listed)
+
+    def _recover(self) -> None:
+        """Set aside what a writer that is no more has left; only say so where that is not ours."""
+        try:
+            if self._mode == "r":
+                raise PermissionError
+            with locked(self._path):
+                self._entries = self._manifest.read()  # it may have been finished meanwhile
+                for folder in self._unfinished():
+                    aside = self._path / _UNFINISHED / folder.name
+                    aside.parent.mkdir(exist_ok=True)
+                    folder.rename(aside)
+                    _warn_of_unfinished(aside)
+        except LockedError:
+            return  # a writer is at work on it
+        except OSError as error:
+            if not isinstance(error, PermissionError) and error.errno != errno.EROFS:
+                raise
+            if not being_written(self._path):
+                self._entries = self._manifest.read()
+                for folder in self._unfinished():
+                    _warn_of_unfinished(folder)
+
+    def _unfinished(self) -> list[Path]:
+        """Of what is not listed, what no damaged line can have listed."""
+        return [
+            folder
+            for folder in self._unlisted()
+            if folder.name.endswith(_PARTIAL) or not self._manifest.damaged
+        ]
+
+    @contextlib.contextmanager
+    def _only_writer(self) -> Iterator[None]:
+        if self._mode == "r":
+            raise LogError(f"the log {str(self._path)!r} was opened with mode='r': only to read.")
+        with locked(self._path, _PATIENCE):
+            yield
+
+    # --- what is in it ----------------------------------------------------------------------------
+
+    @property
+    def path(self) -> Path:
+        """The folder."""
+        return self._path
+
+    @property
+    def tasks(self) -> list[str]:
+        """The tasks that are protected, in the order in which they were recorded."""
+        return list(self._listed())
+
+    @property
+    def forgotten(self) -> list[str]:
+        """The tasks that were recorded and are to be forgotten."""
+        recorded = {entry["task"]: None for entry in self._entries if entry["event"] == "record"}
+        return [task for task in recorded if task not in self._listed()]
+
+    def _listed(self) -> dict[str, Entry]:
+        """Task → the manifest's entry of its record."""
+        listed: dict[str, Entry] = {}
+        for entry in self._entries:
+            if entry["event"] == "forget":
+                listed.pop(entry["task"], None)
+            else:
+                listed[entry["task"]] = entry
+        return listed
+
+    def __len__(self) -> int:
+        return len(self._listed())
+
+    def __contains__(self, task: object) -> bool:
+        return task in self._listed()
+
+    def __getitem__(self, task: str) -> Record:
+        """The record of a task, with its statistics, anchors and frozen weights.
+
+        Raises:
+            LogError: There is no such task.
+            DamagedError: Its table is damaged.
+        """
+        listed = self._listed()
+        if task not in listed:
+            raise LogError(f"there is no task {task!r} in the log, which has {list(listed)}.")
+        entry = listed[task]
+        return Record(self._path / _RECORDS / entry["id"], entry["seal"])
+
+    def load(self, task: str) -> Importance:
+        """The importance of a task; each tensor is read and verified when it is asked for.
+
+        Raises:
+            LogError: There is no such task.
+            DamagedError: Its table is damaged; or, on access, the tensor that is asked for.
+        """
+        return self[task].importance()
+
+    # --- recording --------------------------------------------------------------------------------
+
+    def record(
+        self,
+        task: str,
+        importance: Mapping[str, Tensor],
+        model: nn.Module | None = None,
+        anchors: Anchors = None,
+        frozen: Mapping[str, Tensor] | None = None,
+        codec: str | codecs.Codec = "float32",
+    ) -> None:
+        """Add a task's importance, durably: when this returns, it survives a crash.
+
+        Args:
+            task: Its name, any text.
+            importance: Parameter name → F ≥ 0: an :class:`cl_optim.Importance`, whose counts and
+                metadata are kept, or any mapping.
+            model: Its parameters' names, shapes and dtypes are recorded, and must fit.
+            anchors: The weights that the task leaves, by name: ``dict(model.named_parameters())``;
+                or the path of the checkpoint that has them, of which a checksum is recorded.
+            frozen: Masks of weights that are frozen from now on.
+            codec: How the importance is written: ``"float32"``, ``"bfloat16"``, ``"log8"``,
+                ``"topk"``, ``"rank1"``, or a :class:`~cl_optim.importance.codecs.Codec`.
+
+        Raises:
+            ValueError: The task is in the log already, an importance is negative or not finite,
+                names or shapes do not fit the model.
+            LockedError: Another writer is at work.
+            OSError: The disk is full, or the folder cannot be written to. In all cases the log is
+                as it was.
+        """
+        how = codecs.codec(codec) if isinstance(codec, str) else codec
+        self._check_task(task)
+        _check_importance(importance)
+        _check_masks(frozen)
+        _check_anchors(anchors)
+        if model is not None:
+            _check_model(importance, model)
+        with self._writing(f"task {task!r} cannot be recorded"):
+            if task in self:
+                raise LogError(f"task {task!r} is in the log already: forget it first.")
+            name = f"{len(self._entries) + 1:05}-{uuid.uuid4().hex[:8]}"
+            partial, final = (self._path / _RECORDS / n for n in (name + _PARTIAL, name))
+            try:
+                partial.mkdir(parents=True)
+                seal = record.write(partial, task, importance, model, anchors, frozen, how)
+                partial.rename(final)
+                fsync_directory(final.parent)
+                self._append({"event": "record", "task": task, "id": name, "seal": seal})
+            except BaseException:
+                if all(entry.get("id") != name for entry in self._manifest.read()):
+                    shutil.rmtree(partial, ignore_errors=True)
+                    shutil.rmtree(final, ignore_errors=True)
+                raise
+
+    def forget(self, task: str) -> None:
+        """Take a task out of what :meth:`merge` and ``consolidate`` protect; its record stays.
+
+        Raises:
+            LogError: There is no such task.
+            LockedError: Another writer is at work.
+        """
+        with self._writing(f"task {task!r} cannot be forgotten"):
+            if task not in self:
+                raise LogError(f"there is no task {task!r} in the log, which has {self.tasks}.")
+            self._append({"event": "forget", "task": task})
+
+    @contextlib.contextmanager
+    def _writing(self, failure: str) -> Iterator[None]:
+        try:
+            with self._only_writer():
+                self._entries = self._manifest.read()  # another writer may have added some
+                yield
+        except OSError as error:
+            reason = error.strerror or str(error)
+            raise OSError(
+                error.errno, f"{failure} in {str(self._path)!r}: {reason}; the log is as it was"
+            ) from error
+
+    def _append(self, entry: Entry) -> None:
+        self._manifest.append(entry)
+        self._entries.append(entry)
+
+    @staticmethod
+    def _check_task(task: str) -> None:
+        if not isinstance(task, str) or not task:
+            raise ValueError(f"task must be a name, not {task!r}.")
+
+    # --- what it is for ---------------------------------------------------------------------------
+
+    def merge(self, tasks: Sequence[str] | None = None, decay: float = 1.0) -> Importance:
+        """What online EWC protects after these tasks: Σ decayᵏ F of the k-th from the last.
+
+        Args:
+            tasks: In their order; all that are not forgotten if None.
+            decay: What remains of the earlier ones with each task, in [0, 1].
+
+        Raises:
+            LogError: There is no such task, or none at all.
+            DamagedError: A tensor is damaged.
+        """
+        statistics.check_fraction("decay", decay)
+        chosen = self.tasks if tasks is None else list(tasks)
+        if not chosen:
+            raise LogError(f"there is no task to merge in the log {str(self._path)!r}.")
+        merged = self.load(chosen[0])
+        for task in chosen[1:]:
+            merged = merged.merge(self.load(task), decay)
+        return merged
+
+    def watch(self, optimizer: ProtectingOptimizer, every: int = 100) -> Watch:
+        """Record penalty, drift and importance of each layer while training.
+
+        Args:
+            optimizer: An :class:`cl_optim.EWCAdamW`, made from named parameters.
+            every: Steps from one entry to the next; nothing is computed in between.
+
+        Returns:
+            What stops the watching: ``close()``, or the end of its ``with``.
+        """
+        from cl_optim.importance.watch import Watch
+
+        if self._mode == "r":
+            raise LogError(f"the log {str(self._path)!r} was opened with mode='r': only to read.")
+        return Watch(optimizer, self._path / "training", every)
+
+    def report(self, path: str | os.PathLike[str]) -> None:
+        """Write the report, one self-contained HTML page."""
+        from cl_optim.importance.report import report_data
+        from cl_optim.importance.report_html import write_html
+
+        write_html(report_data(self), Path(path))
+
+    def to_tensorboard(self, writer: ScalarWriter) -> None:
+        """Add the layers' statistics, task by task, and what was watched, step by step.
+
+        Args:
+            writer: A ``torch.utils.tensorboard.SummaryWriter``, or what has its ``add_scalar``.
+        """
+        from cl_optim.importance.tensorboard import add_log
+
+        add_log(self, writer)
+
+    def __repr__(self) -> str:
+        return f"ImportanceLog({str(self._path)!r}: {len(self)} tasks)"
+
+
+def _warn_of_unfinished(folder: Path) -> None:
+    warnings.warn(
+        f"an unfinished record was found: its writer stopped before the end. It is not in the log, "
+        f"and lies in {folder}.",
+        stacklevel=5,
+    )
+
+
+def _check_importance(importance: Mapping[str, Tensor]) -> None:
+    sums = importance.sums if isinstance(importance, Importance) else importance
+    if not sums:
+        raise ValueError("importance must have at least one parameter.")
+    for name, value in sums.items():
+        if not isinstance(name, str) or not isinstance(value, Tensor) or value.is_complex():
+            raise TypeError(f"importance[{name!r}] must be a real tensor with a text as its name.")
+        if value.numel() == 0:
+            continue
+        low, high = (bound.item() for bound in value.detach().aminmax())  # NaN shows in both
+        if not (low >= 0.0 and high <= torch.finfo(torch.float32).max):
+            raise ValueError(
+                f"the importance of {name!r} must be finite and at least 0; it reaches from {low} "
+                f"to {high}."
+            )
+
+
+def _check_masks(frozen: Mapping[str, Tensor] | None) -> None:
+    for name, mask in (frozen or {}).items():
+        if not isinstance(mask, Tensor) or mask.dtype is not torch.bool:
+            raise TypeError(f"frozen[{name!r}] must be a bool tensor.")
+
+
+def _check_anchors(anchors: Anchors) -> None:
+    if isinstance(anchors, Mapping):
+        for name, value in anchors.items():
+            if not isinstance(value, Tensor):
+                raise TypeError(f"anchors[{name!r}] must be a tensor.")
+    elif anchors is not None and not Path(anchors).is_file():
+        raise FileNotFoundError(f"anchors: there is no checkpoint {str(anchors)!r}.")
+
+
+def _check_model(importance: Mapping[str, Tensor], model: nn.Module) -> None:
+    params = dict(model.named_parameters())
+    names = match_names(importance, params)
+    sums = importance.sums if isinstance(importance, Importance) else importance
+    for name, value in sums.items():
+        if name not in names:
+            raise ValueError(f"the importance of {name!r} is of no parameter of the model.")
+        shape = params[names[name]].shape
+        if value.shape != shape:
+            raise ValueError(
+                f"the importance of {name!r} must have the parameter's shape {tuple(shape)}, not "
+                f"{tuple(value.shape)}."
+            )

@@ -1,0 +1,191 @@
+"""The log's table of contents: a file of lines, each with its checksum, that only grows.
+
+A line is ``<xxh3-128> <JSON>``. What is not in the manifest has not happened: a record counts from
+the moment its line is on disk. A crash can leave half a line at the end, which the next writer cuts
+off.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import xxhash
+
+from cl_optim._version import __version__
+from cl_optim.importance.errors import DamagedError, LockedError, LogError
+
+FORMAT = "cl_optim.ImportanceLog"
+VERSION = 1
+FILE = "manifest.jsonl"
+_LOCK = "lock"
+
+Entry = dict[str, Any]
+
+
+def checksum(data: Any) -> str:
+    """xxh3-128 of bytes or of an array, in hexadecimal."""
+    return xxhash.xxh3_128_hexdigest(data)
+
+
+def sealed(entry: Entry) -> bytes:
+    """An entry as a line with its checksum."""
+    body = json.dumps(entry, allow_nan=False).encode()
+    return f"{checksum(body)} ".encode() + body + b"\n"
+
+
+def unsealed(line: bytes) -> Entry | None:
+    """The entry of a line, None where the line is not what was written."""
+    seal, _, body = line.partition(b" ")
+    if not body.endswith(b"\n") or seal != checksum(body[:-1]).encode():
+        return None
+    entry: Entry = json.loads(body)
+    return entry
+
+
+def fsync_directory(path: Path) -> None:
+    """Make the names in a directory durable."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_durably(path: Path, data: bytes) -> None:
+    """Write a file and wait until it is on disk."""
+    with open(path, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+class Manifest:
+    """The manifest of the log in a folder.
+
+    Attributes:
+        damaged: The numbers of lines that are not what was written, from 1.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / FILE
+        self.damaged: list[int] = []
+
+    @classmethod
+    def create(cls, folder: Path) -> None:
+        """Start a log in an empty folder; the manifest appears whole or not at all."""
+        header = {"format": FORMAT, "version": VERSION, "cl_optim": __version__}
+        temporary = folder / f".{FILE}.{os.getpid()}"
+        try:
+            write_durably(temporary, sealed(header))
+            try:
+                os.link(temporary, folder / FILE)  # unlike a rename, does not replace another's
+            except FileExistsError:
+                return
+        finally:
+            temporary.unlink(missing_ok=True)
+        fsync_directory(folder)
+
+    def read(self) -> list[Entry]:
+        """All intact entries after the header.
+
+        Raises:
+            LogError: It is not a log's manifest, or one of a newer format.
+            DamagedError: Its header is damaged.
+        """
+        lines = self.path.read_bytes().splitlines(keepends=True)
+        if lines and not lines[-1].endswith(b"\n"):
+            lines.pop()  # half written: by a writer that was killed, or that is at work
+        entries = [unsealed(line) for line in lines]
+        self._check_header(entries[0] if entries else None)
+        self.damaged = [number for number, entry in enumerate(entries, 1) if entry is None]
+        return [entry for entry in entries[1:] if entry is not None]
+
+    def _check_header(self, header: Entry | None) -> None:
+        if header is None:
+            raise DamagedError(f"the first line of {self.path} is damaged: it is no log's header.")
+        if header.get("format") != FORMAT:
+            raise LogError(f"{self.path} is not the manifest of an importance log.")
+        if header["version"] > VERSION:
+            raise LogError(
+                f"{self.path.parent} was written in format {header['version']} by cl_optim "
+                f"{header['cl_optim']}; this version reads format {VERSION}: upgrade cl_optim."
+            )
+
+    def append(self, entry: Entry) -> None:
+        """Add an entry, durably; on failure the file is as it was. Only with the lock."""
+        with open(self.path, "r+b") as file:
+            data = file.read()
+            end = data.rfind(b"\n") + 1  # a torn line's writer did not live to report it
+            try:
+                file.seek(end)
+                file.truncate()
+                file.write(sealed(entry))
+                file.flush()
+                os.fsync(file.fileno())
+            except BaseException:
+                os.truncate(self.path, end)
+                raise
+
+    def warn_of_damage(self) -> None:
+        """Name the damaged lines."""
+        for number in self.damaged:
+            warnings.warn(
+                f"line {number} of {self.path} is damaged: the record that it lists is left out.",
+                stacklevel=4,
+            )
+
+
+@contextmanager
+def locked(folder: Path, patience: float = 0.0) -> Iterator[None]:
+    """Be the only writer; one that is killed frees the lock.
+
+    Args:
+        folder: The log's.
+        patience: Seconds to wait for others. Who opens a log has the lock for a moment, to look
+            whether anyone is writing; a record takes longer.
+
+    Raises:
+        LockedError: Another one is at work.
+        OSError: The folder cannot be written to.
+    """
+    with open(folder / _LOCK, "a+b") as file:
+        end = time.monotonic() + patience
+        while not _try_lock(file, fcntl.LOCK_EX):
+            if time.monotonic() >= end:
+                file.seek(0)
+                writer = file.read().decode() or "unknown"
+                raise LockedError(
+                    f"{folder} is being written to by another writer (process {writer}): wait "
+                    "for it."
+                )
+            time.sleep(0.01)
+        file.truncate(0)
+        file.write(str(os.getpid()).encode())
+        file.flush()
+        yield
+
+
+def _try_lock(file: BinaryIO, kind: int) -> bool:
+    try:
+        fcntl.flock(file, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def being_written(folder: Path) -> bool:
+    """Whether a writer is at work; needs no right to write."""
+    try:
+        file = open(folder / _LOCK, "rb")  # noqa: SIM115
+    except FileNotFoundError:
+        return False
+    with file:
+        return not _try_lock(file, fcntl.LOCK_SH)

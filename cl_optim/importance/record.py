@@ -1,0 +1,275 @@
+"""One record of the log: a task's importance, and what belongs to it."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from cl_optim._version import __version__
+from cl_optim.importance import codecs, shards
+from cl_optim.importance.codecs import Codec
+from cl_optim.importance.errors import DamagedError, LogError
+from cl_optim.importance.importance import Importance
+from cl_optim.importance.manifest import checksum, fsync_directory, sealed, unsealed, write_durably
+from cl_optim.importance.statistics import Summaries, Summary, flat_float32
+
+_FILE = "record.json"
+_SEALED_CHUNK = 2**24
+
+Anchors = Mapping[str, Tensor] | str | os.PathLike[str] | None
+
+
+# --- writing --------------------------------------------------------------------------------------
+
+
+def write(
+    folder: Path,
+    task: str,
+    importance: Mapping[str, Tensor],
+    model: nn.Module | None,
+    anchors: Anchors,
+    frozen: Mapping[str, Tensor] | None,
+    how: Codec,
+) -> str:
+    """Write a checked record into an empty folder, durably.
+
+    Returns:
+        The checksum of its table, which the manifest keeps.
+    """
+    sums = importance.sums if isinstance(importance, Importance) else importance
+    samples = importance.samples if isinstance(importance, Importance) else 1
+    table: dict[str, Any] = {
+        "task": task,
+        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "cl_optim": __version__,
+        "samples": samples,
+        "tokens": importance.tokens if isinstance(importance, Importance) else None,
+        "metadata": importance.metadata if isinstance(importance, Importance) else {},
+        "codec": {"name": how.name, **how.options()},
+        "shapes": {name: list(value.shape) for name, value in sums.items()},
+        "model": None if model is None else fingerprint(model),
+    }
+    summaries = Summaries()
+
+    def summarize(name: str) -> None:
+        summaries.add(name, sums[name], samples)
+
+    with ThreadPoolExecutor(1, thread_name_prefix="cl_optim-statistics") as pool:
+        done = [pool.submit(summarize, name) for name in sums]
+        table["importance"] = shards.write(folder, "importance", _encoded(sums, how))
+        for future in done:
+            future.result()
+    layers = summaries.layers()
+    table["layers"] = {layer: list(summary) for layer, summary in layers.items()}
+    table["whole"] = list(summaries.whole())
+    if isinstance(anchors, Mapping):
+        table["anchors"] = shards.write(folder, "anchors", iter(anchors.items()))
+        table["anchor_shapes"] = {name: list(value.shape) for name, value in anchors.items()}
+    elif anchors is not None:
+        table["checkpoint"] = _reference(Path(anchors))
+    if frozen is not None:
+        bits = ((name, _packed(mask)) for name, mask in frozen.items())
+        table["frozen"] = shards.write(folder, "frozen", bits)
+        table["frozen_shapes"] = {name: list(mask.shape) for name, mask in frozen.items()}
+    line = sealed(table)
+    write_durably(folder / _FILE, line)
+    fsync_directory(folder)
+    return checksum(line)
+
+
+def _encoded(sums: Mapping[str, Tensor], how: Codec) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of each parameter, with their keys."""
+    encode = how.encoder(sums)
+    for name, value in sums.items():
+        flat = flat_float32(value)
+        for part, tensor in encode(flat.view(value.shape)).items():
+            yield f"{part}/{name}", tensor
+
+
+def fingerprint(model: nn.Module) -> dict[str, list[Any]]:
+    """Name → shape and dtype of each parameter."""
+    return {
+        name: [list(param.shape), str(param.dtype).removeprefix("torch.")]
+        for name, param in model.named_parameters()
+    }
+
+
+def _packed(mask: Tensor) -> Tensor:
+    return torch.from_numpy(np.packbits(mask.detach().cpu().reshape(-1).numpy()))
+
+
+def _reference(checkpoint: Path) -> dict[str, Any]:
+    path = checkpoint.resolve()
+    return {"path": str(path), "bytes": path.stat().st_size, "checksum": _file_checksum(path)}
+
+
+def _file_checksum(path: Path) -> str:
+    import xxhash
+
+    digest = xxhash.xxh3_128()
+    with open(path, "rb") as file:
+        while chunk := file.read(_SEALED_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+# --- reading --------------------------------------------------------------------------------------
+
+
+class _Stored(Mapping[str, Tensor]):
+    """Tensors on disk, each read and verified whenever it is asked for."""
+
+    __eq__ = object.__eq__
+    __hash__ = object.__hash__
+
+    def __init__(self, names: Mapping[str, Any], read: Callable[[str], Tensor]) -> None:
+        self._names = names
+        self._read = read
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._names:
+            raise KeyError(name)
+        return self._read(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._names
+
+
+class Record:
+    """A record on disk.
+
+    Attributes:
+        task: Whose importance it is.
+        time: When it was recorded, UTC.
+        metadata: How the importance was made.
+        codec: What it is written in.
+    """
+
+    def __init__(self, folder: Path, seal: str) -> None:
+        try:
+            line = (folder / _FILE).read_bytes()
+        except OSError as error:
+            raise DamagedError(f"{folder / _FILE} cannot be read: {error.strerror}.") from None
+        table = unsealed(line)
+        if table is None or checksum(line) != seal:
+            raise DamagedError(f"{folder / _FILE} is damaged: its checksum is not the one written.")
+        self._table = table
+        self._folder = folder
+        self.task: str = table["task"]
+        self.time: str = table["time"]
+        self.metadata: dict[str, Any] = table["metadata"]
+        options = dict(table["codec"])
+        self.codec = codecs.codec(options.pop("name"), **options)
+
+    @property
+    def samples(self) -> float:
+        """The samples in the importance's sums."""
+        return float(self._table["samples"])
+
+    @cached_property
+    def layers(self) -> dict[str, Summary]:
+        """The layers' statistics, without reading a tensor."""
+        return {layer: _summary(values) for layer, values in self._table["layers"].items()}
+
+    @property
+    def whole(self) -> Summary:
+        """The statistics of all weights."""
+        return _summary(self._table["whole"])
+
+    @property
+    def model(self) -> dict[str, list[Any]] | None:
+        """The model's parameters at the time, name → [shape, dtype]; None where not recorded."""
+        model: dict[str, list[Any]] | None = self._table["model"]
+        return model
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all its shards."""
+        kinds = ("importance", "anchors", "frozen")
+        return sum(shard["bytes"] for kind in kinds for shard in self._table.get(kind, ()))
+
+    def importance(self) -> Importance:
+        """Its importance; a tensor is read and verified when it is asked for."""
+        shapes = self._table["shapes"]
+        reader = self._reader("importance")
+
+        def read(name: str) -> Tensor:
+            what = f"the importance of {name!r}"
+            parts = {part: reader.read(f"{part}/{name}", what) for part in self.codec.parts}
+            return self.codec.decode(parts, torch.Size(shapes[name]))
+
+        metadata = {"task": self.task, **self.metadata}
+        table = self._table
+        return Importance.lazy(_Stored(shapes, read), table["samples"], table["tokens"], metadata)
+
+    def anchors(self) -> Mapping[str, Tensor] | None:
+        """The weights that the task left, None where they were not recorded.
+
+        Raises:
+            LogError: They are in a checkpoint that is not safetensors, which only its owner's
+                code can load.
+            DamagedError: The checkpoint has changed.
+        """
+        if "checkpoint" in self._table:
+            return self._referenced(self._table["checkpoint"])
+        if "anchors" not in self._table:
+            return None
+        shapes, reader = self._table["anchor_shapes"], self._reader("anchors")
+
+        def read(name: str) -> Tensor:
+            return reader.read(name, f"the anchor of {name!r}").view(shapes[name])
+
+        return _Stored(shapes, read)
+
+    def frozen(self) -> Mapping[str, Tensor] | None:
+        """The masks of frozen weights, None where they were not recorded."""
+        if "frozen" not in self._table:
+            return None
+        shapes, reader = self._table["frozen_shapes"], self._reader("frozen")
+
+        def read(name: str) -> Tensor:
+            bits = reader.read(name, f"the frozen mask of {name!r}").numpy()
+            shape = torch.Size(shapes[name])
+            return torch.from_numpy(np.unpackbits(bits, count=shape.numel())).bool().view(shape)
+
+        return _Stored(shapes, read)
+
+    def _reader(self, kind: str) -> shards.Reader:
+        return shards.Reader(self._folder, self._table[kind], f"task {self.task!r}")
+
+    def _referenced(self, reference: Mapping[str, Any]) -> Mapping[str, Tensor]:
+        path = Path(reference["path"])
+        if path.suffix != ".safetensors":
+            raise LogError(
+                f"the anchors of task {self.task!r} are the checkpoint {path}, which is not "
+                "safetensors: load it with the code that wrote it."
+            )
+        if not path.is_file():
+            raise LogError(f"the anchors of task {self.task!r}, {path}, are gone.")
+        if path.stat().st_size != reference["bytes"] or (
+            _file_checksum(path) != reference["checksum"]
+        ):
+            raise DamagedError(f"the anchors of task {self.task!r}, {path}, have changed.")
+        anchors: dict[str, Tensor] = load_file(path)
+        return anchors
+
+
+def _summary(values: list[Any]) -> Summary:
+    weights, mean, largest, zeros, quantiles, carriers = values
+    return Summary(weights, mean, largest, zeros, tuple(quantiles), tuple(carriers))

@@ -1,0 +1,179 @@
+"""The report's figures: what the page, the pictures, the tables and the exports all show."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from cl_optim._version import __version__
+from cl_optim.importance import watch
+from cl_optim.importance.errors import LogError
+from cl_optim.importance.importance import Importance
+from cl_optim.importance.record import Record
+from cl_optim.importance.statistics import SHARES, Overlap, layer_of, overlap
+
+if TYPE_CHECKING:
+    from cl_optim.importance.log import ImportanceLog
+
+FROZEN = (0.05, 0.10)
+TOP = 0.05  # of the sets whose overlap is shown
+_POINTS = 400  # of a curve; more than a screen has room for
+_DRIFTING = 5  # layers with a curve of their own
+
+Data: TypeAlias = dict[str, Any]
+
+
+def report_data(log: ImportanceLog) -> Data:
+    """All figures of a report, as JSON knows them.
+
+    Rows are layers in the model's order, columns are the tasks that are not forgotten. A figure of
+    a layer that a task does not know is None. Reads every tensor of these tasks.
+
+    Raises:
+        LogError: No task is protected.
+        DamagedError: A record or a tensor is damaged.
+    """
+    if not log.tasks:
+        raise LogError(f"there is nothing to report: the log {str(log.path)!r} has no task.")
+    records = [log[task] for task in log.tasks]
+    layers = _in_order([list(record.layers) for record in records])
+    importances = [record.importance() for record in records]
+    return {
+        "name": log.path.resolve().name,
+        "cl_optim": __version__,
+        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "tasks": [_task(record) for record in records],
+        "forgotten": log.forgotten,
+        "layers": [{"name": name, "weights": _weights(name, records)} for name in layers],
+        "mean": _table(records, layers, lambda record, layer: record.layers[layer].mean),
+        "largest": _table(records, layers, lambda record, layer: record.layers[layer].largest),
+        "share": _table(records, layers, _share),
+        "carriers": _table(records, layers, lambda record, layer: record.layers[layer].carriers),
+        "top": TOP,
+        "overlap": _overlap(overlap(importances, TOP)),
+        "frozen": _frozen(log.merge(), layers),
+        "training": [_training(entries) for entries in watch.read(log.path / "training")],
+    }
+
+
+def _in_order(lists: list[list[str]]) -> list[str]:
+    """All layers of all records; one that a model got later comes after its neighbour there."""
+    ordered: list[str] = []
+    for layers in lists:
+        place = 0
+        for layer in layers:
+            if layer in ordered:
+                place = ordered.index(layer) + 1
+            else:
+                ordered.insert(place, layer)
+                place += 1
+    return ordered
+
+
+def _task(record: Record) -> Data:
+    whole = record.whole
+    return {
+        "name": record.task,
+        "time": record.time,
+        "samples": record.samples,
+        "labels": record.metadata.get("labels"),
+        "estimator": record.metadata.get("estimator"),
+        "codec": record.codec.name,
+        "bytes": record.nbytes,
+        "weights": whole.weights,
+        "mean": whole.mean,
+        "largest": whole.largest,
+        "zeros": whole.zeros,
+        "carriers": list(whole.carriers),
+    }
+
+
+def _weights(layer: str, records: list[Record]) -> int:
+    return max(record.layers[layer].weights for record in records if layer in record.layers)
+
+
+def _table(
+    records: list[Record], layers: list[str], figure: Callable[[Record, str], Any]
+) -> list[list[Any]]:
+    return [
+        [figure(record, layer) if layer in record.layers else None for record in records]
+        for layer in layers
+    ]
+
+
+def _share(record: Record, layer: str) -> float:
+    """The layer's part of the task's importance."""
+    total = record.whole.mean * record.whole.weights
+    summary = record.layers[layer]
+    return summary.mean * summary.weights / total if total else 0.0
+
+
+def _overlap(found: Overlap) -> Data:
+    return {name: value.tolist() for name, value in found._asdict().items()}
+
+
+def _frozen(merged: Importance, layers: list[str]) -> list[Data]:
+    """For each fraction of all weights the fraction of each layer's that is among the top."""
+    result = []
+    for fraction in FROZEN:
+        frozen, weights = dict.fromkeys(layers, 0), dict.fromkeys(layers, 0)
+        for name, mask in merged.top(fraction).items():
+            frozen[layer_of(name)] += int(mask.sum())
+            weights[layer_of(name)] += mask.numel()
+        fractions = [frozen[layer] / max(weights[layer], 1) for layer in layers]
+        result.append({"fraction": fraction, "layers": fractions})
+    return result
+
+
+def _training(entries: list[Data]) -> Data:
+    """Curves of a watch: the whole model's, and the most drifting layers'."""
+    shown = entries[:: max(1, math.ceil(len(entries) / _POINTS))]
+    if shown[-1] is not entries[-1]:
+        shown.append(entries[-1])
+    last = entries[-1]["layers"]
+    drifting = sorted(last, key=lambda layer: -last[layer]["drift"])[:_DRIFTING]
+    return {
+        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(entries[0]["time"])),
+        "steps": [entry["step"] for entry in shown],
+        "penalty": [sum(v["penalty"] for v in entry["layers"].values()) for entry in shown],
+        "drift": [math.hypot(*(v["drift"] for v in entry["layers"].values())) for entry in shown],
+        "layers": [
+            {
+                "name": layer,
+                "drift": [entry["layers"].get(layer, {"drift": 0.0})["drift"] for entry in shown],
+            }
+            for layer in drifting
+        ],
+    }
+
+
+# --- exports --------------------------------------------------------------------------------------
+
+
+def write_json(data: Data, path: Path) -> None:
+    """Write all figures."""
+    path.write_text(json.dumps(data, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def write_csv(data: Data, path: Path) -> None:
+    """Write the figures of layers and tasks, a line for each pair."""
+    carriers = [f"carries_{share:.0%}".replace("%", "") for share in SHARES]
+    frozen = [f"frozen_at_{part['fraction']:.0%}".replace("%", "") for part in data["frozen"]]
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(
+            ["layer", "task", "weights", "mean", "largest", "share", *carriers, *frozen]
+        )
+        for row, layer in enumerate(data["layers"]):
+            for column, task in enumerate(data["tasks"]):
+                if data["mean"][row][column] is None:
+                    continue
+                figures = [data[name][row][column] for name in ("mean", "largest", "share")]
+                parts = [part["layers"][row] for part in data["frozen"]]
+                line = [layer["name"], task["name"], layer["weights"], *figures]
+                writer.writerow([*line, *data["carriers"][row][column], *parts])

@@ -1,0 +1,84 @@
+"""The report as tables for a terminal."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich import box
+from rich.console import Group, RenderableType
+from rich.markup import escape
+from rich.table import Table
+
+from cl_optim.importance.report import TOP
+from cl_optim.importance.statistics import SHARES
+
+_LAYERS = 20
+_OVERLAPS = 8  # more tasks do not fit into a terminal's width
+
+
+def render_text(data: dict[str, Any]) -> RenderableType:
+    """Tables of the tasks, of the layers with most importance, and of the tasks' overlap."""
+    parts: list[RenderableType] = [_tasks(data), _layers(data)]
+    if 1 < len(data["tasks"]) <= _OVERLAPS:
+        parts.append(_overlap(data))
+    if data["forgotten"]:
+        parts.append(f"Forgotten: {escape(', '.join(data['forgotten']))}.")
+    return Group(*parts)
+
+
+def _table(title: str, first: str, *columns: str) -> Table:
+    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
+    table.add_column(first, overflow="fold")
+    for column in columns:
+        table.add_column(column, justify="right")
+    return table
+
+
+def _tasks(data: dict[str, Any]) -> Table:
+    carriers = [f"{share:.0%} in" for share in SHARES]
+    columns = ("recorded", "labels", "samples", "weights", "mean", *carriers, "codec")
+    table = _table(
+        "Tasks, and the share of weights that carries their importance", "task", *columns
+    )
+    for task in data["tasks"]:
+        table.add_row(
+            escape(task["name"]),
+            task["time"][:10],
+            task["labels"] or "",
+            f"{task['samples']:,.0f}",
+            f"{task['weights']:,}",
+            f"{task['mean']:.2e}",
+            *(f"{part:.2%}" for part in task["carriers"]),
+            task["codec"],
+        )
+    return table
+
+
+def _layers(data: dict[str, Any]) -> Table:
+    """The layers by their largest share of any task's importance."""
+    count = len(data["layers"])
+    order = sorted(range(count), key=lambda row: -max(part or 0 for part in data["share"][row]))
+    frozen = [f"frozen at {part['fraction']:.0%}" for part in data["frozen"]]
+    title = f"Layers, the first {_LAYERS} of {count}" if count > _LAYERS else "Layers"
+    table = _table(
+        f"{title}, by their share of a task's importance", "layer", "weights", "share", *frozen
+    )
+    for row in order[:_LAYERS]:
+        shares = [part for part in data["share"][row] if part is not None]
+        low, high = min(shares), max(shares)
+        table.add_row(
+            escape(data["layers"][row]["name"]),
+            f"{data['layers'][row]['weights']:,}",
+            f"{low:.1%} to {high:.1%}" if len(shares) > 1 else f"{high:.1%}",
+            *(f"{part['layers'][row]:.1%}" for part in data["frozen"]),
+        )
+    return table
+
+
+def _overlap(data: dict[str, Any]) -> Table:
+    tasks = [escape(task["name"]) for task in data["tasks"]]
+    title = f"Overlap of the {TOP:.0%} most important weights (common ones by all in either)"
+    table = _table(title, "", *tasks)
+    for task, row in zip(tasks, data["overlap"]["jaccard"], strict=True):
+        table.add_row(task, *(f"{value:.2f}" for value in row))
+    return table

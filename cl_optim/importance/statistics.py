@@ -1,0 +1,319 @@
+"""Statistics of importance: histograms that add up, summaries of layers, the top weights.
+
+Importance spans many orders of magnitude, and what users ask of it are ranks: which weights are at
+the top, how few of them carry most of it. A histogram over the upper 16 bits of a float32, which
+for numbers ≥ 0 are in the order of the numbers, answers that in one pass over tensors of any size
+and scale, and histograms of parts add up to that of the whole. Its bins are 2⁻⁷ wide, so that
+quantiles and shares read from it are within 0.4 %; exact ranks take a second look at one bin.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
+SHARES = (0.5, 0.9, 0.99)
+RELATIVE_ERROR = 2**-8  # of what a histogram says about values
+
+_BINS = 2**15
+_CHUNK = 2**20  # as much as stays in a cache
+
+
+def flat_float32(values: Tensor) -> Tensor:
+    """The values as a float32 vector on the CPU; a view where they are that already."""
+    return values.detach().reshape(-1).to("cpu", torch.float32)
+
+
+def _bins(values: Tensor) -> Tensor:
+    return values.view(torch.int32) >> 16
+
+
+class Histogram:
+    """How many values lie in each bin; values must be finite and ≥ 0.
+
+    Args:
+        counts: int64 [32768]; none is the histogram of nothing.
+        largest: The largest value.
+        sum: The sum of the values.
+    """
+
+    def __init__(
+        self, counts: Tensor | None = None, largest: float = 0.0, sum: float = 0.0
+    ) -> None:
+        self.counts = torch.zeros(_BINS, dtype=torch.int64) if counts is None else counts
+        self.largest = largest
+        self.sum = sum
+
+    @classmethod
+    def of(cls, values: Tensor) -> Histogram:
+        """The histogram of a tensor of any shape and device."""
+        histogram = cls()
+        for chunk in torch.split(flat_float32(values), _CHUNK):
+            if chunk.numel():
+                histogram.counts += torch.bincount(_bins(chunk.contiguous()), minlength=_BINS)
+                histogram.largest = max(histogram.largest, chunk.max().item())
+                total = chunk.sum()
+                if not total.isfinite():
+                    total = chunk.sum(dtype=torch.float64)  # ten times as slow
+                histogram.sum += total.item()
+        return histogram
+
+    def __add__(self, other: Histogram) -> Histogram:
+        largest = max(self.largest, other.largest)
+        return Histogram(self.counts + other.counts, largest, self.sum + other.sum)
+
+    @property
+    def total(self) -> int:
+        """How many values there are."""
+        return int(self.counts.sum())
+
+    @property
+    def zeros(self) -> int:
+        """How many are 0, or below float32's normal numbers by 2⁷."""
+        return int(self.counts[0])
+
+    def quantile(self, q: float) -> float:
+        """The smallest value that at least a fraction ``q`` of the values does not exceed."""
+        if not self.total:
+            return 0.0
+        rank = max(1, math.ceil(q * self.total))
+        place = int(torch.searchsorted(self.counts.cumsum(0), rank))
+        return min(float(_middles()[place]), self.largest)
+
+    def carriers(self, share: float) -> float:
+        """The smallest fraction of the values that makes up ``share`` of their sum."""
+        counts, middles = self.counts.flip(0), _middles().flip(0)
+        masses = (counts * middles).cumsum(0)
+        target = share * float(masses[-1])
+        if target <= 0:
+            return 0.0
+        place = int(torch.searchsorted(masses, target))
+        before = float(masses[place - 1]) if place else 0.0
+        inside = math.ceil((target - before) / float(middles[place]))
+        return (int(counts[:place].sum()) + min(inside, int(counts[place]))) / self.total
+
+
+def _middles() -> Tensor:
+    """The middle of each bin, float64; 0 for the lowest."""
+    edges = (torch.arange(_BINS, dtype=torch.int32) << 16).view(torch.float32).double()
+    middles = edges.clone()
+    middles[1:-1] = (edges[1:-1] + edges[2:]) / 2
+    # The bins of infinity and NaN are empty: 0 keeps them out of sums.
+    return torch.where(middles.isfinite(), middles, 0.0)
+
+
+# --- summaries ------------------------------------------------------------------------------------
+
+
+class Summary(NamedTuple):
+    """What a layer's importance looks like.
+
+    Attributes:
+        weights: How many weights it has.
+        mean: Their mean importance.
+        largest: The largest.
+        zeros: How many have none.
+        quantiles: At 5, 25, 50, 75, 95 and 99 %, within 0.4 %.
+        carriers: The fraction of its weights that carries 50, 90 and 99 % of its importance.
+    """
+
+    weights: int
+    mean: float
+    largest: float
+    zeros: int
+    quantiles: tuple[float, ...]
+    carriers: tuple[float, ...]
+
+    @classmethod
+    def of(cls, histogram: Histogram) -> Summary:
+        """The summary of values with that histogram."""
+        return cls(
+            weights=histogram.total,
+            mean=histogram.sum / max(histogram.total, 1),
+            largest=histogram.largest,
+            zeros=histogram.zeros,
+            quantiles=tuple(histogram.quantile(q) for q in QUANTILES),
+            carriers=tuple(histogram.carriers(share) for share in SHARES),
+        )
+
+
+class Summaries:
+    """Summaries of layers and of the whole model, from parameters that come one at a time."""
+
+    def __init__(self) -> None:
+        self._histograms: dict[str, Histogram] = defaultdict(Histogram)
+
+    def add(self, name: str, values: Tensor, divisor: float = 1) -> None:
+        """Add a parameter's importance, which is ``values / divisor``."""
+        values = flat_float32(values)
+        mean = values if divisor == 1 else values / divisor
+        self._histograms[layer_of(name)] += Histogram.of(mean)
+
+    def layers(self) -> dict[str, Summary]:
+        """Layer → summary, in the order in which the layers came."""
+        return {layer: Summary.of(values) for layer, values in self._histograms.items()}
+
+    def whole(self) -> Summary:
+        """The summary of all weights."""
+        return Summary.of(sum(self._histograms.values(), Histogram()))
+
+
+def layer_of(name: str) -> str:
+    """The layer that a parameter belongs to.
+
+    Example:
+        >>> layer_of("blocks.0.attention.weight")
+        'blocks.0.attention'
+        >>> layer_of("scale")
+        'scale'
+    """
+    return name.rpartition(".")[0] or name
+
+
+# --- ranks ----------------------------------------------------------------------------------------
+
+
+class Cut(NamedTuple):
+    """Where the ``count`` largest values end: all above ``value``, and the first ``ties`` equal."""
+
+    value: float
+    ties: int
+
+
+def cut(values: Mapping[str, Tensor], count: int) -> Cut:
+    """Where the ``count`` largest of all values end; ranks are those of float32.
+
+    Args:
+        values: Finite and ≥ 0.
+        count: At most as many as there are values.
+    """
+    if count == 0:
+        return Cut(math.inf, 0)
+    counts = sum((Histogram.of(value) for value in values.values()), Histogram()).counts
+    from_top = counts.flip(0).cumsum(0).flip(0)
+    place = int((from_top >= count).nonzero().max())
+    wanted = count - int(from_top[place] - counts[place])
+    inside = []
+    for value in values.values():
+        flat = flat_float32(value).contiguous()
+        inside.append(flat[_bins(flat) == place])
+    ranked = torch.cat(inside).sort(descending=True).values
+    last = ranked[wanted - 1]
+    return Cut(last.item(), wanted - int((ranked[:wanted] > last).sum()))
+
+
+def top_masks(values: Mapping[str, Tensor], fraction: float) -> dict[str, Tensor]:
+    """Masks of the most important weights of all; ties go to those that come first.
+
+    Args:
+        values: Parameter name → importance, finite and ≥ 0.
+        fraction: Of all weights, in [0, 1]; rounded to a number of weights.
+
+    Returns:
+        Parameter name → bool tensor of its shape, on the CPU.
+    """
+    check_fraction("fraction", fraction)
+    total = sum(value.numel() for value in values.values())
+    threshold, ties = cut(values, round(fraction * total))
+    masks = {}
+    for name, value in values.items():
+        flat = flat_float32(value)
+        mask = flat > threshold
+        if ties:
+            equal = (flat == threshold).nonzero()[:ties, 0]
+            mask[equal] = True
+            ties -= len(equal)
+        masks[name] = mask.view(value.shape)
+    return masks
+
+
+def quantile(values: Mapping[str, Tensor], q: float) -> float:
+    """The smallest value that at least a fraction ``q`` of all values does not exceed, exactly."""
+    check_fraction("q", q)
+    total = sum(value.numel() for value in values.values())
+    if not total:
+        raise ValueError("a quantile needs at least one weight: this importance has none.")
+    return cut(values, total - max(1, math.ceil(q * total)) + 1).value
+
+
+# --- overlap --------------------------------------------------------------------------------------
+
+
+class Overlap(NamedTuple):
+    """How much the importances of tasks have in common; each [tasks, tasks] float64, 1 on itself.
+
+    Attributes:
+        jaccard: Of the sets of the most important weights: common ones by all in either.
+        cosine: Of the importances as vectors.
+        fisher: Σ √(F̂₁F̂₂), each F̂ scaled to sum 1: Kirkpatrick et al. 2017, §4.3.
+    """
+
+    jaccard: Tensor
+    cosine: Tensor
+    fisher: Tensor
+
+
+def overlap(importances: Iterable[Mapping[str, Tensor]], fraction: float = 0.05) -> Overlap:
+    """Compare tasks pair by pair; a parameter that a task does not know counts as 0 there.
+
+    Args:
+        importances: Finite and ≥ 0; the same name has the same shape in all.
+        fraction: The top set's fraction of all of a task's weights.
+
+    Raises:
+        ValueError: A name has two shapes, or the fraction is not in (0, 1].
+    """
+    if not 0.0 < fraction <= 1.0:
+        raise ValueError(f"fraction must be in (0, 1], not {fraction}.")
+    importances = list(importances)
+    cuts = []
+    for values in importances:
+        total = sum(value.numel() for value in values.values())
+        cuts.append(cut(values, min(max(1, round(fraction * total)), total)))
+    ties = [c.ties for c in cuts]
+    tasks = len(importances)
+    common, dots, roots = (torch.zeros(tasks, tasks, dtype=torch.float64) for _ in range(3))
+    for name in dict.fromkeys(name for values in importances for name in values):
+        found = [values.get(name) for values in importances]
+        shapes = {value.shape for value in found if value is not None}
+        if len(shapes) > 1:
+            raise ValueError(f"{name!r} has the shapes {sorted(map(tuple, shapes))}: not one.")
+        numel = shapes.pop().numel()
+        flat = [torch.zeros(numel) if v is None else flat_float32(v) for v in found]
+        for start in range(0, numel, _CHUNK):
+            rows = torch.stack([row[start : start + _CHUNK] for row in flat]).double()
+            dots += rows @ rows.T
+            roots += rows.sqrt() @ rows.sqrt().T
+            tops = rows.new_zeros(rows.shape)
+            for task, (threshold, _) in enumerate(cuts):
+                tops[task] = rows[task] > threshold
+                equal = (rows[task] == threshold).nonzero()[: ties[task], 0]
+                # A parameter that the task does not know is no weight of it, also for a cut at 0.
+                if found[task] is not None:
+                    tops[task, equal] = 1.0
+                    ties[task] -= len(equal)
+            common += tops @ tops.T
+    sizes = common.diagonal()
+    return Overlap(
+        jaccard=_ratio(common, sizes[:, None] + sizes - common),
+        cosine=_ratio(dots, (dots.diagonal()[:, None] * dots.diagonal()).sqrt()),
+        fisher=_ratio(roots, (roots.diagonal()[:, None] * roots.diagonal()).sqrt()),
+    )
+
+
+def _ratio(part: Tensor, whole: Tensor) -> Tensor:
+    """``part / whole`` with 1 on the diagonal, 0 where a task has no importance at all."""
+    ratio = torch.where(whole > 0, part / whole, 0.0).clamp(0.0, 1.0)
+    return ratio.fill_diagonal_(1.0)
+
+
+def check_fraction(argument: str, value: float) -> None:
+    """Refuse what is not in [0, 1]."""
+    if not 0.0 <= value <= 1.0:
+        raise ValueError(f"{argument} must be in [0, 1], not {value}.")

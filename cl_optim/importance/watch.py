@@ -1,0 +1,164 @@
+"""What happens to protected weights while training: penalty, drift, importance of each layer."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from datetime import datetime, timezone
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.utils.hooks import RemovableHandle
+
+from cl_optim.importance.manifest import sealed, unsealed
+from cl_optim.importance.statistics import layer_of
+
+QUANTILES = (0.5, 0.95, 0.99)
+_SAMPLE = 2**14  # weights of a parameter that its quantiles are taken from
+
+
+class ProtectedParameter(Protocol):
+    """A protected parameter of an optimizer."""
+
+    @property
+    def name(self) -> str | None:
+        """Its name, if the optimizer knows it."""
+
+    @property
+    def param(self) -> Tensor:
+        """Its weights now, θ."""
+
+    @property
+    def importance(self) -> Tensor:
+        """F."""
+
+    @property
+    def frozen(self) -> Tensor:
+        """Which weights do not move: they are not in the penalty."""
+
+    @property
+    def anchor(self) -> Tensor:
+        """θ*."""
+
+    @property
+    def ewc_lambda(self) -> float:
+        """λ."""
+
+
+class ProtectingOptimizer(Protocol):
+    """What can be watched; EWCAdamW is one."""
+
+    def protected(self) -> Iterable[ProtectedParameter]:
+        """Each protected parameter."""
+
+    def register_step_post_hook(self, hook: Callable[..., None]) -> RemovableHandle:
+        """Call the hook after each step."""
+
+
+class Watch:
+    """Writes an entry every so many steps, into a file of its own.
+
+    Between entries a step costs one call that counts. For an entry everything is computed on the
+    parameters' device and fetched with one synchronisation. Before the first ``consolidate`` there
+    is nothing to write.
+
+    Args:
+        optimizer: Made from named parameters.
+        folder: Where the file goes.
+        every: Steps from one entry to the next.
+
+    Raises:
+        ValueError: ``every`` is no positive whole number, or a protected parameter has no name.
+    """
+
+    def __init__(self, optimizer: ProtectingOptimizer, folder: Path, every: int) -> None:
+        if not isinstance(every, int) or isinstance(every, bool) or every < 1:
+            raise ValueError(f"every must be a whole number of steps from 1 on, not {every!r}.")
+        if any(one.name is None for one in optimizer.protected()):
+            raise ValueError(
+                "watch needs an optimizer that was made from model.named_parameters(): this one "
+                "has no names."
+            )
+        self._optimizer = optimizer
+        self._every = every
+        self._step = 0
+        folder.mkdir(exist_ok=True)
+        stamp = datetime.now(timezone.utc).strftime("%Y%m%dT%H%M%S.%f")
+        self._file = open(folder / f"{stamp}-{uuid.uuid4().hex[:8]}.jsonl", "ab")  # noqa: SIM115
+        self._handle = optimizer.register_step_post_hook(self._after_step)
+
+    def _after_step(self, *_: Any) -> None:
+        self._step += 1
+        if self._step % self._every == 0:
+            self.write()
+
+    def write(self) -> None:
+        """Write an entry now."""
+        layers = _layers(self._optimizer.protected())
+        if not layers:
+            return
+        entry = {"step": self._step, "time": time.time(), "layers": layers}
+        self._file.write(sealed(entry))
+        self._file.flush()
+
+    def close(self) -> None:
+        """Stop watching."""
+        self._handle.remove()
+        self._file.close()
+
+    def __enter__(self) -> Watch:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+@torch.no_grad()
+def _layers(protected: Iterable[ProtectedParameter]) -> dict[str, dict[str, Any]]:
+    """Layer → penalty λ Σ F Δ², drift ‖Δ‖, quantiles of F from evenly spaced weights."""
+    penalties: dict[str, list[Tensor]] = defaultdict(list)
+    squares: dict[str, list[Tensor]] = defaultdict(list)
+    samples: dict[str, list[Tensor]] = defaultdict(list)
+    for one in protected:
+        layer = layer_of(one.name or "")
+        delta = (one.param - one.anchor).to(one.importance.dtype)
+        pulled = (one.importance * delta.square()).masked_fill(one.frozen, 0.0)
+        penalties[layer].append(pulled.sum() * one.ewc_lambda)
+        squares[layer].append(delta.square().sum())
+        flat = one.importance.reshape(-1)
+        samples[layer].append(flat[:: max(1, flat.numel() // _SAMPLE)].float())
+    rows = []
+    for layer, values in samples.items():
+        ranked = torch.cat(values).sort().values
+        places = [round(q * (len(ranked) - 1)) for q in QUANTILES] if len(ranked) else []
+        quantiles = ranked[places] if places else ranked.new_zeros(len(QUANTILES))
+        penalty, square = torch.stack(penalties[layer]).sum(), torch.stack(squares[layer]).sum()
+        rows.append(torch.stack([penalty.double(), square.sqrt().double(), *quantiles.double()]))
+    if not rows:
+        return {}
+    fetched = torch.stack([row.to(rows[0].device) for row in rows]).tolist()
+    return {
+        layer: {"penalty": row[0], "drift": row[1], "quantiles": row[2:]}
+        for layer, row in zip(samples, fetched, strict=True)
+    }
+
+
+def read(folder: Path) -> list[list[dict[str, Any]]]:
+    """The entries of each watch in a folder, oldest first; half a last line is left out."""
+    watches = []
+    for path in sorted(folder.glob("*.jsonl")):
+        entries = [unsealed(line) for line in path.read_bytes().splitlines(keepends=True)]
+        intact = [entry for entry in entries if entry is not None]
+        if intact:
+            watches.append(intact)
+    return watches

@@ -1,0 +1,140 @@
+"""A writer that is killed at any instant loses at most the record that it was writing."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import random
+import signal
+import time
+import warnings
+from ctypes import c_double
+from multiprocessing.synchronize import Event
+from pathlib import Path
+
+import pytest
+from log_cases import assert_is, importance_of, make_log
+
+from cl_optim import ImportanceLog
+from cl_optim.importance.manifest import FILE
+
+KILLS = 200
+SCALE = 40  # makes a record long enough to be hit in all its parts
+
+
+def _record_until_killed(path: str, first: int, started: Event, seconds: c_double) -> None:
+    log = ImportanceLog(path)
+    started.set()
+    for task in range(first, first + 1000):
+        begun = time.monotonic()
+        log.record(f"task {task}", importance_of(task, SCALE))
+        seconds.value = time.monotonic() - begun
+
+
+@pytest.fixture(scope="module")
+def processes() -> multiprocessing.context.ForkServerContext:
+    """Processes that start with torch imported."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["cl_optim", "log_cases", "test_log_crash"])
+    return context
+
+
+def opened(path: Path) -> tuple[ImportanceLog, list[str]]:
+    """The log, and the warnings of opening it."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        log = ImportanceLog(path)
+    return log, [str(warning.message) for warning in caught]
+
+
+def test_kill_at_random_instants(tmp_path, processes, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    instants = random.Random(0)
+    path = tmp_path / "log"
+    known: list[str] = []
+    unfinished = 0
+    seconds = processes.RawValue("d", 0.03)  # of a record, on this machine at this moment
+    for _ in range(KILLS):
+        started = processes.Event()
+        writer = processes.Process(
+            target=_record_until_killed, args=(str(path), len(known), started, seconds)
+        )
+        writer.start()
+        assert started.wait(60)
+        time.sleep(instants.uniform(0, 2 * seconds.value))
+        os.kill(writer.pid, signal.SIGKILL)
+        writer.join()
+        left = [folder.name for folder in (path / "records").glob("*")] if known else None
+        log, messages = opened(path)
+        # Nothing that was recorded is gone, and nothing but what its writer finished is there.
+        assert log.tasks[: len(known)] == known
+        assert log.tasks == [f"task {number}" for number in range(len(log.tasks))]
+        for number in {0, *range(len(known), len(log.tasks))} & set(range(len(log.tasks))):
+            assert_is(log.load(f"task {number}"), importance_of(number, SCALE))
+        # What was not finished is reported once, and set aside.
+        aside = len(list((path / "unfinished").glob("*")))
+        assert len(messages) == aside - unfinished
+        assert all("an unfinished record was found" in message for message in messages)
+        assert left is None or len(left) == len(log.tasks) + len(messages)
+        unfinished, known = aside, log.tasks
+    assert unfinished > KILLS / 10  # the kills did hit the middle of records
+    assert len(known) > KILLS / 10
+    for number in range(len(known)):
+        assert_is(log.load(f"task {number}"), importance_of(number, SCALE))
+
+
+@pytest.mark.parametrize("keep", [0, 1, 30, -1])
+def test_half_a_line_at_the_end_is_cut_off(tmp_path, keep):
+    """As a crash leaves it that comes after the record's folder is in place."""
+    make_log(tmp_path)
+    manifest = tmp_path / FILE
+    lines = manifest.read_bytes().splitlines(keepends=True)
+    manifest.write_bytes(b"".join(lines[:-1]) + lines[-1][:keep])
+    log, messages = opened(tmp_path)
+    assert log.tasks == ["task 0"]
+    assert len(messages) == 1
+    assert "an unfinished record was found" in messages[0]
+    assert opened(tmp_path)[1] == []
+    log.record("task 1", importance_of(4))
+    assert_is(ImportanceLog(tmp_path).load("task 0"), importance_of(0))
+    assert_is(ImportanceLog(tmp_path).load("task 1"), importance_of(4))
+
+
+def test_a_reader_reports_and_moves_nothing(tmp_path):
+    make_log(tmp_path)
+    left = tmp_path / "records" / "00007-abc.partial"
+    left.mkdir()
+    with pytest.warns(UserWarning, match=r"an unfinished record was found.*00007-abc.partial"):
+        ImportanceLog(tmp_path, "r")
+    assert left.is_dir()
+
+
+def test_the_record_of_a_writer_at_work_is_left_alone(tmp_path, processes):
+    started, seconds = processes.Event(), processes.RawValue("d", 0.0)
+    writer = processes.Process(
+        target=_record_until_killed, args=(str(tmp_path), 0, started, seconds)
+    )
+    writer.start()
+    try:
+        assert started.wait(60)
+        while len(ImportanceLog(tmp_path, "r").tasks) < 20:
+            assert writer.is_alive()  # readers do not disturb it
+            for mode in ("a", "r"):
+                log, messages = opened_while_written(tmp_path, mode)
+                assert messages == []
+                if log.tasks:
+                    last = len(log.tasks) - 1
+                    assert_is(log.load(f"task {last}"), importance_of(last, SCALE))
+    finally:
+        writer.kill()
+        writer.join()
+    log, _ = opened(tmp_path)
+    assert len(log.tasks) >= 20
+    assert len(list((tmp_path / "unfinished").glob("*"))) <= 1
+
+
+def opened_while_written(path: Path, mode: str) -> tuple[ImportanceLog, list[str]]:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        log = ImportanceLog(path, mode)
+    return log, [str(warning.message) for warning in caught]

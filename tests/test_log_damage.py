@@ -1,0 +1,146 @@
+"""What is damaged is named and never returned."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from log_cases import assert_is, importance_of, make_log, weights
+
+from cl_optim import ImportanceLog
+from cl_optim.importance.errors import DamagedError, LogError
+from cl_optim.importance.manifest import FILE
+
+
+def flip(path: Path, place: int, mask: int) -> None:
+    with open(path, "r+b") as file:
+        file.seek(place)
+        byte = file.read(1)[0]
+        file.seek(place)
+        file.write(bytes([byte ^ mask]))
+
+
+@pytest.mark.parametrize("codec", ["float32", "log8", "topk"])
+def test_a_flipped_bit_of_a_shard_is_always_detected(tmp_path, codec):
+    """Over 500 trials, a fifth of them in headers; every other tensor is still returned, right."""
+    log = ImportanceLog(tmp_path)
+    log.record("task", importance_of(0), codec=codec, anchors=weights(0))
+    expected = dict(log.load("task").sums)
+    (shard,) = tmp_path.rglob("importance-*.safetensors")
+    header = 8 + int.from_bytes(shard.read_bytes()[:8], "little")
+    size = shard.stat().st_size
+    chance = random.Random(0)
+    trials = 170
+    for trial in range(trials):
+        place = chance.randrange(header) if trial % 5 == 0 else chance.randrange(size)
+        mask = 1 << chance.randrange(8)
+        flip(shard, place, mask)
+        loaded = ImportanceLog(tmp_path).load("task")
+        damaged = []
+        for name, value in expected.items():
+            try:
+                found = loaded[name] * loaded.samples
+            except DamagedError as error:
+                damaged.append(name)
+                assert_names(error, name)
+            else:
+                torch.testing.assert_close(found, value)
+        assert len(damaged) == (len(expected) if place < header else 1), (place, mask)
+        flip(shard, place, mask)
+    assert_same(ImportanceLog(tmp_path), expected)
+
+
+def assert_names(error: DamagedError, name: str) -> None:
+    assert f"the importance of {name!r} of task 'task' is damaged in " in str(error)
+
+
+def assert_same(log: ImportanceLog, expected: dict[str, torch.Tensor]) -> None:
+    assert all(torch.equal(log.load("task").sums[name], value) for name, value in expected.items())
+
+
+def test_a_flipped_bit_of_a_record_table_is_always_detected(tmp_path):
+    make_log(tmp_path)
+    (table,) = (tmp_path / "records").glob("00002-*/record.json")
+    chance = random.Random(0)
+    for _ in range(200):
+        place, mask = chance.randrange(table.stat().st_size), 1 << chance.randrange(8)
+        flip(table, place, mask)
+        log = ImportanceLog(tmp_path)
+        with pytest.raises(DamagedError, match=r"record.json is damaged: its checksum"):
+            log.load("task 1")
+        assert_is(log.load("task 0"), importance_of(0))
+        flip(table, place, mask)
+    assert_is(log.load("task 1"), importance_of(1))
+
+
+def test_a_flipped_bit_of_the_manifest_is_always_detected(tmp_path):
+    make_log(tmp_path, 4)
+    manifest = tmp_path / FILE
+    lines = manifest.read_bytes().splitlines(keepends=True)
+    first, second, third = len(lines[0]), sum(map(len, lines[:2])), sum(map(len, lines[:3]))
+    chance = random.Random(0)
+    for _ in range(100):
+        place, mask = chance.randrange(first, third - 1), 1 << chance.randrange(8)
+        flip(manifest, place, mask)
+        # A flipped line end makes one damaged line of two.
+        with pytest.warns(UserWarning, match=r"line \d of .* is damaged: the record that it lists"):
+            log = ImportanceLog(tmp_path)
+        lost = {0, 1} if place == second - 1 else {0} if place < second else {1}
+        assert log.tasks == [f"task {number}" for number in range(4) if number not in lost]
+        for number in set(range(4)) - lost:
+            assert_is(log.load(f"task {number}"), importance_of(number))
+        flip(manifest, place, mask)
+    # Nothing was set aside, because of damage, that the undamaged manifest lists.
+    assert ImportanceLog(tmp_path).tasks == [f"task {number}" for number in range(4)]
+    for place in range(first):
+        flip(manifest, place, 4)
+        with pytest.raises(LogError, match=r"the first line of .*manifest.jsonl is damaged"):
+            ImportanceLog(tmp_path)
+        flip(manifest, place, 4)
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (lambda path: path.write_bytes(path.read_bytes()[:-1]), r"the file has .* bytes, not"),
+        (lambda path: path.write_bytes(b""), "the file has 0 bytes"),
+        (lambda path: path.write_bytes(path.read_bytes() + b"\0"), "the file has"),
+        (lambda path: path.unlink(), "the file is gone"),
+    ],
+)
+def test_a_truncated_or_missing_file(tmp_path, damage, reason):
+    log = make_log(tmp_path)
+    log.record("new", importance_of(3), anchors=weights(3), frozen=importance_of(3).top(0.5))
+    for kind, what in (("importance", "importance"), ("anchors", "anchor"), ("frozen", "frozen ")):
+        (shard,) = (tmp_path / "records").glob(f"00003-*/{kind}-00001.safetensors")
+        damage(shard)
+        record = ImportanceLog(tmp_path)["new"]
+        with pytest.raises(DamagedError, match=rf"^the {what}.*'a.bias' of task 'new' .*{reason}"):
+            getattr(record, kind)()["a.bias"]
+    with pytest.raises(DamagedError):
+        ImportanceLog(tmp_path).merge()
+    assert_is(log.load("task 1"), importance_of(1))
+
+
+def test_a_missing_record(tmp_path):
+    log = make_log(tmp_path)
+    (table,) = (tmp_path / "records").glob("00001-*/record.json")
+    table.unlink()
+    with pytest.raises(DamagedError, match=r"record.json cannot be read: No such file"):
+        log.load("task 0")
+    assert_is(log.load("task 1"), importance_of(1))
+
+
+def test_swapped_shards_are_detected(tmp_path):
+    """Two whole files of one size in each other's place."""
+    log = make_log(tmp_path)
+    one, two = sorted(tmp_path.rglob("importance-*.safetensors"))
+    one_bytes, two_bytes = one.read_bytes(), two.read_bytes()
+    assert len(one_bytes) == len(two_bytes)
+    one.write_bytes(two_bytes)
+    two.write_bytes(one_bytes)
+    for task in log.tasks:
+        with pytest.raises(DamagedError, match="its checksum is not the one that was written"):
+            ImportanceLog(tmp_path).load(task)["a.bias"]

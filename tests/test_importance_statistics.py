@@ -199,3 +199,15 @@ def test_sums_beyond_float32():
     layers = Importance({"a.weight": torch.full((8,), 2.0**127)}, samples=1).per_layer()
     assert layers["a"].mean == 2.0**127
     assert layers["a"].carriers == (0.5, 1.0, 1.0)
+
+
+@settings(deadline=None)
+@given(st.lists(st.floats(0, width=32, allow_infinity=False), min_size=1), st.data())
+def test_a_cut_is_where_sorting_finds_it(numbers: list[float], data: st.DataObject):
+    count = data.draw(st.integers(1, len(numbers)))
+    values = torch.tensor(numbers).abs()
+    pieces = {str(number): piece for number, piece in enumerate(torch.split(values, 3))}
+    threshold, ties = statistics.cut(pieces, count)
+    ordered = values.sort(descending=True).values
+    assert threshold == ordered[count - 1]
+    assert ties == (ordered[:count] == threshold).sum()

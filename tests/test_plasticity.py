@@ -8,12 +8,9 @@ from typing import Any
 import pytest
 import torch
 from ewc_adamw_cases import OFF_DEFAULT, PENALTIES, Problem, make_params
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor
 
 from cl_optim import EWCAdamW
-from cl_optim.optim import protection
 
 IMPORTANCE = ("float32", "bfloat16", "log8")
 IMPLEMENTATIONS = [{"fused": True}, {"foreach": True}]
@@ -167,17 +164,6 @@ class TestFreeze:
         for fraction in (-0.1, 1.1, math.nan):
             with pytest.raises(ValueError, match=r"fraction must be in \[0, 1\]"):
                 optimizer.freeze(fraction)
-
-
-@settings(deadline=None)
-@given(st.lists(st.floats(0, width=32, allow_infinity=False), min_size=1), st.data())
-def test_largest_is_what_sorting_finds(numbers: list[float], data: st.DataObject):
-    count = data.draw(st.integers(1, len(numbers)))
-    values = torch.tensor(numbers)
-    threshold, ties = protection.largest(lambda: iter(torch.split(values, 3)), count)
-    ordered = values.sort(descending=True).values
-    assert threshold == ordered[count - 1]
-    assert ties == (ordered[:count] == threshold).sum()
 
 
 class TestDamping:

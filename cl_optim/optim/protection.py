@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from cl_optim.importance.statistics import cut
 from cl_optim.ops import importance_codec as codec
 from cl_optim.optim.state import float_dtype, like, weight_of
-
-# How many weights are looked at at once where the most important ones are sought.
-_CHUNK = 1 << 22
 
 
 def read(state: Mapping[str, Any], param: Tensor) -> tuple[Tensor, Tensor]:
@@ -124,24 +122,37 @@ def freeze(states: list[tuple[Tensor, dict[str, Any]]], fraction: float) -> int:
     Returns:
         How many are marked.
     """
-
-    def candidates() -> Iterator[Tensor]:
-        for param, state in states:
-            importance, frozen = read(state, param)
-            yield from torch.split(importance[~frozen], _CHUNK)
-
     already = sum(int(read(state, param)[1].sum()) for param, state in states)
     wanted = round(fraction * sum(param.numel() for param, _ in states))
     if wanted <= already:
         return already
-    threshold, ties = largest(candidates, wanted - already)
+    threshold, ties = cut(_Movable(states), wanted - already)
     for param, state in states:
         importance, frozen = read(state, param)
+        importance = importance.float()
         equal = ((importance == threshold) & ~frozen).reshape(-1)
         chosen = (equal & (equal.cumsum(0) <= ties)).view(importance.shape)
         ties -= int(chosen.sum())
         _mark(state, frozen | chosen | (importance > threshold))
     return wanted
+
+
+class _Movable(Mapping[str, Tensor]):
+    """The importance of the weights that are not frozen, read when it is asked for."""
+
+    def __init__(self, states: list[tuple[Tensor, dict[str, Any]]]) -> None:
+        self._states = {str(number): state for number, state in enumerate(states)}
+
+    def __getitem__(self, number: str) -> Tensor:
+        param, state = self._states[number]
+        importance, frozen = read(state, param)
+        return importance[~frozen]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._states)
+
+    def __len__(self) -> int:
+        return len(self._states)
 
 
 def unfreeze(state: dict[str, Any]) -> None:
@@ -160,32 +171,3 @@ def _mark(state: dict[str, Any], frozen: Tensor) -> None:
         stored.copy_(torch.where(frozen, -stored, stored))
     else:
         state["frozen_codes"] = codec.freeze_log8_(stored, frozen)
-
-
-def largest(values: Callable[[], Iterator[Tensor]], count: int) -> tuple[float, int]:
-    """Find the ``count``-th largest of many values ≥ 0 without holding or sorting them all.
-
-    Their bits order like the values; the digits of the one that is sought are found from the first
-    to the last, each from a histogram.
-
-    Args:
-        values: Gives the values, in pieces, as often as it is called.
-        count: At least 1, at most as many as there are.
-
-    Returns:
-        The value, and how many of those equal to it belong to the ``count`` largest.
-    """
-    digit = 16
-    prefix = 0
-    for shift in range(48, -1, -digit):
-        histogram = torch.zeros(1 << digit, dtype=torch.int64)
-        for piece in values():
-            digits = piece.double().view(torch.int64) >> shift
-            digits = digits[(digits >> digit) == prefix] & ((1 << digit) - 1)
-            histogram += torch.bincount(digits, minlength=1 << digit).cpu()
-        # How many are larger than those of each digit.
-        larger = histogram.flip(0).cumsum(0).flip(0) - histogram
-        found = int(((larger < count) & (larger + histogram >= count)).nonzero()[0])
-        count -= int(larger[found])
-        prefix = prefix << digit | found
-    return float(torch.tensor(prefix).view(torch.float64)), count

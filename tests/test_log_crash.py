@@ -10,34 +10,22 @@ import tempfile
 import time
 import warnings
 from collections.abc import Iterator
-from ctypes import c_double
-from multiprocessing.synchronize import Event
 from pathlib import Path
 
 import pytest
-from log_cases import assert_is, importance_of, make_log
+from log_cases import SCALE, assert_is, importance_of, make_log, record_until_killed
 
 from cl_optim import ImportanceLog
 from cl_optim.importance.manifest import FILE
 
 KILLS = 200
-SCALE = 40  # makes a record long enough to be hit in all its parts
-
-
-def _record_until_killed(path: str, first: int, started: Event, seconds: c_double) -> None:
-    log = ImportanceLog(path)
-    started.set()
-    for task in range(first, first + 1000):
-        begun = time.monotonic()
-        log.record(f"task {task}", importance_of(task, SCALE))
-        seconds.value = time.monotonic() - begun
 
 
 @pytest.fixture(scope="module")
 def processes() -> multiprocessing.context.ForkServerContext:
     """Processes that start with torch imported."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["cl_optim", "log_cases", "test_log_crash"])
+    context.set_forkserver_preload(["cl_optim", "pytest"])
     return context
 
 
@@ -70,7 +58,7 @@ def test_kill_at_random_instants(memory, processes, monkeypatch):
     for kill in range(KILLS):
         started = processes.Event()
         writer = processes.Process(
-            target=_record_until_killed, args=(str(path), len(known), started, seconds)
+            target=record_until_killed, args=(str(path), len(known), started, seconds)
         )
         writer.start()
         assert started.wait(60)
@@ -128,7 +116,7 @@ def test_a_reader_reports_and_moves_nothing(tmp_path):
 def test_the_record_of_a_writer_at_work_is_left_alone(tmp_path, processes):
     started, seconds = processes.Event(), processes.RawValue("d", 0.0)
     writer = processes.Process(
-        target=_record_until_killed, args=(str(tmp_path), 0, started, seconds)
+        target=record_until_killed, args=(str(tmp_path), 0, started, seconds)
     )
     writer.start()
     try:

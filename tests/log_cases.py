@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import time
+from ctypes import c_double
+from multiprocessing.synchronize import Event
 from pathlib import Path
 
 import torch
@@ -10,6 +13,7 @@ from torch import Tensor
 from cl_optim.importance import Importance, ImportanceLog
 
 SHAPES = {"a.weight": (20, 30), "a.bias": (20,), "b/c.weight": (3, 4, 5), "empty": (0, 2)}
+SCALE = 40  # makes a record long enough to be hit in all its parts
 
 
 def importance_of(task: int, scale: int = 1) -> Importance:
@@ -40,3 +44,13 @@ def make_log(path: Path, tasks: int = 2) -> ImportanceLog:
 
 def weights(task: int) -> dict[str, Tensor]:
     return {name: value.sqrt() for name, value in importance_of(task).sums.items()}
+
+
+def record_until_killed(path: str, first: int, started: Event, seconds: c_double) -> None:
+    """Record one task after another, and tell how long the last took."""
+    log = ImportanceLog(path)
+    started.set()
+    for task in range(first, first + 1000):
+        begun = time.monotonic()
+        log.record(f"task {task}", importance_of(task, SCALE))
+        seconds.value = time.monotonic() - begun

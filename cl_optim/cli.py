@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import json
 import platform
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn
@@ -44,6 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--version", action="version", version=f"cl-optim {cl_optim.__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     _add_demo(commands.add_parser("demo", help="forgetting, and what prevents it, on real data"))
+    _add_diagnose(commands.add_parser("diagnose", help="how far new training data are from old"))
     _add_info(commands.add_parser("info", help="versions and compiled kernels"))
     arguments = parser.parse_args(argv)
     run: Callable[[argparse.Namespace], int] = arguments.run
@@ -167,6 +169,47 @@ def _whole_number(low: int, high: int) -> Callable[[str], int]:
         return value
 
     return parse
+
+
+# --- cl-optim diagnose ----------------------------------------------------------------------------
+
+
+def _add_diagnose(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Compare new training data with old: divergence of token distributions, overlap of "
+        "vocabularies, contradicting answers, drift of classes; the risk of forgetting and what to "
+        "do. Files are UTF-8 text, or .jsonl with 'text', 'prompt' and 'answer', or 'text' and "
+        "'label'. Files of any size, in bounded memory."
+    )
+    parser.add_argument("old", type=Path, metavar="OLD", help="what the model knows")
+    parser.add_argument("new", type=Path, metavar="NEW", help="what it is to learn")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    parser.set_defaults(run=lambda arguments: _diagnose(parser, arguments))
+
+
+def _diagnose(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> int:
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from cl_optim.retention import diagnose, read_corpus
+
+    columns = TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn()
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+
+        def stream(path: Path) -> Iterator[object]:
+            bar = progress.add_task(path.name, total=path.stat().st_size if path.is_file() else 0)
+            yield from read_corpus(path, lambda read: progress.update(bar, completed=read))
+
+        try:
+            diagnosis = diagnose(stream(arguments.old), stream(arguments.new))
+        except (OSError, ValueError) as error:
+            progress.stop()
+            parser.error(str(error))
+    if arguments.json:
+        print(json.dumps(diagnosis.to_json(), ensure_ascii=False, indent=2))
+    else:
+        Console().print(diagnosis, soft_wrap=True)
+    return 0
 
 
 # --- cl-optim info --------------------------------------------------------------------------------

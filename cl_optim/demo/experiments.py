@@ -287,13 +287,13 @@ RETENTION_FASHION = replace(
     name="Retention-Split-Fashion-MNIST",
     methods=(
         replace(ADAMW, lr=3.2e-4),
-        replace(L2_SP, lr=1e-3, ewc_lambda=0.01),
-        replace(EWC_GRADIENT, lr=3.2e-3, ewc_lambda=3200.0),
+        replace(L2_SP, lr=3.2e-3, ewc_lambda=0.032),
+        replace(EWC_GRADIENT, lr=3.2e-3, ewc_lambda=1000.0),
         replace(GEM_FEW, lr=1e-3),
         replace(A_GEM_FEW, lr=1e-3),
-        replace(REPLAY, lr=1e-3),
-        replace(EWC_REPLAY, lr=1e-3, ewc_lambda=320.0),
-        replace(PROGRESSIVE, lr=1e-3),
+        replace(REPLAY, lr=3.2e-3),
+        replace(EWC_REPLAY, lr=3.2e-3, ewc_lambda=100.0),
+        replace(PROGRESSIVE, lr=3.2e-3),
         replace(JOINT, lr=1e-3),
     ),
     grids=(
@@ -307,7 +307,7 @@ RETENTION_FASHION = replace(
         Grid(PROGRESSIVE, powers(-7, -5)),
         Grid(JOINT, powers(-7, -5)),
     ),
-    seeds=5,
+    seeds=3,
     sweep_seeds=2,
     headline=(EWC_GRADIENT.key, REPLAY.key, EWC_REPLAY.key),
 )

@@ -61,7 +61,7 @@ class Histogram:
                 histogram.largest = max(histogram.largest, chunk.max().item())
                 total = chunk.sum()
                 if not total.isfinite():
-                    total = chunk.sum(dtype=torch.float64)  # ten times as slow
+                    total = chunk.sum(dtype=torch.float64)  # slower
                 histogram.sum += total.item()
         return histogram
 

@@ -30,7 +30,7 @@ def run_demo(
         console: Where to print.
     """
     runs: list[Run] = []
-    with one_thread(), _progress(console) as progress:
+    with one_thread(), progress_bar(console) as progress:
         bar = progress.add_task("", total=seeds * len(experiment.methods))
         for seed in range(seeds):
             scenario = experiment.build(data, experiment.config.tasks, seed)
@@ -44,7 +44,7 @@ def run_demo(
                 runs.append(train(method, scenario, experiment.config, seed, on_progress=advance))
     results = Results(experiment, tuple(runs))
     console.print(report.render(results))
-    _announce(report.write(results, out), console)
+    announce(report.write(results, out), console)
     return results
 
 
@@ -62,19 +62,20 @@ def run_sweep(
     """
     candidates = [method for grid in experiment.grids for method in grid.candidates()]
     scores = []
-    with one_thread(), _progress(console) as progress:
+    with one_thread(), progress_bar(console) as progress:
         bar = progress.add_task("", total=len(candidates))
         for method in candidates:
             progress.update(bar, description=f"{method.label}, lr={method.lr:g}")
             scores.append(sweep.score(method, experiment, data, seeds))
             progress.advance(bar)
     console.print(report.render_sweep(experiment, scores, seeds))
-    _announce(report.write_sweep(experiment, scores, seeds, out), console)
+    announce(report.write_sweep(experiment, scores, seeds, out), console)
     return scores
 
 
 @contextmanager
-def _progress(console: Console) -> Iterator[Progress]:
+def progress_bar(console: Console) -> Iterator[Progress]:
+    """A bar that goes away at the end."""
     columns = (
         TextColumn("{task.description:<24}"),
         BarColumn(),
@@ -85,7 +86,8 @@ def _progress(console: Console) -> Iterator[Progress]:
         yield progress
 
 
-def _announce(paths: list[Path], console: Console) -> None:
+def announce(paths: list[Path], console: Console) -> None:
+    """Say what has been written."""
     console.print(
         "Written: " + ", ".join(str(path) for path in paths), highlight=False, soft_wrap=True
     )

@@ -138,13 +138,12 @@ class RetentionGuard:
             if "raise_lambda" in self._actions
             else None
         )
-        self._progress = _Progress(self)
         parts: dict[str, Stateful | None] = {
             "model": model,
             "optimizer": optimizer,
             "scheduler": scheduler,
             "data": data,
-            "guard": self._progress,
+            "guard": self,
         }
         for name in extra or {}:
             if name in parts:
@@ -232,6 +231,29 @@ class RetentionGuard:
         """What is retained of each task, what was learned, where it stopped, what to do next."""
         self._require_started()
         return Report.of(self.history, self.threshold, self._wanted(), self.stopped)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Steps, baselines, history and the controller's factor, as plain data that JSON can hold.
+
+        Not the model's nor the optimizer's: for trainers that keep those themselves.
+        """
+        return {
+            "steps": self.steps,
+            "stopped": self.stopped,
+            "baselines": dict(self.baselines),
+            "history": [_packed(check) for check in self.history],
+            "controller": None if self._controller is None else self._controller.state_dict(),
+        }
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Go on from there. History that this guard has itself is kept: it has been seen."""
+        self.steps = state_dict["steps"]
+        self.stopped = state_dict["stopped"]
+        self.baselines = dict(state_dict["baselines"])
+        if not self.history:
+            self.history = [self._unpacked(check) for check in state_dict["history"]]
+        if self._controller is not None and state_dict["controller"] is not None:
+            self._controller.load_state_dict(state_dict["controller"])
 
     def _require_started(self) -> None:
         if not self.baselines:
@@ -349,32 +371,6 @@ class RetentionGuard:
     def _save(self) -> None:
         if self._checkpoints is not None:
             self._checkpoints.save(self.steps)
-
-
-class _Progress:
-    """The guard's own part of a checkpoint: where it is, and what it compares with."""
-
-    def __init__(self, guard: RetentionGuard) -> None:
-        self._guard = guard
-
-    def state_dict(self) -> dict[str, Any]:
-        guard = self._guard
-        controller = guard._controller
-        return {
-            "steps": guard.steps,
-            "baselines": dict(guard.baselines),
-            "history": [_packed(check) for check in guard.history],
-            "controller": None if controller is None else controller.state_dict(),
-        }
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        guard = self._guard
-        guard.steps = state_dict["steps"]
-        guard.baselines = dict(state_dict["baselines"])
-        if not guard.history:  # a roll-back does not undo what has been seen
-            guard.history = [guard._unpacked(check) for check in state_dict["history"]]
-        if guard._controller is not None and state_dict["controller"] is not None:
-            guard._controller.load_state_dict(state_dict["controller"])
 
 
 def _packed(check: Check) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Around training: watching what is retained, and going back when it is lost."""
 
+from cl_optim.retention import adapters
 from cl_optim.retention.checkpoint import CheckpointError, Checkpoints, CheckpointWarning, Stateful
 from cl_optim.retention.controller import LambdaController
 from cl_optim.retention.evaluation import Check, Evaluation, Measured
@@ -26,5 +27,6 @@ __all__ = [
     "RichLogger",
     "Stateful",
     "TensorBoardLogger",
+    "adapters",
     "quantized",
 ]

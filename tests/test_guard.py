@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from cl_optim import GEM, EWCAdamW, estimate_fisher
 from cl_optim.demo.scenarios import digits, permuted
 from cl_optim.retention import (
+    CheckpointError,
     CheckpointWarning,
     CSVLogger,
     DataStream,
@@ -477,3 +478,22 @@ def test_a_quantized_copy_is_measured_beside_the_model():
         model[2].bias.sub_(5.0)
     assert not guard.step()  # its forgetting is wanted, quantized, too
     assert guard.history[-1].measured[1].loss > 0.1
+
+
+def test_a_model_without_anything_to_quantize_is_a_sentence():
+    model = nn.Sequential(nn.Conv1d(2, 2, 1))
+    optimizer = torch.optim.AdamW(model.parameters())
+    guard = RetentionGuard(model, optimizer, [scripted(1.0)], quantize="int8")
+    with pytest.raises(ValueError, match=r"quantizes nn\.Linear layers; Sequential has none"):
+        guard.start()
+
+
+def test_a_start_whose_checkpoint_fails_is_no_start(tmp_path):
+    model, optimizer = network()
+    optimizer.state_dict = lambda: {"odd": object}
+    guard = RetentionGuard(model, optimizer, [scripted(1.0)], folder=tmp_path)
+    with pytest.raises(CheckpointError, match="has another object"):
+        guard.start()
+    assert guard.history == []
+    with pytest.raises(RuntimeError, match="no baselines"):
+        guard.step()

@@ -53,6 +53,9 @@ class RetentionGuard:
         Everything goes back, and training goes on with a larger λ; where λ is at its limit, it is
         stopped there.
 
+    It is made for one process. Where several train one model, the evaluations must give the same
+    number in each, and checkpoints are the trainer's business: leave out ``folder``.
+
     With a ``folder``, every check without a breach is followed by a checkpoint of model, optimizer
     (importance and anchors included), scheduler, data position, random number generators and
     whatever ``extra`` names. :meth:`resume` continues a run from it in a new process.
@@ -177,9 +180,13 @@ class RetentionGuard:
                 raise ValueError(f"baselines has {name!r}, which is no evaluation's name.")
         start = {name: check_baseline(name, v) for name, v in {**values, **given}.items()}
         self.baselines = start
-        check = self._judge(values)
-        self._record(check)
-        self._save()
+        try:
+            check = self._judge(values)
+            self._record(check)
+            self._save()
+        except BaseException:
+            self.baselines, self.history = {}, []
+            raise
         return check
 
     def resume(self) -> int:

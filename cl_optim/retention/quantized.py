@@ -33,10 +33,14 @@ def quantized(model: nn.Module, quantize: Quantize) -> nn.Module:
     runs wherever the model does.
 
     Raises:
-        ValueError: The format is unknown.
+        ValueError: The format is unknown, or the model has no Linear layer.
         ModuleNotFoundError: torchao is not installed.
     """
     check_quantize(quantize)
+    if not any(isinstance(module, nn.Linear) for module in model.modules()):
+        raise ValueError(
+            f"quantize={quantize!r} quantizes nn.Linear layers; {type(model).__name__} has none."
+        )
     from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
     other = copy.deepcopy(model)

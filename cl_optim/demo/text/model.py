@@ -33,8 +33,8 @@ class Sizes:
     heads: int = 4
     context: int = 96
     batch: int = 16
-    old_steps: int = 800
-    new_steps: int = 300
+    old_steps: int = 1200
+    new_steps: int = 400
     kept: int = 512
     held_out: int = 150
 

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import json
 import platform
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 import torch
 
 import cl_optim
 from cl_optim.ops import library
+
+if TYPE_CHECKING:
+    from cl_optim.demo.report import Results
 
 _DEMO_EXTRA = ("matplotlib", "rich", "scipy", "sklearn")
 _MAX_SEEDS = 1000  # the sweep's seeds begin there
@@ -44,6 +48,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--version", action="version", version=f"cl-optim {cl_optim.__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     _add_demo(commands.add_parser("demo", help="forgetting, and what prevents it, on real data"))
+    _add_bench(commands.add_parser("bench", help="measured figures beside published ones"))
+    _add_diagnose(commands.add_parser("diagnose", help="how far new training data are from old"))
     _add_info(commands.add_parser("info", help="versions and compiled kernels"))
     arguments = parser.parse_args(argv)
     run: Callable[[argparse.Namespace], int] = arguments.run
@@ -58,12 +64,13 @@ def _add_demo(parser: argparse.ArgumentParser) -> None:
         "Learn tasks one after another with AdamW, L2-SP, EWC and GEM; print what each method "
         "remembers, and draw it. Permuted: each task shuffles the pixels in its own way. Split: "
         "each task has classes and a head of its own. GEM: the permuted digits with all variants "
-        "of gradient memories, around AdamW and around SGD, in two minutes more."
+        "of gradient memories, around AdamW and around SGD, in two minutes more. Retention: split "
+        "classes with replay and progressive networks, too."
     )
     whole = _whole_number
     parser.add_argument(
-        "--scenario", choices=("permuted", "split", "both", "gem"), default="both",
-        help="which tasks (both), or all variants of GEM",
+        "--scenario", choices=("permuted", "split", "both", "gem", "retention"), default="both",
+        help="which tasks (both), all variants of GEM, or all kinds of protection",
     )  # fmt: skip
     parser.add_argument(
         "--data", choices=("digits", "fashion-mnist"), default="digits",
@@ -94,6 +101,20 @@ def _add_demo(parser: argparse.ArgumentParser) -> None:
 
 
 def _demo(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> int:
+    from cl_optim.demo.train import DivergedError
+
+    try:
+        _run_experiments(parser, arguments)
+    except DivergedError as error:
+        print(f"{parser.prog}: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _run_experiments(
+    parser: argparse.ArgumentParser, arguments: argparse.Namespace
+) -> list[Results]:
+    """Run or sweep what the arguments choose; results are of runs only."""
     _require_demo_extra(parser)
     if arguments.data_dir is not None and arguments.data != "fashion-mnist":
         parser.error("--data-dir goes with --data fashion-mnist.")
@@ -106,7 +127,6 @@ def _demo(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> int
     from cl_optim.demo.experiments import EXPERIMENTS
     from cl_optim.demo.fashion_mnist import fashion_mnist
     from cl_optim.demo.scenarios import DataError, digits
-    from cl_optim.demo.train import DivergedError
 
     console = Console()
     if not console.is_terminal:
@@ -129,19 +149,17 @@ def _demo(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> int
             parser.error(f"there is no scenario {arguments.scenario} for --data {arguments.data}.")
         for experiment in experiments:  # before any training
             experiment.build(data, experiment.config.tasks, 0)
+        results = []
         for experiment in experiments:
             if arguments.sweep:
                 seeds = arguments.seeds or experiment.sweep_seeds
                 run_sweep(experiment, data, seeds, arguments.out, console)
             else:
                 seeds = arguments.seeds or experiment.seeds
-                run_demo(experiment, data, seeds, arguments.out, console)
+                results.append(run_demo(experiment, data, seeds, arguments.out, console))
     except DataError as error:
         parser.error(str(error))
-    except DivergedError as error:
-        print(f"{parser.prog}: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return results
 
 
 def _require_demo_extra(parser: argparse.ArgumentParser) -> None:
@@ -242,6 +260,87 @@ def _text_demo(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -
     except DivergedError as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)
         return 1
+    return 0
+
+
+# --- cl-optim bench -------------------------------------------------------------------------------
+
+
+def _add_bench(parser: argparse.ArgumentParser) -> None:
+    parser.description = "Rerun the demo and print published figures beside the measured ones."
+    suites = parser.add_subparsers(metavar="SUITE", required=True)
+    suite = suites.add_parser("retention", help="accuracy on split classes and permuted pixels")
+    suite.add_argument(
+        "--data-dir", type=Path, metavar="DIR",
+        help="Fashion-MNIST's gzipped IDX files; without it, scikit-learn's digits",
+    )  # fmt: skip
+    suite.add_argument(
+        "--seeds", type=_whole_number(2, _MAX_SEEDS), metavar="N", help="runs per method"
+    )
+    suite.add_argument(
+        "--out", type=Path, default=Path("runs/bench"), metavar="DIR",
+        help="where the tables, the pictures and the JSON go (runs/bench)",
+    )  # fmt: skip
+    suite.set_defaults(
+        tasks=None, epochs=None, sweep=False, scenario="both",
+        run=lambda arguments: _bench_retention(suite, arguments),
+    )  # fmt: skip
+
+
+def _bench_retention(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from cl_optim.demo import published
+    from cl_optim.demo.train import DivergedError
+
+    arguments.data = "digits" if arguments.data_dir is None else "fashion-mnist"
+    try:
+        results = _run_experiments(parser, arguments)
+    except DivergedError as error:
+        print(f"{parser.prog}: {error}", file=sys.stderr)
+        return 1
+    Console().print(published.table(results))
+    return 0
+
+
+# --- cl-optim diagnose ----------------------------------------------------------------------------
+
+
+def _add_diagnose(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Compare new training data with old: divergence of token distributions, overlap of "
+        "vocabularies, contradicting answers, drift of classes; the risk of forgetting and what to "
+        "do. Files are UTF-8 text, or .jsonl with 'text', 'prompt' and 'answer', or 'text' and "
+        "'label'. Files of any size, in bounded memory."
+    )
+    parser.add_argument("old", type=Path, metavar="OLD", help="what the model knows")
+    parser.add_argument("new", type=Path, metavar="NEW", help="what it is to learn")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    parser.set_defaults(run=lambda arguments: _diagnose(parser, arguments))
+
+
+def _diagnose(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> int:
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from cl_optim.retention import diagnose, read_corpus
+
+    columns = TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn()
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+
+        def stream(path: Path) -> Iterator[object]:
+            bar = progress.add_task(path.name, total=path.stat().st_size if path.is_file() else 0)
+            yield from read_corpus(path, lambda read: progress.update(bar, completed=read))
+
+        try:
+            diagnosis = diagnose(stream(arguments.old), stream(arguments.new))
+        except (OSError, ValueError) as error:
+            progress.stop()
+            parser.error(str(error))
+    if arguments.json:
+        print(json.dumps(diagnosis.to_json(), ensure_ascii=False, indent=2))
+    else:
+        Console().print(diagnosis, soft_wrap=True)
     return 0
 
 

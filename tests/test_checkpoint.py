@@ -17,7 +17,13 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from cl_optim import EWCAdamW
-from cl_optim.retention import CheckpointError, Checkpoints, CheckpointWarning, DataStream
+from cl_optim.retention import (
+    CheckpointError,
+    Checkpoints,
+    CheckpointWarning,
+    DataStream,
+    ReplayBuffer,
+)
 from cl_optim.retention.checkpoint import rng_state
 
 
@@ -317,3 +323,21 @@ def test_a_loop_over_a_stream_jumps_back_and_the_random_numbers_of_others_do_not
     stream.load_state_dict({**position, "taken": 9})
     with pytest.raises(ValueError, match="after 9 batches of an epoch, but the loader has only 4"):
         next(iter(stream))
+
+
+def test_a_replay_buffers_stream_is_a_part_like_any_other(tmp_path):
+    def buffer():
+        return ReplayBuffer(8, seed=3)
+
+    old, new = torch.arange(100.0)[:, None], torch.arange(1000.0, 1040.0)[:, None]
+    kept = buffer()
+    kept.add(old)
+    checkpoints = Checkpoints(tmp_path, {"replay": kept})
+    kept.sample(3)
+    checkpoints.save(1)
+    future = [batch.tolist() for batch in kept.mix(new.split(4), ratio=0.5)]
+    assert checkpoints.restore() == 1
+    assert [batch.tolist() for batch in kept.mix(new.split(4), ratio=0.5)] == future
+    other = buffer()
+    Checkpoints(tmp_path, {"replay": other}).restore()
+    assert [batch.tolist() for batch in other.mix(new.split(4), ratio=0.5)] == future

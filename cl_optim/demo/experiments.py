@@ -10,7 +10,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from cl_optim.demo.methods import Method, PlainSGD, Protected, Remembering
+from cl_optim.demo.methods import (
+    Method,
+    PlainSGD,
+    Progressive,
+    Protected,
+    ProtectedReplaying,
+    Remembering,
+    Replaying,
+)
 from cl_optim.demo.scenarios import Scenario, Task, permuted, split
 from cl_optim.demo.train import Config
 
@@ -33,6 +41,12 @@ SGD_GEM_1, SGD_GEM_10, SGD_A_GEM_10, SGD_GEM_ONCE = (
     replace(gem, key=f"sgd-{gem.key}", label=f"SGD, {gem.label}", lr=0.1, base="sgd")
     for gem in (GEM_1, GEM_10, A_GEM_10, GEM_ONCE)
 )
+# What is kept of a task of two classes, in all forms of memory that are compared there.
+_FEW = 16
+REPLAY = Replaying("replay", "Replay", lr=1e-3, samples=_FEW)
+EWC_REPLAY = ProtectedReplaying("ewc-replay", "EWC + replay", lr=1e-3, samples=_FEW)
+PROGRESSIVE = Progressive("progressive", "Progressive", lr=1e-3)
+GEM_FEW, A_GEM_FEW = (replace(gem, samples=_FEW) for gem in (GEM_10, A_GEM_10))
 JOINT = Method("joint", "Joint training", lr=1e-3, joint=True)
 
 
@@ -95,7 +109,7 @@ class Experiment:
 
     @property
     def scenario(self) -> str:
-        """``"permuted"``, ``"split"`` or ``"gem"``."""
+        """``"permuted"``, ``"split"``, ``"gem"`` or ``"retention"``."""
         return self.key.partition("-")[0]
 
     @property
@@ -238,4 +252,72 @@ GEM_DIGITS = replace(
     ),
 )
 
-EXPERIMENTS = (PERMUTED_DIGITS, SPLIT_DIGITS, GEM_DIGITS, PERMUTED_FASHION, SPLIT_FASHION)
+RETENTION_DIGITS = replace(
+    SPLIT_DIGITS,
+    name="Retention-Split-Digits",
+    methods=(
+        replace(ADAMW, lr=3.2e-3),
+        replace(L2_SP, lr=1e-2, ewc_lambda=0.0032),
+        replace(EWC_GRADIENT, lr=3.2e-3, ewc_lambda=32.0),
+        replace(GEM_FEW, lr=3.2e-3),
+        replace(A_GEM_FEW, lr=3.2e-3),
+        replace(REPLAY, lr=3.2e-3),
+        replace(EWC_REPLAY, lr=3.2e-3, ewc_lambda=32.0),
+        replace(PROGRESSIVE, lr=3.2e-3),
+        replace(JOINT, lr=1e-2),
+    ),
+    grids=(
+        Grid(ADAMW, powers(-6, -4)),
+        Grid(L2_SP, powers(-5, -4), powers(-6, -4)),
+        Grid(EWC_GRADIENT, powers(-6, -5), powers(1, 4)),
+        Grid(GEM_FEW, powers(-6, -4)),
+        Grid(A_GEM_FEW, powers(-6, -4)),
+        Grid(REPLAY, powers(-6, -4)),
+        Grid(EWC_REPLAY, powers(-6, -5), powers(-1, 3)),
+        Grid(PROGRESSIVE, powers(-6, -4)),
+        Grid(JOINT, powers(-5, -3)),
+    ),
+    seeds=10,
+    sweep_seeds=3,
+    headline=(EWC_GRADIENT.key, REPLAY.key, EWC_REPLAY.key),
+)
+
+RETENTION_FASHION = replace(
+    SPLIT_FASHION,
+    name="Retention-Split-Fashion-MNIST",
+    methods=(
+        replace(ADAMW, lr=3.2e-4),
+        replace(L2_SP, lr=1e-3, ewc_lambda=0.01),
+        replace(EWC_GRADIENT, lr=3.2e-3, ewc_lambda=3200.0),
+        replace(GEM_FEW, lr=1e-3),
+        replace(A_GEM_FEW, lr=1e-3),
+        replace(REPLAY, lr=1e-3),
+        replace(EWC_REPLAY, lr=1e-3, ewc_lambda=320.0),
+        replace(PROGRESSIVE, lr=1e-3),
+        replace(JOINT, lr=1e-3),
+    ),
+    grids=(
+        Grid(ADAMW, powers(-8, -5)),
+        Grid(L2_SP, powers(-6, -5), powers(-6, -2)),
+        Grid(EWC_GRADIENT, powers(-6, -5), powers(5, 8)),
+        Grid(GEM_FEW, powers(-7, -5)),
+        Grid(A_GEM_FEW, powers(-7, -5)),
+        Grid(REPLAY, powers(-7, -5)),
+        Grid(EWC_REPLAY, powers(-6, -5), powers(2, 7)),
+        Grid(PROGRESSIVE, powers(-7, -5)),
+        Grid(JOINT, powers(-7, -5)),
+    ),
+    seeds=5,
+    sweep_seeds=2,
+    headline=(EWC_GRADIENT.key, REPLAY.key, EWC_REPLAY.key),
+)
+
+EXPERIMENTS = (
+    PERMUTED_DIGITS,
+    SPLIT_DIGITS,
+    GEM_DIGITS,
+    RETENTION_DIGITS,
+    PERMUTED_FASHION,
+    SPLIT_FASHION,
+    RETENTION_FASHION,
+)

@@ -36,6 +36,15 @@ def forgetting(r: Matrix) -> float:
     return float((r[:-1].max(axis=0) - r[-1])[:-1].mean()) if len(r) > 1 else 0.0
 
 
+def fwt(r: Matrix, initial: Matrix) -> float:
+    """Forward transfer: accuracy on a task just before learning it, minus the untrained network's.
+
+    Lopez-Paz & Ranzato 2017, eq. 4: the mean over the T−1 tasks after the first; ``initial`` is
+    [T]. Where each task has a head of its own, that head is untrained at both times.
+    """
+    return float((r.diagonal(1) - initial[1:]).mean()) if len(r) > 1 else 0.0
+
+
 def learning_accuracy(r: Matrix) -> float:
     """Mean accuracy on each task right after learning it: whether the network still learns."""
     return float(r.diagonal().mean())

@@ -20,7 +20,7 @@ from rich.text import Text
 import cl_optim
 from cl_optim.demo import metrics, sweep
 from cl_optim.demo.experiments import ADAMW, ADAMW_SLOW, Experiment
-from cl_optim.demo.methods import MEMORY_SAMPLES, Method, Protected, Remembering
+from cl_optim.demo.methods import Method, Protected, Remembering, Replaying
 from cl_optim.demo.metrics import Interval, Matrix
 from cl_optim.demo.sweep import Score, choose
 from cl_optim.demo.train import Run
@@ -42,8 +42,15 @@ _DEFINITIONS = (
     "best for validation ACC among those that learn (learning accuracy at most {:.0f} points below "
     "AdamW's best)."
 )
+_RETENTION = (
+    " FWT: accuracy just before learning a task minus the untrained network's (eq. 4); every task "
+    "has a head of its own here, untrained at both times, so that nothing but chance is expected. "
+    "Replay fills half of each batch with the samples that GEM keeps. Progressive: a frozen column "
+    "of the same width for each task, with lateral adapters at the head. Seconds: of all steps and "
+    "ends of tasks."
+)
 _GEM = (
-    f" GEM keeps {MEMORY_SAMPLES} samples of each task and computes their gradients anew in each "
+    " GEM keeps {} samples of each task and computes their gradients anew in each "
     "step, in every 10th, or once, when the task ends; A-GEM has one row, their mean."
 )
 _CONFLICTS = (
@@ -99,15 +106,19 @@ def render(results: Results, table_box: box.Box = box.SIMPLE_HEAD) -> Renderable
     definitions = _DEFINITIONS.format(100 * results.experiment.learning_loss)
     if any(method.key == ADAMW_SLOW.key for method in results.methods):
         definitions += _SLOW
-    if any(isinstance(method, Remembering) for method in results.methods):
-        definitions += _GEM
+    samples = [m.samples for m in results.methods if isinstance(m, (Remembering, Replaying))]
+    if samples:
+        definitions += _GEM.format(max(samples))
     interval = " ± 95 % t-interval" if seeds > 1 else ""
     setting = (
         f"{results.experiment.name}: {config.tasks} tasks, {seeds} seed{'s' * (seeds > 1)}; MLP "
         f"with {config.hidden} hidden units, batches of {config.batch_size}, {config.epochs} epoch"
         f"{'s' * (config.epochs > 1)} per task. Accuracies in per cent: mean{interval}."
     )
-    parts: list[RenderableType] = [setting, "", _main_table(results, table_box), definitions, ""]
+    main = _retention_table if results.experiment.scenario == "retention" else _main_table
+    if main is _retention_table:
+        definitions += _RETENTION
+    parts: list[RenderableType] = [setting, "", main(results, table_box), definitions, ""]
     parts += [_backend(results), ""]
     parts += [_paired_table(results, table_box), *_headlines(results)]
     if any(run.conflicts.size for run in results.runs):
@@ -133,6 +144,24 @@ def _main_table(results: Results, table_box: box.Box) -> Table:
             _number(Interval.of([1e6 * run.step_seconds for run in runs]), ".0f"),
             _number(Interval.of([1e6 * run.optimizer_seconds for run in runs]), ".0f"),
             _number(Interval.of([1e3 * run.end_task_seconds for run in runs]), ".0f"),
+        )
+    return table
+
+
+def _retention_table(results: Results, table_box: box.Box) -> Table:
+    headers = ("lr", "λ", "ACC", "BWT", "FWT", "Learning\nacc.", "Parameters", "Seconds")
+    table = _table(table_box, "Method", *headers)
+    for method in results.methods:
+        runs = results.of(method)
+        transfer = Interval.of([metrics.fwt(run.matrix, run.initial) for run in runs])
+        table.add_row(
+            *_settings(method),
+            _percent(results.interval(method, metrics.acc)),
+            "" if method.joint else _percent(results.interval(method, metrics.bwt), signed=True),
+            "" if method.joint else _percent(transfer, signed=True),
+            "" if method.joint else _percent(results.interval(method, metrics.learning_accuracy)),
+            f"{runs[0].parameters:,}",
+            _number(Interval.of([run.seconds for run in runs]), ".2f"),
         )
     return table
 
@@ -327,6 +356,7 @@ def to_json(results: Results) -> dict[str, Any]:
                     if metric is metrics.acc or not run.method.joint
                 },
                 "matrix": run.matrix.tolist(),
+                "initial": run.initial.tolist(),
                 "conflicts": [[_finite(c) for c in task] for task in run.conflicts.tolist()],
                 "curve_steps": run.curve_steps.tolist(),
                 "curves": [[_finite(a) for a in point] for point in run.curves.round(4).tolist()],

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cl_optim.demo.methods import Learner, Method
+from cl_optim.demo.methods import Learner, Method, use_head
 from cl_optim.demo.scenarios import Scenario, Split, generator
 
 HeldOut = Literal["validation", "test"]
@@ -60,6 +60,9 @@ class Run:
         optimizer_seconds: Of the optimizer in it; the median.
         end_task_seconds: Of what a method does at a task's end (Fisher, consolidation); the median.
         backend: What the optimizer's steps ran on.
+        initial: Accuracy of the untrained network on each task, [T].
+        parameters: Of the network at the end.
+        seconds: All steps and ends of tasks.
         conflicts: For GEM [T, 1 + T]: the fraction of each task's steps whose gradient had a
             negative product with any memory row, then with the row of each task; NaN where there
             is none. A-GEM has the first number only. For other methods [0, 0].
@@ -74,6 +77,9 @@ class Run:
     optimizer_seconds: float
     end_task_seconds: float
     backend: str
+    initial: NDArray[np.float64] = field(default_factory=lambda: np.zeros(0))
+    parameters: int = 0
+    seconds: float = 0.0
     conflicts: NDArray[np.float64] = field(default_factory=lambda: np.zeros((0, 0)))
 
 
@@ -143,19 +149,21 @@ def train(
     Raises:
         DivergedError: The weights have become useless.
     """
-    model = network(scenario, config.hidden, seed)
-    learner = method.learner(model)
+    learner = method.learner(network(scenario, config.hidden, seed))
+    model = learner.model
     order = generator(seed, "order")
     recorder = _Recorder(model, [getattr(task, held_out) for task in scenario.tasks])
     stages = _stages(scenario, method.joint)
     # As many points from every run, whatever its number of steps, so that runs have a mean.
     points = config.points * len(scenario.tasks) // len(stages)
     for number, stage in enumerate(stages):
+        if not method.joint:
+            learner.begin_task(number)
         begun = len(scenario.tasks) if method.joint else number + 1
         batches = config.epochs * sum(-(-len(data.x) // config.batch_size) for _, data in stage)
         added = 0
         for done, (task, x, y) in enumerate(_batches(stage, config, order), start=1):
-            recorder.step(learner.optimizer, task, x, y)
+            recorder.step(learner, task, x, y)
             learner.after_step()
             while added < points * done // batches:
                 recorder.add_point(begun)
@@ -164,7 +172,8 @@ def train(
         _check_weights(model, method, number)
         recorder.add_row()
         if not method.joint:
-            ((model.task, data),) = stage
+            ((task, data),) = stage
+            use_head(model, task)
             start = time.perf_counter()
             learner.end_task(data)
             recorder.end_task_seconds.append(time.perf_counter() - start)
@@ -205,9 +214,10 @@ def _batches(
 class _Recorder:
     """Takes the steps of one run, times them, and keeps its accuracies."""
 
-    def __init__(self, model: Network, held_out: list[Split]) -> None:
+    def __init__(self, model: nn.Module, held_out: list[Split]) -> None:
         self.model = model
         self.held_out = held_out
+        self.initial = self.accuracies(len(held_out))
         self.matrix: list[list[float]] = []
         self.curve_steps: list[int] = []
         self.curves: list[list[float]] = []
@@ -219,11 +229,12 @@ class _Recorder:
     def steps(self) -> int:
         return len(self.step_seconds)
 
-    def step(self, optimizer: torch.optim.Optimizer, task: int, x: Tensor, y: Tensor) -> None:
-        self.model.task = task
+    def step(self, learner: Learner, task: int, x: Tensor, y: Tensor) -> None:
+        use_head(self.model, task)
+        optimizer = learner.optimizer
         start = time.perf_counter()
         optimizer.zero_grad()
-        torch.autograd.backward(F.cross_entropy(self.model(x), y))
+        torch.autograd.backward(learner.loss(x, y))
         middle = time.perf_counter()
         optimizer.step()
         end = time.perf_counter()
@@ -234,7 +245,7 @@ class _Recorder:
     def accuracies(self, begun: int) -> list[float]:
         accuracies = [float("nan")] * len(self.held_out)
         for task, (x, y) in enumerate(self.held_out[:begun]):
-            self.model.task = task
+            use_head(self.model, task)
             accuracies[task] = (self.model(x).argmax(1) == y).double().mean().item()
         return accuracies
 
@@ -260,6 +271,9 @@ class _Recorder:
             optimizer_seconds=float(np.median(self.optimizer_seconds)),
             end_task_seconds=float(np.median(self.end_task_seconds or [0.0])),
             backend=learner.backend,
+            initial=np.array(self.initial),
+            parameters=sum(param.numel() for param in self.model.parameters()),
+            seconds=sum(self.step_seconds) + sum(self.end_task_seconds),
             conflicts=fractions,
         )
 

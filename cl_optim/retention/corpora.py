@@ -1,0 +1,182 @@
+"""Training data as `diagnose` sees it: records of tokens, prompts, answers and labels."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import unicodedata
+from codecs import IncrementalDecoder, getincrementaldecoder
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+Token = int | str
+
+
+class _HasEncode(Protocol):
+    def encode(self, text: str) -> Iterable[int]: ...
+
+
+# What makes tokens of a text.
+Tokenizer = Callable[[str], Iterable[Token]] | _HasEncode
+
+_WORDS = re.compile(r"\w{1,64}|[^\w\s]")
+_NO_WORDS = re.compile(r"[\W_]+")
+_CHUNK = 1 << 16  # characters of a text file read at a time, if it has no line breaks
+_LONGEST_LINE = 1 << 24
+_TELL_EVERY = 1 << 20
+
+
+def words(text: str) -> list[str]:
+    """Casefolded words (of at most 64 characters; longer ones are cut) and punctuation marks."""
+    return _WORDS.findall(text.casefold())
+
+
+def fingerprint(text: str) -> int:
+    """A 64-bit hash of a text's letters and digits, whatever their case and spacing.
+
+    Texts that differ in case, punctuation, white space or Unicode compatibility forms (NFKC) have
+    the same one. Reordered or replaced words are not recognised.
+    """
+    plain = _NO_WORDS.sub(" ", unicodedata.normalize("NFKC", text).casefold()).strip()
+    # A text without words, such as "+" or "?", is what it is.
+    return int.from_bytes(blake2b((plain or text.strip()).encode(), digest_size=8).digest(), "big")
+
+
+@dataclass(frozen=True)
+class Record:
+    """One sample.
+
+    Attributes:
+        tokens: Of everything in it.
+        ids: Whether they are token ids, not words.
+        prompt: What is asked, if it has a prompt.
+        answer: The answer to it.
+        label: Its class, for classification.
+    """
+
+    tokens: Sequence[Token]
+    ids: bool
+    prompt: str | None = None
+    answer: str | None = None
+    label: str | None = None
+
+
+def records(items: Iterable[Any], name: str, tokenizer: Tokenizer | None) -> Iterator[Record]:
+    """Understand the items of a corpus, one after another.
+
+    Args:
+        items: Texts; sequences or 1-d integer tensors of token ids; pairs (prompt, answer) of
+            texts; pairs (text, label) with an integer label.
+        name: Of the corpus, for messages.
+        tokenizer: Makes tokens of a text; None: :func:`words`.
+
+    Raises:
+        TypeError: An item is none of these.
+    """
+    encode: Any = words if tokenizer is None else getattr(tokenizer, "encode", tokenizer)
+    is_ids = tokenizer is not None
+    for number, item in enumerate(items, start=1):
+        if isinstance(item, str):
+            yield Record(list(encode(item)), is_ids)
+        elif isinstance(item, tuple) and len(item) == 2 and isinstance(item[0], str):
+            text, other = item
+            if isinstance(other, str):
+                yield Record([*encode(text), *encode(other)], is_ids, text, other)
+            elif isinstance(other, int):
+                yield Record(list(encode(text)), is_ids, label=str(other))
+            else:
+                raise TypeError(
+                    f"{name}, item {number}: beside its text must be an answer (a text) or a label "
+                    f"(an integer), not {type(other).__name__}."
+                )
+        else:
+            yield Record(_token_ids(item, f"{name}, item {number}"), True)
+
+
+def _token_ids(item: Any, place: str) -> list[int]:
+    if isinstance(item, (torch.Tensor, np.ndarray)) and item.ndim == 1:
+        item = item.tolist()
+    if isinstance(item, (list, tuple)) and all(type(token) is int for token in item):
+        return list(item)
+    raise TypeError(
+        f"{place}: must be a text, a sequence of token ids, a pair (prompt, answer) or a pair "
+        f"(text, label), not {type(item).__name__}."
+    )
+
+
+# --- files ----------------------------------------------------------------------------------------
+
+
+def read_corpus(
+    path: str | os.PathLike[str], on_progress: Callable[[int], None] = lambda read: None
+) -> Iterator[str | tuple[str, str] | tuple[str, int]]:
+    """Read a text file line by line, or a ``.jsonl`` file record by record, for `diagnose`.
+
+    A record is a JSON string or an object with ``"prompt"`` and ``"answer"``, ``"text"`` and
+    an integer ``"label"``, or ``"text"`` alone. A text file without line breaks is
+    read in chunks of 65 536 bytes, at whose ends a word may be cut.
+
+    Args:
+        path: The file, in UTF-8.
+        on_progress: Called with the bytes read so far, about once a megabyte.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: A line is not UTF-8, or not such a record; the message names the line.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is not a file.")
+    is_json = path.suffix in (".jsonl", ".ndjson")
+    limit = _LONGEST_LINE if is_json else _CHUNK
+    decoder = getincrementaldecoder("utf-8")()  # a chunk may end within a character
+    number, read, told = 1, 0, 0
+    with path.open("rb") as file:
+        for chunk in iter(partial(file.readline, limit), b""):
+            text = _decode(decoder, chunk, f"{path}, line {number}")
+            read += len(chunk)
+            if read >= told + _TELL_EVERY:
+                on_progress(told := read)
+            if text.strip():
+                yield _record(text, f"{path}, line {number}") if is_json else text
+            number += chunk.endswith(b"\n")
+    on_progress(read)
+    _decode(decoder, b"", f"{path}, line {number}")
+
+
+def _decode(decoder: IncrementalDecoder, chunk: bytes, place: str) -> str:
+    try:
+        return decoder.decode(chunk, final=not chunk)
+    except UnicodeDecodeError as error:
+        byte = error.object[error.start]
+        raise ValueError(f"{place}: must be UTF-8, but has the byte 0x{byte:02x}.") from None
+
+
+def _record(text: str, place: str) -> str | tuple[str, str] | tuple[str, int]:
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{place}: must be JSON, but {error}.") from None
+    if isinstance(value, str):
+        return value
+    if isinstance(value, Mapping):
+        first, second = value.get("prompt"), value.get("answer")
+        if isinstance(first, str) and isinstance(second, str):
+            return first, second
+        first, second = value.get("text"), value.get("label")
+        if isinstance(first, str) and second is None:
+            return first
+        if isinstance(first, str) and type(second) is int:
+            return first, second
+    raise ValueError(
+        f"{place}: must be a JSON string or an object with texts 'prompt' and 'answer', or 'text' "
+        "and, if it has a class, an integer 'label'."
+    )

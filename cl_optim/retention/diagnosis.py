@@ -1,0 +1,195 @@
+"""What `diagnose` found: the figures, the verdict, what to do about it."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+HIGH_KL = 2.0  # nats
+SOME_KL = 1.0
+LOW_JACCARD = 0.3
+LABEL_DRIFT = 0.25
+
+STRATEGIES = {
+    "low": "L2-SP: EWCAdamW with consolidate(None), a pull to the old weights.",
+    "medium": "EWC: EWCAdamW with the Fisher information of the old data.",
+    "high": "Replay + EWC: ReplayBuffer.mix beside EWCAdamW; a ProgressiveNetwork's frozen columns "
+    "for what must not change at all.",
+}
+RECIPE = (
+    "learning rate 10 to 100 times below that of pre-training",
+    "smaller batches than in pre-training",
+    "gradient clipping",
+    "a checkpoint every 100 to 1,000 steps, old and new tasks evaluated at each",
+)
+
+Verdict = Literal["low", "medium", "high"]
+
+
+@dataclass(frozen=True)
+class Conflict:
+    """The same prompt, answered differently.
+
+    Attributes:
+        prompt: As the new data have it.
+        old: The answers in the old data, cut to 80 characters each.
+        new: The answer in the new data.
+    """
+
+    prompt: str
+    old: tuple[str, ...]
+    new: str
+
+
+@dataclass(frozen=True)
+class LabelDrift:
+    """How the classes of a classification task moved.
+
+    Attributes:
+        distance: Total variation ½ Σ |p_old − p_new|, from 0 to 1.
+        appeared: Classes only the new data have.
+        vanished: Classes only the old data have.
+        classes: How many there are in all.
+    """
+
+    distance: float
+    appeared: tuple[str, ...]
+    vanished: tuple[str, ...]
+    classes: int
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """How far new data are from old data, and what that means for training on them.
+
+    Attributes:
+        kl_new_old: KL(new ‖ old) of the token distributions, in nats: how much the new data would
+            surprise one who knows the old.
+        kl_old_new: KL(old ‖ new), in nats.
+        jaccard: |V_old ∩ V_new| / |V_old ∪ V_new| of the vocabularies.
+        tokens: In the old and in the new data.
+        vocabulary: Different tokens in the old and in the new data.
+        smoothing: What was added to each token's count.
+        uncounted: Tokens, of both, that came after the vocabulary was full; they count as one.
+        conflicts: The first ones found.
+        conflict_count: How many new records were in conflict, of those that were looked at.
+        prompts_examined: The fraction of prompts that was looked at; below 1 they are a sample.
+        labels: Of a classification task, how its classes moved.
+    """
+
+    kl_new_old: float
+    kl_old_new: float
+    jaccard: float
+    tokens: tuple[int, int]
+    vocabulary: tuple[int, int]
+    smoothing: float
+    uncounted: int
+    conflicts: tuple[Conflict, ...]
+    conflict_count: int
+    prompts_examined: float
+    labels: LabelDrift | None
+
+    @property
+    def kl(self) -> float:
+        """The larger of the two divergences, which the verdict is about."""
+        return max(self.kl_new_old, self.kl_old_new)
+
+    @property
+    def verdict(self) -> Verdict:
+        """The risk of forgetting.
+
+        ``"high"`` above a divergence of 2 nats; ``"medium"`` for any of `reasons`; else ``"low"``.
+        """
+        if self.kl > HIGH_KL:
+            return "high"
+        return "medium" if self.reasons else "low"
+
+    @property
+    def reasons(self) -> tuple[str, ...]:
+        """What speaks for trouble, in sentences."""
+        found = []
+        if self.kl > SOME_KL:
+            found.append(
+                f"The token distributions diverge by {self.kl:.2f} nats (trouble above "
+                f"{SOME_KL:g}, high risk above {HIGH_KL:g})."
+            )
+        if self.jaccard < LOW_JACCARD:
+            found.append(
+                f"The vocabularies share {self.jaccard:.0%} of their tokens (trouble below "
+                f"{LOW_JACCARD:.0%})."
+            )
+        if self.conflict_count:
+            found.append(
+                f"{self.conflict_count:,} new records answer an old prompt differently: which "
+                "answer is wanted? Remove or correct the other."
+            )
+        if self.labels and (self.labels.distance > LABEL_DRIFT or self.labels.appeared):
+            new = ", ".join(self.labels.appeared[:10]) or "none"
+            found.append(
+                f"The classes moved by {self.labels.distance:.2f} in total variation (trouble "
+                f"above {LABEL_DRIFT:g}); new classes: {new}."
+            )
+        return tuple(found)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What to know about the figures' accuracy."""
+        found = []
+        if self.uncounted:
+            found.append(
+                f"The vocabulary was full: {self.uncounted:,} later tokens count as one, which "
+                "makes divergence and distance of vocabularies lower than they are."
+            )
+        if self.prompts_examined < 1:
+            found.append(
+                f"Conflicts are those of a sample of {self.prompts_examined:.2%} of the prompts."
+            )
+        if self.labels and self.labels.classes == 1:
+            found.append("There is one class only, which says nothing about a drift of classes.")
+        return tuple(found)
+
+    @property
+    def strategy(self) -> str:
+        """What the verdict implies."""
+        return STRATEGIES[self.verdict]
+
+    @property
+    def recipe(self) -> tuple[str, ...]:
+        """How to train on the new data."""
+        return RECIPE
+
+    def to_json(self) -> dict[str, Any]:
+        """All of it, as JSON knows it."""
+        derived = ("verdict", "reasons", "notes", "strategy", "recipe")
+        return {**asdict(self), **{name: getattr(self, name) for name in derived}}
+
+    def __rich__(self) -> RenderableType:
+        from rich.console import Group
+        from rich.table import Table
+        from rich.text import Text
+
+        table = Table("", "measured", "trouble")
+        rows = [
+            ("KL(new ‖ old), nats", f"{self.kl_new_old:.3f}", f"> {SOME_KL:g}, high > {HIGH_KL:g}"),
+            ("KL(old ‖ new), nats", f"{self.kl_old_new:.3f}", f"> {SOME_KL:g}, high > {HIGH_KL:g}"),
+            ("Jaccard index of vocabularies", f"{self.jaccard:.3f}", f"< {LOW_JACCARD:g}"),
+            ("conflicts", f"{self.conflict_count:,}", "> 0"),
+        ]
+        if self.labels:
+            moved = f"{self.labels.distance:.3f}"
+            rows.append(("drift of classes", moved, f"> {LABEL_DRIFT:g}, new classes"))
+        for name, index in (("old", 0), ("new", 1)):
+            counts = f"{self.tokens[index]:,} ({self.vocabulary[index]:,} different)"
+            rows.append((f"{name} tokens", counts, ""))
+        for row in rows:
+            table.add_row(*row)
+        lines = [f"Risk of forgetting: {self.verdict}", *self.reasons, *self.notes]
+        lines += [f"Strategy: {self.strategy}", f"Recipe: {'; '.join(self.recipe)}."]
+        lines += [
+            f"Conflict: {c.prompt!r} was answered {' or '.join(map(repr, c.old))}, now {c.new!r}"
+            for c in self.conflicts[:10]
+        ]
+        return Group(table, *map(Text, lines))

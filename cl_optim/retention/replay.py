@@ -1,0 +1,425 @@
+"""A buffer of samples of earlier tasks, to be mixed into what is learned now."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from cl_optim.retention.samples import Layout, count, flatten, unflatten
+
+POLICIES = ("reservoir", "class_balanced", "ring")
+_FORMAT = "cl_optim.ReplayBuffer/1"
+_STATE, _CHANGED = "state.safetensors", "changed"
+
+
+class ReplayBuffer:
+    """Samples of what was learned before, drawn at random beside new ones.
+
+    A sample is any nesting of mappings, lists and tuples of tensors; a batch has the samples as the
+    first dimension of each tensor. Everything random comes from two generators of the buffer's own
+    (one for additions, one for draws), so that the same calls give the same samples.
+
+    Args:
+        capacity: The number of samples kept.
+        policy: Which ones. ``"reservoir"``: each sample ever added with the same probability.
+            ``"class_balanced"``: as many of each class as there are, a reservoir within each
+            class. ``"ring"``: the newest.
+        seed: Of the generators.
+        path: A folder for the samples, which are then mapped from files instead of held in memory;
+            made if it does not exist. A buffer that is there already is opened, with its
+            generators as they were at its last `flush`; ``seed`` then counts for nothing.
+        label: For ``"class_balanced"``: a batch's integer classes [n], as a function of the batch
+            or as the key or index under which the batch has them.
+
+    Attributes:
+        seen: The number of samples ever added.
+
+    Note:
+        **On disk**, additions go to the files at once and count from the next :meth:`flush` on
+        (:meth:`state_dict` flushes, too). If the process ends between an addition and the flush,
+        old and new samples are mixed in the files: opening them then is an error that says so.
+        Draws change no file, so a buffer that was filled and flushed survives any end.
+
+    Raises:
+        ValueError: An argument is out of its range; ``path`` has a buffer of another capacity or
+            policy, or one that was not flushed.
+
+    References:
+        Vitter 1985 (reservoir, algorithm R); Chrysakis & Moens 2020 (class-balanced reservoir);
+        Chaudhry et al. 2019, arXiv:1902.10486 (tiny episodic memories).
+    """
+
+    def __init__(
+        self,
+        capacity: int,
+        policy: Literal["reservoir", "class_balanced", "ring"] = "reservoir",
+        seed: int = 0,
+        path: str | os.PathLike[str] | None = None,
+        label: Callable[[Any], Tensor] | str | int | None = None,
+    ) -> None:
+        if isinstance(capacity, bool) or not isinstance(capacity, int) or capacity < 1:
+            raise ValueError(f"capacity must be a positive whole number, not {capacity!r}.")
+        if policy not in POLICIES:
+            raise ValueError(f"policy must be one of {POLICIES}, not {policy!r}.")
+        if (label is not None) != (policy == "class_balanced"):
+            raise ValueError(
+                "label goes with policy='class_balanced', which needs it to know a sample's class."
+            )
+        self.capacity, self.policy = capacity, policy
+        self.seen = 0
+        self._label = label
+        self._layout: Layout | None = None
+        self._data: dict[str, Tensor] = {}
+        self._labels = torch.zeros(capacity if label is not None else 0, dtype=torch.int64)
+        self._seen_of: dict[int, int] = {}
+        self._full: set[int] = set()  # classes that have once been the largest
+        self._owed = 0.0  # the fraction of a sample that `mix` has still to add
+        self._adding, self._drawing = (torch.Generator().manual_seed(seed + i) for i in (0, 1))
+        self._folder = None if path is None else Path(path)
+        if self._folder is not None:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            self._open(self._folder)
+
+    def __len__(self) -> int:
+        return min(self.seen, self.capacity)
+
+    def __repr__(self) -> str:
+        place = "" if self._folder is None else f", path={str(self._folder)!r}"
+        return (
+            f"ReplayBuffer({len(self):,} of {self.capacity:,} samples, policy={self.policy!r}, "
+            f"{self.seen:,} seen{place})"
+        )
+
+    # --- additions --------------------------------------------------------------------------------
+
+    def add(self, batch: Any) -> None:
+        """Offer the samples of a batch to the buffer, which copies those that it keeps.
+
+        Args:
+            batch: A nesting of tensors [n, ...], on any device.
+
+        Raises:
+            TypeError: Something in it is no tensor.
+            ValueError: Its structure, dtypes or shapes are not those of earlier samples, or its
+                classes are not n integers.
+        """
+        leaves, structure = flatten(batch)
+        size = count(leaves)
+        layout = Layout.of(leaves, structure)
+        if self._layout is not None:
+            self._layout.check(layout)
+        classes = self._classes(batch, size)
+        if size == 0:
+            return
+        if self._folder is not None:
+            (self._folder / _CHANGED).touch()
+        if self._layout is None:
+            self._data = layout.allocate(self.capacity, self._folder)
+            self._layout = layout
+        if classes is not None:
+            places = self._places_by_class(classes)
+        elif self.policy == "ring":
+            places = {(self.seen + i) % self.capacity: i for i in range(size)}
+        else:
+            places = self._reservoir_places(size)
+        self.seen += size
+        if places:
+            slots, rows = torch.tensor(list(places.items())).unbind(1)
+            for place, kept in self._data.items():
+                leaf = leaves[place].detach()
+                kept[slots] = leaf[rows.to(leaf.device)].cpu()
+
+    def _classes(self, batch: Any, size: int) -> list[int] | None:
+        if self._label is None:
+            return None
+        classes = self._label(batch) if callable(self._label) else batch[self._label]
+        if (
+            not isinstance(classes, Tensor)
+            or classes.shape != (size,)
+            or classes.is_floating_point()
+            or classes.is_complex()
+        ):
+            raise ValueError(
+                f"label must give an integer tensor [{size}], a class for each sample."
+            )
+        return [int(value) for value in classes.tolist()]
+
+    def _reservoir_places(self, size: int) -> dict[int, int]:
+        """Slot → row of the batch; a later row takes the slot of an earlier one."""
+        index = torch.arange(self.seen, self.seen + size, dtype=torch.float64)
+        drawn = (torch.rand(size, generator=self._adding, dtype=torch.float64) * (index + 1)).long()
+        slots = torch.where(index < self.capacity, index.long(), drawn).tolist()
+        return {slot: row for row, slot in enumerate(slots) if slot < self.capacity}
+
+    def _places_by_class(self, classes: list[int]) -> dict[int, int]:
+        places: dict[int, int] = {}
+        used = len(self)
+        kept = Counter(self._labels[:used].tolist())
+        for row, own in enumerate(classes):
+            self._seen_of[own] = self._seen_of.get(own, 0) + 1
+            if used < self.capacity:
+                slot, used = used, used + 1
+            else:
+                largest = max(kept.values())
+                self._full.update(label for label, n in kept.items() if n == largest)
+                if own in self._full:
+                    if self._draw(self._seen_of[own]) >= kept[own]:
+                        continue
+                    victim = own
+                else:
+                    victim = min(label for label, n in kept.items() if n == largest)
+                slot = self._member(victim)
+                kept[victim] -= 1
+            self._labels[slot] = own
+            kept[own] += 1
+            places[slot] = row
+        return places
+
+    def _member(self, label: int) -> int:
+        members = (self._labels == label).nonzero().flatten()
+        return int(members[self._draw(len(members))])
+
+    def _draw(self, below: int) -> int:
+        return int(torch.randint(below, (), generator=self._adding))
+
+    # --- draws ------------------------------------------------------------------------------------
+
+    def sample(self, n: int, replacement: bool = False) -> Any:
+        """Draw n samples uniformly, on the CPU.
+
+        Args:
+            n: How many.
+            replacement: Whether a sample may be drawn twice, and n exceed ``len(self)``.
+
+        Returns:
+            A batch structured like the first one that was added, lists and named tuples as tuples.
+
+        Raises:
+            ValueError: n is not positive, or more than there are.
+        """
+        if n < 1:
+            raise ValueError(f"n must be a positive whole number, not {n!r}.")
+        if not len(self):
+            raise ValueError("The buffer is empty: add samples before drawing some.")
+        if n > len(self) and not replacement:
+            raise ValueError(
+                f"n must be at most the {len(self)} samples in the buffer, not {n}, unless "
+                "replacement=True."
+            )
+        if replacement:
+            return self._take(torch.randint(len(self), (n,), generator=self._drawing))
+        return self._take(self._distinct(n))
+
+    def samples(self) -> Any:
+        """All samples, as one batch (a copy)."""
+        if not len(self):
+            raise ValueError("The buffer is empty: it has no samples.")
+        return self._take(torch.arange(len(self)))
+
+    def _distinct(self, n: int) -> Tensor:
+        if 4 * n >= len(self):
+            return torch.randperm(len(self), generator=self._drawing)[:n]
+        chosen: dict[int, None] = {}
+        while len(chosen) < n:  # seldom twice: at most a quarter is taken
+            chosen.update(
+                dict.fromkeys(torch.randint(len(self), (n,), generator=self._drawing).tolist())
+            )
+        return torch.tensor(list(chosen)[:n])
+
+    def _take(self, slots: Tensor) -> Any:
+        assert self._layout is not None
+        return unflatten({k: v[slots] for k, v in self._data.items()}, self._layout.structure)
+
+    def mix(self, loader: Iterable[Any], ratio: float) -> MixedLoader:
+        """Add replayed samples to every batch of a loader.
+
+        All of the loader's samples stay: a batch of b is followed by b·ratio/(1 − ratio) replayed
+        ones, so that ``ratio`` is their share of the whole. Fractions carry over to the next
+        batch. While the buffer is empty, batches pass as they are; from one with fewer samples than
+        a batch needs, some are drawn twice.
+
+        Args:
+            loader: Yields batches structured like the buffer's.
+            ratio: From 0 up to, but less than, 1.
+
+        Returns:
+            An iterable over the mixed batches, with the loader's length; replayed samples are on
+            the device of the loader's. Position in the loader is the loader's own to restore; the
+            draws are in the buffer's `state_dict`.
+
+        Raises:
+            ValueError: ``ratio`` is out of range.
+        """
+        if not 0 <= ratio < 1:
+            raise ValueError(f"ratio must be at least 0 and less than 1, not {ratio!r}.")
+        return MixedLoader(self, loader, ratio)
+
+    def _mixed(self, batch: Any, ratio: float) -> Any:
+        leaves, structure = flatten(batch)
+        size = count(leaves)
+        if self._layout is None:
+            return batch
+        self._layout.check(Layout.of(leaves, structure))
+        self._owed += size * ratio / (1 - ratio)
+        extra = math.floor(self._owed)
+        self._owed -= extra
+        if not extra:
+            return batch
+        drawn, _ = flatten(self.sample(extra, replacement=extra > len(self)))
+        both = {place: torch.cat([v, drawn[place].to(v.device)]) for place, v in leaves.items()}
+        return unflatten(both, structure)
+
+    def closure(
+        self, loss_fn: Callable[[Any], Tensor], n: int | None = None
+    ) -> Callable[[], Tensor]:
+        """Return a closure for `GEM.remember`: backward of the loss on the buffer's samples.
+
+        Args:
+            loss_fn: The mean loss (0-dim) of a batch structured like those added, on the CPU.
+            n: How many samples each call draws anew (some twice, if there are fewer); None: all.
+
+        Returns:
+            A function without arguments that returns the loss.
+        """
+
+        def run() -> Tensor:
+            batch = self.samples() if n is None else self.sample(n, replacement=n > len(self))
+            loss = loss_fn(batch)
+            torch.autograd.backward(loss)
+            return loss.detach()
+
+        return run
+
+    # --- state ------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """The counters, the generators and, unless on disk, a copy of the samples.
+
+        Additions to a buffer on disk are flushed; its samples stay in the files, so the state can
+        be loaded as long as nothing has been added since.
+        """
+        self.flush()
+        state = self._counters()
+        if self._folder is None:
+            state["samples"] = {k: v[: len(self)].clone() for k, v in self._data.items()}
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue where :meth:`state_dict` was taken: the same additions and draws follow.
+
+        Raises:
+            ValueError: It is of a buffer of another kind, or, on disk, samples were added since.
+        """
+        self._check_state(state, "state")
+        if self._folder is not None:
+            if "samples" in state:
+                raise ValueError("state must be of a buffer on disk: it has samples of its own.")
+            if state["seen"] != self.seen:
+                raise ValueError(
+                    f"state is of {state['seen']} samples seen, but the files in "
+                    f"{str(self._folder)!r} have been changed since, at {self.seen}."
+                )
+        elif "samples" not in state:
+            raise ValueError("state must have samples: it is of a buffer on disk.")
+        layout = Layout.loads(state["layout"]) if state["layout"] else None
+        data = self._data
+        if self._folder is None:
+            data = layout.allocate(self.capacity, None) if layout else {}
+            for place, values in state["samples"].items():
+                data[place][: len(values)] = values
+        self._restore(state, layout, data)
+
+    def flush(self) -> None:
+        """Make additions to a buffer on disk count; in memory there is nothing to do."""
+        if self._folder is None or not (self._folder / _CHANGED).exists():
+            return
+        for path in self._folder.glob("samples-*.bin"):
+            with path.open("rb") as file:
+                os.fsync(file.fileno())  # of the mapped pages, too
+        state = self._counters()
+        tensors = {key: state.pop(key) for key in ("labels", "adding", "drawing")}
+        temporary = self._folder / f".{_STATE}.tmp"
+        save_file(tensors, temporary, metadata={"state": json.dumps(state)})
+        os.replace(temporary, self._folder / _STATE)
+        (self._folder / _CHANGED).unlink()
+
+    def _counters(self) -> dict[str, Any]:
+        return {
+            "format": _FORMAT,
+            "capacity": self.capacity,
+            "policy": self.policy,
+            "seen": self.seen,
+            "seen_of": [[label, n] for label, n in self._seen_of.items()],
+            "full": sorted(self._full),
+            "owed": self._owed,
+            "layout": self._layout.dumps() if self._layout else "",
+            "labels": self._labels.clone(),
+            "adding": self._adding.get_state(),
+            "drawing": self._drawing.get_state(),
+        }
+
+    def _check_state(self, state: Mapping[str, Any], name: str) -> None:
+        if state.get("format") != _FORMAT:
+            raise ValueError(f"{name} must be of a ReplayBuffer: its format is not {_FORMAT!r}.")
+        for key in ("capacity", "policy"):
+            if state[key] != getattr(self, key):
+                raise ValueError(
+                    f"{name} must be of a buffer with {key}={getattr(self, key)!r}, not "
+                    f"{state[key]!r}."
+                )
+
+    def _restore(
+        self, state: Mapping[str, Any], layout: Layout | None, data: dict[str, Tensor]
+    ) -> None:
+        self._layout, self._data = layout, data
+        self.seen, self._owed = state["seen"], state["owed"]
+        self._seen_of = dict(state["seen_of"])
+        self._full = set(state["full"])
+        self._labels = state["labels"].cpu().clone()
+        self._adding.set_state(state["adding"].cpu())
+        self._drawing.set_state(state["drawing"].cpu())
+
+    def _open(self, folder: Path) -> None:
+        if (folder / _CHANGED).exists():
+            raise ValueError(
+                f"path {str(folder)!r} has a buffer that was changed and not flushed when its "
+                "process ended: its samples may be torn. Delete the folder and fill it anew."
+            )
+        file = folder / _STATE
+        if not file.exists():
+            return
+        try:
+            with safe_open(file, framework="pt") as opened:
+                state = json.loads((opened.metadata() or {}).get("state", "{}"))
+                state.update({key: opened.get_tensor(key) for key in opened.keys()})  # noqa: SIM118
+        except SafetensorError as error:
+            raise ValueError(f"path {str(file)!r} is not a safetensors file: {error}.") from None
+        self._check_state(state, f"path {str(folder)!r}")
+        layout = Layout.loads(state["layout"])
+        self._restore(state, layout, layout.allocate(self.capacity, folder))
+
+
+class MixedLoader:
+    """What `ReplayBuffer.mix` returns: the batches of a loader, each with replayed samples."""
+
+    def __init__(self, buffer: ReplayBuffer, loader: Iterable[Any], ratio: float) -> None:
+        self.buffer, self.loader, self.ratio = buffer, loader, ratio
+
+    def __iter__(self) -> Iterator[Any]:
+        for batch in self.loader:
+            yield self.buffer._mixed(batch, self.ratio)
+
+    def __len__(self) -> int:
+        if not isinstance(self.loader, Sized):
+            raise TypeError("The loader that was mixed has no length.")
+        return len(self.loader)

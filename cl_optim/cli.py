@@ -99,6 +99,8 @@ def _add_demo(parser: argparse.ArgumentParser) -> None:
         help="choose learning rates and λ anew, on a validation split and seeds of its own",
     )  # fmt: skip
     parser.set_defaults(run=lambda arguments: _demo(parser, arguments))
+    more = parser.add_subparsers(metavar="text")
+    _add_text_demo(more.add_parser("text", help="two texts instead: English, then Python code"))
 
 
 def _demo(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> int:
@@ -116,9 +118,7 @@ def _run_experiments(
     parser: argparse.ArgumentParser, arguments: argparse.Namespace
 ) -> list[Results]:
     """Run or sweep what the arguments choose; results are of runs only."""
-    missing = [name for name in _DEMO_EXTRA if importlib.util.find_spec(name) is None]
-    if missing:
-        parser.error(f"the demo needs {', '.join(missing)}: pip install 'cl-optim[demo]'.")
+    _require_demo_extra(parser)
     if arguments.data_dir is not None and arguments.data != "fashion-mnist":
         parser.error("--data-dir goes with --data fashion-mnist.")
     _make_writable(parser, arguments.out)
@@ -166,6 +166,12 @@ def _run_experiments(
     except (DataError, LogError) as error:
         parser.error(str(error))
     return results
+
+
+def _require_demo_extra(parser: argparse.ArgumentParser) -> None:
+    missing = [name for name in _DEMO_EXTRA if importlib.util.find_spec(name) is None]
+    if missing:
+        parser.error(f"the demo needs {', '.join(missing)}: pip install 'cl-optim[demo]'.")
 
 
 def _make_writable(parser: argparse.ArgumentParser, directory: Path) -> None:
@@ -245,6 +251,76 @@ def _report(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> i
         if not console.is_terminal:
             console.width = 120
         console.print(render_text(data))
+    return 0
+
+
+# --- cl-optim demo text ---------------------------------------------------------------------------
+
+
+def _add_text_demo(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "A byte-level transformer learns English (CPython's help texts), then Python code (the "
+        "standard library), or any two files: with AdamW, EWC, GEM, replay, and EWC with replay. "
+        "What each keeps of the first text, and what that costs on the second."
+    )
+    whole = _whole_number
+    parser.add_argument("old", type=Path, nargs="?", metavar="OLD", help="the text to keep")
+    parser.add_argument("new", type=Path, nargs="?", metavar="NEW", help="the text to learn")
+    parser.add_argument("--seeds", type=whole(1, _MAX_SEEDS), default=3, metavar="N", help="(3)")
+    parser.add_argument(
+        "--processes", type=whole(1, 256), default=2, metavar="P",
+        help="runs at the same time, each with one thread (2)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/demo-text"), metavar="DIR",
+        help="where the tables, the picture and the JSON go (runs/demo-text)",
+    )  # fmt: skip
+    for name, high, help_ in (
+        ("width", 4096, "of the transformer, a multiple of 4"),
+        ("layers", 64, "of the transformer"),
+        ("context", 4096, "bytes in a window"),
+        ("batch", 4096, "windows in a step"),
+        ("old-steps", 10**6, "steps of learning OLD"),
+        ("new-steps", 10**6, "steps of learning NEW"),
+    ):
+        parser.add_argument(f"--{name}", type=whole(1, high), metavar="N", help=help_)
+    parser.set_defaults(run=lambda arguments: _text_demo(parser, arguments))
+
+
+def _text_demo(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> int:
+    _require_demo_extra(parser)
+    if (arguments.old is None) != (arguments.new is None):
+        parser.error("give both texts, OLD and NEW, or none.")
+
+    from rich.console import Console
+
+    from cl_optim.demo import report
+    from cl_optim.demo.scenarios import DataError
+    from cl_optim.demo.text.commands import run_text_demo
+    from cl_optim.demo.text.corpora import english, from_file, python_code
+    from cl_optim.demo.text.model import Sizes
+    from cl_optim.demo.train import DivergedError
+
+    console = Console()
+    if not console.is_terminal:
+        console.width = report.WIDTH
+    names = ("width", "layers", "context", "batch", "old_steps", "new_steps")
+    given = {name: value for name in names if (value := getattr(arguments, name)) is not None}
+    sizes = replace(Sizes(), **given)
+    if sizes.width % sizes.heads:
+        parser.error(f"--width must be a multiple of {sizes.heads}, not {sizes.width}.")
+    _make_writable(parser, arguments.out)
+    try:
+        if arguments.old is None:
+            old, new = english(), python_code()
+        else:
+            old, new = from_file(arguments.old), from_file(arguments.new)
+        run_text_demo(old, new, sizes, arguments.seeds, arguments.processes, arguments.out, console)
+    except DataError as error:
+        parser.error(str(error))
+    except DivergedError as error:
+        print(f"{parser.prog}: {error}", file=sys.stderr)
+        return 1
     return 0
 
 

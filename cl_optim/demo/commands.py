@@ -37,7 +37,7 @@ def run_demo(
     """
     runs: list[Run] = []
     log = _new_log(out / f"{experiment.key}-log") if experiment.scenario == "permuted" else None
-    with one_thread(), _progress(console) as progress:
+    with one_thread(), progress_bar(console) as progress:
         bar = progress.add_task("", total=seeds * len(experiment.methods))
         for seed in range(seeds):
             scenario = experiment.build(data, experiment.config.tasks, seed)
@@ -59,7 +59,7 @@ def run_demo(
         page = out / f"{experiment.key}-importance.html"
         log.report(page)
         written += [log.path, page]
-    _announce(written, console)
+    announce(written, console)
     return results
 
 
@@ -85,19 +85,20 @@ def run_sweep(
     """
     candidates = [method for grid in experiment.grids for method in grid.candidates()]
     scores = []
-    with one_thread(), _progress(console) as progress:
+    with one_thread(), progress_bar(console) as progress:
         bar = progress.add_task("", total=len(candidates))
         for method in candidates:
             progress.update(bar, description=f"{method.label}, lr={method.lr:g}")
             scores.append(sweep.score(method, experiment, data, seeds))
             progress.advance(bar)
     console.print(report.render_sweep(experiment, scores, seeds))
-    _announce(report.write_sweep(experiment, scores, seeds, out), console)
+    announce(report.write_sweep(experiment, scores, seeds, out), console)
     return scores
 
 
 @contextmanager
-def _progress(console: Console) -> Iterator[Progress]:
+def progress_bar(console: Console) -> Iterator[Progress]:
+    """A bar that goes away at the end."""
     columns = (
         TextColumn("{task.description:<24}"),
         BarColumn(),
@@ -108,7 +109,8 @@ def _progress(console: Console) -> Iterator[Progress]:
         yield progress
 
 
-def _announce(paths: list[Path], console: Console) -> None:
+def announce(paths: list[Path], console: Console) -> None:
+    """Say what has been written."""
     console.print(
         "Written: " + ", ".join(str(path) for path in paths), highlight=False, soft_wrap=True
     )

@@ -22,7 +22,7 @@ _INK = "#222222"
 _FAINT = "#d9d9d9"
 # Kinds of methods in the summary, in colours of Okabe & Ito's palette for the colour-blind.
 _PROTECTED, _PLAIN, _CEILING = "#0072b2", "#d55e00", "#777777"
-_STYLE: dict[Any, Any] = {
+STYLE: dict[Any, Any] = {
     "font.family": "DejaVu Sans",
     "font.size": 9,
     "axes.edgecolor": "#999999",
@@ -48,7 +48,7 @@ def draw(results: Results, path: Path) -> None:
     rows = math.ceil((len(compared) + 1) / _COLUMNS)
     tasks = results.experiment.config.tasks
     colours = mpl.colormaps["viridis"](np.linspace(0.0, 0.88, tasks))
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         height = 2.6 * rows + 0.75
         layout = ConstrainedLayoutEngine(rect=(0, 0, 1, 1 - 0.75 / height), hspace=0.06)
         figure = Figure(figsize=(3.2 * _COLUMNS, height), dpi=160, layout=layout)

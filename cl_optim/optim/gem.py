@@ -392,6 +392,11 @@ class GEM(torch.optim.Optimizer):
         """Names, in the order in which they were first remembered; row k is memory k's."""
         return tuple(memory.name for memory in self._memories)
 
+    @property
+    def closures(self) -> dict[str, tuple[Callable[[], object], int | None]]:
+        """By memory, what :meth:`remember` was given: to attach it again after a load."""
+        return {m.name: (m.closure, m.refresh_every) for m in self._memories if m.closure}
+
     @torch.no_grad()
     def remember(
         self, name: str, closure: Callable[[], object], refresh_every: int | None = 1

@@ -1,0 +1,1 @@
+"""``cl-optim demo text``: a byte-level transformer learns English, then Python code."""

@@ -1,0 +1,210 @@
+"""One run: learn the new text by some method, and measure both texts before and after."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from cl_optim import GEM, EWCAdamW, Importance, estimate_fisher
+from cl_optim.demo.methods import WEIGHT_DECAY
+from cl_optim.demo.scenarios import generator
+from cl_optim.demo.text.corpora import Corpus
+from cl_optim.demo.text.model import ByteTransformer, Sizes, bits_per_byte, loss
+from cl_optim.demo.train import DivergedError
+from cl_optim.retention import Evaluation, RetentionGuard
+from cl_optim.retention.evaluation import Role
+
+OLD_LR, NEW_LR = 3e-3, 1e-3
+_FISHER_WINDOWS = 500
+_GEM_BATCH = 64  # of the kept windows, in a memory row
+_GEM_REFRESH = 10
+
+
+@dataclass(frozen=True)
+class Method:
+    """How the new text is learned.
+
+    Attributes:
+        label: In tables and pictures.
+        family: Methods that differ in one number only have the same.
+        ewc_lambda: λ; None: no EWC.
+        replay: The part of each batch that is old, in [0, 1).
+        gem: Project gradients against one memory of old windows.
+    """
+
+    label: str
+    family: str
+    ewc_lambda: float | None = None
+    replay: float = 0.0
+    gem: bool = False
+
+
+_LAMBDAS = (0.001, 0.003, 0.01, 0.03)
+LAMBDA_WITH_REPLAY = 0.003
+FRACTIONS = (0.05, 0.10, 0.25)
+ADAMW = Method("AdamW", "AdamW")
+METHODS = (
+    ADAMW,
+    *(Method(f"EWC, λ = {value:g}", "EWC", ewc_lambda=value) for value in _LAMBDAS),
+    Method("GEM", "GEM", gem=True),
+    *(Method(f"replay {f:.0%}", "replay", replay=f) for f in FRACTIONS),
+    *(Method(f"EWC + replay {f:.0%}", "EWC + replay", LAMBDA_WITH_REPLAY, f) for f in FRACTIONS),
+)
+
+
+@dataclass(frozen=True)
+class Learned:
+    """A model that knows the old text.
+
+    Attributes:
+        seed: Of its weights, and of the windows drawn.
+        weights: Its state dict.
+        importance: Its Fisher information on the old text.
+        old_bpb: Bits per byte on the old text's held-out part.
+        new_bpb: On the new one's.
+    """
+
+    seed: int
+    weights: Mapping[str, Tensor]
+    importance: Importance
+    old_bpb: float
+    new_bpb: float
+
+
+@dataclass(frozen=True)
+class Run:
+    """What one method did with one seed: bits per byte on both held-out parts at the end."""
+
+    method: Method
+    seed: int
+    old_bpb: float
+    new_bpb: float
+
+
+def learn_old(old: Corpus, new: Corpus, sizes: Sizes, seed: int) -> Learned:
+    """Learn the old text from nothing, and which weights matter for it."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = ByteTransformer(sizes)
+    optimizer = EWCAdamW(model.named_parameters(), lr=OLD_LR, weight_decay=WEIGHT_DECAY)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, sizes.old_steps, OLD_LR / 10)
+    draw = generator(seed, "old windows")
+    for _ in range(sizes.old_steps):
+        _step(model, optimizer, old.windows(sizes.batch, sizes.context + 1, draw))
+        schedule.step()
+    windows = old.windows(_FISHER_WINDOWS, sizes.context, draw)
+    importance = estimate_fisher(
+        model, torch.split(windows, 32), labels="sample", generator=draw, progress=False
+    )
+    return Learned(seed, model.state_dict(), importance, *_measure(model, old, new, sizes))
+
+
+def learn_new(method: Method, learned: Learned, old: Corpus, new: Corpus, sizes: Sizes) -> Run:
+    """Go on from a model that knows the old text.
+
+    All methods with a seed see the same windows of the new text, less those that replay replaces.
+
+    Raises:
+        DivergedError: The loss is not finite at the end.
+    """
+    model = ByteTransformer(sizes)
+    model.load_state_dict(learned.weights)
+    optimizer = _optimizer(method, model, learned, old, sizes)
+    batches = _batches(method, learned.seed, old, new, sizes)
+    for _ in range(sizes.new_steps):
+        _step(model, optimizer, next(batches))
+    old_bpb, new_bpb = _measure(model, old, new, sizes)
+    if not old_bpb + new_bpb < float("inf"):
+        raise DivergedError(f"{method.label} diverged while learning {new.name}.")
+    return Run(method, learned.seed, old_bpb, new_bpb)
+
+
+def watch(
+    method: Method, learned: Learned, old: Corpus, new: Corpus, sizes: Sizes, folder: str
+) -> RetentionGuard:
+    """The same training with a guard that goes back and stops when 10 % of the old is lost."""
+    model = ByteTransformer(sizes)
+    model.load_state_dict(learned.weights)
+    optimizer = _optimizer(method, model, learned, old, sizes)
+    batches = _batches(method, learned.seed, old, new, sizes)
+    evaluations = [
+        _evaluation(old, sizes, role="old"),
+        _evaluation(new, sizes, role="new"),
+    ]
+    guard = RetentionGuard(
+        model, optimizer, evaluations, every=10, on_breach="rollback", folder=folder
+    )
+    guard.start()
+    for _ in range(sizes.new_steps):
+        _step(model, optimizer, next(batches))
+        if guard.step():
+            break
+    return guard
+
+
+def _evaluation(corpus: Corpus, sizes: Sizes, role: Role) -> Evaluation:
+    windows = corpus.held_out_windows(sizes.held_out, sizes.context + 1)
+    return Evaluation(
+        corpus.name, lambda model: bits_per_byte(model, windows), role, higher_is_better=False
+    )
+
+
+def _step(model: ByteTransformer, optimizer: torch.optim.Optimizer, windows: Tensor) -> None:
+    optimizer.zero_grad()
+    torch.autograd.backward(loss(model, windows))
+    optimizer.step()
+
+
+def _measure(model: ByteTransformer, old: Corpus, new: Corpus, sizes: Sizes) -> tuple[float, float]:
+    length = sizes.context + 1
+    old_bpb, new_bpb = (
+        bits_per_byte(model, corpus.held_out_windows(sizes.held_out, length))
+        for corpus in (old, new)
+    )
+    return old_bpb, new_bpb
+
+
+def _kept(seed: int, old: Corpus, sizes: Sizes) -> Tensor:
+    """The windows of the old text that are still there when the new one is learned."""
+    return old.windows(sizes.kept, sizes.context + 1, generator(seed, "kept windows"))
+
+
+def _optimizer(
+    method: Method, model: ByteTransformer, learned: Learned, old: Corpus, sizes: Sizes
+) -> torch.optim.Optimizer:
+    optimizer = EWCAdamW(
+        model.named_parameters(),
+        lr=NEW_LR,
+        weight_decay=WEIGHT_DECAY,
+        ewc_lambda=method.ewc_lambda or 0.0,
+    )
+    if method.ewc_lambda is not None:
+        optimizer.consolidate(learned.importance)
+    if not method.gem:
+        return optimizer
+    gem = GEM(optimizer)
+    kept = _kept(learned.seed, old, sizes)
+    draw = generator(learned.seed, "memory")
+
+    def backward() -> None:
+        chosen = torch.randperm(len(kept), generator=draw)[:_GEM_BATCH]
+        torch.autograd.backward(loss(model, kept[chosen]))
+
+    gem.remember(old.name, backward, _GEM_REFRESH)
+    return gem
+
+
+def _batches(method: Method, seed: int, old: Corpus, new: Corpus, sizes: Sizes) -> Iterator[Tensor]:
+    """Windows of the new text, of which a part is replaced by kept windows of the old."""
+    kept = _kept(seed, old, sizes)
+    draw_new, draw_old = generator(seed, "new windows"), generator(seed, "replayed windows")
+    share = method.replay * sizes.batch
+    while True:
+        batch = new.windows(sizes.batch, sizes.context + 1, draw_new)
+        # Less than a window is a window in some of the batches: the fraction is right on average.
+        replayed = int(share) + int(torch.rand((), generator=draw_old).item() < share % 1)
+        batch[:replayed] = kept[torch.randint(len(kept), (replayed,), generator=draw_old)]
+        yield batch

@@ -1,0 +1,6 @@
+"""The guard in the trainers that people use: one module for each, loaded only where it is imported.
+
+``EWCAdamW`` and ``GEM`` need no integration: they are torch optimizers, given to Hugging Face's
+Trainer as ``optimizers=(optimizer, None)``, returned by Lightning's ``configure_optimizers()``, and
+prepared by Accelerate.
+"""

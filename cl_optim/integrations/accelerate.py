@@ -1,0 +1,42 @@
+"""The guard in a loop that Accelerate prepared."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from cl_optim.retention import Evaluation, RetentionGuard
+
+
+def retention_guard(
+    accelerator: Accelerator,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    evaluations: Iterable[Evaluation],
+    **options: Any,
+) -> RetentionGuard:
+    """A guard of what ``accelerator.prepare`` returned, in the accelerator's checkpoints.
+
+    ``accelerator.save_state()`` and ``load_state()`` then hold its baselines and history, too:
+    after a load, do not call ``start()``. In the loop, count optimizer steps only:
+    ``if accelerator.sync_gradients and guard.step(): break``.
+
+    Args:
+        accelerator: Has prepared model and optimizer.
+        model: As prepared.
+        optimizer: As prepared.
+        evaluations: As for the guard; they are given the bare model.
+        **options: The guard's.
+    """
+    guard = RetentionGuard(
+        accelerator.unwrap_model(model),
+        getattr(optimizer, "optimizer", optimizer),
+        evaluations,
+        **options,
+    )
+    accelerator.register_for_checkpointing(guard)
+    return guard

@@ -1,0 +1,83 @@
+"""The guard in Hugging Face's Trainer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, cast
+
+import torch
+from transformers import (
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+
+from cl_optim.retention import Evaluation, RetentionGuard
+
+_KEY = "cl_optim.RetentionCallback"
+
+
+class RetentionCallback(TrainerCallback):
+    """Runs a :class:`cl_optim.retention.RetentionGuard` inside a Trainer.
+
+    The guard counts optimizer steps, whatever the gradient accumulation. Its baselines and history
+    are in Trainer's own checkpoints, so that ``trainer.train(resume_from_checkpoint=True)`` goes on
+    with them. A roll-back restores model, optimizer, scheduler and random numbers; the position in
+    the data and ``global_step`` are Trainer's, and stay.
+
+    Args:
+        evaluations: As for the guard.
+        **options: The guard's, but for ``scheduler`` and ``data``.
+
+    Attributes:
+        guard: There once training has begun.
+
+    Example:
+        >>> optimizer = cl_optim.EWCAdamW(model.named_parameters(), lr=1e-4, ewc_lambda=10.0)
+        >>> optimizer.consolidate(importance)
+        >>> callback = RetentionCallback([english], on_breach="stop", every=100)
+        >>> trainer = Trainer(
+        ...     model, args, train_dataset=data, optimizers=(optimizer, None), callbacks=[callback]
+        ... )
+        >>> trainer.train()
+        >>> print(callback.guard.report())
+    """
+
+    def __init__(self, evaluations: Iterable[Evaluation], **options: Any) -> None:
+        self._evaluations = list(evaluations)
+        self._options = options
+        self.guard: RetentionGuard | None = None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Measure the baselines, or go on with those of the checkpoint."""
+        optimizer: torch.optim.Optimizer = kwargs["optimizer"]
+        optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps it
+        self.guard = RetentionGuard(
+            kwargs["model"],
+            optimizer,
+            self._evaluations,
+            scheduler=kwargs["lr_scheduler"],
+            **self._options,
+        )
+        if _KEY in _states(state):
+            self.guard.load_state_dict(_states(state)[_KEY])
+        else:
+            self.guard.start()
+            _states(state)[_KEY] = self.guard.state_dict()
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Count an optimizer step; evaluate, act and stop where it is time."""
+        assert self.guard is not None  # training has begun
+        if self.guard.step():
+            control.should_training_stop = True
+        _states(state)[_KEY] = self.guard.state_dict()
+
+
+def _states(state: TrainerState) -> dict[str, Any]:
+    """What Trainer writes into each checkpoint for its callbacks; declared as a list, a dict."""
+    return cast("dict[str, Any]", state.stateful_callbacks)

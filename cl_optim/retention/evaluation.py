@@ -1,0 +1,119 @@
+"""Evaluations that watch a run, and what they measured."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from torch import nn
+
+from cl_optim.retention.checkpoint import rng_state, set_rng_state
+
+Role = Literal["old", "new", "mixed"]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A number that says how well a model does a task.
+
+    Attributes:
+        name: In logs and the report.
+        measure: Takes the model, which is in eval mode, and returns the number. It runs without
+            gradients, and the random numbers it draws are not missed by the training.
+        role: ``"old"``: is not to be forgotten. ``"new"``: is being learned. ``"mixed"``: is only
+            watched.
+        higher_is_better: An accuracy, or a loss.
+
+    Raises:
+        ValueError: The role is another, or the name is empty.
+    """
+
+    name: str
+    measure: Callable[[nn.Module], float]
+    role: Role = "old"
+    higher_is_better: bool = True
+
+    def __post_init__(self) -> None:
+        if self.role not in get_args(Role):
+            raise ValueError(
+                f"role of evaluation {self.name!r} must be one of {get_args(Role)}, not "
+                f"{self.role!r}."
+            )
+        if not self.name:
+            raise ValueError("name of an evaluation must not be empty.")
+
+    def relative_loss(self, value: float, baseline: float) -> float:
+        """What part of the baseline is lost; negative: gained. A value that is not finite: ∞."""
+        if not math.isfinite(value):
+            return math.inf
+        loss = baseline - value if self.higher_is_better else value - baseline
+        return loss / abs(baseline)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One evaluation at one step.
+
+    Attributes:
+        evaluation: What was measured.
+        value: Its number.
+        baseline: The number at the start of the run.
+        loss: What part of the baseline is lost; ∞ where the value is not finite.
+    """
+
+    evaluation: Evaluation
+    value: float
+    baseline: float
+    loss: float
+
+
+@dataclass(frozen=True)
+class Check:
+    """All evaluations at one step, and what followed.
+
+    Attributes:
+        step: Training steps taken.
+        measured: One entry for each evaluation, in their order.
+        breached: Names of the old tasks of which more than the threshold is lost.
+        ewc_lambda: The largest λ of the optimizer's groups; None where it has none.
+        action: What the guard did, in words; empty where nothing.
+    """
+
+    step: int
+    measured: tuple[Measured, ...]
+    breached: tuple[str, ...]
+    ewc_lambda: float | None
+    action: str = ""
+
+
+def check_baseline(name: str, value: float) -> float:
+    """The baseline, if a relative loss can be computed from it.
+
+    Raises:
+        ValueError: It is zero or not finite.
+    """
+    if not math.isfinite(value) or value == 0.0:
+        raise ValueError(
+            f"the baseline of evaluation {name!r} must be finite and not zero, since losses are "
+            f"relative to it; it is {value}."
+        )
+    return value
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode and no gradients; afterwards modes and random states are what they were."""
+    modes = [(module, module.training) for module in model.modules()]
+    random = rng_state()
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training
+        set_rng_state(random)

@@ -1,0 +1,426 @@
+"""RetentionGuard: watches old tasks while a new one is learned, and acts when one is forgotten."""
+
+from __future__ import annotations
+
+import math
+import os
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Literal, get_args
+
+import torch
+from torch import nn
+
+from cl_optim.optim.gem import GEM
+from cl_optim.retention.checkpoint import Checkpoints, Stateful
+from cl_optim.retention.controller import LambdaController, largest_lambda
+from cl_optim.retention.evaluation import (
+    Check,
+    Evaluation,
+    Measured,
+    check_baseline,
+    evaluating,
+)
+from cl_optim.retention.loggers import Logger
+from cl_optim.retention.quantized import Quantize, check_quantize, quantized
+from cl_optim.retention.report import Report
+
+Action = Literal["warn", "stop", "raise_lambda", "rollback"]
+
+
+class RetentionWarning(UserWarning):
+    """An old task is being forgotten."""
+
+
+class RetentionGuard:
+    """Evaluates old and new tasks during training, and acts when an old one is forgotten.
+
+    An old task is in breach when more than ``threshold`` of its baseline is lost; any task, when
+    its number is not finite. Then, by ``on_breach``:
+
+    ``"warn"``
+        A :class:`RetentionWarning`; training goes on.
+    ``"stop"``
+        :meth:`step` returns True from now on.
+    ``"raise_lambda"``
+        The optimizer's ``ewc_lambda`` is raised (:class:`LambdaController`); where it is at its
+        limit, training is stopped.
+    ``"rollback"``
+        Everything goes back to the last good checkpoint, and training is stopped: the same bits
+        would come to the same breach again.
+    ``("rollback", "raise_lambda")``
+        Everything goes back, and training goes on with a larger λ; where λ is at its limit, it is
+        stopped there.
+
+    It is made for one process. Where several train one model, the evaluations must give the same
+    number in each, and checkpoints are the trainer's business: leave out ``folder``.
+
+    With a ``folder``, every check without a breach is followed by a checkpoint of model, optimizer
+    (importance and anchors included), scheduler, data position, random number generators and
+    whatever ``extra`` names. :meth:`resume` continues a run from it in a new process.
+
+    Args:
+        model: The network in training.
+        optimizer: Its optimizer.
+        evaluations: What is measured; at least one has the role ``"old"``. Names are unique.
+        threshold: The relative loss that is too much, in (0, 1).
+        on_breach: An action, or the pair above.
+        every: Steps between evaluations.
+        folder: Where checkpoints go; needed for ``"rollback"``.
+        keep: Checkpoints kept.
+        scheduler: The learning rate's scheduler.
+        data: Where the batches come from: a :class:`DataStream`, or anything with
+            ``state_dict()`` and ``load_state_dict()`` (torchdata's StatefulDataLoader).
+        extra: Further parts of a checkpoint by name: a GradScaler, a FisherEstimator.
+        useful: Old tasks whose forgetting is wanted: they are measured, and never in breach.
+        quantize: ``"int8"``: measure everything on a copy of the model with int8 weights, too. An
+            evaluation "English" has a second one "English (int8)" with its own baseline.
+        loggers: Where each check is written.
+        raise_by: For ``"raise_lambda"``: see :class:`LambdaController`.
+        limit: The same.
+
+    Raises:
+        ValueError: An argument is out of range, or two do not go together.
+        TypeError: A part of a checkpoint lacks ``state_dict()`` or ``load_state_dict()``.
+
+    Example:
+        >>> english = Evaluation("English", bits_per_byte, higher_is_better=False)
+        >>> guard = RetentionGuard(model, optimizer, [english], folder="runs/guard")
+        >>> guard.start()
+        >>> for batch in batches:
+        ...     train_step(batch)
+        ...     if guard.step():
+        ...         break
+        >>> print(guard.report())
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        evaluations: Iterable[Evaluation],
+        *,
+        threshold: float = 0.10,
+        on_breach: Action | Sequence[Action] = "stop",
+        every: int = 100,
+        folder: str | os.PathLike[str] | None = None,
+        keep: int = 3,
+        scheduler: Stateful | None = None,
+        data: Stateful | None = None,
+        extra: Mapping[str, Stateful] | None = None,
+        useful: Iterable[str] = (),
+        quantize: Quantize | None = None,
+        loggers: Iterable[Logger] = (),
+        raise_by: float = 3.0,
+        limit: float = 1000.0,
+    ) -> None:
+        self.evaluations = _check_evaluations(evaluations)
+        self.useful = _check_useful(useful, self.evaluations)
+        if not 0.0 < threshold < 1.0:
+            raise ValueError(f"threshold must be between 0 and 1, both excluded, not {threshold}.")
+        if not isinstance(every, int) or every < 1:
+            raise ValueError(f"every must be a whole number of at least 1, not {every!r}.")
+        self._actions = _check_actions(on_breach)
+        if "rollback" in self._actions and folder is None:
+            raise ValueError("on_breach='rollback' needs a folder for its checkpoints.")
+        if quantize is not None:
+            check_quantize(quantize)
+        self.model = model
+        self.optimizer = optimizer
+        self.threshold = threshold
+        self.every = every
+        self.quantize = quantize
+        self.loggers = tuple(loggers)
+        self.history: list[Check] = []
+        self.baselines: dict[str, float] = {}
+        self.steps = 0
+        self.stopped = False
+        self._controller = (
+            LambdaController(optimizer, raise_by, limit)
+            if "raise_lambda" in self._actions
+            else None
+        )
+        parts: dict[str, Stateful | None] = {
+            "model": model,
+            "optimizer": optimizer,
+            "scheduler": scheduler,
+            "data": data,
+            "guard": self,
+        }
+        for name in extra or {}:
+            if name in parts:
+                raise ValueError(f"extra must not have the name {name!r}, which the guard uses.")
+        present = {name: part for name, part in parts.items() if part is not None}
+        self._checkpoints = (
+            None if folder is None else Checkpoints(folder, {**present, **(extra or {})}, keep)
+        )
+
+    # --- the run ----------------------------------------------------------------------------------
+
+    def start(self, baselines: Mapping[str, float] | None = None) -> Check:
+        """Measure the baselines and write the first checkpoint: before training, or go on anew.
+
+        Args:
+            baselines: Instead of those measured now, by an evaluation's name.
+
+        Raises:
+            ValueError: A baseline is zero or not finite, or names no evaluation; or the folder
+                holds checkpoints of another run. Nothing has been changed then.
+        """
+        given = dict(baselines or {})
+        if self._checkpoints is not None and self._checkpoints.steps:
+            raise ValueError(
+                f"folder {str(self._checkpoints.folder)!r} holds checkpoints of an earlier run: "
+                "resume() goes on from them; choose another folder to begin anew."
+            )
+        values = self._measure()
+        for name in given:
+            if name not in values:
+                raise ValueError(f"baselines has {name!r}, which is no evaluation's name.")
+        start = {name: check_baseline(name, v) for name, v in {**values, **given}.items()}
+        self.baselines = start
+        try:
+            check = self._judge(values)
+            self._record(check)
+            self._save()
+        except BaseException:
+            self.baselines, self.history = {}, []
+            raise
+        return check
+
+    def resume(self) -> int:
+        """Set everything to the newest whole checkpoint of an earlier process; returns its step.
+
+        Raises:
+            ValueError: The guard has no folder.
+            CheckpointError: There is no checkpoint that can be read, or it has other parts.
+        """
+        if self._checkpoints is None:
+            raise ValueError("resume() needs a guard with a folder.")
+        return self._checkpoints.restore()
+
+    def step(self) -> bool:
+        """Count a training step; evaluate and act where it is time.
+
+        Returns:
+            Whether to stop training.
+
+        Raises:
+            RuntimeError: :meth:`start` or :meth:`resume` has not been called.
+        """
+        self._require_started()
+        if not self.stopped:
+            self.steps += 1
+            if self.steps % self.every == 0:
+                self.check()
+        return self.stopped
+
+    def check(self) -> Check:
+        """Evaluate now, act on a breach, and write a checkpoint if there is none.
+
+        Raises:
+            RuntimeError: :meth:`start` or :meth:`resume` has not been called.
+            CheckpointError: A roll-back finds no checkpoint that can be read.
+        """
+        self._require_started()
+        check = self._judge(self._measure())
+        if check.breached:
+            check = self._act(check)
+        elif self._controller is not None and self._is_safe(check):
+            self._controller.relax()
+        self._record(check)
+        if not check.breached:
+            self._save()
+        return check
+
+    def report(self) -> Report:
+        """What is retained of each task, what was learned, where it stopped, what to do next."""
+        self._require_started()
+        return Report.of(self.history, self.threshold, self._wanted(), self.stopped)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Steps, baselines, history and the controller's factor, as plain data that JSON can hold.
+
+        Not the model's nor the optimizer's: for trainers that keep those themselves.
+        """
+        return {
+            "steps": self.steps,
+            "stopped": self.stopped,
+            "baselines": dict(self.baselines),
+            "history": [_packed(check) for check in self.history],
+            "controller": None if self._controller is None else self._controller.state_dict(),
+        }
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Go on from there. History that this guard has itself is kept: it has been seen."""
+        self.steps = state_dict["steps"]
+        self.stopped = state_dict["stopped"]
+        self.baselines = dict(state_dict["baselines"])
+        if not self.history:
+            self.history = [self._unpacked(check) for check in state_dict["history"]]
+        if self._controller is not None and state_dict["controller"] is not None:
+            self._controller.load_state_dict(state_dict["controller"])
+
+    def _require_started(self) -> None:
+        if not self.baselines:
+            raise RuntimeError("the guard has no baselines yet: call start(), or resume(), first.")
+
+    # --- measuring --------------------------------------------------------------------------------
+
+    def _measure(self) -> dict[str, float]:
+        values = {}
+        with evaluating(self.model):
+            for evaluation in self.evaluations:
+                values[evaluation.name] = float(evaluation.measure(self.model))
+            if self.quantize is not None:
+                copy = quantized(self.model, self.quantize)
+                for evaluation in self.evaluations:
+                    name = _quantized_name(evaluation, self.quantize)
+                    values[name] = float(evaluation.measure(copy))
+        return values
+
+    def _judge(self, values: Mapping[str, float]) -> Check:
+        measured = []
+        for evaluation in self._all_evaluations():
+            value, baseline = values[evaluation.name], self.baselines[evaluation.name]
+            loss = evaluation.relative_loss(value, baseline)
+            measured.append(Measured(evaluation, value, baseline, loss))
+        breached = tuple(
+            one.evaluation.name
+            for one in measured
+            if not math.isfinite(one.value)  # training diverged, whatever the task
+            or (self._is_guarded(one.evaluation) and one.loss > self.threshold)
+        )
+        return Check(self.steps, tuple(measured), breached, largest_lambda(self.optimizer))
+
+    def _unpacked(self, packed: Mapping[str, Any]) -> Check:
+        check = self._judge(packed["values"])
+        return replace(
+            check,
+            step=packed["step"],
+            breached=tuple(packed["breached"]),
+            ewc_lambda=packed["ewc_lambda"],
+            action=packed["action"],
+        )
+
+    def _all_evaluations(self) -> list[Evaluation]:
+        if self.quantize is None:
+            return self.evaluations
+        copies = [replace(e, name=_quantized_name(e, self.quantize)) for e in self.evaluations]
+        return self.evaluations + copies
+
+    def _is_guarded(self, evaluation: Evaluation) -> bool:
+        return evaluation.role == "old" and evaluation.name not in self._wanted()
+
+    def _wanted(self) -> set[str]:
+        """Whose forgetting is wanted, quantized or not."""
+        if self.quantize is None:
+            return set(self.useful)
+        return {*self.useful, *(f"{name} ({self.quantize})" for name in self.useful)}
+
+    def _is_safe(self, check: Check) -> bool:
+        return all(
+            one.loss <= self.threshold / 2
+            for one in check.measured
+            if self._is_guarded(one.evaluation)
+        )
+
+    def _record(self, check: Check) -> None:
+        self.history.append(check)
+        for logger in self.loggers:
+            logger.log(check)
+
+    # --- acting -----------------------------------------------------------------------------------
+
+    def _act(self, check: Check) -> Check:
+        done = [
+            f"{one.evaluation.name} lost {one.loss:.1%} of its baseline"
+            if math.isfinite(one.value)
+            else f"{one.evaluation.name} is {one.value}"
+            for one in check.measured
+            if one.evaluation.name in check.breached
+        ]
+        if "rollback" in self._actions:
+            done.append(self._roll_back())
+        if "raise_lambda" in self._actions:
+            done.append(self._raise_lambda())
+        elif self._actions != ("warn",):
+            self.stopped = True
+            done.append("training stopped")
+        action = "; ".join(done) + "."
+        if self._actions == ("warn",):
+            warnings.warn(f"step {check.step}: {action}", RetentionWarning, stacklevel=4)
+        return replace(check, action=action)
+
+    def _roll_back(self) -> str:
+        assert self._checkpoints is not None  # the constructor saw to it
+        factor = None if self._controller is None else self._controller.factor
+        closures = self.optimizer.closures if isinstance(self.optimizer, GEM) else {}
+        step = self._checkpoints.restore()
+        if isinstance(self.optimizer, GEM):  # a state dict cannot hold them
+            for name in closures.keys() & set(self.optimizer.memories):
+                self.optimizer.remember(name, *closures[name])
+        self.optimizer.zero_grad()  # what is there belongs to other weights
+        if self._controller is not None and factor is not None:
+            self._controller.factor = factor  # a breach does not undo what earlier ones taught
+            self._controller.apply()
+        return f"rolled back to step {step}"
+
+    def _raise_lambda(self) -> str:
+        assert self._controller is not None  # the constructor saw to it
+        if self._controller.at_limit:
+            self.stopped = True
+            return "λ is at its limit, training stopped"
+        self._controller.raise_lambda()
+        return f"λ raised to {largest_lambda(self.optimizer):g}"
+
+    def _save(self) -> None:
+        if self._checkpoints is not None:
+            self._checkpoints.save(self.steps)
+
+
+def _packed(check: Check) -> dict[str, Any]:
+    """A check as plain data."""
+    return {
+        "step": check.step,
+        "values": {one.evaluation.name: one.value for one in check.measured},
+        "breached": list(check.breached),
+        "ewc_lambda": check.ewc_lambda,
+        "action": check.action,
+    }
+
+
+def _quantized_name(evaluation: Evaluation, quantize: Quantize) -> str:
+    return f"{evaluation.name} ({quantize})"
+
+
+def _check_evaluations(evaluations: Iterable[Evaluation]) -> list[Evaluation]:
+    checked = list(evaluations)
+    names = [evaluation.name for evaluation in checked]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise ValueError(f"evaluations must have names of their own; {twice!r} is there twice.")
+    if not any(evaluation.role == "old" for evaluation in checked):
+        raise ValueError("evaluations must have at least one with role 'old', to be guarded.")
+    return checked
+
+
+def _check_useful(useful: Iterable[str], evaluations: Sequence[Evaluation]) -> tuple[str, ...]:
+    old = [evaluation.name for evaluation in evaluations if evaluation.role == "old"]
+    useful = (useful,) if isinstance(useful, str) else tuple(useful)
+    for name in useful:
+        if name not in old:
+            raise ValueError(f"useful names {name!r}, which is none of the old tasks {old}.")
+    return useful
+
+
+def _check_actions(on_breach: Action | Sequence[Action]) -> tuple[str, ...]:
+    actions = (on_breach,) if isinstance(on_breach, str) else tuple(on_breach)
+    single = len(actions) == 1 and actions[0] in get_args(Action)
+    if not single and actions != ("rollback", "raise_lambda"):
+        raise ValueError(
+            f"on_breach must be one of {get_args(Action)} or ('rollback', 'raise_lambda'), not "
+            f"{on_breach!r}."
+        )
+    return actions

@@ -1,0 +1,225 @@
+"""Training parts of a model: last layers, and LoRA with EWC in the full space."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from torch.nn import functional as F
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from cl_optim import EWCAdamW, estimate_fisher
+from cl_optim.retention.adapters import LoRAPenalty, train_last_layers
+
+# peft asks transformers for it by its old name
+pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated")
+
+
+class Classifier(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Linear(5, 8)
+        self.second = nn.Linear(8, 3)
+
+    def forward(self, x):
+        return self.second(F.relu(self.first(x)))
+
+
+def gpt2():
+    torch.manual_seed(0)
+    return GPT2LMHeadModel(GPT2Config(vocab_size=20, n_positions=8, n_embd=8, n_layer=3, n_head=2))
+
+
+def randomised(model):
+    """B is 0 at first; here nothing is."""
+    with torch.no_grad():
+        for name, param in model.named_parameters():
+            if "lora_" in name:
+                param.normal_()
+    return model
+
+
+def lora(base, targets, **options):
+    return get_peft_model(
+        base, LoraConfig(r=2, lora_alpha=6, target_modules=targets, lora_dropout=0.0, **options)
+    )
+
+
+def importance_of(model, seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    return {n: torch.rand(p.shape, generator=generator) for n, p in model.named_parameters()}
+
+
+CASES = [
+    (Classifier, ["first", "second"], {}),
+    (gpt2, ["c_attn"], {"fan_in_fan_out": True}),  # Conv1D: W is transposed
+    (gpt2, ["wte"], {}),
+    (Classifier, ["first"], {"use_rslora": True}),
+]
+
+
+@pytest.mark.parametrize(("make", "targets", "options"), CASES)
+def test_the_penalty_is_that_of_the_merged_weights(make, targets, options):
+    base = make()
+    importance = importance_of(base)
+    before = {name: p.detach().double().clone() for name, p in base.named_parameters()}
+    model = randomised(lora(base, targets, **options))
+    penalty = LoRAPenalty(model, importance, ewc_lambda=0.7)
+    merged = dict(copy.deepcopy(model).merge_and_unload().named_parameters())
+    expected = sum(
+        0.7 * (importance[name].double() * (merged[name].double() - before[name]) ** 2).sum()
+        for name in before
+        if any(target in name for target in targets) and name.endswith("weight")
+    )
+    assert expected > 0.1
+    assert penalty().item() == pytest.approx(expected.item(), rel=1e-4)
+
+
+@pytest.mark.parametrize(("make", "targets", "options"), CASES)
+def test_backward_is_the_gradient_of_the_penalty(make, targets, options):
+    base = make()
+    importance = importance_of(base)
+    model = randomised(lora(base, targets, **options))
+    penalty = LoRAPenalty(model, importance, ewc_lambda=0.3)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    expected = torch.autograd.grad(penalty(), trained)
+    value = penalty.backward()
+    assert value.item() == pytest.approx(penalty().item())
+    for param, grad in zip(trained, expected, strict=True):
+        torch.testing.assert_close(param.grad, grad)
+    direction = [torch.randn_like(p) for p in trained]
+    slope = sum((g * d).sum() for g, d in zip(expected, direction, strict=True)).item()
+    ends = []
+    for step in (1e-3, -1e-3):
+        with torch.no_grad():
+            torch._foreach_add_(trained, direction, alpha=step)
+        ends.append(penalty().item())
+        with torch.no_grad():
+            torch._foreach_add_(trained, direction, alpha=-step)
+    assert (ends[0] - ends[1]) / 2e-3 == pytest.approx(slope, rel=1e-2)
+
+
+def test_the_penalty_does_not_depend_on_how_the_update_is_factored():
+    base = Classifier()
+    model = randomised(lora(base, ["first"]))
+    penalty = LoRAPenalty(model, importance_of(Classifier()))
+    layer = model.base_model.model.first
+    before = penalty().item()
+    mixing = torch.tensor([[2.0, 1.0], [0.5, 3.0]])
+    with torch.no_grad():
+        layer.lora_A["default"].weight.copy_(mixing @ layer.lora_A["default"].weight)
+        layer.lora_B["default"].weight.copy_(layer.lora_B["default"].weight @ mixing.inverse())
+    assert penalty().item() == pytest.approx(before, rel=1e-5)
+
+
+def test_consolidate_moves_the_anchor_and_adds_importance():
+    base = Classifier()
+    first, second = importance_of(base, 1), importance_of(base, 2)
+    model = randomised(lora(base, ["first"]))
+    penalty = LoRAPenalty(model, first, ewc_lambda=2.0)
+    layer = model.base_model.model.first
+    anchor = layer.get_delta_weight("default").detach()
+    penalty.consolidate(second, decay=0.5)
+    assert penalty().item() == 0.0
+    state = copy.deepcopy(penalty.state_dict())
+    randomised(model)
+    moved = layer.get_delta_weight("default").detach() - anchor
+    merged = 0.5 * first["first.weight"] + second["first.weight"]
+    assert penalty().item() == pytest.approx(2.0 * (merged * moved**2).sum().item(), rel=1e-5)
+    other = LoRAPenalty(model, first)
+    other.load_state_dict(state)
+    assert other().item() == penalty().item()
+
+
+@pytest.mark.parametrize("space", ["full", "adapters"])
+def test_lora_under_ewc_keeps_what_matters_on_a_real_fisher(space):
+    """Two tasks that disagree: with EWC, in either space, the first one is forgotten less."""
+    torch.manual_seed(0)
+    x = torch.randn(300, 5)
+    first, second = (x[:, 0] > 0).long(), (x[:, 0] + 2 * x[:, 1] < 0).long()
+    base = Classifier()
+    optimizer = torch.optim.AdamW(base.parameters(), lr=1e-2)
+    for _ in range(150):
+        optimizer.zero_grad()
+        F.cross_entropy(base(x), first).backward()
+        optimizer.step()
+    fisher = estimate_fisher(base, x.split(50), progress=False)
+    losses = {}
+    for ewc_lambda in (0.0, 30.0):
+        torch.manual_seed(1)
+        model = lora(copy.deepcopy(base), ["first", "second"])
+        trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+        optimizer = EWCAdamW(trained, lr=1e-2, ewc_lambda=ewc_lambda)
+        penalty = LoRAPenalty(model, fisher, ewc_lambda)
+        if space == "adapters":
+            optimizer.consolidate(estimate_fisher(model, x.split(50), progress=False))
+        for _ in range(100):
+            optimizer.zero_grad()
+            F.cross_entropy(model(x), second).backward()
+            if space == "full":
+                penalty.backward()
+            optimizer.step()
+        losses[ewc_lambda] = [F.cross_entropy(model(x), y).item() for y in (first, second)]
+    assert losses[30.0][0] < 0.8 * losses[0.0][0]
+
+
+def test_bad_input_to_the_penalty_is_a_sentence():
+    base = Classifier()
+    importance = importance_of(base)
+    with pytest.raises(ValueError, match="must have LoRA layers of peft; Classifier has none"):
+        LoRAPenalty(base, importance)
+    model = lora(base, ["first"])
+    with pytest.raises(ValueError, match=r"nothing for weight '.*first.base_layer.weight'"):
+        LoRAPenalty(model, {"second.weight": importance["second.weight"]})
+    with pytest.raises(ValueError, match=r"must have the weight's shape \(8, 5\), not \(5, 8\)"):
+        LoRAPenalty(model, {"first.weight": importance["first.weight"].T})
+    for bad in (-1.0, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="must be finite and at least 0"):
+            LoRAPenalty(model, {"first.weight": torch.full((8, 5), bad)})
+        with pytest.raises(ValueError, match="ewc_lambda must be finite and at least 0"):
+            LoRAPenalty(model, importance, ewc_lambda=bad)
+    penalty = LoRAPenalty(model, importance)
+    with pytest.raises(ValueError, match=r"decay must be in \[0, 1\], not 2"):
+        penalty.consolidate(importance, decay=2.0)
+    with pytest.raises(ValueError, match="is a DoRA"):
+        LoRAPenalty(lora(Classifier(), ["first"], use_dora=True), importance)
+    model.merge_adapter()
+    with pytest.raises(ValueError, match="must not be merged"):
+        LoRAPenalty(model, importance)
+
+
+def test_the_last_layers_learn_and_nothing_else_moves():
+    model = gpt2()
+    names = train_last_layers(model, 2, also=["transformer.ln_f"])
+    assert {name.rsplit(".", 2)[0].split(".")[2] for name in names if ".h." in name} == {"1", "2"}
+    assert "transformer.ln_f.weight" in names
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    named = ((n, p) for n, p in model.named_parameters() if p.requires_grad)
+    optimizer = EWCAdamW(named, lr=0.1)
+    tokens = torch.randint(0, 20, (4, 8))
+    model(input_ids=tokens, labels=tokens).loss.backward()
+    optimizer.step()
+    moved = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
+    assert moved <= set(names)
+    assert {n for n in names if n.endswith("c_fc.weight")} <= moved
+    train_last_layers(model, 1, layers="transformer.h")  # again, on a model that is frozen
+    learning = {n for n, p in model.named_parameters() if p.requires_grad}
+    assert learning
+    assert all(".h.2." in name for name in learning)
+
+
+def test_bad_input_about_layers_is_a_sentence_and_changes_nothing():
+    model = gpt2()
+    with pytest.raises(ValueError, match=r"layers must name .*'transformer.h'.*, not 'layers'"):
+        train_last_layers(model, 1, layers="layers")
+    for n in (0, 4, 1.0):
+        with pytest.raises(ValueError, match="n must be a whole number from 1 to 3, the number"):
+            train_last_layers(model, n)
+    with pytest.raises(ValueError, match="also names 'head', which is no module"):
+        train_last_layers(model, 1, also=["head"])
+    with pytest.raises(ValueError, match=r"Linear has no nn\.ModuleList"):
+        train_last_layers(nn.Linear(2, 2), 1)
+    assert all(param.requires_grad for param in model.parameters())

@@ -1,0 +1,343 @@
+"""Checkpoints: everything together, bit for bit, whatever happens to a file or a process."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import textwrap
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from cl_optim import EWCAdamW
+from cl_optim.retention import (
+    CheckpointError,
+    Checkpoints,
+    CheckpointWarning,
+    DataStream,
+    ReplayBuffer,
+)
+from cl_optim.retention.checkpoint import rng_state
+
+
+class Run:
+    """A small run with everything in it: dropout, protection, schedule, shuffled data."""
+
+    def __init__(self, folder, generator=True, keep=3):
+        torch.manual_seed(1)
+        self.model = nn.Sequential(
+            nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(0.3), nn.Linear(8, 3)
+        )
+        self.optimizer = EWCAdamW(self.model.named_parameters(), lr=0.02, ewc_lambda=0.5)
+        self.scheduler = torch.optim.lr_scheduler.StepLR(self.optimizer, 3, gamma=0.7)
+        data = TensorDataset(torch.randn(22, 6), torch.randint(0, 3, (22,)))
+        shuffle = torch.Generator().manual_seed(5) if generator else None
+        self.stream = DataStream(DataLoader(data, 4, shuffle=True, generator=shuffle))
+        self.batches = iter(self.stream)
+        self.checkpoints = Checkpoints(
+            folder,
+            {
+                "model": self.model,
+                "optimizer": self.optimizer,
+                "scheduler": self.scheduler,
+                "data": self.stream,
+            },
+            keep,
+        )
+
+    def train(self, steps):
+        for _ in range(steps):
+            x, y = next(self.batches)
+            x = x + 0.01 * random.random() + 0.01 * float(np.random.rand())  # noqa: NPY002
+            loss = nn.functional.cross_entropy(self.model(x), y)
+            self.optimizer.zero_grad()
+            loss.backward()
+            self.optimizer.step()
+            self.scheduler.step()
+        return self
+
+    def protect(self):
+        importance = {name: p.detach() ** 2 for name, p in self.model.named_parameters()}
+        self.optimizer.consolidate(importance, anchors="exact")
+        return self
+
+    def bits(self):
+        parts = [self.model.state_dict(), self.optimizer.state_dict()]
+        return flatten([*parts, self.scheduler.state_dict(), self.stream.state_dict(), rng_state()])
+
+
+def flatten(value):
+    if isinstance(value, dict):
+        return [item for key in value for item in [key, *flatten(value[key])]]
+    if isinstance(value, (list, tuple)):
+        return [item for element in value for item in flatten(element)]
+    if isinstance(value, torch.Tensor):
+        return [value.dtype, tuple(value.shape), value.detach().numpy().tobytes()]
+    return [value]
+
+
+@pytest.mark.parametrize("generator", [True, False])
+@pytest.mark.parametrize("before", [1, 6, 9], ids=["in epoch 1", "at an epoch's end", "in epoch 2"])
+def test_restore_brings_back_every_bit_and_the_same_future(tmp_path, generator, before):
+    run = Run(tmp_path, generator).protect().train(before)
+    run.checkpoints.save(before)
+    saved = run.bits()
+    future = run.train(11).bits()
+    assert future != saved
+    assert run.checkpoints.restore() == before
+    assert run.bits() == saved
+    assert run.train(11).bits() == future
+    fresh = Run(tmp_path, generator)
+    fresh.checkpoints.restore()
+    assert fresh.bits() == saved
+    assert fresh.train(11).bits() == future
+
+
+def test_state_that_began_after_the_checkpoint_is_gone(tmp_path):
+    run = Run(tmp_path)
+    run.checkpoints.save(0)
+    run.train(2).protect()
+    run.checkpoints.restore()
+    assert not run.optimizer.state
+    assert run.optimizer.penalty() == 0
+
+
+def test_the_newest_are_kept(tmp_path):
+    run = Run(tmp_path, keep=3)
+    for step in (0, 10, 20, 30, 40):
+        run.checkpoints.save(step)
+    assert run.checkpoints.steps == [20, 30, 40]
+    assert sorted(os.listdir(tmp_path)) == [f"step-{step:012d}.pt" for step in (20, 30, 40)]
+
+
+def test_a_checkpoint_written_after_a_roll_back_replaces_the_future(tmp_path):
+    run = Run(tmp_path)
+    for step in (0, 10, 20):
+        run.checkpoints.save(step)
+    run.checkpoints.save(10)
+    assert run.checkpoints.steps == [0, 10]
+
+
+def flip(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[:-200])
+
+
+@pytest.mark.parametrize("damage", [flip, truncate, lambda path: path.write_bytes(b"")])
+def test_a_damaged_checkpoint_falls_back_to_the_one_before_and_says_so(tmp_path, damage):
+    run = Run(tmp_path)
+    run.train(1).checkpoints.save(1)
+    saved = run.bits()
+    run.train(1).checkpoints.save(2)
+    damage(run.checkpoints.path(2))
+    with pytest.warns(CheckpointWarning, match=r"step-000000000002\.pt cannot be read") as caught:
+        assert run.checkpoints.restore() == 1
+    assert len(caught) == 1
+    assert run.bits() == saved
+
+
+def test_every_bit_flip_is_noticed(tmp_path):
+    """A restore after any single flipped byte gives the saved bits, or the checkpoint before."""
+    run = Run(tmp_path)
+    run.checkpoints.save(1)
+    path = run.checkpoints.path(1)
+    whole = path.read_bytes()
+    saved = run.bits()
+    draw = random.Random(0)
+    for place in draw.sample(range(len(whole)), 60):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 0x10]) + whole[place + 1 :])
+        run.train(1)
+        before = run.bits()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", CheckpointWarning)
+            try:
+                run.checkpoints.restore()
+            except CheckpointError:
+                assert run.bits() == before
+            else:
+                assert run.bits() == saved
+
+
+def test_a_missing_checkpoint_falls_back_and_none_is_a_sentence(tmp_path):
+    run = Run(tmp_path)
+    with pytest.raises(CheckpointError, match="there is none in it"):
+        run.checkpoints.restore()
+    run.checkpoints.save(1)
+    run.checkpoints.save(2)
+    run.checkpoints.path(2).unlink()
+    assert run.checkpoints.restore() == 1
+    flip(run.checkpoints.path(1))
+    before = run.train(1).bits()
+    with (
+        pytest.warns(CheckpointWarning),
+        pytest.raises(CheckpointError, match="none of the 1 in it can be read"),
+    ):
+        run.checkpoints.restore()
+    assert run.bits() == before
+
+
+def test_another_models_checkpoint_changes_nothing(tmp_path):
+    Run(tmp_path).checkpoints.save(1)
+    model = nn.Linear(2, 2)
+    optimizer = torch.optim.AdamW(model.parameters())
+    before = flatten([model.state_dict(), optimizer.state_dict()])
+    with pytest.raises(CheckpointError, match=r"has the parts .*'scheduler'.* this run has"):
+        Checkpoints(tmp_path, {"model": model, "optimizer": optimizer}).restore()
+    run = Run(tmp_path)
+    run.checkpoints.parts["model"] = model
+    with pytest.raises(CheckpointError, match="belongs to another model"):
+        run.checkpoints.restore()
+    run.checkpoints.parts["model"] = nn.Sequential(
+        nn.Linear(6, 9), nn.BatchNorm1d(9), nn.ReLU(), nn.Dropout(0.3), nn.Linear(9, 3)
+    )
+    random_numbers = flatten(rng_state())
+    with pytest.raises(CheckpointError, match=r"'0.weight' has shape \(8, 6\) there, \(9, 6\)"):
+        run.checkpoints.restore()
+    assert flatten([model.state_dict(), optimizer.state_dict()]) == before
+    assert flatten(rng_state()) == random_numbers
+
+
+class Odd:
+    def __init__(self, state):
+        self.state = state
+
+    def state_dict(self):
+        return {"odd": self.state}
+
+    def load_state_dict(self, state_dict):
+        raise AssertionError("never loaded")
+
+
+def test_an_object_that_could_not_be_read_back_is_refused_when_written(tmp_path):
+    checkpoints = Checkpoints(tmp_path, {"odd": Odd(Odd(1))})
+    with pytest.raises(CheckpointError, match=r"parts \['odd'\] has another object .*Odd"):
+        checkpoints.save(1)
+    assert os.listdir(tmp_path) == []
+
+
+def test_bad_arguments_are_sentences(tmp_path):
+    with pytest.raises(TypeError, match="part 'x' of a checkpoint must have state_dict"):
+        Checkpoints(tmp_path, {"x": object()})
+    for keep in (0, -1, 1.5):
+        with pytest.raises(ValueError, match="keep must be a whole number of at least 1"):
+            Checkpoints(tmp_path, {}, keep=keep)
+    with pytest.raises(ValueError, match="at least one batch"):
+        DataStream(DataLoader(TensorDataset(torch.zeros(0, 1)), 4))
+    with pytest.raises(ValueError, match="epochs must be at least 1"):
+        DataStream(DataLoader(TensorDataset(torch.zeros(2, 1)), 4), epochs=0)
+
+
+KILLED = """
+    import os, signal, sys, torch
+    from cl_optim.retention import Checkpoints
+    folder, moment = sys.argv[1:]
+    model = torch.nn.Linear(300, 300)
+    torch.nn.init.constant_(model.weight, 1.0)
+    checkpoints = Checkpoints(folder, {"model": model})
+    checkpoints.save(1)
+    torch.nn.init.constant_(model.weight, 2.0)
+
+    def die(*args, **kwargs):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    if moment == "write":  # after half of the bytes
+        save = torch.save
+
+        def torn(content, file):
+            class Torn:
+                written = 0
+
+                def write(self, data):
+                    self.written += len(data)
+                    if self.written > 200_000:
+                        file.write(data[: len(data) // 2])
+                        file.flush()
+                        die()
+                    return file.write(data)
+
+                def flush(self):
+                    file.flush()
+
+            save(content, Torn())
+
+        torch.save = torn
+    else:
+        setattr(os, moment, die)
+    checkpoints.save(2)
+"""
+
+
+@pytest.mark.parametrize("moment", ["write", "fsync", "replace"])
+def test_a_process_killed_in_the_middle_of_a_write_leaves_the_checkpoint_before(tmp_path, moment):
+    command = [sys.executable, "-c", textwrap.dedent(KILLED), str(tmp_path), moment]
+    killed = subprocess.run(command, capture_output=True, text=True)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert any(name.endswith(".tmp") for name in os.listdir(tmp_path))
+    model = nn.Linear(300, 300)
+    checkpoints = Checkpoints(tmp_path, {"model": model})
+    assert checkpoints.steps == [1]
+    assert checkpoints.restore() == 1
+    assert (model.weight == 1.0).all()
+    checkpoints.save(2)  # the torn file is in nobody's way
+    assert sorted(os.listdir(tmp_path)) == ["step-000000000001.pt", "step-000000000002.pt"]
+
+
+def test_a_stream_repeats_epochs_in_new_orders_and_ends():
+    data = TensorDataset(torch.arange(10))
+    loader = DataLoader(data, 3, shuffle=True, generator=torch.Generator().manual_seed(0))
+    values = torch.cat([x for (x,) in DataStream(loader, epochs=2)])
+    first, second = values[:10], values[10:]
+    assert len(second) == 10
+    assert sorted(first.tolist()) == sorted(second.tolist()) == list(range(10))
+    assert first.tolist() != second.tolist()
+
+
+def test_a_loop_over_a_stream_jumps_back_and_the_random_numbers_of_others_do_not_move():
+    loader = DataLoader(TensorDataset(torch.arange(8)), 2, shuffle=True)
+    stream = DataStream(loader, epochs=1)
+    seen, position = [], None
+    for (x,) in stream:
+        seen.append(x.tolist())
+        if len(seen) == 1:
+            position = stream.state_dict()
+        if len(seen) == 3:
+            stream.load_state_dict(position)
+            torch.rand(3)  # as dropout does
+            expected = torch.get_rng_state()
+        if len(seen) == 4:
+            assert torch.equal(torch.get_rng_state(), expected)
+    assert seen[3:] == seen[1:3] + seen[5:]
+    assert len(seen) == 6
+    stream.load_state_dict({**position, "taken": 9})
+    with pytest.raises(ValueError, match="after 9 batches of an epoch, but the loader has only 4"):
+        next(iter(stream))
+
+
+def test_a_replay_buffers_stream_is_a_part_like_any_other(tmp_path):
+    def buffer():
+        return ReplayBuffer(8, seed=3)
+
+    old, new = torch.arange(100.0)[:, None], torch.arange(1000.0, 1040.0)[:, None]
+    kept = buffer()
+    kept.add(old)
+    checkpoints = Checkpoints(tmp_path, {"replay": kept})
+    kept.sample(3)
+    checkpoints.save(1)
+    future = [batch.tolist() for batch in kept.mix(new.split(4), ratio=0.5)]
+    assert checkpoints.restore() == 1
+    assert [batch.tolist() for batch in kept.mix(new.split(4), ratio=0.5)] == future
+    other = buffer()
+    Checkpoints(tmp_path, {"replay": other}).restore()
+    assert [batch.tolist() for batch in other.mix(new.split(4), ratio=0.5)] == future

@@ -1,0 +1,499 @@
+"""The guard: when it acts, what it does, and what it leaves alone."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+import random
+
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+from test_checkpoint import flatten
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
+
+from cl_optim import GEM, EWCAdamW, estimate_fisher
+from cl_optim.demo.scenarios import digits, permuted
+from cl_optim.retention import (
+    CheckpointError,
+    CheckpointWarning,
+    CSVLogger,
+    DataStream,
+    Evaluation,
+    LambdaController,
+    RetentionGuard,
+    RetentionWarning,
+    RichLogger,
+    TensorBoardLogger,
+)
+from cl_optim.retention.checkpoint import rng_state
+
+
+class Script:
+    """A measure that reads its numbers from a list, the last one for ever."""
+
+    def __init__(self, *values):
+        self.values = list(values)
+
+    def __call__(self, model):
+        return self.values.pop(0) if len(self.values) > 1 else self.values[0]
+
+
+def scripted(*values, name="old", role="old", higher=True):
+    return Evaluation(name, Script(*values), role=role, higher_is_better=higher)
+
+
+def network():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.Dropout(0.5), nn.Linear(4, 2))
+    return model, EWCAdamW(model.named_parameters(), lr=0.1, ewc_lambda=2.0)
+
+
+def train(model, optimizer):
+    optimizer.zero_grad()
+    model(torch.randn(5, 3)).square().sum().backward()
+    optimizer.step()
+
+
+def guard_of(*evaluations, **options):
+    model, optimizer = network()
+    return RetentionGuard(model, optimizer, evaluations, every=1, **options)
+
+
+@pytest.mark.parametrize(
+    ("higher", "baseline", "good", "bad"),
+    [(True, 0.8, 0.721, 0.719), (False, 2.0, 2.199, 2.201), (True, -2.0, -2.199, -2.201)],
+)
+def test_a_breach_is_a_relative_loss_above_the_threshold(higher, baseline, good, bad):
+    guard = guard_of(scripted(baseline, good, bad, higher=higher))
+    guard.start()
+    assert guard.step() is False
+    assert guard.step() is True
+    assert [check.breached for check in guard.history] == [(), (), ("old",)]
+    assert guard.history[2].measured[0].loss == pytest.approx(abs(bad - baseline) / abs(baseline))
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("role", ["old", "new", "mixed"])
+def test_a_number_that_is_not_finite_is_a_breach_whatever_its_role(value, role):
+    guard = guard_of(scripted(1.0), scripted(1.0, value, name="other", role=role))
+    guard.start()
+    assert guard.step()
+    assert guard.history[-1].breached == ("other",)
+    assert "lower the learning rate" in str(guard.report())
+
+
+def test_only_old_tasks_are_guarded_and_not_those_whose_forgetting_is_wanted():
+    guard = guard_of(
+        scripted(1.0),
+        scripted(1.0, 0.1, name="stale facts"),
+        scripted(1.0, 0.1, name="new", role="new"),
+        scripted(1.0, 0.1, name="mixed", role="mixed"),
+        useful=["stale facts"],
+    )
+    guard.start()
+    assert not guard.step()
+    assert "forgetting wanted" in str(guard.report())
+
+
+def test_it_evaluates_every_so_many_steps_and_stays_stopped():
+    model, optimizer = network()
+    guard = RetentionGuard(model, optimizer, [scripted(1.0, 1.0, 0.5, 1.0)], every=3)
+    guard.start()
+    assert [guard.step() for _ in range(8)] == [False] * 5 + [True] * 3
+    assert [check.step for check in guard.history] == [0, 3, 6]
+
+
+def test_evaluating_changes_neither_modes_nor_random_numbers_nor_gradients():
+    model, optimizer = network()
+    model[1].eval()
+    modes = []
+
+    def measure(model):
+        modes.extend([model.training, torch.is_grad_enabled()])
+        return 1.0 + 0 * (torch.rand(()).item() + random.random() + float(np.random.rand()))  # noqa: NPY002
+
+    guard = RetentionGuard(model, optimizer, [Evaluation("old", measure)], every=1)
+    before = flatten(rng_state())
+    guard.start()
+    guard.step()
+    assert flatten(rng_state()) == before
+    assert modes == [False, False] * 2
+    assert [m.training for m in model] == [True, False, True]
+
+
+def test_warn_goes_on():
+    guard = guard_of(scripted(1.0, 0.5), on_breach="warn")
+    guard.start()
+    for _ in range(2):
+        with pytest.warns(RetentionWarning, match=r"old lost 50.0% of its baseline"):
+            assert not guard.step()
+
+
+def test_rollback_restores_every_bit_and_stops(tmp_path):
+    model, optimizer = network()
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.9)
+    generator = torch.Generator().manual_seed(1)
+    data = TensorDataset(torch.arange(20))
+    stream = DataStream(DataLoader(data, 3, shuffle=True, generator=generator))
+    batches = iter(stream)
+    guard = RetentionGuard(
+        model, optimizer, [scripted(1.0, 1.0, 0.95, 0.2)], every=2, on_breach="rollback",
+        folder=tmp_path, scheduler=scheduler, data=stream,
+    )  # fmt: skip
+    optimizer.consolidate(None)
+    guard.start()
+    bits, following = [], []
+    for _ in range(6):
+        following.append(next(batches)[0].tolist())
+        train(model, optimizer)
+        scheduler.step()
+        stopped = guard.step()
+        parts = (model, optimizer, scheduler, stream)
+        bits.append(flatten([*(p.state_dict() for p in parts), rng_state()]))
+    assert stopped
+    assert guard.steps == 4
+    assert bits[5] == bits[3]  # where the last good checkpoint was taken
+    assert bits[4] != bits[3]
+    assert next(batches)[0].tolist() == following[4]
+    assert all(p.grad is None for p in model.parameters())
+    report = str(guard.report())
+    assert "Training was stopped at step 6, and back at step 4" in report
+
+
+def test_rollback_falls_back_where_the_newest_checkpoint_is_corrupt(tmp_path):
+    guard = guard_of(scripted(1.0, 1.0, 0.2), on_breach="rollback", folder=tmp_path)
+    guard.start()
+    start = flatten(guard.model.state_dict())
+    train(guard.model, guard.optimizer)
+    guard.step()
+    newest = max(tmp_path.iterdir())
+    newest.write_bytes(newest.read_bytes()[:1000])
+    train(guard.model, guard.optimizer)
+    with pytest.warns(CheckpointWarning, match="the one before it"):
+        assert guard.step()
+    assert flatten(guard.model.state_dict()) == start
+    assert guard.steps == 0
+
+
+def test_rollback_with_more_protection_goes_on(tmp_path):
+    guard = guard_of(
+        scripted(1.0, 0.5, 0.5, 0.99), on_breach=("rollback", "raise_lambda"), folder=tmp_path,
+        raise_by=4.0, limit=10.0,
+    )  # fmt: skip
+    guard.start()
+    start = flatten(guard.model.state_dict())
+    seen = []
+    for _ in range(2):
+        train(guard.model, guard.optimizer)
+        assert not guard.step()
+        assert flatten(guard.model.state_dict()) == start
+        seen.append(guard.optimizer.param_groups[0]["ewc_lambda"])
+    assert seen == [8.0, 20.0]  # ×4, and then the limit of ×10: roll-back does not undo it
+    assert guard.steps == 0
+
+
+def test_lambda_is_raised_to_its_limit_then_training_stops_and_it_relaxes_when_safe():
+    guard = guard_of(
+        scripted(1.0, 0.8, 0.92, 0.97, 1.0, 1.0, 0.5, 0.5, 0.5), on_breach="raise_lambda",
+        raise_by=4.0, limit=8.0,
+    )  # fmt: skip
+    guard.start()
+    group = guard.optimizer.param_groups[0]
+    lambdas = []
+    while not guard.step():
+        lambdas.append(group["ewc_lambda"])
+    assert lambdas == [8.0, 8.0, 4.0, 2.0, 2.0, 8.0, 16.0]
+    assert "λ is at its limit" in guard.history[-1].action
+
+
+def test_the_controller_keeps_the_ratio_of_groups_and_its_state():
+    params = [nn.Parameter(torch.zeros(1)) for _ in range(2)]
+    optimizer = EWCAdamW(
+        [{"params": params[:1], "ewc_lambda": 1.0}, {"params": params[1:], "ewc_lambda": 5.0}]
+    )
+    controller = LambdaController(optimizer, raise_by=2.0)
+    controller.raise_lambda()
+    assert [g["ewc_lambda"] for g in optimizer.param_groups] == [2.0, 10.0]
+    other = LambdaController(optimizer, raise_by=2.0)
+    other.load_state_dict(controller.state_dict())
+    other.raise_lambda()
+    assert [g["ewc_lambda"] for g in optimizer.param_groups] == [4.0, 20.0]
+
+
+def test_resume_in_a_new_process_goes_on_with_baselines_history_and_lambda(tmp_path):
+    def make(*values):
+        return guard_of(
+            scripted(*values), on_breach=("rollback", "raise_lambda"), folder=tmp_path, raise_by=2.0
+        )
+
+    guard = make(1.0, 0.5, 0.95, 0.93)
+    guard.start()
+    guard.step()
+    guard.step()
+    train(guard.model, guard.optimizer)
+    guard.step()
+    new = make(0.95)
+    assert new.resume() == 2
+    assert new.steps == 2
+    assert new.baselines == {"old": 1.0}
+    assert [c.action for c in new.history] == [c.action for c in guard.history]
+    assert new.history[1].breached == ("old",)
+    assert new.optimizer.param_groups[0]["ewc_lambda"] == guard.history[-1].ewc_lambda
+    assert flatten(new.model.state_dict()) == flatten(guard.model.state_dict())
+    assert not new.step()
+    assert new.history[-1].measured[0].baseline == 1.0
+
+
+def test_a_new_run_does_not_begin_in_the_folder_of_an_old_one(tmp_path):
+    guard_of(scripted(1.0), folder=tmp_path).start()
+    with pytest.raises(ValueError, match=r"holds checkpoints of an earlier run: resume\(\)"):
+        guard_of(scripted(1.0), folder=tmp_path).start()
+
+
+def test_gem_keeps_its_memories_through_a_roll_back(tmp_path):
+    model, inner = network()
+    optimizer = GEM(inner)
+    x = torch.randn(4, 3)
+    optimizer.remember("a", lambda: model(x).square().sum().backward())
+    guard = RetentionGuard(
+        model, optimizer, [scripted(1.0, 0.5, 1.0)], every=1, folder=tmp_path,
+        on_breach=("rollback", "raise_lambda"),
+    )  # fmt: skip
+    guard.start()
+    for _ in range(3):
+        train(model, optimizer)
+        assert not guard.step()
+    assert len(optimizer.conflicts()) == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"threshold": 0.0}, "threshold must be between 0 and 1, both excluded, not 0.0"),
+        ({"threshold": 1.0}, "threshold must be between 0 and 1"),
+        ({"threshold": math.nan}, "threshold must be between 0 and 1"),
+        ({"every": 0}, "every must be a whole number of at least 1, not 0"),
+        ({"on_breach": "panic"}, "on_breach must be one of .* not 'panic'"),
+        ({"on_breach": ("warn", "stop")}, "on_breach must be one of"),
+        ({"on_breach": "rollback"}, "needs a folder"),
+        ({"useful": ["x"]}, "useful names 'x', which is none of the old tasks"),
+        ({"quantize": "int3"}, "quantize must be one of .* not 'int3'"),
+    ],
+)
+def test_bad_arguments_are_sentences(options, message):
+    model, optimizer = network()
+    with pytest.raises(ValueError, match=message):
+        RetentionGuard(model, optimizer, [scripted(1.0)], **{"every": 1, **options})
+
+
+def test_bad_evaluations_optimizers_and_baselines_are_sentences(tmp_path):
+    with pytest.raises(ValueError, match="'old' is there twice"):
+        guard_of(scripted(1.0), scripted(1.0))
+    with pytest.raises(ValueError, match="at least one with role 'old'"):
+        guard_of(scripted(1.0, role="new"))
+    with pytest.raises(ValueError, match=r"role of evaluation 'old' must be one of .* 'x'"):
+        scripted(1.0, role="x")
+    with pytest.raises(ValueError, match="name of an evaluation must not be empty"):
+        scripted(1.0, name="")
+    model, _ = network()
+    adamw = torch.optim.AdamW(model.parameters())
+    with pytest.raises(ValueError, match="ewc_lambda is above 0, such as EWCAdamW, not AdamW"):
+        RetentionGuard(model, adamw, [scripted(1.0)], on_breach="raise_lambda")
+    with pytest.raises(ValueError, match="raise_by must be above 1"):
+        guard_of(scripted(1.0), on_breach="raise_lambda", raise_by=1.0)
+    with pytest.raises(ValueError, match="limit must be at least 1"):
+        guard_of(scripted(1.0), on_breach="raise_lambda", limit=0.5)
+    with pytest.raises(TypeError, match="part 'data' of a checkpoint must have state_dict"):
+        guard_of(scripted(1.0), folder=tmp_path, data=[1, 2])
+    with pytest.raises(ValueError, match="extra must not have the name 'model'"):
+        guard_of(scripted(1.0), folder=tmp_path, extra={"model": adamw})
+    for value in (0.0, math.nan, math.inf):
+        guard = guard_of(scripted(value), folder=tmp_path)
+        with pytest.raises(ValueError, match="baseline of evaluation 'old' must be finite and not"):
+            guard.start()
+        assert list(tmp_path.iterdir()) == []
+        with pytest.raises(RuntimeError, match=r"call start\(\), or resume\(\), first"):
+            guard.step()
+    with pytest.raises(ValueError, match="baselines has 'x', which is no evaluation"):
+        guard_of(scripted(1.0)).start(baselines={"x": 1.0})
+    with pytest.raises(ValueError, match="needs a guard with a folder"):
+        guard_of(scripted(1.0)).resume()
+
+
+def test_given_baselines_count():
+    guard = guard_of(scripted(1.0, 0.95))
+    guard.start(baselines={"old": 2.0})
+    assert guard.step()
+
+
+def test_checks_are_logged_to_csv_tensorboard_and_the_terminal(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from torch.utils.tensorboard import SummaryWriter
+
+    text = io.StringIO()
+    with SummaryWriter(tmp_path / "tb") as writer:
+        guard = guard_of(
+            scripted(1.0, 0.95, 0.5),
+            scripted(3.0, 2.0, 1.0, name="new", role="new", higher=False),
+            loggers=[
+                CSVLogger(tmp_path / "logs" / "guard.csv"),
+                TensorBoardLogger(writer),
+                RichLogger(Console(file=text, width=100)),
+            ],
+        )
+        guard.start()
+        while not guard.step():
+            pass
+    with open(tmp_path / "logs" / "guard.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [(r["step"], r["evaluation"], float(r["value"])) for r in rows] == [
+        ("0", "old", 1.0), ("0", "new", 3.0), ("1", "old", 0.95), ("1", "new", 2.0),
+        ("2", "old", 0.5), ("2", "new", 1.0),
+    ]  # fmt: skip
+    assert "training stopped" in rows[-1]["action"]
+    events = EventAccumulator(str(tmp_path / "tb")).Reload()
+    assert [e.value for e in events.Scalars("retention/old")] == pytest.approx([1.0, 0.95, 0.5])
+    assert [e.step for e in events.Scalars("retention_loss/new")] == [0, 1, 2]
+    assert "step 2: old 0.5 (-50.0%), new 1 (+66.7%)" in text.getvalue()
+
+
+def test_the_report_says_what_is_retained_what_was_learned_and_one_recommendation():
+    guard = guard_of(scripted(0.9, 0.45), scripted(4.0, 1.0, name="code", role="new", higher=False))
+    guard.start()
+    guard.step()
+    report = str(guard.report())
+    assert "50.0%" in report
+    assert "forgotten" in report
+    assert "+75.0%" in report
+    assert "learned" in report
+    assert "Training was stopped at step 1; more than 10% was lost in 1 check." in report
+    assert report.count("Recommendation") == 1
+    assert "raise ewc_lambda above 2" in report
+
+
+def accuracy(task):
+    def measure(model):
+        x, y = task.test
+        return (model(x).argmax(1) == y).double().mean().item()
+
+    return measure
+
+
+def test_a_run_that_forgets_digits_is_stopped_within_one_evaluation_of_ten_percent(tmp_path):
+    """Real data: a network that knows one permutation of the digits learns another."""
+    scenario = permuted(digits(), 2, seed=0)
+    first, second = scenario.tasks
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 100), nn.ReLU(), nn.Linear(100, 10))
+
+    def loader(task, seed):
+        data, generator = TensorDataset(*task.train), torch.Generator().manual_seed(seed)
+        return DataLoader(data, 32, shuffle=True, generator=generator)
+
+    def learn(optimizer, x, y):
+        optimizer.zero_grad()
+        F.cross_entropy(model(x), y).backward()
+        optimizer.step()
+
+    optimizer = EWCAdamW(model.named_parameters(), lr=1e-3)
+    for x, y in DataStream(loader(first, 0), epochs=10):
+        learn(optimizer, x, y)
+    fisher = estimate_fisher(model, torch.split(first.train.x, 128), progress=False)
+    known = accuracy(first)(model)
+    assert known > 0.9
+    curve = []
+
+    def watched(model):
+        curve.append(accuracy(first)(model))
+        return curve[-1]
+
+    start = {key: value.clone() for key, value in model.state_dict().items()}
+    stopped_at = {}
+    for ewc_lambda in (0.0, 100.0):
+        model.load_state_dict(start)
+        optimizer = EWCAdamW(model.named_parameters(), lr=1e-3, ewc_lambda=ewc_lambda)
+        optimizer.consolidate(fisher)
+        evaluations = [
+            Evaluation("first", watched),
+            Evaluation("second", accuracy(second), role="new"),
+        ]
+        guard = RetentionGuard(
+            model, optimizer, evaluations, every=10, on_breach="rollback",
+            folder=tmp_path / str(ewc_lambda),
+        )  # fmt: skip
+        guard.start()
+        curve.clear()
+        every_step = []
+        for x, y in DataStream(loader(second, 1), epochs=20):
+            learn(optimizer, x, y)
+            every_step.append(accuracy(first)(model))
+            if guard.step():
+                break
+        crossing = next((k for k, a in enumerate(every_step, 1) if a < 0.9 * known), None)
+        stopped_at[ewc_lambda] = len(every_step) if guard.stopped else None
+        if guard.stopped:
+            assert crossing is not None
+            assert len(every_step) - crossing < 2 * guard.every  # it may recover for a moment
+            assert all(value >= 0.9 * known for value in curve[:-1])
+            assert curve[-1] < 0.9 * known
+            assert accuracy(first)(model) >= 0.9 * known  # rolled back
+    assert stopped_at[0.0] is not None
+    protected = stopped_at[100.0]
+    assert protected is None or protected > stopped_at[0.0]
+
+
+def test_a_quantized_copy_is_measured_beside_the_model():
+    from torchao.quantization import Int8Tensor
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 4))
+    optimizer = EWCAdamW(model.named_parameters(), lr=1e-2)
+    x = torch.randn(50, 64)
+    target = model(x).detach() + 1.0
+    seen = []
+
+    def measure(model):
+        seen.append(type(model[0].weight.data))
+        return float((model(x) - target).square().mean())
+
+    guard = RetentionGuard(
+        model, optimizer, [Evaluation("old", measure, higher_is_better=False)], every=1,
+        quantize="int8", useful=["old"],
+    )  # fmt: skip
+    before = flatten(model.state_dict())
+    check = guard.start()
+    assert flatten(model.state_dict()) == before
+    assert seen == [torch.Tensor, Int8Tensor]
+    exact, quantized = check.measured
+    assert quantized.evaluation.name == "old (int8)"
+    assert exact.value == pytest.approx(1.0)
+    assert quantized.value != exact.value
+    assert quantized.value == pytest.approx(exact.value, rel=0.05)
+    with torch.no_grad():
+        model[2].bias.sub_(5.0)
+    assert not guard.step()  # its forgetting is wanted, quantized, too
+    assert guard.history[-1].measured[1].loss > 0.1
+
+
+def test_a_model_without_anything_to_quantize_is_a_sentence():
+    model = nn.Sequential(nn.Conv1d(2, 2, 1))
+    optimizer = torch.optim.AdamW(model.parameters())
+    guard = RetentionGuard(model, optimizer, [scripted(1.0)], quantize="int8")
+    with pytest.raises(ValueError, match=r"quantizes nn\.Linear layers; Sequential has none"):
+        guard.start()
+
+
+def test_a_start_whose_checkpoint_fails_is_no_start(tmp_path):
+    model, optimizer = network()
+    optimizer.state_dict = lambda: {"odd": object}
+    guard = RetentionGuard(model, optimizer, [scripted(1.0)], folder=tmp_path)
+    with pytest.raises(CheckpointError, match="has another object"):
+        guard.start()
+    assert guard.history == []
+    with pytest.raises(RuntimeError, match="no baselines"):
+        guard.step()

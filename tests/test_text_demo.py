@@ -1,0 +1,195 @@
+"""The text demo: its texts, its measure, its methods, what it says."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+from cl_optim import cli
+from cl_optim.demo.scenarios import DataError
+from cl_optim.demo.text.corpora import SMALLEST, corpus, english, from_file, python_code
+from cl_optim.demo.text.model import ByteTransformer, Sizes, bits_per_byte, loss
+from cl_optim.demo.text.results import Before, Results
+from cl_optim.demo.text.runs import (
+    ADAMW,
+    METHODS,
+    Method,
+    Run,
+    _batches,
+    _kept,
+    learn_new,
+    learn_old,
+)
+
+SIZES = Sizes(
+    width=8, layers=1, heads=2, context=16, batch=8, old_steps=6, new_steps=4, kept=32, held_out=9
+)
+
+
+def text(seed: int, size: int = SMALLEST) -> bytes:
+    """Bytes of all values: not UTF-8."""
+    generator = torch.Generator().manual_seed(seed)
+    return bytes(torch.randint(0, 256, (size,), generator=generator).tolist())
+
+
+def test_every_byte_is_either_learned_or_held_out_in_blocks():
+    content = text(0, SMALLEST + 5000)
+    one = corpus("x", content)
+    assert len(one.train) + len(one.held_out) == len(content)
+    assert bytes(one.held_out[:4096].tolist()) == content[9 * 4096 : 10 * 4096]
+    assert bytes(one.train[: 9 * 4096].tolist()) == content[: 9 * 4096]
+    assert bytes(one.train[9 * 4096 : 10 * 4096].tolist()) == content[10 * 4096 : 11 * 4096]
+
+
+def test_windows_are_pieces_of_their_part():
+    one = corpus("x", text(0))
+    train, held_out = bytes(one.train.tolist()), bytes(one.held_out.tolist())
+    windows = one.windows(20, 30, torch.Generator().manual_seed(0))
+    assert windows.shape == (20, 30)
+    assert all(bytes(window.tolist()) in train for window in windows)
+    measured = one.held_out_windows(7, 30)
+    assert measured.shape == (7, 30)
+    assert all(bytes(window.tolist()) in held_out for window in measured)
+    assert len({bytes(window.tolist()) for window in measured}) == 7
+    assert len(one.held_out_windows(10**6, 30)) == (len(held_out) - 1) // 30
+
+
+def test_the_texts_are_cpythons_own():
+    old, new = english(), python_code()
+    assert 'The "if" statement is used for conditional execution' in bytes(
+        old.train.tolist()
+    ).decode() + bytes(old.held_out.tolist()).decode(errors="replace")
+    assert b"def __init__(self" in bytes(new.train.tolist())
+    assert len(old.train) > 300_000
+    assert len(new.train) > 1_000_000
+
+
+def test_texts_that_are_missing_or_too_short_are_sentences(tmp_path):
+    with pytest.raises(DataError, match=r"cannot read text .*nothing\.txt: No such file"):
+        from_file(tmp_path / "nothing.txt")
+    (tmp_path / "empty.txt").write_bytes(b"")
+    with pytest.raises(DataError, match=r"text empty\.txt must have at least 81,920 bytes .* 0"):
+        from_file(tmp_path / "empty.txt")
+
+
+def test_bits_per_byte_is_minus_log2_of_the_probability():
+    model = ByteTransformer(SIZES)
+    windows = corpus("x", text(1)).held_out_windows(70, 17)  # more than one part of 64
+    total = 0.0
+    for window in windows:
+        probabilities = model(window[None, :-1])[0].double().softmax(-1)
+        total -= sum(math.log2(p[b].item()) for p, b in zip(probabilities, window[1:], strict=True))
+    assert bits_per_byte(model, windows) == pytest.approx(total / (70 * 16), rel=1e-5)
+    assert loss(model, windows).item() / math.log(2) == pytest.approx(total / (70 * 16), rel=1e-5)
+    nn.init.zeros_(model.head.weight)
+    nn.init.zeros_(model.head.bias)
+    assert bits_per_byte(model, windows) == pytest.approx(8.0)
+
+
+def test_a_byte_is_predicted_from_those_before_it_only():
+    model = ByteTransformer(SIZES)
+    x = torch.randint(0, 256, (1, 16))
+    changed = x.clone()
+    changed[0, 9] = (x[0, 9] + 1) % 256
+    same = (model(x) == model(changed)).all(-1)[0]
+    assert same.tolist() == [True] * 9 + [False] * 7
+
+
+@pytest.mark.parametrize("fraction", [0.05, 0.10, 0.25])
+def test_replay_replaces_that_part_of_the_batches_by_kept_windows(fraction):
+    old, new = corpus("old", text(0)), corpus("new", text(1))
+    kept = {bytes(w.tolist()) for w in _kept(0, old, SIZES)}
+    plain = _batches(ADAMW, 0, old, new, SIZES)
+    mixed = _batches(Method("r", "r", replay=fraction), 0, old, new, SIZES)
+    replayed, count = 0, 500
+    for _ in range(count):
+        for a, b in zip(next(plain), next(mixed), strict=True):
+            is_old = bytes(b.tolist()) in kept
+            replayed += is_old
+            assert is_old or torch.equal(a, b)
+    share = replayed / (count * SIZES.batch)
+    deviation = 0.5 / SIZES.batch / math.sqrt(count)  # of a coin per batch, at most
+    assert abs(share - fraction) < 4 * deviation
+
+
+def test_methods_begin_alike_and_a_run_is_repeatable():
+    old, new = corpus("old", text(0)), corpus("new", text(1))
+    learned = learn_old(old, new, SIZES, seed=0)
+    sizes = replace(SIZES, new_steps=20)
+    runs = {m.label: learn_new(m, learned, old, new, sizes) for m in METHODS}
+    again = learn_new(ADAMW, learned, old, new, sizes)
+    assert (again.old_bpb, again.new_bpb) == (runs["AdamW"].old_bpb, runs["AdamW"].new_bpb)
+    results = {(run.old_bpb, run.new_bpb) for run in runs.values()}
+    assert len(results) == len(METHODS)  # each method does something
+    strong = learn_new(Method("EWC", "EWC", ewc_lambda=1e6), learned, old, new, sizes)
+    forgotten = abs(runs["AdamW"].old_bpb - learned.old_bpb)
+    assert abs(strong.old_bpb - learned.old_bpb) < 0.5 * forgotten
+
+
+def results(both_kept: float, both_cost: float, adamw_old: float = 3.0) -> Results:
+    """Two seeds; before: 2 bits. Replay keeps 50 % at a cost of 1 %."""
+    runs = []
+    for seed in (0, 1):
+        noise = 0.001 * seed
+        for method in METHODS:
+            kept, cost = 0.5, 0.01
+            if method is ADAMW:
+                kept, cost = 0.0, 0.0
+            elif method.replay and method.ewc_lambda is not None:
+                kept, cost = both_kept + noise, both_cost
+            old = adamw_old - kept * (adamw_old - 2.0)
+            runs.append(Run(method, seed, old, 4.0 * (1 + cost)))
+    before = tuple(Before(seed, 2.0, 5.0) for seed in (0, 1))
+    return Results("old", "new", SIZES, before, tuple(runs), "report", 1.0)
+
+
+def test_kept_and_cost_are_what_their_formulas_say():
+    one = results(0.8, 0.02)
+    replay = next(m for m in METHODS if m.family == "replay")
+    assert one.kept(replay).mean == pytest.approx(0.5)
+    assert one.cost(replay).mean == pytest.approx(0.01)
+    assert one.kept(ADAMW).mean == one.cost(ADAMW).mean == 0.0
+
+
+@pytest.mark.parametrize(
+    ("kept", "cost", "wins"),
+    [(0.8, 0.01, True), (0.8, 0.0, True), (0.8, 0.02, False), (0.4, 0.0, False), (0.5, 0, False)],
+)
+def test_ewc_with_replay_is_recommended_only_where_it_beats_replay(kept, cost, wins):
+    one = results(kept, cost)
+    assert one.verdict(0.05)[2] is wins
+    assert ("is not recommended" in one.verdicts[-1]) is not wins
+    assert ("does not beat" in one.verdicts[0]) is not wins
+
+
+def test_where_nothing_is_forgotten_there_is_nothing_to_keep():
+    one = results(0.5, 0.0, adamw_old=1.9)
+    assert math.isnan(one.kept(METHODS[1]).mean)
+    assert one.verdicts == ["AdamW did not forget old with every seed: there is nothing to keep."]
+
+
+def test_the_command_writes_table_json_and_picture_for_any_two_files(tmp_path, capsys):
+    old, new, out = tmp_path / "old.bin", tmp_path / "new.bin", tmp_path / "out"
+    old.write_bytes(text(0))
+    new.write_bytes(b"def f(x):\n    return x + 1\n\n" * 4000)
+    sizes = ["--width", "8", "--layers", "1", "--context", "16", "--batch", "4"]
+    steps = ["--old-steps", "4", "--new-steps", "15", "--seeds", "1", "--processes", "1"]
+    assert cli.main(["demo", "text", str(old), str(new), *sizes, *steps, "--out", str(out)]) == 0
+    printed = capsys.readouterr().out
+    assert "The guard at work" in printed
+    record = json.loads((out / "text-demo.json").read_text())
+    assert len(record["runs"]) == len(METHODS)
+    assert record["old"] == "old.bin"
+    adamw = next(r for r in record["runs"] if r["method"]["label"] == "AdamW")
+    assert adamw["new_bpb"] < record["before"][0]["new_bpb"]
+    rows = (out / "text-demo.md").read_text().splitlines()
+    cells = next(row for row in rows if row.startswith("| AdamW")).split("|")
+    assert [cell.strip() for cell in cells[2:4]] == [
+        f"{adamw['old_bpb']:.3f}", f"{adamw['new_bpb']:.3f}",
+    ]  # fmt: skip
+    assert (out / "text-demo.png").read_bytes().startswith(b"\x89PNG")

@@ -15,8 +15,9 @@ demo: install
 sweep: install
 	$(VENV)/bin/cl-optim demo --sweep
 
+# A process for each core, whole files at a time: what a file builds once is built once.
 test: install
-	$(RUN) -m pytest
+	$(RUN) -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 gpu-test: install
 	PYTHON=$(RUN) bench/gpu.sh runs/gpu

@@ -92,7 +92,14 @@ def cpu_extension() -> Extension:
     compiler = first_line(*os.environ.get("CXX", "c++").split(), "--version")
     return extension(
         "_C",
-        ["ewc_adamw_cpu.cpp", "gram_cpu.cpp", "library.cpp", "module.cpp", "nnqp_cpu.cpp"],
+        [
+            "ewc_adamw_cpu.cpp",
+            "gram_cpu.cpp",
+            "importance_codec_cpu.cpp",
+            "library.cpp",
+            "module.cpp",
+            "nnqp_cpu.cpp",
+        ],
         {"CL_OPTIM_COMPILER": f'"{compiler}"'},
         # Importing torch loads libtorch_cpu; the link only records that it is needed.
         libraries=["torch_cpu"],

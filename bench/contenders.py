@@ -29,8 +29,15 @@ def gpt2_shapes(embeddings: bool = False) -> list[tuple[int, ...]]:
 class Problem:
     """Parameters and gradients on a device."""
 
-    def __init__(self, shapes: list[tuple[int, ...]], device: str = "cpu") -> None:
-        self.params = [torch.nn.Parameter(torch.randn(s, device=device) * 0.02) for s in shapes]
+    def __init__(
+        self,
+        shapes: list[tuple[int, ...]],
+        device: str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        self.params = [
+            torch.nn.Parameter(torch.randn(s, device=device, dtype=dtype) * 0.02) for s in shapes
+        ]
         for p in self.params:
             p.grad = torch.randn_like(p) * 1e-3
         self.grads = [p.grad for p in self.params]
@@ -119,4 +126,14 @@ CONTENDERS: dict[str, Callable[[Problem], Callable[[], None]]] = {
     "AdamW fused + autograd penalty": autograd_penalty,
     "AdamW fused + foreach penalty": foreach_penalty,
     "36 B per parameter in place": memory_floor,
+}
+
+# For bfloat16 parameters, whose moments are bfloat16 in torch's AdamW.
+BFLOAT16_CONTENDERS: dict[str, Callable[[Problem], Callable[[], None]]] = {
+    "AdamW fused": adamw,
+    "EWCAdamW bf16 moments": ewc("gradient", state_dtype="bfloat16", importance_dtype="log8"),
+    "EWCAdamW 8-bit moments": ewc("gradient", state_dtype="8bit", importance_dtype="log8"),
+    "EWCAdamW bf16 moments, Kahan": ewc(
+        "gradient", state_dtype="bfloat16", importance_dtype="log8", rounding="kahan"
+    ),
 }

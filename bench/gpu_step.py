@@ -11,16 +11,17 @@ import statistics
 from pathlib import Path
 
 import torch
-from contenders import CONTENDERS, Problem, gpt2_shapes
+from contenders import BFLOAT16_CONTENDERS, CONTENDERS, Problem, gpt2_shapes
 from gpu_timing import milliseconds
 
 from cl_optim.ops import library
 
 TURNS, ROUNDS = 7, 20
 SETS = {
-    "GPT-2 149 tensors 163 M": gpt2_shapes(embeddings=True),
-    "1 tensor of 163 M": [(163_000_000,)],
-    "1000 tensors of 64": [(64,)] * 1000,
+    "GPT-2 149 tensors 163 M": (gpt2_shapes(embeddings=True), torch.float32),
+    "GPT-2 149 tensors 163 M, bfloat16": (gpt2_shapes(embeddings=True), torch.bfloat16),
+    "1 tensor of 163 M": ([(163_000_000,)], torch.float32),
+    "1000 tensors of 64": ([(64,)] * 1000, torch.float32),
 }
 
 
@@ -36,9 +37,13 @@ def main() -> None:
         "backend": library.backends()["cuda"].info,
         "unit": "ms, the median of each turn",
     }
-    for name, shapes in SETS.items():
-        turns: dict[str, list[float]] = {contender: [] for contender in CONTENDERS}
-        steps = {contender: make(Problem(shapes, "cuda")) for contender, make in CONTENDERS.items()}
+    for name, (shapes, dtype) in SETS.items():
+        contenders = CONTENDERS if dtype == torch.float32 else BFLOAT16_CONTENDERS
+        turns: dict[str, list[float]] = {contender: [] for contender in contenders}
+        steps = {
+            contender: make(Problem(shapes, "cuda", dtype))
+            for contender, make in contenders.items()
+        }
         for turn in range(TURNS + 1):
             for contender, step in steps.items():
                 time = milliseconds(step, ROUNDS)

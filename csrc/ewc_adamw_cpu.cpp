@@ -113,25 +113,15 @@ CL_OPTIM_SIMD_CLONES void split(const float* weight, const float* importance, in
   }
 }
 
-// Not a comparison alone: NaN must stay.
-CL_OPTIM_SIMD_CLONES float largest_of(const float* values, int64_t count) {
-  uint32_t largest = 0;  // magnitudes order like their bits, NaN above all
-  for (int64_t i = 0; i < count; ++i) {
-    const uint32_t bits = float_bits(values[i]) & 0x7fffffffu;
-    largest = bits > largest ? bits : largest;
-  }
-  return bits_float(largest);
-}
-
 CL_OPTIM_SIMD_CLONES void pack_log8(const float* from, int64_t count, const Random& random,
                                     PackedBlock& to) {
-  const float scale = to.scale = block_scale(largest_of(from, count));
+  const float scale = to.scale = block_scale(largest_magnitude(from, count));
   for (int64_t i = 0; i < count; ++i) to.codes[i] = encode_log8(from[i], scale, random.bits[i]);
 }
 
 CL_OPTIM_SIMD_CLONES void pack_signed(const float* from, int64_t count, const Random& random,
                                       PackedBlock& to) {
-  const float scale = to.scale = block_scale(largest_of(from, count));
+  const float scale = to.scale = block_scale(largest_magnitude(from, count));
   for (int64_t i = 0; i < count; ++i) to.codes[i] = encode_signed(from[i], scale, random.bits[i]);
 }
 

@@ -78,6 +78,16 @@ CL_OPTIM_HD float decode_signed(uint8_t code, float scale) {
   return code & kSign ? -value : value;
 }
 
+// Magnitudes order like their bits, NaN above all.
+CL_OPTIM_HD float largest_magnitude(const float* values, int64_t count) {
+  uint32_t largest = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    const uint32_t bits = float_bits(values[i]) & 0x7fffffffu;
+    largest = bits > largest ? bits : largest;
+  }
+  return bits_float(largest);
+}
+
 // --- stochastic rounding
 // --------------------------------------------------------------------------
 
@@ -122,6 +132,13 @@ CL_OPTIM_HD int round_on_grid(float value, float scale, uint32_t random) {
   const float share = x * (1.0f + x * (0.5f + x * 0.16666667f)) * (1.0f / 0.09200853f);
   const int steps = static_cast<int>(below) + (static_cast<float>(random) < share * 65536.0f);
   return steps > 0 ? 0 : -steps;
+}
+
+// To the nearest code. A value above 0 stays above it.
+CL_OPTIM_HD uint8_t encode_log8(float value, float scale) {
+  const float position = log2_of(value / scale) * kStepsPerOctave;
+  const int code = kTop + static_cast<int>(std::floor(position + 0.5f));
+  return static_cast<uint8_t>(value == 0.0f ? 0 : code < 1 ? 1 : code > kTop ? kTop : code);
 }
 
 CL_OPTIM_HD uint8_t encode_log8(float value, float scale, uint32_t random) {

@@ -2,6 +2,7 @@
 #include "ewc_adamw_launch.h"
 #include "ewc_adamw_operator.h"
 #include "gram_operator.h"
+#include "importance_codec_operator.h"
 #include "nnqp_operator.h"
 
 namespace cl_optim {
@@ -27,6 +28,8 @@ STABLE_TORCH_LIBRARY(cl_optim, m) {
       "Tensor(g!)? sums, *, float lr, float beta1, float beta2, float eps, float weight_decay, "
       "float ewc_lambda, float damping, str penalty, bool amsgrad, bool maximize, "
       "bool stochastic) -> ()");
+  m.def("log8_encode_(Tensor(a!) packed, Tensor values) -> ()");
+  m.def("log8_decode_(Tensor(a!) values, Tensor packed) -> ()");
   m.def("gram_per_tensor(Tensor[] memory, Tensor[] grads) -> Tensor");
   m.def("gram_dots_per_tensor(Tensor[] memory, Tensor[] grads) -> Tensor");
   m.def(
@@ -41,6 +44,7 @@ STABLE_TORCH_LIBRARY(cl_optim, m) {
 STABLE_TORCH_LIBRARY_IMPL(cl_optim, CPU, m) {
   m.impl("ewc_adamw_", TORCH_BOX(&ewc_adamw_<launch>));
   implement_gram(m);
+  implement_log8(m);
   m.impl("nnqp", TORCH_BOX(&nnqp<launch_nnqp>));
 }
 

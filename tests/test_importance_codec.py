@@ -100,7 +100,7 @@ def test_twenty_increments_of_three_per_cent_are_swallowed_by_the_nearest_code_o
         nearest = round_trip(nearest + 0.03 * start)
         increased = stochastic + 0.03 * start
         stochastic = round_trip(increased, codec.hashed(increased, step))
-    assert torch.equal(nearest, round_trip(start))
+    torch.testing.assert_close(nearest, round_trip(start), rtol=1e-6, atol=0.0)
     assert (stochastic.mean() / start.mean() - 1.6).abs() < 0.04
 
 
@@ -199,3 +199,43 @@ def test_the_hash_looks_uniform_and_independent():
     for other_numbers in (later, other, first.roll(1)):
         correlation = torch.corrcoef(torch.stack([first, other_numbers]))[0, 1]
         assert correlation.abs() < 0.01
+
+
+class TestCompiled:
+    """Against the reference in plain PyTorch, which the tests above go round on a CPU."""
+
+    @pytest.mark.parametrize("numel", [0, 1, 255, 256, 257, 100_000])
+    def test_encoding(self, numel: int):
+        values = fisher(numel)
+        packed, expected = codec.encode_log8(values), codec.encode_log8_reference(values)
+        scales, expected_scales = (
+            p[:, :4].contiguous().view(torch.float32) for p in (packed, expected)
+        )
+        torch.testing.assert_close(scales, expected_scales, rtol=3e-7, atol=0.0)
+        apart = packed[:, 4:].int() - expected[:, 4:].int()
+        assert apart.abs().max().item() <= 1 if numel else True
+        assert (apart != 0).sum() <= 1e-4 * numel  # between two codes, either is nearest
+
+    def test_decoding(self):
+        values, frozen = fisher(3000), torch.rand(3000) < 0.1
+        packed = codec.encode_log8(values, frozen)
+        decoded = codec.decode_log8(packed, values.shape)
+        expected = codec.decode_log8_reference(packed, values.shape)
+        torch.testing.assert_close(decoded, expected, rtol=3e-7, atol=0.0)
+        assert not decoded.signbit().any()
+
+    def test_the_reference_keeps_its_bound(self):
+        values = fisher(50_000)
+        decoded = codec.decode_log8_reference(codec.encode_log8_reference(values), values.shape)
+        in_range = (values >= block_maxima(values) * 2.0**-32) & (values > 0)
+        assert ((decoded - values).abs() / values)[in_range].max() <= 0.045
+
+    def test_operators(self):
+        values = fisher(700)
+        packed = torch.zeros(codec.packed_shape(700), dtype=torch.uint8)
+        torch.library.opcheck(torch.ops.cl_optim.log8_encode_.default, (packed, values))
+        torch.library.opcheck(torch.ops.cl_optim.log8_decode_.default, (values, packed))
+        with pytest.raises(RuntimeError, match=r"packed must be contiguous uint8 \[ceil"):
+            torch.ops.cl_optim.log8_encode_(packed[:2], values)
+        with pytest.raises(RuntimeError, match="values must be contiguous float32"):
+            torch.ops.cl_optim.log8_decode_(values.double(), packed)

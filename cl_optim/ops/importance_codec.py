@@ -27,6 +27,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from cl_optim.ops import library
+
 BLOCK = 256
 PACKED_BLOCK = 4 + BLOCK
 STEP = 8 / 63  # of the grid, in octaves
@@ -44,7 +46,7 @@ _HIGHEST_SCALE = math.floor(127 / STEP)
 def encode_log8(
     values: Tensor, frozen: Tensor | None = None, random: Tensor | None = None
 ) -> Tensor:
-    """Encode values ≥ 0 as ``log8``.
+    """Encode values ≥ 0 as ``log8``; to the nearest codes on a CPU, by the compiled kernel.
 
     Args:
         values: Finite and at least 0, of any shape, device and real floating-point dtype.
@@ -55,6 +57,20 @@ def encode_log8(
     Returns:
         uint8 [ceil(n / 256), 260], on the device of ``values``.
     """
+    if random is None and _is_compiled(values):
+        shape = packed_shape(values.numel())
+        packed = torch.empty(shape, dtype=torch.uint8)
+        torch.ops.cl_optim.log8_encode_(packed, values.detach().float().contiguous())
+        if frozen is not None:
+            freeze_log8_(packed, frozen)
+        return packed
+    return encode_log8_reference(values, frozen, random)
+
+
+def encode_log8_reference(
+    values: Tensor, frozen: Tensor | None = None, random: Tensor | None = None
+) -> Tensor:
+    """The same in plain PyTorch."""
     blocks = _blocks(values.float())
     scale, position = _on_grid(blocks)
     codes = _TOP + _rounded(position, random)
@@ -67,6 +83,15 @@ def encode_log8(
 
 def decode_log8(packed: Tensor, shape: torch.Size) -> Tensor:
     """Decode ``log8``: float32 of the given shape; 0 where a weight is frozen."""
+    if _is_compiled(packed):
+        values = torch.empty(shape, dtype=torch.float32)
+        torch.ops.cl_optim.log8_decode_(values, packed.contiguous())
+        return values
+    return decode_log8_reference(packed, shape)
+
+
+def decode_log8_reference(packed: Tensor, shape: torch.Size) -> Tensor:
+    """The same in plain PyTorch."""
     scale, codes = _unpacked(packed)
     values = scale * _grid(_TOP - codes)
     return _shaped(torch.where((codes == 0) | (codes == FROZEN), 0.0, values), shape)
@@ -123,6 +148,10 @@ def decode_signed(packed: Tensor, shape: torch.Size) -> Tensor:
     magnitudes = codes & (_SIGN - 1)
     values = torch.where(magnitudes == 0, 0.0, scale * _grid(_SIGNED_TOP - magnitudes))
     return _shaped(torch.where(codes >= _SIGN, -values, values), shape)
+
+
+def _is_compiled(tensor: Tensor) -> bool:
+    return tensor.device.type == "cpu" and library.available("cpu")
 
 
 def packed_shape(numel: int) -> tuple[int, int]:

@@ -117,6 +117,8 @@ def _register_fakes() -> None:
         return v, v.new_empty(len(v), dtype=torch.int8), v.new_empty(len(v))
 
     torch.library.register_fake("cl_optim::ewc_adamw_", in_place)
+    torch.library.register_fake("cl_optim::log8_encode_", in_place)
+    torch.library.register_fake("cl_optim::log8_decode_", in_place)
     torch.library.register_fake("cl_optim::gram_per_tensor", gram_per_tensor)
     torch.library.register_fake("cl_optim::gram_dots_per_tensor", gram_dots_per_tensor)
     torch.library.register_fake("cl_optim::gram_combine_", in_place)

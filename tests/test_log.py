@@ -258,6 +258,23 @@ def test_a_model_that_has_changed_since(tmp_path, caplog):
     assert match.vanished == ["1.weight", "1.bias"]
 
 
+def test_a_head_that_has_grown_since(tmp_path, caplog):
+    log = ImportanceLog(tmp_path)
+    log.record("task", {"body.weight": torch.ones(4, 3), "head.weight": torch.ones(2, 4)})
+    model = nn.ModuleDict(
+        {"body": nn.Linear(3, 4, bias=False), "head": nn.Linear(4, 9, bias=False)}
+    )
+    opt = EWCAdamW(model.named_parameters())
+    with pytest.raises(ValueError, match=r"'head.weight' must have the parameter's shape"):
+        opt.consolidate(log)
+    with caplog.at_level(logging.WARNING, "cl_optim"):
+        opt.consolidate(log, strict=False)
+    assert caplog.messages == [
+        "Consolidated with strict=False: 2 parameters match; 1 have another shape: 'head.weight'."
+    ]
+    assert [protected.name for protected in opt.protected()] == ["body.weight"]
+
+
 # --- bad input ------------------------------------------------------------------------------------
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 # Path segments that DataParallel and DDP, torch.compile, FSDP, activation checkpointing and PEFT's
@@ -70,17 +70,22 @@ class NameMatch(NamedTuple):
         matching: The model's name of each parameter that has an importance.
         new: The model's parameters without importance.
         vanished: The importance's names that mean no parameter of the model.
+        resized: Of those that match, the model's names of parameters that have another shape now,
+            where shapes have been compared.
     """
 
     matching: list[str]
     new: list[str]
     vanished: list[str]
+    resized: Sequence[str] = ()
 
     def __str__(self) -> str:
         parts = [f"{len(self.matching)} parameters match"]
         parts += [f"{len(self.new)} are new: {listed(self.new)}"] if self.new else []
         if self.vanished:
             parts.append(f"{len(self.vanished)} have vanished: {listed(self.vanished)}")
+        if self.resized:
+            parts.append(f"{len(self.resized)} have another shape: {listed(self.resized)}")
         return "; ".join(parts) + "."
 
 
@@ -108,7 +113,7 @@ def compare_names(given: Iterable[str], known: Iterable[str]) -> NameMatch:
     )
 
 
-def listed(names: list[str]) -> str:
+def listed(names: Sequence[str]) -> str:
     """The first three names, and how many more there are."""
     shown = ", ".join(repr(name) for name in names[:3])
     return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"

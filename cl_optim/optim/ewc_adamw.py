@@ -371,8 +371,9 @@ class EWCAdamW(torch.optim.Optimizer):
                 ``"exact"``: F̄ ← decay·F̄ + F and θ̄ ← θ̄ + (F/F̄)(θ − θ̄), in float32.
             model: Names the parameters, where the optimizer was made without names.
             strict: An importance for an unknown parameter, or a parameter without importance, is
-                an error. ``False`` ignores the former and gives the latter F = 0 for this task,
-                and logs how many there are (``names.compare_names`` lists them).
+                an error. ``False`` ignores the former, gives the latter and those that have another
+                shape now F = 0 for this task, and logs which they are
+                (``importance.names.compare_names`` lists them for a program).
             reset_state: Start the moments and step counts anew.
 
         Raises:
@@ -425,13 +426,18 @@ class EWCAdamW(torch.optim.Optimizer):
                 f"importance has nothing for parameter {listed(match.new)} "
                 "(strict=False leaves it without)."
             )
-        if match.new or match.vanished:
-            _LOGGER.warning("Consolidated with strict=False: %s", match)
+        resized = []
         for name, param in named.items():
             new = importance[names[name]] if name in names else None
+            if not strict and isinstance(new, Tensor) and new.shape != param.shape:
+                resized.append(name)
+                new = None
             if new is not None:
                 _check_importance(name, new, param)
             yield param, new
+        if match.new or match.vanished or resized:
+            match = match._replace(resized=resized)
+            _LOGGER.warning("Consolidated with strict=False: %s", match)
 
     def _params(self) -> Iterator[Tensor]:
         for group in self.param_groups:

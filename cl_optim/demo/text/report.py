@@ -18,7 +18,7 @@ from cl_optim.demo.metrics import Interval
 from cl_optim.demo.picture import STYLE
 from cl_optim.demo.report import versions, write_markdown
 from cl_optim.demo.text.results import Results
-from cl_optim.demo.text.runs import LAMBDA_WITH_REPLAY, METHODS
+from cl_optim.demo.text.runs import GUARD_EVERY, LAMBDA_WITH_REPLAY, METHODS
 
 _COLOURS = {
     "AdamW": "#d55e00",
@@ -67,8 +67,8 @@ def render(results: Results, table_box: box.Box = box.SIMPLE_HEAD) -> Renderable
         f"λ = {LAMBDA_WITH_REPLAY:g}. Nothing was tuned on seeds of its own."
     )
     guard = (
-        f"The guard at work: AdamW, seed 0, checked every 10 steps, back to the last good "
-        f"checkpoint when more than 10 % of {old} is lost:"
+        f"The guard at work: AdamW, seed 0, checked every {GUARD_EVERY} steps, back to the last "
+        f"good checkpoint when more than 10 % of {old} is lost:"
     )
     parts: list[str | RenderableType] = [setting, "", table, definitions, ""]
     parts += [*results.verdicts, "", guard, "", results.guard, ""]

@@ -21,6 +21,8 @@ OLD_LR, NEW_LR = 3e-3, 1e-3
 _FISHER_WINDOWS = 500
 _GEM_BATCH = 64  # of the kept windows, in a memory row
 _GEM_REFRESH = 10
+_WARM_UP = 50  # steps; Adam's first steps, at full length, forget more than all that follow
+GUARD_EVERY = 5
 
 
 @dataclass(frozen=True)
@@ -114,8 +116,10 @@ def learn_new(method: Method, learned: Learned, old: Corpus, new: Corpus, sizes:
     model.load_state_dict(learned.weights)
     optimizer = _optimizer(method, model, learned, old, sizes)
     batches = _batches(method, learned.seed, old, new, sizes)
+    schedule = _warm_up(optimizer)
     for _ in range(sizes.new_steps):
         _step(model, optimizer, next(batches))
+        schedule.step()
     old_bpb, new_bpb = _measure(model, old, new, sizes)
     if not old_bpb + new_bpb < float("inf"):
         raise DivergedError(f"{method.label} diverged while learning {new.name}.")
@@ -134,15 +138,22 @@ def watch(
         _evaluation(old, sizes, role="old"),
         _evaluation(new, sizes, role="new"),
     ]
+    schedule = _warm_up(optimizer)
     guard = RetentionGuard(
-        model, optimizer, evaluations, every=10, on_breach="rollback", folder=folder
-    )
+        model, optimizer, evaluations, every=GUARD_EVERY, on_breach="rollback", folder=folder,
+        scheduler=schedule,
+    )  # fmt: skip
     guard.start()
     for _ in range(sizes.new_steps):
         _step(model, optimizer, next(batches))
+        schedule.step()
         if guard.step():
             break
     return guard
+
+
+def _warm_up(optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
+    return torch.optim.lr_scheduler.LinearLR(optimizer, 1 / _WARM_UP, total_iters=_WARM_UP)
 
 
 def _evaluation(corpus: Corpus, sizes: Sizes, role: Role) -> Evaluation:

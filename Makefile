@@ -15,9 +15,10 @@ demo: install
 sweep: install
 	$(VENV)/bin/cl-optim demo --sweep
 
-# A process for each core, whole files at a time: what a file builds once is built once.
+# A process for each core, so one thread in each; tests of threads ask for theirs. Whole files at a
+# time: what a file builds once is built once.
 test: install
-	$(RUN) -m pytest -n auto --maxprocesses 4 --dist loadfile
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 gpu-test: install
 	PYTHON=$(RUN) bench/gpu.sh runs/gpu

@@ -56,7 +56,7 @@ def main() -> None:
     parser.add_argument("--markdown", action="store_true", help="print tables as Markdown")
     arguments = parser.parse_args()
     report = json.loads(arguments.report.read_text())
-    console = Console(width=120)
+    console = Console(width=160)  # a contender to a line
     console.print(report["machine_info"])
     bases = {
         benchmark["group"]: benchmark["extra_info"].get("bases")

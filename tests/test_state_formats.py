@@ -67,6 +67,35 @@ def test_fused_is_the_reference_in_every_format(dtype, penalty, device):
                     q.copy_(p)
 
 
+@pytest.mark.parametrize(
+    "dtype, formats",
+    [
+        (torch.float32, {}),
+        (torch.float32, {"importance_dtype": "log8", "state_dtype": "8bit"}),
+        (torch.bfloat16, {"rounding": "stochastic", "state_dtype": "bfloat16"}),
+        (torch.bfloat16, {"rounding": "kahan", "importance_dtype": "bfloat16"}),
+    ],
+    ids=str,
+)
+def test_the_same_bits_with_any_number_of_threads(dtype, formats):
+    start = Problem.of(make_params([(300, 700), (999,)], torch.float32))
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            problem = start.copy(dtype)
+            optimizer = make(problem, "gradient", formats, fused=True)
+            for count in range(3):
+                step(problem, optimizer, count)
+            states = [s for p in problem.params for s in optimizer.state[p].values()]
+            results.append([*problem.params, *states])
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
 def test_the_kernel_decodes_what_the_reference_decodes():
     for is_signed, decode in ((False, codec.decode_log8), (True, codec.decode_signed)):
         packed = torch.cat(

@@ -68,7 +68,7 @@ def test_fused_is_the_reference_in_every_format(dtype, penalty, device):
 
 
 @pytest.mark.parametrize(
-    "dtype, formats",
+    ("dtype", "formats"),
     [
         (torch.float32, {}),
         (torch.float32, {"importance_dtype": "log8", "state_dtype": "8bit"}),

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from cl_optim.importance import Importance
@@ -83,10 +84,10 @@ def test_a_failed_save_leaves_the_old_file(tmp_path, importance, monkeypatch):
 
     def fail(tensors, filename, metadata):
         filename.write_bytes(b"half of it")
-        raise OSError("no space left")
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
 
-    monkeypatch.setattr("cl_optim.importance.importance.save_file", fail)
-    with pytest.raises(OSError, match="no space left"):
+    monkeypatch.setattr("cl_optim.importance.files.save_file", fail)
+    with pytest.raises(OSError, match=r"task.safetensors' cannot be written: No space left"):
         importance.save(path)
     assert path.read_bytes() == before
     assert [file.name for file in tmp_path.iterdir()] == [path.name]

@@ -9,9 +9,11 @@ import logging
 import os
 import resource
 import tempfile
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from log_cases import assert_is, importance_of, make_log, weights
@@ -23,6 +25,8 @@ from cl_optim.importance import codecs, shards
 from cl_optim.importance.errors import DamagedError, LockedError, LogError
 from cl_optim.importance.manifest import FILE, VERSION, locked, sealed
 from cl_optim.importance.names import compare_names
+from cl_optim.importance.report import report_data, write_csv, write_json
+from cl_optim.importance.report_html import write_html
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -169,6 +173,26 @@ def test_a_shard_has_at_most_its_limit(tmp_path, monkeypatch):
     assert all(torch.equal(found[name], value) for name, value in weights(0).items())
 
 
+def test_no_more_than_a_shard_is_in_memory(tmp_path):
+    """When a tensor is made, those of earlier shards are gone."""
+    made: list[weakref.ref[np.ndarray]] = []
+    alive: list[int] = []
+
+    def tensors():
+        for number in range(20):
+            alive.append(sum(ref() is not None for ref in made))
+            memory = np.full(100, number, dtype=np.float32)
+            made.append(weakref.ref(memory))
+            tensor = torch.from_numpy(memory)
+            del memory
+            yield f"t{number}", tensor
+            del tensor
+
+    table = shards.write(tmp_path, "importance", tensors(), limit=1600)
+    assert [len(shard["tensors"]) for shard in table] == [4] * 5
+    assert max(alive) == 4
+
+
 def test_tensors_are_read_when_asked_for(tmp_path, monkeypatch):
     make_log(tmp_path, 1)
     read: list[str] = []
@@ -182,9 +206,12 @@ def test_tensors_are_read_when_asked_for(tmp_path, monkeypatch):
     loaded = ImportanceLog(tmp_path).load("task 0")
     assert len(loaded) == 4
     assert "a.weight" in loaded
+    assert "4 parameters" in repr(loaded)
+    sums = loaded.sums
     assert read == []
+    assert sums["a.weight"].shape == (20, 30)
     loaded["a.bias"]
-    assert read == ["values/a.bias"]
+    assert read == ["values/a.weight", "values/a.bias"]
 
 
 # --- what it is for -------------------------------------------------------------------------------
@@ -415,6 +442,18 @@ def test_a_write_that_fails_leaves_the_log_as_it_was(tmp_path, request):
         log.record("new", importance_of(5))
     assert contents(tmp_path) == before
     assert ImportanceLog(tmp_path).tasks == ["task 0", "task 1"]
+
+
+@pytest.mark.parametrize("write", [write_html, write_json, write_csv])
+def test_an_export_that_fails_leaves_the_old_one(tmp_path, request, write):
+    data = report_data(make_log(tmp_path / "log", tasks=12))
+    path = tmp_path / "export"
+    path.write_text("the old one")
+    request.getfixturevalue("small_files")
+    with pytest.raises(OSError, match="export' cannot be written: File too large"):
+        write(data, path)
+    assert path.read_text() == "the old one"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["export", "log"]
 
 
 @pytest.mark.parametrize("call", ["fsync", "rename", "mkdir", "open"])

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from cl_optim.importance.statistics import cut, flat_float32, overlap
@@ -21,6 +22,7 @@ from cl_optim.ops import importance_codec
 
 Parts = dict[str, Tensor]
 _BLOCK = 256
+_CHUNK = 2**20  # as much as stays in a cache
 
 
 class Codec(ABC):
@@ -129,30 +131,33 @@ class TopK(Codec):
         return self.encoder({"": values})(values)
 
     def _encode(self, values: Tensor, threshold: float) -> Parts:
-        flat = values.reshape(-1)
-        padded = flat.new_zeros(-(-flat.numel() // _BLOCK), _BLOCK)
-        padded.view(-1)[: flat.numel()] = flat
-        top = (padded >= threshold) & (padded > 0)
-        inside = padded.new_zeros(padded.shape, dtype=torch.bool)
-        inside.view(-1)[: flat.numel()] = True
-        return {
-            "mask": torch.from_numpy(np.packbits(top.view(-1)[: flat.numel()].numpy())),
-            "means": torch.stack([_mean(padded, top), _mean(padded, inside & ~top)], dim=1),
-        }
+        masks, means = [np.empty(0, np.uint8)], [torch.empty(0, 2)]
+        for chunk in torch.split(values.reshape(-1), _CHUNK):
+            missing = -chunk.numel() % _BLOCK
+            blocks = F.pad(chunk, (0, missing))
+            blocks = blocks.view(blocks.numel() // _BLOCK, _BLOCK)
+            top = (blocks >= threshold) & (blocks > 0)
+            masks.append(np.packbits(top.view(-1)[: chunk.numel()].numpy()))
+            kept = torch.where(top, blocks, 0.0)
+            sums = torch.stack([kept.double().sum(1), (blocks - kept).double().sum(1)], dim=1)
+            counts = torch.full(sums.shape, float(_BLOCK), dtype=torch.float64)
+            counts[-1:] -= missing
+            counts[:, 0] = top.sum(1)
+            counts[:, 1] -= counts[:, 0]
+            means.append((sums / counts.clamp(min=1)).float())
+        return {"mask": torch.from_numpy(np.concatenate(masks)), "means": torch.cat(means)}
 
     def decode(self, parts: Parts, shape: torch.Size) -> Tensor:
         """Each weight has its block's mean of its kind."""
-        numel = shape.numel()
-        top = torch.from_numpy(np.unpackbits(parts["mask"].numpy(), count=numel)).bool()
-        block = torch.arange(numel) // _BLOCK
-        means = parts["means"][block]
-        return torch.where(top, means[:, 0], means[:, 1]).view(shape)
-
-
-def _mean(blocks: Tensor, chosen: Tensor) -> Tensor:
-    """The mean of the chosen values of each block, 0 where there are none."""
-    total = torch.where(chosen, blocks, 0.0).double().sum(1)
-    return (total / chosen.sum(1).clamp(min=1)).float()
+        means = parts["means"]
+        values = means.new_empty(len(means), _BLOCK)
+        bits = np.unpackbits(parts["mask"].numpy(), count=values.numel())
+        top = torch.from_numpy(bits).view(torch.bool).view(values.shape)
+        rows = _CHUNK // _BLOCK
+        chunks = (torch.split(whole, rows) for whole in (values, top, means))
+        for out, mask, mean in zip(*chunks, strict=True):
+            torch.where(mask, mean[:, :1], mean[:, 1:], out=out)
+        return values.view(-1)[: shape.numel()].view(shape)
 
 
 class Rank1(Codec):

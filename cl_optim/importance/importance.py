@@ -5,17 +5,17 @@ from __future__ import annotations
 import json
 import math
 import os
-import uuid
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from cl_optim.importance import statistics
+from cl_optim.importance.files import save_tensors, whole
 from cl_optim.importance.statistics import Summaries, Summary
 
 _FORMAT = "cl_optim.Importance/1"
@@ -115,8 +115,11 @@ class Importance(_Means):
 
     @property
     def sums(self) -> Mapping[str, Tensor]:
-        """Parameter name → the raw sum of squared per-sample gradients (not a copy)."""
-        return dict(self._sums)
+        """Parameter name → the raw sum of squared per-sample gradients (not a copy).
+
+        Of a log's record a tensor is read whenever it is asked for.
+        """
+        return MappingProxyType(self._sums)
 
     @property
     def samples(self) -> float:
@@ -264,12 +267,8 @@ class Importance(_Means):
             name: value.detach().cpu().clone(memory_format=torch.contiguous_format)
             for name, value in self._sums.items()
         }
-        temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-        try:
-            save_file(tensors, temporary, metadata=header)
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        with whole(path) as file:
+            save_tensors(tensors, file, header)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], device: torch.device | str = "cpu") -> Importance:
@@ -301,12 +300,14 @@ class Importance(_Means):
         )
 
     def __repr__(self) -> str:
-        weights = sum(value.numel() for value in self._sums.values())
+        size = f"{len(self)} parameters"
+        if isinstance(self._sums, dict):  # others would be read for it
+            size += f" with {sum(value.numel() for value in self._sums.values()):,} weights"
         counts = f"{self.samples:,} samples"
         if self._tokens is not None:
             counts += f" of {self._tokens:,} tokens in all"
         labels = f", labels={self._metadata['labels']!r}" if "labels" in self._metadata else ""
-        return f"Importance({len(self)} parameters with {weights:,} weights, {counts}{labels})"
+        return f"Importance({size}, {counts}{labels})"
 
 
 def _sources(importance: Mapping[str, Tensor], weight: float) -> list[dict[str, Any]]:

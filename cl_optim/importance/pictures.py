@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from cl_optim.importance.files import whole
 from cl_optim.importance.statistics import SHARES
 
 if TYPE_CHECKING:
@@ -49,7 +50,8 @@ def write_png(data: dict[str, Any], folder: Path) -> list[Path]:
     with mpl.rc_context(_STYLE):
         for name, draw in drawings.items():
             path = folder / f"{name}.png"
-            draw(data).savefig(path)
+            with whole(path) as file:
+                draw(data).savefig(file, format="png")
             paths.append(path)
     return paths
 

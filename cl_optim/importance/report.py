@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from cl_optim._version import __version__
 from cl_optim.importance import watch
 from cl_optim.importance.errors import LogError
+from cl_optim.importance.files import whole
 from cl_optim.importance.importance import Importance
 from cl_optim.importance.record import Record
 from cl_optim.importance.statistics import SHARES, Overlap, layer_of, overlap
@@ -157,14 +158,15 @@ def _training(entries: list[Data]) -> Data:
 
 def write_json(data: Data, path: Path) -> None:
     """Write all figures."""
-    path.write_text(json.dumps(data, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    with whole(path) as file:
+        file.write_text(json.dumps(data, indent=1, allow_nan=False) + "\n", encoding="utf-8")
 
 
 def write_csv(data: Data, path: Path) -> None:
     """Write the figures of layers and tasks, a line for each pair."""
     carriers = [f"carries_{share:.0%}".replace("%", "") for share in SHARES]
     frozen = [f"frozen_at_{part['fraction']:.0%}".replace("%", "") for part in data["frozen"]]
-    with open(path, "w", newline="", encoding="utf-8") as file:
+    with whole(path) as beside, open(beside, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(
             ["layer", "task", "weights", "mean", "largest", "share", *carriers, *frozen]

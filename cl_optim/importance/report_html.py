@@ -8,6 +8,8 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from cl_optim.importance.files import whole
+
 
 def render_html(data: dict[str, Any]) -> str:
     """The page: template, style, script and figures in one."""
@@ -33,4 +35,5 @@ def render_html(data: dict[str, Any]) -> str:
 
 def write_html(data: dict[str, Any], path: Path) -> None:
     """Write the page."""
-    path.write_text(render_html(data), encoding="utf-8")
+    with whole(path) as file:
+        file.write_text(render_html(data), encoding="utf-8")

@@ -7,7 +7,6 @@ is read, and what differs from what was written is named and not returned.
 
 from __future__ import annotations
 
-import errno
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -17,10 +16,10 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from cl_optim.importance.errors import DamagedError
+from cl_optim.importance.files import save_tensors
 from cl_optim.importance.manifest import checksum
 
 SHARD_BYTES = 512 * 2**20
@@ -48,10 +47,7 @@ def write(
         for number, shard in enumerate(_shards(tensors, limit), start=1):
             path = folder / f"{stem}-{number:05}.safetensors"
             sums = {key: pool.submit(checksum, _bytes(value)) for key, value in shard.items()}
-            try:
-                save_file(shard, path)
-            except SafetensorError as error:  # which is how it reports a full disk
-                raise OSError(errno.EIO, str(error)) from None
+            save_tensors(shard, path)
             with open(path, "r+b") as file:
                 os.fsync(file.fileno())
                 header = _header(file.read(8), file)
@@ -64,6 +60,7 @@ def write(
                     "tensors": {key: future.result() for key, future in sums.items()},
                 }
             )
+            shard.clear()  # before the next one is made
     return table
 
 

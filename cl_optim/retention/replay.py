@@ -12,9 +12,9 @@ from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from cl_optim.importance.files import save_tensors, whole
 from cl_optim.retention.samples import Layout, count, flatten, unflatten
 
 POLICIES = ("reservoir", "class_balanced", "ring")
@@ -348,9 +348,8 @@ class ReplayBuffer:
                 os.fsync(file.fileno())  # of the mapped pages, too
         state = self._counters()
         tensors = {key: state.pop(key) for key in ("labels", "adding", "drawing")}
-        temporary = self._folder / f".{_STATE}.tmp"
-        save_file(tensors, temporary, metadata={"state": json.dumps(state)})
-        os.replace(temporary, self._folder / _STATE)
+        with whole(self._folder / _STATE) as file:
+            save_tensors(tensors, file, {"state": json.dumps(state)})
         (self._folder / _CHANGED).unlink()
 
     def _counters(self) -> dict[str, Any]:

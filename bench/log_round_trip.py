@@ -4,9 +4,9 @@
 
 The importance has the shapes of GPT-2 small and made-up values: log-normal, times a log-normal
 scale for each row and column. Writing is ``log.record`` (statistics, encoding,
-checksums, fsync), reading is every tensor of ``log.load``, verified and decoded; both are compared
-with ``dd conv=fsync`` of as many bytes into the same folder, in turns. What is read is in the page
-cache, as it has just been written.
+checksums, fsync), reading is every tensor of ``log.load``, verified and decoded. Both are compared,
+in turns, with ``dd conv=fsync`` into the same folder: of as many bytes as were written, and of as many
+as the importance has in float32. What is read is in the page cache, as it has just been written.
 """
 
 from __future__ import annotations
@@ -68,26 +68,33 @@ def seconds(work: Callable[[], object]) -> float:
 
 
 class Turn(NamedTuple):
-    """Seconds of one record written and read, and of dd for as many bytes."""
+    """Seconds of one record written and read, and of dd for as many bytes, and for all in float32."""
 
     nbytes: int
     write: float
     read: float
     dd: float
+    dd_float32: float
 
 
 def turn(folder: Path, importance: dict[str, Tensor], codec: str) -> Turn:
-    path, peer = folder / "log", folder / "dd"
+    path = folder / "log"
     log = ImportanceLog(path)
     write = seconds(lambda: log.record("task", importance, codec=codec))
     nbytes = log["task"].nbytes
     read = seconds(lambda: list(log.load("task").sums.values()))
-    command = ["dd", "if=/dev/zero", f"of={peer}", f"count={nbytes}", "iflag=count_bytes"]
-    command += ["bs=8M", "conv=fsync", "status=none"]
-    dd = seconds(lambda: subprocess.run(command, check=True))
     shutil.rmtree(path)
-    peer.unlink()
-    return Turn(nbytes, write, read, dd)
+    whole = sum(value.nbytes for value in importance.values())
+    return Turn(nbytes, write, read, dd(folder, nbytes), dd(folder, whole))
+
+
+def dd(folder: Path, nbytes: int) -> float:
+    path = folder / "dd"
+    command = ["dd", "if=/dev/zero", f"of={path}", f"count={nbytes}", "iflag=count_bytes"]
+    command += ["bs=8M", "conv=fsync", "status=none"]
+    time = seconds(lambda: subprocess.run(command, check=True))
+    path.unlink()
+    return time
 
 
 def main() -> None:
@@ -102,7 +109,8 @@ def main() -> None:
 
     table = Table(box=box.MARKDOWN)
     for column in ("codec", "bytes per weight", "‖error‖/‖F‖", "largest error", "top 5 % kept",
-                   "MB", "dd, s", "write, s", "dd / write", "read, s", "dd / read"):  # fmt: skip
+                   "MB", "dd, s", "write, s", "dd / write", "read, s", "dd / read",
+                   "dd of float32 / write", "/ read"):  # fmt: skip
         table.add_column(column, justify="right" if column != "codec" else "left")
     for name in codecs.NAMES:
         error = codecs.measure(codecs.codec(name), importance)
@@ -114,16 +122,24 @@ def main() -> None:
             f"{statistics.median(t.dd for t in turns):.3f}",
             *cells([t.write for t in turns], [t.dd for t in turns]),
             *cells([t.read for t in turns], [t.dd for t in turns]),
+            *(ratios([b / a for a, b in pairs]) for pairs in (
+                [(t.write, t.dd_float32) for t in turns], [(t.read, t.dd_float32) for t in turns]
+            )),
         )  # fmt: skip
-    console = Console(width=200)
+    console = Console(width=240)
     console.print(f"{weights:,} weights in {len(importance)} tensors; median of {arguments.repeat}")
     console.print(table)
 
 
 def cells(ours: list[float], peer: list[float]) -> list[str]:
-    ratios = sorted(b / a for a, b in zip(ours, peer, strict=True))
-    ratio = f"{statistics.median(ratios):.2f} ({ratios[0]:.2f}–{ratios[-1]:.2f})"
-    return [f"{statistics.median(ours):.3f}", ratio]
+    return [
+        f"{statistics.median(ours):.3f}",
+        ratios([b / a for a, b in zip(ours, peer, strict=True)]),
+    ]
+
+
+def ratios(values: list[float]) -> str:
+    return f"{statistics.median(values):.2f} ({min(values):.2f}–{max(values):.2f})"
 
 
 if __name__ == "__main__":

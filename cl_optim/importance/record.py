@@ -61,17 +61,17 @@ def write(
     }
     summaries = Summaries()
 
-    def summarize(name: str) -> None:
-        summaries.add(name, sums[name], samples)
+    def summarize() -> None:
+        for name, value in sums.items():
+            summaries.add(name, value, samples)
+        layers = summaries.layers()
+        table["layers"] = {layer: list(summary) for layer, summary in layers.items()}
+        table["whole"] = list(summaries.whole())
 
     with ThreadPoolExecutor(1, thread_name_prefix="cl_optim-statistics") as pool:
-        done = [pool.submit(summarize, name) for name in sums]
+        done = pool.submit(summarize)
         table["importance"] = shards.write(folder, "importance", _encoded(sums, how))
-        for future in done:
-            future.result()
-    layers = summaries.layers()
-    table["layers"] = {layer: list(summary) for layer, summary in layers.items()}
-    table["whole"] = list(summaries.whole())
+        done.result()
     if isinstance(anchors, Mapping):
         table["anchors"] = shards.write(folder, "anchors", iter(anchors.items()))
         table["anchor_shapes"] = {name: list(value.shape) for name, value in anchors.items()}

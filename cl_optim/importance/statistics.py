@@ -10,9 +10,10 @@ of its bins by the lower 16 bits.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -79,27 +80,30 @@ class Histogram:
         """How many are 0, or below float32's normal numbers by 2⁷."""
         return int(self.counts[0])
 
-    def quantile(self, q: float) -> float:
-        """The smallest value that at least a fraction ``q`` of the values does not exceed."""
+    def quantiles(self, fractions: Sequence[float]) -> tuple[float, ...]:
+        """For each fraction the smallest value that so many of the values do not exceed."""
         if not self.total:
-            return 0.0
-        rank = max(1, math.ceil(q * self.total))
-        place = int(torch.searchsorted(self.counts.cumsum(0), rank))
-        return min(float(_middles()[place]), self.largest)
+            return (0.0,) * len(fractions)
+        ranks = torch.tensor([max(1, math.ceil(q * self.total)) for q in fractions])
+        middles = _middles()[torch.searchsorted(self.counts.cumsum(0), ranks)]
+        return tuple(min(value, self.largest) for value in middles.tolist())
 
-    def carriers(self, share: float) -> float:
-        """The smallest fraction of the values that makes up ``share`` of their sum."""
+    def carriers(self, shares: Sequence[float]) -> tuple[float, ...]:
+        """For each share the smallest fraction of the values that makes up so much of their sum."""
         counts, middles = self.counts.flip(0), _middles().flip(0)
-        masses = (counts * middles).cumsum(0)
-        target = share * float(masses[-1])
-        if target <= 0:
-            return 0.0
-        place = int(torch.searchsorted(masses, target))
-        before = float(masses[place - 1]) if place else 0.0
-        inside = math.ceil((target - before) / float(middles[place]))
-        return (int(counts[:place].sum()) + min(inside, int(counts[place]))) / self.total
+        masses, numbers = (counts * middles).cumsum(0), counts.cumsum(0)
+        if not float(masses[-1]) > 0:
+            return (0.0,) * len(shares)
+        targets = torch.tensor(shares, dtype=torch.float64) * masses[-1]
+        places = torch.searchsorted(masses, targets)
+        # Of the bin in which a share is reached, no more than are needed.
+        missing = targets - (masses[places] - counts[places] * middles[places])
+        inside = torch.minimum((missing / middles[places]).ceil().long(), counts[places])
+        found = (numbers[places] - counts[places] + inside) / self.total
+        return tuple(found.tolist())
 
 
+@functools.lru_cache(1)
 def _middles() -> Tensor:
     """The middle of each bin, float64; 0 for the lowest."""
     edges = (torch.arange(_BINS, dtype=torch.int32) << 16).view(torch.float32).double()
@@ -139,8 +143,8 @@ class Summary(NamedTuple):
             mean=histogram.sum / max(histogram.total, 1),
             largest=histogram.largest,
             zeros=histogram.zeros,
-            quantiles=tuple(histogram.quantile(q) for q in QUANTILES),
-            carriers=tuple(histogram.carriers(share) for share in SHARES),
+            quantiles=histogram.quantiles(QUANTILES),
+            carriers=histogram.carriers(SHARES),
         )
 
 

@@ -5,8 +5,9 @@
 The importance has the shapes of GPT-2 small and made-up values: log-normal, times a log-normal
 scale for each row and column. Writing is ``log.record`` (statistics, encoding,
 checksums, fsync), reading is every tensor of ``log.load``, verified and decoded. Both are compared,
-in turns, with ``dd conv=fsync`` into the same folder: of as many bytes as were written, and of as many
-as the importance has in float32. What is read is in the page cache, as it has just been written.
+in turns, with ``dd conv=fsync`` into the same folder: of as many bytes as were written, and of as
+many as the importance has in float32. What is read is in the page cache, as it has just been
+written.
 """
 
 from __future__ import annotations

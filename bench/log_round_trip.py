@@ -69,7 +69,7 @@ def seconds(work: Callable[[], object]) -> float:
 
 
 class Turn(NamedTuple):
-    """Seconds of one record written and read, and of dd for as many bytes, and for all in float32."""
+    """Seconds of one record written and read; of dd for as many bytes, and for those of float32."""
 
     nbytes: int
     write: float

@@ -238,6 +238,48 @@ def test_merge_is_what_the_optimizer_protects(tmp_path):
         torch.testing.assert_close(at_once.state[param]["importance"], expected)
 
 
+def test_what_the_tasks_froze_is_frozen_again(tmp_path):
+    model = nn.Linear(5, 4)
+    log = ImportanceLog(tmp_path)
+    assert log.frozen() == {}
+    expected = {
+        name: torch.zeros(p.shape, dtype=torch.bool) for name, p in model.named_parameters()
+    }
+    for task in ("one", "two", "three"):
+        optimizer = EWCAdamW(model.named_parameters())
+        values = {name: torch.rand(param.shape) for name, param in model.named_parameters()}
+        optimizer.consolidate(values)
+        if task != "two":
+            optimizer.freeze(0.2)
+        frozen = {protected.name: protected.frozen for protected in optimizer.protected()}
+        log.record(task, values, frozen=frozen)
+        expected = {name: expected[name] | mask for name, mask in frozen.items()}
+    found = ImportanceLog(tmp_path).frozen()
+    assert all(torch.equal(found[name], mask) for name, mask in expected.items())
+    resumed = EWCAdamW(model.named_parameters())
+    resumed.consolidate(log)
+    for protected in resumed.protected():
+        assert torch.equal(protected.frozen, expected[protected.name])
+    log.forget("one")
+    log.forget("three")
+    assert not any(mask.any() for mask in log.frozen().values())
+
+
+def test_frozen_weights_of_a_model_that_has_grown(tmp_path):
+    log = ImportanceLog(tmp_path)
+    frozen = {name: torch.tensor([True, False]) for name in ("same", "gone", "grown")}
+    log.record("one", {name: torch.ones(2) for name in frozen}, frozen=frozen)
+    params = {"same": torch.ones(2), "grown": torch.ones(3), "new": torch.ones(2)}
+    optimizer = EWCAdamW([(name, nn.Parameter(value)) for name, value in params.items()])
+    optimizer.consolidate(log, strict=False)
+    found = {protected.name: protected.frozen.tolist() for protected in optimizer.protected()}
+    assert found == {"same": [True, False]}
+
+    log.record("two", {"same": torch.ones(3)}, frozen={"same": torch.ones(3, dtype=torch.bool)})
+    with pytest.raises(ValueError, match=r"^'same' cannot be frozen: .* are \(2,\) and \(3,\)"):
+        log.frozen()
+
+
 def test_forget(tmp_path):
     log = make_log(tmp_path, 3)
     log.forget("task 1")
@@ -368,6 +410,10 @@ def test_a_manifest_that_cannot_be_read(tmp_path, first, error, message):
         (ValueError, r"^the importance of 'bias' must have the parameter's shape \(2,\), not \(3,",
          {"importance": {"bias": torch.ones(3)}, "model": nn.Linear(2, 2)}),
         (TypeError, r"^frozen\['a'\] must be a bool tensor", {"frozen": {"a": torch.ones(2)}}),
+        (ValueError, r"^frozen names 'a', which has no importance",
+         {"frozen": {"a": torch.ones(2, dtype=torch.bool)}}),
+        (ValueError, r"^frozen\['a.bias'\] must have the importance's shape \(20,\), not \(2,\)",
+         {"frozen": {"a.bias": torch.ones(2, dtype=torch.bool)}}),
         (TypeError, r"^anchors\['a'\] must be a tensor", {"anchors": {"a": 1}}),
         (ValueError, "^codec must be one of .* not 'gzip'", {"codec": "gzip"}),
     ],

@@ -129,6 +129,43 @@ class TestFreeze:
             assert (p != old).all()
 
     @pytest.mark.parametrize("importance_dtype", IMPORTANCE)
+    def test_weights_of_ones_own_choice(self, importance_dtype, implementation):
+        problem = Problem.of(make_params(SHAPES, torch.float32))
+        optimizer = make(problem, importance_dtype=importance_dtype, **implementation)
+        masks = {f"p{i}": torch.rand(p.shape) < 0.3 for i, p in enumerate(problem.params[:2])}
+        half = {name: mask & (torch.rand(mask.shape) < 0.5) for name, mask in masks.items()}
+        assert optimizer.freeze(half) == sum(int(mask.sum()) for mask in half.values())
+        assert optimizer.freeze(masks) == sum(int(mask.sum()) for mask in masks.values())
+        for protected in optimizer.protected():
+            expected = masks.get(protected.name, torch.zeros_like(protected.frozen))
+            assert torch.equal(protected.frozen, expected)
+        before = [bits(p) for p in problem.params]
+        run(problem, optimizer, 2)
+        for p, old, protected in zip(problem.params, before, optimizer.protected(), strict=True):
+            assert torch.equal(bits(p)[protected.frozen], old[protected.frozen])
+
+    @pytest.mark.parametrize(
+        ("error", "message", "masks"),
+        [
+            (TypeError, "^the mask of 'p0' must be a bool tensor", {"p0": torch.ones(300)}),
+            (ValueError, "^a mask names 'q', which this optimizer does not have",
+             {"p0": torch.ones(300, dtype=torch.bool), "q": torch.ones(1, dtype=torch.bool)}),
+            (ValueError, r"^the mask of 'p1' must have the parameter's shape, not \(3,\)",
+             {"p0": torch.ones(300, dtype=torch.bool), "p1": torch.ones(3, dtype=torch.bool)}),
+            (ValueError, "^a mask is of a parameter that nothing protects",
+             {"p0": torch.ones(300, dtype=torch.bool), "p4": torch.ones(257, dtype=torch.bool)}),
+        ],
+    )  # fmt: skip
+    def test_bad_masks_change_nothing(self, error, message, masks):
+        problem = Problem.of(make_params(SHAPES, torch.float32))
+        optimizer = make(problem, consolidated=False)
+        known = {f"p{i}": f for i, f in enumerate(problem.importances[:4])}
+        optimizer.consolidate(known, strict=False)
+        with pytest.raises(error, match=message):
+            optimizer.freeze(masks)
+        assert not any(protected.frozen.any() for protected in optimizer.protected())
+
+    @pytest.mark.parametrize("importance_dtype", IMPORTANCE)
     def test_merging_keeps_them_frozen(self, importance_dtype):
         problem = Problem.of(make_params(SHAPES, torch.float32))
         optimizer = make(problem, importance_dtype=importance_dtype)

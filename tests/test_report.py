@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import math
 import re
@@ -14,10 +15,12 @@ import pytest
 import torch
 from log_cases import importance_of, make_log
 from PIL import Image
+from rich.console import Console
 
 from cl_optim import Importance, ImportanceLog, cli
-from cl_optim.importance.report import report_data
+from cl_optim.importance.report import report_data, write_csv
 from cl_optim.importance.report_html import render_html
+from cl_optim.importance.report_text import render_text
 
 NASTY = "</script><b>$x_1$ & \u2028 “quoted” 《style》"
 
@@ -124,6 +127,24 @@ def test_the_frozen_fractions_are_those_of_the_merged_top(log):
     assert data["frozen"][0]["layers"][3] == pytest.approx(
         (new >= threshold).double().mean().item()
     )
+
+
+def test_what_is_frozen(log, tmp_path):
+    assert report_data(log)["pinned"] is None
+    frozen = {"new.weight": log.merge().top(0.5)["new.weight"]}
+    log.record("frozen", log.load(log.tasks[-1]), frozen=frozen)
+    data = report_data(log)
+    layer = [layer["name"] for layer in data["layers"]].index("new")
+    expected = frozen["new.weight"].double().mean().item()
+    assert 0 < expected < 1
+    assert data["pinned"] == [expected if row == layer else 0.0 for row in range(4)]
+    console = Console(width=200, record=True, file=io.StringIO())
+    console.print(render_text(data))
+    assert f"{expected:.1%}" in console.export_text()
+    write_csv(data, tmp_path / "r.csv")
+    with open(tmp_path / "r.csv", newline="", encoding="utf-8") as file:
+        found = {line["layer"]: float(line["frozen"]) for line in csv.DictReader(file)}
+    assert found["new"] == expected
 
 
 def test_training_is_in_it(log):

@@ -218,7 +218,8 @@ class ImportanceLog:
             model: Its parameters' names, shapes and dtypes are recorded, and must fit.
             anchors: The weights that the task leaves, by name: ``dict(model.named_parameters())``;
                 or the path of the checkpoint that has them, of which a checksum is recorded.
-            frozen: Masks of weights that are frozen from now on.
+            frozen: Masks, by name, of weights that are frozen from now on:
+                ``{p.name: p.frozen for p in optimizer.protected()}``.
             codec: How the importance is written: ``"float32"``, ``"bfloat16"``, ``"log8"``,
                 ``"topk"``, ``"rank1"``, or a :class:`~cl_optim.importance.codecs.Codec`.
 
@@ -232,7 +233,7 @@ class ImportanceLog:
         how = codecs.codec(codec) if isinstance(codec, str) else codec
         self._check_task(task)
         _check_importance(importance)
-        _check_masks(frozen)
+        _check_masks(frozen, importance)
         _check_anchors(anchors)
         if model is not None:
             _check_model(importance, model)
@@ -308,6 +309,26 @@ class ImportanceLog:
             merged = merged.merge(self.load(task), decay)
         return merged
 
+    def frozen(self, tasks: Sequence[str] | None = None) -> dict[str, Tensor]:
+        """The masks of all weights that any of these tasks froze; empty where none did.
+
+        Args:
+            tasks: All that are not forgotten if None.
+
+        Raises:
+            LogError: There is no such task.
+            ValueError: A parameter has two shapes.
+            DamagedError: A mask is damaged.
+        """
+        masks: dict[str, Tensor] = {}
+        for task in self.tasks if tasks is None else tasks:
+            for name, mask in (self[task].frozen() or {}).items():
+                if name in masks and masks[name].shape != mask.shape:
+                    shapes = f"{tuple(masks[name].shape)} and {tuple(mask.shape)}"
+                    raise ValueError(f"{name!r} cannot be frozen: its masks' shapes are {shapes}.")
+                masks[name] = masks[name] | mask if name in masks else mask
+        return masks
+
     def watch(self, optimizer: ProtectingOptimizer, every: int = 100) -> Watch:
         """Record penalty, drift and importance of each layer while training.
 
@@ -370,10 +391,19 @@ def _check_importance(importance: Mapping[str, Tensor]) -> None:
             )
 
 
-def _check_masks(frozen: Mapping[str, Tensor] | None) -> None:
+def _check_masks(frozen: Mapping[str, Tensor] | None, importance: Mapping[str, Tensor]) -> None:
+    sums = importance.sums if isinstance(importance, Importance) else importance
     for name, mask in (frozen or {}).items():
         if not isinstance(mask, Tensor) or mask.dtype is not torch.bool:
             raise TypeError(f"frozen[{name!r}] must be a bool tensor.")
+        if name not in sums:
+            raise ValueError(f"frozen names {name!r}, which has no importance.")
+        shape = sums[name].shape
+        if mask.shape != shape:
+            raise ValueError(
+                f"frozen[{name!r}] must have the importance's shape {tuple(shape)}, not "
+                f"{tuple(mask.shape)}."
+            )
 
 
 def _check_anchors(anchors: Anchors) -> None:

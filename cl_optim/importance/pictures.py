@@ -123,6 +123,9 @@ def _frozen(data: dict[str, Any]) -> Figure:
         values = [100 * value for value in part["layers"]]
         label = f"top {part['fraction']:.0%} of all weights"
         axes.barh(range(len(layers)), values, color=shade, label=label)
+    if data["pinned"]:
+        values = [100 * value for value in data["pinned"]]
+        axes.plot(values, range(len(layers)), "D", color="#c0392b", markersize=4, label="frozen")
     axes.set_yticks(range(len(layers)), layers, fontsize=7)
     axes.set_ylim(len(layers) - 0.5, -0.5)
     axes.set_xlabel("% of the layer's weights that freezing would pin")

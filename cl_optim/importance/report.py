@@ -58,6 +58,7 @@ def report_data(log: ImportanceLog) -> Data:
         "top": TOP,
         "overlap": _overlap(overlap(importances, TOP)),
         "frozen": _frozen(log.merge(), layers),
+        "pinned": _pinned(log, layers, records),
         "training": [_training(entries) for entries in watch.read(log.path / "training")],
     }
 
@@ -131,6 +132,16 @@ def _frozen(merged: Importance, layers: list[str]) -> list[Data]:
     return result
 
 
+def _pinned(log: ImportanceLog, layers: list[str], records: list[Record]) -> list[float] | None:
+    """The fraction of each layer's weights that the tasks froze; None where nothing is frozen."""
+    pinned = dict.fromkeys(layers, 0)
+    for name, mask in log.frozen().items():
+        pinned[layer_of(name)] += int(mask.sum())
+    if not any(pinned.values()):
+        return None
+    return [pinned[layer] / max(_weights(layer, records), 1) for layer in layers]
+
+
 def _training(entries: list[Data]) -> Data:
     """Curves of a watch: the whole model's, and the most drifting layers'."""
     shown = entries[:: max(1, math.ceil(len(entries) / _POINTS))]
@@ -169,7 +180,7 @@ def write_csv(data: Data, path: Path) -> None:
     with whole(path) as beside, open(beside, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(
-            ["layer", "task", "weights", "mean", "largest", "share", *carriers, *frozen]
+            ["layer", "task", "weights", "mean", "largest", "share", *carriers, *frozen, "frozen"]
         )
         for row, layer in enumerate(data["layers"]):
             for column, task in enumerate(data["tasks"]):
@@ -178,4 +189,5 @@ def write_csv(data: Data, path: Path) -> None:
                 figures = [data[name][row][column] for name in ("mean", "largest", "share")]
                 parts = [part["layers"][row] for part in data["frozen"]]
                 line = [layer["name"], task["name"], layer["weights"], *figures]
-                writer.writerow([*line, *data["carriers"][row][column], *parts])
+                pinned = data["pinned"][row] if data["pinned"] else 0.0
+                writer.writerow([*line, *data["carriers"][row][column], *parts, pinned])

@@ -58,7 +58,8 @@ def _layers(data: dict[str, Any]) -> Table:
     """The layers by their largest share of any task's importance."""
     count = len(data["layers"])
     order = sorted(range(count), key=lambda row: -max(part or 0 for part in data["share"][row]))
-    frozen = [f"frozen at {part['fraction']:.0%}" for part in data["frozen"]]
+    frozen = [f"top {part['fraction']:.0%}" for part in data["frozen"]]
+    frozen += ["frozen"] if data["pinned"] else []
     title = f"Layers, the first {_LAYERS} of {count}" if count > _LAYERS else "Layers"
     table = _table(
         f"{title}, by their share of a task's importance", "layer", "weights", "share", *frozen
@@ -71,6 +72,7 @@ def _layers(data: dict[str, Any]) -> Table:
             f"{data['layers'][row]['weights']:,}",
             f"{low:.1%} to {high:.1%}" if len(shares) > 1 else f"{high:.1%}",
             *(f"{part['layers'][row]:.1%}" for part in data["frozen"]),
+            *([f"{data['pinned'][row]:.1%}"] if data["pinned"] else []),
         )
     return table
 

@@ -364,7 +364,8 @@ class EWCAdamW(torch.optim.Optimizer):
             importance: F ≥ 0 by parameter name, each of its parameter's shape and of any real
                 dtype, on any device (an :class:`cl_optim.Importance`, or any mapping). Names
                 match without what DDP, torch.compile, FSDP and PEFT put into them. An
-                :class:`cl_optim.ImportanceLog` stands for its ``merge()``: all its tasks at once.
+                :class:`cl_optim.ImportanceLog` stands for its ``merge()``, all its tasks at once,
+                and what they froze is frozen.
                 ``None`` protects all weights equally (F = 1): L2-SP.
             decay: What remains of the earlier tasks' importance, in [0, 1].
             anchors: ``"latest"``: F ← decay·F + importance, θ* ← θ, in the parameter's dtype.
@@ -385,9 +386,12 @@ class EWCAdamW(torch.optim.Optimizer):
             raise ValueError(f"decay must be in [0, 1], not {decay}.")
         if anchors not in ANCHORS:
             raise ValueError(f"anchors must be one of {ANCHORS}, not {anchors!r}.")
+        frozen: dict[str, Tensor] = {}
         if isinstance(importance, ImportanceLog):
-            importance = importance.merge()
+            log = importance
+            importance, frozen = log.merge(), log.frozen()
         matched = list(self._match(importance, model, strict))
+        masks = self._masks(frozen, self._named_params(model), strict) if frozen else []
         self._plans = None  # it would keep the replaced tensors alive
         self._batches = []
         groups = {param: group for group in self.param_groups for param in group["params"]}
@@ -399,6 +403,8 @@ class EWCAdamW(torch.optim.Optimizer):
             if reset_state:
                 for key in ("step", *MOMENTS):
                     state.pop(key, None)
+        for param, mask in masks:
+            protection.pin(self.state[param], param, mask)
         mean = protection.mean_importance(self._protected_states())
         for group in self.param_groups:
             group["importance_mean"] = mean
@@ -473,7 +479,7 @@ class EWCAdamW(torch.optim.Optimizer):
     # --- frozen weights ---------------------------------------------------------------------------
 
     @torch.no_grad()
-    def freeze(self, fraction: float = 0.05) -> int:
+    def freeze(self, fraction: float | Mapping[str, Tensor] = 0.05) -> int:
         """Pin the most important weights: they keep their bits, whatever is stepped or merged.
 
         The most important ones of all protected parameters together, λ aside; of equally important
@@ -481,21 +487,52 @@ class EWCAdamW(torch.optim.Optimizer):
         stay frozen even if it is smaller. A frozen weight is left out of the penalty.
 
         Args:
-            fraction: Of the protected weights, in [0, 1].
+            fraction: Of the protected weights, in [0, 1]; or masks of the weights to pin, by
+                parameter name.
 
         Returns:
             How many weights are frozen now.
 
         Raises:
-            ValueError: ``fraction`` is out of range.
+            TypeError: A mask is not of bool.
+            ValueError: ``fraction`` is out of range, or a mask's name or shape is none of the
+                optimizer's. Nothing has been changed then.
             RuntimeError: Nothing has been consolidated.
         """
-        if not 0.0 <= fraction <= 1.0:
+        if not isinstance(fraction, Mapping) and not 0.0 <= fraction <= 1.0:
             raise ValueError(f"fraction must be in [0, 1], not {fraction}.")
         states = self._protected_states()
         if not states:
             raise RuntimeError("freeze() needs importance: call consolidate() first.")
+        if isinstance(fraction, Mapping):
+            masks = self._masks(fraction, self._named_params(None), strict=True)
+            if any("importance" not in self.state.get(param, {}) for param, _ in masks):
+                raise ValueError("a mask is of a parameter that nothing protects.")
+            for param, mask in masks:
+                protection.pin(self.state[param], param, mask)
+            return protection.count_frozen(states)
         return protection.freeze(states, fraction)
+
+    def _masks(
+        self, masks: Mapping[str, Tensor], named: Mapping[str, Tensor], strict: bool
+    ) -> list[tuple[Tensor, Tensor]]:
+        """Each parameter with its checked mask; what fits none is an error or is left out."""
+        names = match_names(masks, named)
+        matched = []
+        for name, mask in masks.items():
+            param = named[names[name]] if name in names else None
+            if not isinstance(mask, Tensor) or mask.dtype is not torch.bool:
+                raise TypeError(f"the mask of {name!r} must be a bool tensor.")
+            if param is not None and mask.shape == param.shape:
+                matched.append((param, mask.to(param.device)))
+            elif strict and param is None:
+                raise ValueError(f"a mask names {name!r}, which this optimizer does not have.")
+            elif strict:
+                raise ValueError(
+                    f"the mask of {name!r} must have the parameter's shape, not "
+                    f"{tuple(mask.shape)}."
+                )
+        return matched
 
     @torch.no_grad()
     def unfreeze(self) -> None:

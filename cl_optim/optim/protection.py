@@ -122,7 +122,7 @@ def freeze(states: list[tuple[Tensor, dict[str, Any]]], fraction: float) -> int:
     Returns:
         How many are marked.
     """
-    already = sum(int(read(state, param)[1].sum()) for param, state in states)
+    already = count_frozen(states)
     wanted = round(fraction * sum(param.numel() for param, _ in states))
     if wanted <= already:
         return already
@@ -135,6 +135,16 @@ def freeze(states: list[tuple[Tensor, dict[str, Any]]], fraction: float) -> int:
         ties -= int(chosen.sum())
         _mark(state, frozen | chosen | (importance > threshold))
     return wanted
+
+
+def pin(state: dict[str, Any], param: Tensor, mask: Tensor) -> None:
+    """Mark these weights besides those that are marked."""
+    _mark(state, read(state, param)[1] | mask)
+
+
+def count_frozen(states: Iterable[tuple[Tensor, Mapping[str, Any]]]) -> int:
+    """How many weights are marked."""
+    return sum(int(read(state, param)[1].sum()) for param, state in states)
 
 
 class _Movable(Mapping[str, Tensor]):

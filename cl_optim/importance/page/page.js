@@ -246,7 +246,7 @@
   const bars = (table, titles, rows) => {
     const head = make("tr", {}, ...titles.map((title, at) =>
       make("th", { scope: "col", className: at && title ? "number" : "" }, title)));
-    table.append(make("thead", {}, head), make("tbody", {}, ...rows.map(({ title, values, of }) => {
+    table.append(make("thead", {}, head), make("tbody", {}, ...rows.map(({ title, values, of, more = [] }) => {
       const track = make("span", { className: "track", "aria-hidden": "true" },
         ...[...values].sort((a, b) => b - a).map((value, at) => {
           const bar = make("i", { "--w": of ? value / of : 0 });
@@ -254,14 +254,20 @@
           return bar;
         }));
       return make("tr", {}, make("th", { scope: "row" }, ...breakable(title)),
-        ...values.map((value) => make("td", { className: "number" }, percent(value))),
+        ...[...values, ...more].map((value) => make("td", { className: "number" }, percent(value))),
         make("td", { className: "bar" }, track));
     })));
   };
   bars(byId("carriers"), ["task", "50 %", "90 %", "99 %", ""],
     tasks.map((task) => ({ title: task.name, values: task.carriers, of: 1 })));
-  bars(byId("frozen"), ["layer", ...data.frozen.map((part) => `at ${percent(part.fraction)}`), ""],
-    layers.map((layer, at) => ({ title: layer.name, values: data.frozen.map((part) => part.layers[at]), of: 1 })));
+  const pinned = data.pinned ? ["frozen"] : [];
+  bars(byId("frozen"), ["layer", ...data.frozen.map((part) => `at ${percent(part.fraction)}`), ...pinned, ""],
+    layers.map((layer, at) => ({
+      title: layer.name,
+      values: data.frozen.map((part) => part.layers[at]),
+      more: pinned.map(() => data.pinned[at]),
+      of: 1,
+    })));
 
   // --- training -------------------------------------------------------------------------------
 

@@ -103,7 +103,7 @@ def test_a_byte_is_predicted_from_those_before_it_only():
 @pytest.mark.parametrize("fraction", [0.05, 0.10, 0.25])
 def test_replay_replaces_that_part_of_the_batches_by_kept_windows(fraction):
     old, new = corpus("old", text(0)), corpus("new", text(1))
-    kept = {bytes(w.tolist()) for w in _kept(0, old, SIZES)}
+    kept = {bytes(w.tolist()) for w in _kept(0, old, SIZES).samples()}
     plain = _batches(ADAMW, 0, old, new, SIZES)
     mixed = _batches(Method("r", "r", replay=fraction), 0, old, new, SIZES)
     replayed, count = 0, 500

@@ -63,8 +63,8 @@ def render(results: Results, table_box: box.Box = box.SIMPLE_HEAD) -> Renderable
         f"Kept: (bpb_AdamW − bpb_method) / (bpb_AdamW − bpb_before) on {old}, paired by seed. "
         f"Cost: bpb_method / bpb_AdamW − 1 on {new}. Replay replaces that part of each batch by "
         f"some of {sizes.kept} kept windows of {old}; GEM's memory is the same windows, its row "
-        "computed anew every 10 steps. EWC + replay has "
-        f"λ = {LAMBDA_WITH_REPLAY:g}. Nothing was tuned on seeds of its own."
+        "computed anew every 10 steps. EWC is the proximal form; with replay, its λ is "
+        f"{LAMBDA_WITH_REPLAY:g}. Form and λ were chosen with another seed; nothing else was tuned."
     )
     guard = (
         f"The guard at work: AdamW, seed 0, checked every {GUARD_EVERY} steps, back to the last "

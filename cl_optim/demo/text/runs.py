@@ -14,7 +14,7 @@ from cl_optim.demo.scenarios import generator
 from cl_optim.demo.text.corpora import Corpus
 from cl_optim.demo.text.model import ByteTransformer, Sizes, bits_per_byte, loss
 from cl_optim.demo.train import DivergedError
-from cl_optim.retention import Evaluation, RetentionGuard
+from cl_optim.retention import Evaluation, ReplayBuffer, RetentionGuard
 from cl_optim.retention.evaluation import Role
 
 OLD_LR, NEW_LR = 3e-3, 1e-3
@@ -44,8 +44,9 @@ class Method:
     gem: bool = False
 
 
-_LAMBDAS = (0.001, 0.003, 0.01, 0.03)
-LAMBDA_WITH_REPLAY = 0.003
+_PENALTY = "proximal"  # which kept as much at two thirds of the gradient form's cost
+_LAMBDAS = (1.0, 3.0, 10.0, 30.0)
+LAMBDA_WITH_REPLAY = 1.0
 FRACTIONS = (0.05, 0.10, 0.25)
 ADAMW = Method("AdamW", "AdamW")
 METHODS = (
@@ -178,9 +179,11 @@ def _measure(model: ByteTransformer, old: Corpus, new: Corpus, sizes: Sizes) -> 
     return old_bpb, new_bpb
 
 
-def _kept(seed: int, old: Corpus, sizes: Sizes) -> Tensor:
+def _kept(seed: int, old: Corpus, sizes: Sizes) -> ReplayBuffer:
     """The windows of the old text that are still there when the new one is learned."""
-    return old.windows(sizes.kept, sizes.context + 1, generator(seed, "kept windows"))
+    kept = ReplayBuffer(sizes.kept, seed=seed)
+    kept.add(old.windows(sizes.kept, sizes.context + 1, generator(seed, "kept windows")))
+    return kept
 
 
 def _optimizer(
@@ -191,6 +194,7 @@ def _optimizer(
         lr=NEW_LR,
         weight_decay=WEIGHT_DECAY,
         ewc_lambda=method.ewc_lambda or 0.0,
+        penalty=_PENALTY,
     )
     if method.ewc_lambda is not None:
         optimizer.consolidate(learned.importance)
@@ -198,24 +202,21 @@ def _optimizer(
         return optimizer
     gem = GEM(optimizer)
     kept = _kept(learned.seed, old, sizes)
-    draw = generator(learned.seed, "memory")
-
-    def backward() -> None:
-        chosen = torch.randperm(len(kept), generator=draw)[:_GEM_BATCH]
-        torch.autograd.backward(loss(model, kept[chosen]))
-
-    gem.remember(old.name, backward, _GEM_REFRESH)
+    gem.remember(
+        old.name, kept.closure(lambda windows: loss(model, windows), _GEM_BATCH), _GEM_REFRESH
+    )
     return gem
 
 
 def _batches(method: Method, seed: int, old: Corpus, new: Corpus, sizes: Sizes) -> Iterator[Tensor]:
     """Windows of the new text, of which a part is replaced by kept windows of the old."""
     kept = _kept(seed, old, sizes)
-    draw_new, draw_old = generator(seed, "new windows"), generator(seed, "replayed windows")
+    draw_new, rounding = generator(seed, "new windows"), generator(seed, "replayed windows")
     share = method.replay * sizes.batch
     while True:
         batch = new.windows(sizes.batch, sizes.context + 1, draw_new)
         # Less than a window is a window in some of the batches: the fraction is right on average.
-        replayed = int(share) + int(torch.rand((), generator=draw_old).item() < share % 1)
-        batch[:replayed] = kept[torch.randint(len(kept), (replayed,), generator=draw_old)]
+        replayed = int(share) + int(torch.rand((), generator=rounding).item() < share % 1)
+        if replayed:
+            batch[:replayed] = kept.sample(replayed)
         yield batch

@@ -349,9 +349,10 @@ def _add_bench(parser: argparse.ArgumentParser) -> None:
 
 
 def _bench_retention(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> int:
+    from rich import box
     from rich.console import Console
 
-    from cl_optim.demo import published
+    from cl_optim.demo import published, report
     from cl_optim.demo.train import DivergedError
 
     arguments.data = "digits" if arguments.data_dir is None else "fashion-mnist"
@@ -360,7 +361,13 @@ def _bench_retention(parser: argparse.ArgumentParser, arguments: argparse.Namesp
     except DivergedError as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)
         return 1
-    Console().print(published.table(results))
+    console = Console()
+    if not console.is_terminal:
+        console.width = report.WIDTH
+    console.print(published.table(results))
+    path = arguments.out / f"published-{arguments.data}.md"
+    report.write_markdown(published.table(results, box.MARKDOWN), path, width=400)
+    print(f"Written: {path}")
     return 0
 
 

@@ -57,11 +57,11 @@ PUBLISHED = (
 )  # fmt: skip
 
 
-def table(results: list[Results]) -> Table:
+def table(results: list[Results], style: box.Box = box.SIMPLE_HEAD) -> Table:
     """A row for each published figure whose method was run."""
-    shown = Table(box=box.SIMPLE_HEAD, show_lines=True)
-    for header in ("Method", "measured", "on", "published", "source", "its setting"):
-        shown.add_column(header)
+    shown = Table(box=style, show_lines=style is not box.MARKDOWN)
+    for header in ("Method", "measured", "published", "measured on", "published for", "source"):
+        shown.add_column(header, no_wrap=header in ("Method", "measured", "published"))
     for result in results:
         config = result.experiment.config
         setting = (
@@ -75,6 +75,6 @@ def table(results: list[Results]) -> Table:
                 continue
             acc = result.interval(method, metrics.acc)
             measured = f"{100 * acc.mean:.2f} ± {100 * acc.half_width:.2f}"
-            row = (method.label, measured, setting, figure.acc, figure.source, figure.setting)
+            row = (method.label, measured, figure.acc, setting, figure.setting, figure.source)
             shown.add_row(*row)
     return shown

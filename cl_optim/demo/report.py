@@ -402,9 +402,9 @@ def write_sweep(
     return paths
 
 
-def write_markdown(content: RenderableType, path: Path) -> None:
+def write_markdown(content: RenderableType, path: Path, width: int = 200) -> None:
     """Write rendered tables and sentences as text; tables as Markdown if they have its box."""
-    console = Console(file=io.StringIO(), width=200)
+    console = Console(file=io.StringIO(), width=width)
     with console.capture() as capture:
         console.print(content)
     lines = [line.rstrip() for line in capture.get().splitlines()]  # rich pads them

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Final
 
 import torch
 from torch import Tensor
@@ -44,7 +45,7 @@ class Method:
     gem: bool = False
 
 
-_PENALTY = "proximal"  # which kept as much at two thirds of the gradient form's cost
+_PENALTY: Final = "proximal"  # which kept as much at two thirds of the gradient form's cost
 _LAMBDAS = (1.0, 3.0, 10.0, 30.0)
 LAMBDA_WITH_REPLAY = 1.0
 FRACTIONS = (0.05, 0.10, 0.25)

@@ -102,6 +102,22 @@ def foreach_penalty(problem: Problem) -> Callable[[], None]:
     return step
 
 
+def compiled_foreach(problem: Problem) -> Callable[[], None]:
+    """The same with torch's AdamW, one program made by torch.compile."""
+    lr = torch.tensor(1e-3, device=problem.params[0].device)  # a number would compile anew
+    optimizer = torch.optim.AdamW(problem.params, lr=lr, foreach=True, capturable=True)
+    importances, anchors = problem.protection()
+
+    @torch.no_grad()
+    def step() -> None:
+        drift = torch._foreach_sub(problem.params, anchors)
+        torch._foreach_addcmul_(problem.grads, drift, importances, value=2 * LAMBDA)
+        optimizer.step()
+
+    compiled: Callable[[], None] = torch.compile(step)
+    return compiled
+
+
 def memory_floor(problem: Problem) -> Callable[[], None]:
     """36 bytes per parameter read or written in one simple pass, in place as in a step."""
     numel = sum(p.numel() for p in problem.params)

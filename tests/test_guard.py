@@ -325,6 +325,15 @@ def test_bad_evaluations_optimizers_and_baselines_are_sentences(tmp_path):
         guard_of(scripted(1.0)).resume()
 
 
+def test_of_several_processes_none_writes_checkpoints(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 4)
+    with pytest.raises(ValueError, match=r"^folder must be left out where 4 processes train"):
+        guard_of(scripted(1.0), folder=tmp_path / "guard")
+    assert not (tmp_path / "guard").exists()
+    guard_of(scripted(1.0)).start()
+
+
 def test_given_baselines_count():
     guard = guard_of(scripted(1.0, 0.95))
     guard.start(baselines={"old": 2.0})

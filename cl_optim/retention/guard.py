@@ -124,6 +124,11 @@ class RetentionGuard:
         self._actions = _check_actions(on_breach)
         if "rollback" in self._actions and folder is None:
             raise ValueError("on_breach='rollback' needs a folder for its checkpoints.")
+        if folder is not None and _processes() > 1:
+            raise ValueError(
+                f"folder must be left out where {_processes()} processes train one model: each "
+                "would write its checkpoints there."
+            )
         if quantize is not None:
             check_quantize(quantize)
         self.model = model
@@ -378,6 +383,13 @@ class RetentionGuard:
     def _save(self) -> None:
         if self._checkpoints is not None:
             self._checkpoints.save(self.steps)
+
+
+def _processes() -> int:
+    distributed = torch.distributed
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return 1
+    return distributed.get_world_size()
 
 
 def _packed(check: Check) -> dict[str, Any]:

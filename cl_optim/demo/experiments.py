@@ -326,7 +326,7 @@ RETENTION_FASHION = replace(
         Grid(PROGRESSIVE, powers(-7, -4)),
         Grid(JOINT, powers(-7, -5)),
     ),
-    seeds=3,
+    seeds=10,
     sweep_seeds=2,
     headline=(EWC_GRADIENT.key, REPLAY.key, EWC_REPLAY.key),
 )

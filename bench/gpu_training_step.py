@@ -73,9 +73,7 @@ def main() -> None:
             if turn > 0:  # the first one warms up
                 turns[name].append(elapsed)
     for name, times in turns.items():
-        ratio = statistics.median(
-            a / b for a, b in zip(times, turns["AdamW fused"], strict=True)
-        )
+        ratio = statistics.median(a / b for a, b in zip(times, turns["AdamW fused"], strict=True))
         print(f"{name:20}{statistics.median(times):9.3f} ms  {ratio:6.3f} x AdamW fused")
     gpu, version = torch.cuda.get_device_name(), torch.__version__
     path.write_text(json.dumps({"gpu": gpu, "torch": version, "unit": "ms", "turns": turns}))

@@ -5,6 +5,7 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/shim_utils.h>
 
 #include <algorithm>
 #include <optional>
@@ -300,8 +301,7 @@ class EWCAdamWArguments {
         torch::stable::detail::from(tensor),       torch::stable::detail::from(std::optional(type)),
         torch::stable::detail::from(std::nullopt), torch::stable::detail::from(std::nullopt),
         torch::stable::detail::from(std::nullopt), torch::stable::detail::from(std::nullopt)};
-    STABLE_TORCH_ERROR_CODE_CHECK(
-        torch_call_dispatcher("aten::empty_like", "", stack, TORCH_ABI_VERSION));
+    TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::empty_like", "", stack, TORCH_ABI_VERSION));
     return torch::stable::detail::to<Tensor>(stack[0]);
   }
 

@@ -1,6 +1,7 @@
 // The operators' CUDA implementations, on LibTorch's stable ABI. An object of its own, _C_cuda: one
 // linked with libtorch_cuda cannot be loaded under a torch without CUDA.
 #include <torch/csrc/stable/accelerator.h>
+#include <torch/headeronly/util/shim_utils.h>
 
 #include "ewc_adamw_launch.h"
 #include "ewc_adamw_operator.h"
@@ -16,7 +17,7 @@ struct Device {
       : guard(on_device.get_device_index()),
         workspace(torch::stable::empty({static_cast<int64_t>(workspace_bytes)}, ScalarType::Byte,
                                        std::nullopt, on_device.device())) {
-    STABLE_TORCH_ERROR_CODE_CHECK(
+    TORCH_ERROR_CODE_CHECK(
         aoti_torch_get_current_cuda_stream(on_device.get_device_index(), &stream));
   }
 

@@ -14,12 +14,15 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("triton")
+import triton
 
 TESTS = Path(__file__).parent
 ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS.parent), str(TESTS)])}
 
 # Bytes that may spill where nothing is aligned and each address is its own; elsewhere 0.
-SPILLS = {(80, "tiles, 129 odd"): 100, (90, "tiles, 129 odd"): 92, (100, "tiles, 129 odd"): 128}
+SPILLS = {(90, "tiles, 129 odd"): 24, (100, "tiles, 129 odd"): 32}
+# Earlier ones take a few more registers, and tensor cores for float64 on sm_80 only.
+IS_RECENT = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 8)
 
 
 def run(*command: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -30,7 +33,8 @@ def run(*command: str, **environment: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_interpreted():
-    options = ["-q", "-p", "no:cacheprovider", "--tb=short"]
+    # Triton 3.6 uses what NumPy warns of, and from 2.4 on refuses.
+    options = ["-q", "-p", "no:cacheprovider", "--tb=short", "-W", "ignore:Conversion of an array"]
     result = run("-m", "pytest", *options, "tests/gram_interpreted.py", TRITON_INTERPRET="1")
     assert result.returncode == 0, result.stdout + result.stderr
     assert " passed" in result.stdout
@@ -49,11 +53,12 @@ def test_compiled_within_the_spill_budget(compiled, capability):
     for name, kernel in kernels.items():
         assert kernel["spills"] <= SPILLS.get((capability, name), 0), (name, kernel)
     # Three blocks of 128 threads share the 65 536 registers of a multiprocessor.
-    assert kernels["pairs, 11"]["registers"] <= 168, kernels["pairs, 11"]
+    assert kernels["pairs, 11"]["registers"] <= (168 if IS_RECENT else 184), kernels["pairs, 11"]
     # Loads of the next elements are under way while these are multiplied.
     for name in ("pairs, 2 odd", "pairs, 11", "pairs, 11 bfloat16", "tiles, 21", "tiles, 129"):
         assert kernels[name]["copies"] > 0, (name, kernels[name])
     for name in ("tiles, 21", "tiles, 129", "tiles, 129 odd", "tiles, 129 float64"):
-        assert kernels[name]["float64_tensor_core"] > 0, (name, kernels[name])
+        if IS_RECENT or capability == 80:
+            assert kernels[name]["float64_tensor_core"] > 0, (name, kernels[name])
     for name in ("dots, 11", "combine, 11"):
         assert kernels[name]["wide_loads"] > 0, (name, kernels[name])

@@ -133,14 +133,26 @@ def tiles_kernel(
     r = tile // TILES * TILE + tl.arange(0, TILE)
     c = tile % TILES * TILE + tl.arange(0, TILE)
     sums = tl.zeros([TILE, TILE], tl.float64)
-    for first in tl.range(begin, end, BLOCK, num_stages=STAGES):
-        index = first + tl.arange(0, BLOCK)
+    index = begin + tl.arange(0, BLOCK)
+    if ROW.primitive_bitwidth == 16 or GRADIENT.primitive_bitwidth == 16:
+        # Triton 3.6 fails on a float64 product of what was loaded in 16 bits. It does not see that
+        # of numbers which one turn of the loop hands to the next.
         x = _load_rows(rows, grad, stride, r, t, index, end)
-        if TILES == 1:
-            y = x
-        else:
+        y = _load_rows(rows, grad, stride, c, t, index, end)
+        for _ in range(begin, end, BLOCK):
+            sums = tl.dot(x, tl.trans(y), sums, out_dtype=tl.float64)
+            index += BLOCK
+            x = _load_rows(rows, grad, stride, r, t, index, end)
             y = _load_rows(rows, grad, stride, c, t, index, end)
-        sums = tl.dot(x, tl.trans(y), sums, out_dtype=tl.float64)
+    else:
+        for _ in tl.range(begin, end, BLOCK, num_stages=STAGES):
+            x = _load_rows(rows, grad, stride, r, t, index, end)
+            if TILES == 1:
+                y = x
+            else:
+                y = _load_rows(rows, grad, stride, c, t, index, end)
+            sums = tl.dot(x, tl.trans(y), sums, out_dtype=tl.float64)
+            index += BLOCK
     m = t + 1
     place = partial + chunk * m * m + r[:, None] * m + c[None, :]
     tl.store(place, sums, (r[:, None] < m) & (c[None, :] <= r[:, None]))

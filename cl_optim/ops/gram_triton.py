@@ -29,6 +29,10 @@ CHUNK = 2**15
 # With more rows than these, the gradient included, the sums of all pairs exceed the registers.
 MAX_PAIRED = 12
 
+# Before 3.8, Triton fails on float64 products of 64 rows on sm_100: it takes them for ones that the
+# new tensor cores can do.
+_LARGEST_TILE = 64 if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 8) else 32
+
 _TYPES = {
     torch.float32: tl.float32,
     torch.float64: tl.float64,
@@ -74,7 +78,7 @@ def pairs_constants(group: Group, m: int) -> dict[str, Any]:
 
 def tiles_constants(group: Group, m: int) -> dict[str, Any]:
     """For `tiles_kernel`: a single tile for up to 64 rows, so that they are read once."""
-    tile = 16 if m <= 16 else 32 if m <= 32 else 64
+    tile = 16 if m <= 16 else 32 if m <= 32 else _LARGEST_TILE
     block = 64 if tile <= 32 else 32
     if max(group.row.itemsize, group.grad.itemsize) == 8:
         block //= 2

@@ -15,7 +15,7 @@ tests="$tests tests/test_squared_grad_triton.py tests/test_gram.py tests/test_nn
 $python -m pytest $tests -m gpu -p no:cacheprovider -q 2>&1 |
   tee "$out/tests.txt"
 $python bench/gpu_step.py --json "$out/step-gpu.json" | tee "$out/step-gpu.txt"
-$python bench/gpu_training_step.py --json "$out/training-gpu.json" | tee "$out/training-gpu.txt"
+$python bench/training_step.py --device cuda --json "$out/training-gpu.json" | tee "$out/training-gpu.txt"
 $python bench/gpu_gram.py --json "$out/gram-gpu.json" | tee "$out/gram-gpu.txt"
 $python bench/gpu_gem.py --json "$out/gem-gpu.json" | tee "$out/gem-gpu.txt"
 $python bench/gpu_fisher.py --json "$out/fisher-gpu.json" | tee "$out/fisher-gpu.txt"

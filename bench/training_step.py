@@ -1,0 +1,120 @@
+"""A whole training step of GPT-2 small, protected and not: forward, backward, clipping, optimizer.
+
+    python bench/training_step.py --json training.json --device cuda --batch 8 --length 512
+
+Needs torch, transformers and cl_optim. Float32 weights; on a GPU bfloat16 autocast. The contenders
+take turns, and the ratios are medians of those within a turn.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from gpu_timing import milliseconds
+from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from cl_optim import EWCAdamW
+from cl_optim.ops import library
+
+
+def adamw(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
+
+
+def ewc(model: nn.Module) -> torch.optim.Optimizer:
+    return protect(EWCAdamW(model.named_parameters(), lr=1e-5, ewc_lambda=1.0, fused=True))
+
+
+def ewc_log8(model: nn.Module) -> torch.optim.Optimizer:
+    return protect(
+        EWCAdamW(
+            model.named_parameters(), lr=1e-5, ewc_lambda=1.0, fused=True, importance_dtype="log8"
+        )
+    )
+
+
+def protect(optimizer: EWCAdamW) -> EWCAdamW:
+    (group,) = optimizer.param_groups
+    named = zip(group["param_names"], group["params"], strict=True)
+    optimizer.consolidate({name: torch.rand_like(param) for name, param in named})
+    return optimizer
+
+
+OPTIMIZERS: dict[str, Callable[[nn.Module], torch.optim.Optimizer]] = {
+    "AdamW fused": adamw,
+    "EWCAdamW": ewc,
+    "EWCAdamW log8": ewc_log8,
+}
+
+
+def training_step(
+    make: Callable[[nn.Module], torch.optim.Optimizer], batch: int, length: int, device: str
+) -> Callable[[], None]:
+    torch.manual_seed(0)
+    config = GPT2Config()
+    model = GPT2LMHeadModel(config).to(device)
+    optimizer = make(model)
+    tokens = torch.randint(config.vocab_size, (batch, length), device=device)
+
+    def step() -> None:
+        with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
+            loss = model(input_ids=tokens, labels=tokens).loss
+        torch.autograd.backward(loss)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def elapsed(step: Callable[[], None], device: str) -> float:
+    if device == "cuda":
+        return milliseconds(step, 10)
+    start = time.perf_counter()
+    step()
+    return 1e3 * (time.perf_counter() - start)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--json", type=Path, required=True, help="where the samples go")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--length", type=int, default=512)
+    parser.add_argument("--turns", type=int, default=7)
+    arguments = parser.parse_args()
+    device = arguments.device
+    if not library.available(device):
+        raise SystemExit(library.explain(device))
+    steps = {
+        name: training_step(make, arguments.batch, arguments.length, device)
+        for name, make in OPTIMIZERS.items()
+    }
+    turns: dict[str, list[float]] = {name: [] for name in steps}
+    for turn in range(arguments.turns + 1):
+        for name, step in steps.items():
+            taken = elapsed(step, device)
+            if turn > 0:  # the first one warms up
+                turns[name].append(taken)
+    for name, times in turns.items():
+        ratios = [a / b for a, b in zip(times, turns["AdamW fused"], strict=True)]
+        low, middle, high = statistics.quantiles(ratios, n=4)
+        print(
+            f"{name:16}{statistics.median(times):10.1f} ms, at best {min(times):.1f}; "
+            f"{middle:6.3f} x AdamW fused (quartiles {low:.3f}, {high:.3f})"
+        )
+    where = torch.cuda.get_device_name() if device == "cuda" else "cpu"
+    shape = [arguments.batch, arguments.length]
+    report = {"device": where, "torch": torch.__version__, "shape": shape, "ms": turns}
+    arguments.json.write_text(json.dumps(report))
+
+
+if __name__ == "__main__":
+    main()

@@ -191,6 +191,29 @@ def test_bad_input_to_the_penalty_is_a_sentence():
         LoRAPenalty(model, importance)
 
 
+@pytest.mark.parametrize("initial", ["pissa", "olora"])
+def test_an_initialisation_that_changes_the_frozen_weights_is_refused(initial):
+    base = Classifier()
+    importance = importance_of(base)
+    model = lora(base, ["first"], init_lora_weights=initial)
+    with pytest.raises(ValueError, match=f"'default' has init_lora_weights='{initial}'"):
+        LoRAPenalty(model, importance)
+
+
+@pytest.mark.parametrize("initial", [True, "gaussian", "orthogonal"])
+def test_the_penalty_begins_at_zero(initial):
+    base = Classifier()
+    importance = importance_of(base)
+    model = lora(base, ["first"], init_lora_weights=initial)
+    assert LoRAPenalty(model, importance)().item() < 1e-12
+
+
+def test_layers_of_a_model_that_is_a_stack_itself():
+    inner = nn.Sequential(*[nn.Linear(2, 2) for _ in range(5)])
+    model = nn.Sequential(inner, nn.ReLU(), nn.Linear(2, 1))
+    assert train_last_layers(model, 1) == ["2.weight", "2.bias"]
+
+
 def test_the_last_layers_learn_and_nothing_else_moves():
     model = gpt2()
     names = train_last_layers(model, 2, also=["transformer.ln_f"])

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from cl_optim import EWCAdamW
+from cl_optim import EWCAdamW, FisherEstimator
 from cl_optim.retention import (
     CheckpointError,
     Checkpoints,
@@ -207,6 +207,35 @@ def test_another_models_checkpoint_changes_nothing(tmp_path):
         run.checkpoints.restore()
     assert flatten([model.state_dict(), optimizer.state_dict()]) == before
     assert flatten(rng_state()) == random_numbers
+
+
+def test_a_fisher_estimator_goes_on_bit_for_bit(tmp_path):
+    def run(model, estimator, batches):
+        for x in batches:
+            with estimator.observe(batch_size=len(x)):
+                model(x).square().mean().backward()
+            estimator.step()
+
+    def make():
+        torch.manual_seed(0)
+        model = nn.Linear(3, 2)
+        return model, FisherEstimator(model, decay=0.9)
+
+    batches = torch.randn(6, 5, 3)
+    model, estimator = make()
+    run(model, estimator, batches[:3])
+    Checkpoints(tmp_path, {"fisher": estimator}).save(3)
+    run(model, estimator, batches[3:])
+    expected = estimator.finalize()
+    model, estimator = make()
+    Checkpoints(tmp_path, {"fisher": estimator}).restore()
+    run(model, estimator, batches[3:])
+    found = estimator.finalize()
+    assert flatten(dict(found.sums)) == flatten(dict(expected.sums))
+    assert (found.samples, found.tokens) == (expected.samples, expected.tokens)
+    other = FisherEstimator(nn.Linear(3, 3))
+    with pytest.raises(CheckpointError, match="'weight' is not in both, or has another shape"):
+        Checkpoints(tmp_path, {"fisher": other}).restore()
 
 
 class Odd:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from itertools import chain
 
@@ -16,6 +17,7 @@ from scipy.stats import entropy
 
 from cl_optim import cli
 from cl_optim.retention import diagnose, diagnostics, read_corpus
+from cl_optim.retention.corpora import words
 
 IDS = st.lists(st.lists(st.integers(0, 12), min_size=1, max_size=9), min_size=1, max_size=9)
 
@@ -70,6 +72,21 @@ class TestFigures:
         assert found.uncounted == sum(t not in known for t in [*a, *b])
         assert any("vocabulary was full" in note for note in found.notes) == (found.uncounted > 0)
 
+    def test_words_of_any_script_and_form(self):
+        assert words("Don't: a_b") == ["don", "'", "t", ":", "a_b"]
+        assert words("हिन्दी भाषा।") == ["हिन्दी", "भाषा", "।"]
+        assert words("cafe\u0301") == words("CAFÉ") == ["café"]
+        assert [len(word) for word in words("ä" * 100)] == [64, 36]
+
+    def test_integers_of_numpy_and_encodings(self):
+        ids = [[1, 2, 3], [2, 3]]
+        arrays = [list(np.arange(1, 4)), np.array([2, 3])]
+        assert diagnose(ids, arrays).kl_new_old == 0
+        as_tensor = diagnose(["ab"], ["ab"], lambda text: torch.tensor([ord(c) for c in text]))
+        assert as_tensor.jaccard == 1
+        labels = diagnose([("a", np.int64(1)), ("b", True)], [("a", 1)]).labels
+        assert labels.classes == 1
+
     def test_labels(self):
         old = [("a", 0)] * 6 + [("a", 1)] * 2
         new = [("a", 1)] * 1 + [("a", 2)] * 3
@@ -105,6 +122,40 @@ class TestConflicts:
         ]
         assert found.verdict != "low"
         assert found.prompts_examined == 1
+
+    def test_a_prompt_with_many_answers_has_none_to_contradict(self):
+        stories = [("Continue the story.", f"story {word}") for word in "abcdefghij"]
+        assert diagnose(stories, stories).conflict_count == 0
+        assert diagnose(stories, [("Continue the story.", "another")]).conflict_count == 0
+        assert diagnose(stories[:8], [("Continue the story!", "another")]).conflict_count == 1
+
+    @pytest.mark.parametrize(
+        ("one", "other"),
+        [
+            ("-5", "5"),
+            ("x > 5", "x < 5"),
+            ("का", "की"),
+            ("2.5", "25"),
+            ("C++", "C"),
+            ("2+2", "2-2"),
+        ],
+    )
+    def test_what_differs_by_a_sign_differs(self, one, other):
+        assert diagnose([("p", one)], [("p", other)]).conflict_count == 1
+        assert diagnose([(one, "a")], [(other, "b")]).conflict_count == 0
+
+    @pytest.mark.parametrize(
+        ("one", "other"),
+        [
+            ("Yes.", "yes!"),
+            ("“What is C++?”", "what is  C++"),
+            ("ｆｕｌｌ", "full"),
+            ("don't", "Don't"),
+        ],
+    )
+    def test_what_differs_in_case_or_punctuation_is_the_same(self, one, other):
+        assert diagnose([("p", one)], [("p", other)]).conflict_count == 0
+        assert diagnose([(one, "a")], [(other, "b")]).conflict_count == 1
 
     def test_symbols_alone_are_not_the_same(self):
         assert diagnose([("+", "plus")], [("-", "minus")]).conflict_count == 0
@@ -161,6 +212,8 @@ class TestBadInput:
             (["a"], [[1, 2]], {}, TypeError, "new must have .* token ids or texts"),
             ([[1.5]], ["a"], {}, TypeError, "old, item 1: must be a text"),
             (["a", ("b", 1.5)], ["a"], {}, TypeError, "old, item 2: beside its text"),
+            ("old.txt", ["a"], {}, TypeError, "old must be an iterable of texts, not one text"),
+            (["a"], ["a"], {"tokenizer": lambda text: [1.5]}, TypeError, "tokenizer .* not float"),
             (["a"], ["a"], {"smoothing": 0.0}, ValueError, "smoothing must be positive"),
             (["a"], ["a"], {"max_prompts": 0}, ValueError, "max_prompts must be"),
             (["a"], [("a", i) for i in range(10_001)], {}, ValueError, "10,000 different labels"),
@@ -196,6 +249,10 @@ class TestFiles:
             ("a.jsonl", b'"a"\n{"text"}', "a.jsonl, line 2: must be JSON"),
             ("a.jsonl", b'{"body": "x"}', "a.jsonl, line 1: must be a JSON string or an object"),
             ("a.txt", b"", "old must contain at least one token"),
+            ("A.JSONL", b"no", "A.JSONL, line 1: must be JSON"),
+            ("a.jsonl", b"[" * 100_000, "a.jsonl, line 1: must be JSON, but maximum recursion"),
+            ("a.jsonl", b'"a\\ud800"', "a.jsonl, line 1: must be JSON, but .* surrogates"),
+            ("a.jsonl", b'{"text": "a", "label": ' + b"1" * 5000 + b"}", "line 1: must be JSON"),
         ],
     )
     def test_bad_files(self, tmp_path, capsys, name, content, message):
@@ -204,7 +261,19 @@ class TestFiles:
         with pytest.raises(SystemExit) as exit_:
             cli.main(["diagnose", str(tmp_path / name), str(tmp_path / "new.txt")])
         assert exit_.value.code == 2
-        assert message in capsys.readouterr().err
+        assert re.search(message, capsys.readouterr().err)
+
+    def test_a_record_that_is_too_long(self, tmp_path, monkeypatch):
+        monkeypatch.setattr("cl_optim.retention.corpora._LONGEST_LINE", 1 << 20)
+        (tmp_path / "a.jsonl").write_text('"a"\n"' + "b" * (1 << 20) + '"\n')
+        with pytest.raises(ValueError, match=r"a.jsonl, line 2: is longer than 1 MB"):
+            list(read_corpus(tmp_path / "a.jsonl"))
+
+    def test_a_byte_order_mark(self, tmp_path):
+        for name in ("a.txt", "a.jsonl"):
+            (tmp_path / name).write_text('"a"', encoding="utf-8-sig")
+        assert list(read_corpus(tmp_path / "a.txt")) == ['"a"']
+        assert list(read_corpus(tmp_path / "a.jsonl")) == ["a"]
 
     def test_no_file(self, tmp_path, capsys):
         with pytest.raises(SystemExit):

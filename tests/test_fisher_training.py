@@ -177,6 +177,45 @@ def test_grad_scaler():
     assert importance.metadata["dropped_samples"] == 12
 
 
+def test_a_state_brings_everything_back():
+    """Also into an estimator in the middle of a batch, with a scaler, attached."""
+
+    def begin():
+        model = mlp()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+        fisher = FisherEstimator(model, during_training=True, decay=0.5)
+        fisher.attach(optimizer, scaler=scaler)
+        return model, optimizer, scaler, fisher
+
+    def train(model, optimizer, scaler, data):
+        for x, y in data:
+            optimizer.zero_grad()
+            scaler.scale(F.cross_entropy(model(x), y)).backward()
+            scaler.step(optimizer)
+            scaler.update()
+
+    data = batches(6)
+    model, optimizer, scaler, fisher = begin()
+    train(model, optimizer, scaler, data[:3])
+    state = copy.deepcopy(fisher.state_dict())
+    weights = copy.deepcopy(model.state_dict())
+    train(model, optimizer, scaler, data[3:])
+    expected = fisher.finalize()
+
+    other, optimizer, scaler, resumed = begin()
+    other.load_state_dict(weights)
+    x, y = data[0]
+    F.cross_entropy(other(x), y).backward()  # was begun, and is dropped
+    resumed.load_state_dict(state)
+    train(other, optimizer, scaler, data[3:])
+    found = resumed.finalize()
+    for estimator in (fisher, resumed):
+        estimator.detach()
+    assert found.samples == expected.samples
+    assert all(torch.equal(found.sums[name], value) for name, value in expected.sums.items())
+
+
 def test_only_overflows():
     model = mlp()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)

@@ -126,6 +126,38 @@ def test_evaluating_changes_neither_modes_nor_random_numbers_nor_gradients():
     assert [m.training for m in model] == [True, False, True]
 
 
+def test_no_evaluation_sees_what_another_left_behind():
+    """Many evaluations end with ``model.train()``."""
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
+    seen = []
+
+    def careless(model):
+        seen.append((model.training, torch.is_grad_enabled()))
+        model(torch.randn(5, 3) + 5)
+        model.train()
+        torch.set_grad_enabled(True)
+        return 1.0
+
+    before = flatten(model.state_dict())
+    evaluations = [Evaluation("a", careless), Evaluation("b", careless)]
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    RetentionGuard(model, optimizer, evaluations, quantize="int8").start()
+    assert seen == [(False, False)] * 4
+    assert flatten(model.state_dict()) == before
+    assert model.training
+    assert torch.is_grad_enabled()
+
+
+def test_a_new_task_may_begin_at_zero():
+    guard = guard_of(scripted(1.0), scripted(0.0, 0.0, 0.5, name="new", role="new"))
+    guard.start()
+    guard.step()
+    guard.step()
+    assert [check.measured[1].loss for check in guard.history] == [0.0, 0.0, -math.inf]
+    assert "+0.5, from 0" in str(guard.report())
+    assert "keep these weights" in str(guard.report())
+
+
 def test_warn_goes_on():
     guard = guard_of(scripted(1.0, 0.5), on_breach="warn")
     guard.start()
@@ -225,6 +257,60 @@ def test_the_controller_keeps_the_ratio_of_groups_and_its_state():
     assert [g["ewc_lambda"] for g in optimizer.param_groups] == [4.0, 20.0]
 
 
+def test_the_controller_takes_over_what_the_user_sets():
+    params = [nn.Parameter(torch.zeros(1)) for _ in range(2)]
+    optimizer = EWCAdamW(params[:1], ewc_lambda=1.0)
+    controller = LambdaController(optimizer, raise_by=4.0)
+    optimizer.param_groups[0]["ewc_lambda"] = 50.0
+    controller.relax()
+    assert optimizer.param_groups[0]["ewc_lambda"] == 50.0
+    optimizer.add_param_group({"params": params[1:], "ewc_lambda": 3.0})
+    controller.raise_lambda()
+    assert [g["ewc_lambda"] for g in optimizer.param_groups] == [200.0, 12.0]
+    controller.relax()
+    assert [g["ewc_lambda"] for g in optimizer.param_groups] == [100.0, 6.0]
+
+
+def test_resume_with_other_evaluations_or_groups_changes_nothing(tmp_path):
+    guard_of(scripted(1.0), folder=tmp_path).start()
+    other = guard_of(scripted(1.0), scripted(1.0, name="b"), folder=tmp_path)
+    train(other.model, other.optimizer)
+    before = flatten(other.model.state_dict())
+    with pytest.raises(
+        CheckpointError, match=r"evaluations \['old'\], this one has \['b', 'old'\]"
+    ):
+        other.resume()
+    with pytest.raises(ValueError, match="the saved guard has the evaluations"):
+        other.load_state_dict({"baselines": {"old": 1.0}})
+    model, _ = network()
+    two = EWCAdamW([{"params": [p]} for p in model.parameters()])
+    with pytest.raises(CheckpointError, match=r"its groups have \[4\] parameters, here .*1, 1, 1"):
+        RetentionGuard(other.model, two, [scripted(1.0)], folder=tmp_path).resume()
+    assert flatten(other.model.state_dict()) == before
+
+
+def test_inside_a_trainer_the_checkpoints_of_an_abandoned_run_are_gone(tmp_path):
+    options = {"on_breach": "rollback", "folder": tmp_path}
+    guard = guard_of(scripted(1.0), **options)
+    guard.start()
+    guard.step()
+    saved = guard.state_dict()
+    for _ in range(3):
+        train(guard.model, guard.optimizer)
+        guard.step()
+    again = guard_of(scripted(0.5), **options)
+    again.continue_from(saved)
+    train(again.model, again.optimizer)
+    assert again.step()
+    assert "rolled back to step 1" in again.history[-1].action
+    assert flatten(again.model.state_dict()) == flatten(network()[0].state_dict())
+    # Where the folder was lost, there is something to go back to from now on.
+    elsewhere = guard_of(scripted(0.5), on_breach="rollback", folder=tmp_path / "new")
+    elsewhere.continue_from(saved)
+    assert elsewhere.step()
+    assert "rolled back to step 1" in elsewhere.history[-1].action
+
+
 def test_resume_in_a_new_process_goes_on_with_baselines_history_and_lambda(tmp_path):
     def make(*values):
         return guard_of(
@@ -268,6 +354,9 @@ def test_gem_keeps_its_memories_through_a_roll_back(tmp_path):
     for _ in range(3):
         train(model, optimizer)
         assert not guard.step()
+    assert len(optimizer.conflicts()) == 1
+    guard.resume()
+    train(model, optimizer)
     assert len(optimizer.conflicts()) == 1
 
 
@@ -383,6 +472,15 @@ def test_the_report_says_what_is_retained_what_was_learned_and_one_recommendatio
     assert "Training was stopped at step 1; more than 10% was lost in 1 check." in report
     assert report.count("Recommendation") == 1
     assert "raise ewc_lambda above 2" in report
+
+
+def test_the_report_takes_names_as_they_are():
+    guard = guard_of(scripted(1.0, 0.5, name="QA [en]"), scripted(1.0, 0.5, name="[/b]"))
+    guard.start()
+    guard.step()
+    text = str(guard.report())
+    assert "QA [en]" in text
+    assert "protect QA [en], [/b]" in text
 
 
 def accuracy(task):

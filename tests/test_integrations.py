@@ -117,6 +117,25 @@ def test_huggingface_stops_and_rolls_back(tmp_path):
     assert distance(model) == dict(good)["distance"]  # of step 2
 
 
+def test_huggingface_resumes_two_guards_each_with_its_own_state(tmp_path):
+    from cl_optim.integrations.huggingface import RetentionCallback
+
+    def callbacks():
+        other = Evaluation("other", lambda model: 2.0)
+        return [RetentionCallback(watched(), every=2), RetentionCallback([other], every=3)]
+
+    model, (first, second) = tiny_gpt2(), callbacks()
+    trainer = huggingface_trainer(tmp_path, model, protected(model), first)
+    trainer.add_callback(second)
+    trainer.train()
+    again, (third, fourth) = tiny_gpt2(), callbacks()
+    trainer = huggingface_trainer(tmp_path, again, fresh(EWCAdamW, again), third)
+    trainer.add_callback(fourth)
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    assert values(third.guard) == values(first.guard)
+    assert values(fourth.guard) == values(second.guard)
+
+
 # --- Lightning ------------------------------------------------------------------------------------
 
 
@@ -176,6 +195,9 @@ def test_lightning_resumes_with_the_same_weights_and_guard(tmp_path):
     assert flatten(again.state_dict()) == flatten(module.state_dict())
     assert other.optimizers[0].penalty() == trainer.optimizers[0].penalty() > 0
     assert values(resumed.guard) == values(callback.guard)
+    lightning_fit(tmp_path / "anew", again, resumed, 1)  # begins anew, from the weights now
+    assert resumed.guard.history[0].step == 0
+    assert resumed.guard.baselines["distance"] != callback.guard.baselines["distance"]
 
 
 def test_lightning_stops_and_rolls_back(tmp_path):

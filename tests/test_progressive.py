@@ -165,6 +165,24 @@ def test_growth():
     assert rows[-1].total == 3 * column + sum(adapter) == sum(p.numel() for p in net.parameters())
 
 
+class ByKeyword(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 2)
+
+    def forward(self, x):
+        return self.layer(input=x)
+
+
+def test_columns_follow_the_network_and_layers_may_be_called_by_keyword():
+    net = ProgressiveNetwork(ByKeyword, ["layer"]).double()
+    net.add_column()
+    assert {param.dtype for param in net.parameters()} == {torch.float64}
+    assert net(torch.zeros(3, 4, dtype=torch.float64)).shape == (3, 2)
+    with torch.inference_mode():
+        net(torch.zeros(3, 4, dtype=torch.float64))
+
+
 class Twice(nn.Module):
     def __init__(self, uses):
         super().__init__()
@@ -191,6 +209,15 @@ class TestBadInput:
         with pytest.raises(RuntimeError, match=f"'layer' must be used once .* not {uses} times"):
             net(torch.zeros(2, 4))
         assert not net.columns[0].layer._forward_hooks
+
+    def test_a_column_that_changes_its_input(self):
+        class InPlace(nn.Linear):
+            def forward(self, x):
+                return super().forward(x.sub_(1))
+
+        net = ProgressiveNetwork(lambda: InPlace(4, 2), [])
+        with pytest.raises(RuntimeError, match="column 0 must not change its input in place"):
+            net(torch.zeros(2, 4))
 
     @pytest.mark.parametrize("task", [-1, 1])
     def test_tasks(self, task):

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
-from collections import Counter
+from collections import Counter, UserDict
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -145,6 +147,25 @@ class TestMix:
             assert a.shape == (10, 3)
             assert torch.equal(a, x[b])
 
+    def test_batches_keep_their_kinds(self):
+        class Pair(NamedTuple):
+            x: torch.Tensor
+            more: list[torch.Tensor]
+
+        batches = [Pair(numbers(i, i + 2), [numbers(0, 2)]) for i in range(4)]
+        buffer = ReplayBuffer(8)
+        buffer.add(batches[0])
+        for batch in buffer.mix(batches, 0.25):  # not every one gets a replayed sample
+            assert type(batch) is Pair
+            assert type(batch.more) is list
+        words = UserDict(ids=numbers(0, 4))
+        other = ReplayBuffer(8)
+        other.add(words)
+        (batch,) = other.mix([words], 0.5)
+        assert type(batch) is UserDict
+        assert len(batch["ids"]) == 8
+        assert len(words["ids"]) == 4
+
     def test_of_an_empty_buffer_is_the_loader(self):
         assert next(iter(ReplayBuffer(5).mix([numbers(0, 3)], 0.5))).tolist() == [0, 1, 2]
 
@@ -243,6 +264,17 @@ class TestDisk:
         fill(disk)
         with pytest.raises(ValueError, match="changed since"):
             disk.load_state_dict(state)
+
+    def test_a_lost_or_cut_file_is_not_a_file_of_zeros(self, tmp_path):
+        disk = ReplayBuffer(12, path=tmp_path)
+        fill(disk)
+        disk.flush()
+        os.truncate(tmp_path / "samples-0.bin", 7)
+        with pytest.raises(ValueError, match=r"samples-0.bin' has 7 bytes, not \d+: its samples"):
+            ReplayBuffer(12, path=tmp_path)
+        (tmp_path / "samples-0.bin").unlink()
+        with pytest.raises(ValueError, match=r"samples-0.bin' is gone: its samples are lost"):
+            ReplayBuffer(12, path=tmp_path)
 
     def test_a_corrupt_state_and_another_capacity(self, tmp_path):
         disk = ReplayBuffer(12, path=tmp_path)

@@ -272,6 +272,48 @@ class FisherEstimator:
             metadata |= {"during_training": True, "decay": self._decay}
         return self._totals.importance(self._model, self._policy, **metadata)
 
+    def state_dict(self) -> dict[str, Any]:
+        """What was observed so far, between two batches: for a checkpoint.
+
+        The sums are the estimator's own tensors, as in torch's state dicts.
+
+        Raises:
+            RuntimeError: An ``observe()`` failed in its backward pass.
+        """
+        if self._attached is not None:
+            self._attached.finish()
+        return {
+            **self._totals.state_dict(),
+            "left": dict(self._policy.left),
+            "shared": dict(self._policy.shared),
+        }
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Go on from there, for the same model.
+
+        Raises:
+            ValueError: It is of other parameters. Nothing has been changed then.
+            RuntimeError: Inside ``observe()``.
+        """
+        self.check_state_dict(state_dict)
+        if self._observing is not None:
+            raise RuntimeError("a state cannot be loaded inside observe().")
+        self._totals.load_state_dict(state_dict)
+        if self._attached is not None:
+            self._attached.restart()
+        self._policy.left = dict(state_dict["left"])
+        self._policy.shared = dict(state_dict["shared"])
+
+    def check_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Raise ValueError if the state is of other parameters."""
+        own, sums = self._totals.sums, state_dict["sums"]
+        for name in {**own, **sums}:
+            if name not in own or name not in sums or own[name].shape != sums[name].shape:
+                raise ValueError(
+                    f"the state must be of the same parameters; {name!r} is not in both, or has "
+                    "another shape."
+                )
+
     def _begin(self, samples: Samples, factor: Number) -> Observation:
         """Start a batch whose gradients are ``1/factor`` of what is to be summed."""
         totals = self._totals
@@ -311,6 +353,41 @@ class Totals:
         self._staged: dict[str, Tensor] | None = None  # one batch, until it is known to be finite
         self._staged_unit: Number = 1.0
         self._dropped: Number = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """All but what is being observed."""
+        self._check_whole()
+        return {
+            "sums": dict(self.sums),
+            "batches": self.batches,
+            "samples": self.samples,
+            "tokens": self.tokens,
+            "unit": self._unit,
+            "dropped": self._dropped,
+        }
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Go on from there, in the tensors that there are."""
+        with torch.no_grad():
+            for name, total in self.sums.items():
+                total.copy_(state_dict["sums"][name])
+            for value in (self._staged or {}).values():
+                value.zero_()
+        self.broken = False
+        self.batches = state_dict["batches"]
+        device = next(iter(self.sums.values())).device
+        counts: list[Any] = [
+            value.to(device, copy=True) if isinstance(value, Tensor) else value
+            for value in map(state_dict.get, ("samples", "tokens", "unit", "dropped"))
+        ]
+        self.samples, self.tokens, self._unit, self._dropped = counts
+
+    def _check_whole(self) -> None:
+        if self.broken:
+            raise RuntimeError(
+                "an observe() failed after its backward pass had begun, so that the sums hold a "
+                "part of a batch; make a new FisherEstimator."
+            )
 
     def stage(self) -> None:
         """From now on, add a batch only when it is known to be finite."""
@@ -384,11 +461,7 @@ class Totals:
 
     def importance(self, model: nn.Module, policy: Policy, **metadata: Any) -> Importance:
         """Return a copy of the sums as an importance."""
-        if self.broken:
-            raise RuntimeError(
-                "an observe() failed after its backward pass had begun, so that the sums hold a "
-                "part of a batch; make a new FisherEstimator."
-            )
+        self._check_whole()
         if self.batches == 0:
             raise RuntimeError("nothing was observed: finalize() needs at least one observe().")
         skipped = policy.left if policy.mode == "skip" else {}
@@ -511,6 +584,13 @@ class _Attachment:
             )
         self._batches = totals.batches
         self._estimator.step()
+
+    def restart(self) -> None:
+        """Drop the batch that was begun: the sums have been set to others."""
+        for batch in self._open:
+            batch.close()
+        self._open.clear()
+        self._batches = self._estimator._totals.batches
 
     def finish(self) -> None:
         """End the batch whose backward pass has run, if there is one."""

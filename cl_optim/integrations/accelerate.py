@@ -38,5 +38,13 @@ def retention_guard(
         evaluations,
         **options,
     )
-    accelerator.register_for_checkpointing(guard)
+    accelerator.register_for_checkpointing(_Saved(guard))
     return guard
+
+
+class _Saved:
+    """The guard in the accelerator's checkpoints, in which all else is restored before it."""
+
+    def __init__(self, guard: RetentionGuard) -> None:
+        self.state_dict = guard.state_dict
+        self.load_state_dict = guard.continue_from

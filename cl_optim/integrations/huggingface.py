@@ -15,8 +15,6 @@ from transformers import (
 
 from cl_optim.retention import Evaluation, RetentionGuard
 
-_KEY = "cl_optim.RetentionCallback"
-
 
 class RetentionCallback(TrainerCallback):
     """Runs a :class:`cl_optim.retention.RetentionGuard` inside a Trainer.
@@ -48,6 +46,8 @@ class RetentionCallback(TrainerCallback):
         self._evaluations = list(evaluations)
         self._options = options
         self.guard: RetentionGuard | None = None
+        names = ", ".join(evaluation.name for evaluation in self._evaluations)
+        self._key = f"cl_optim.RetentionCallback({names})"  # there may be several
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -62,11 +62,11 @@ class RetentionCallback(TrainerCallback):
             scheduler=kwargs["lr_scheduler"],
             **self._options,
         )
-        if _KEY in _states(state):
-            self.guard.load_state_dict(_states(state)[_KEY])
+        if self._key in _states(state):
+            self.guard.continue_from(_states(state)[self._key])
         else:
             self.guard.start()
-            _states(state)[_KEY] = self.guard.state_dict()
+            _states(state)[self._key] = self.guard.state_dict()
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -75,7 +75,7 @@ class RetentionCallback(TrainerCallback):
         assert self.guard is not None  # training has begun
         if self.guard.step():
             control.should_training_stop = True
-        _states(state)[_KEY] = self.guard.state_dict()
+        _states(state)[self._key] = self.guard.state_dict()
 
 
 def _states(state: TrainerState) -> dict[str, Any]:

@@ -57,10 +57,11 @@ class RetentionCallback(Callback):
             scheduler=schedulers[0] if schedulers else None,
             **self._options,
         )
-        if self._saved is None:
+        saved, self._saved = self._saved, None  # another fit() begins anew
+        if saved is None:
             self.guard.start()
         else:
-            self.guard.load_state_dict(self._saved)
+            self.guard.continue_from(saved)
         self._global_step = trainer.global_step
 
     def on_train_batch_end(

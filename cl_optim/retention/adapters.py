@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from cl_optim.importance.names import match_names
 
+_KEEP_WEIGHTS = ("gaussian", "eva", "orthogonal", "mica")  # names in peft of ways to begin at W
+
 
 def train_last_layers(
     model: nn.Module, n: int, layers: str | None = None, also: Sequence[str] = ()
@@ -66,13 +68,17 @@ def _stack(
     outer = [
         module
         for name, module in stacks.items()
-        if not any(name != other and name.startswith(f"{other}.") for other in stacks)
+        if not any(_is_inside(name, other) for other in stacks)
     ]
     if not outer:
         raise ValueError(
             f"layers cannot be found: {type(model).__name__} has no nn.ModuleList or nn.Sequential."
         )
     return max(outer, key=len)
+
+
+def _is_inside(name: str, other: str) -> bool:
+    return name != other and (other == "" or name.startswith(f"{other}."))
 
 
 class LoRAPenalty:
@@ -94,8 +100,9 @@ class LoRAPenalty:
         ewc_lambda: λ ≥ 0, for Σ F ΔW² without ½.
 
     Raises:
-        ValueError: The model has no LoRA layers, a layer is merged or a DoRA, or the importance
-            lacks a weight or has a wrong shape or value.
+        ValueError: The model has no LoRA layers, a layer is merged or a DoRA, the adapters were
+            initialised in a way that changes W (PiSSA, OLoRA), or the importance lacks a weight or
+            has a wrong shape or value.
 
     Example:
         >>> importance = cl_optim.estimate_fisher(model, batches, labels="sample")
@@ -204,6 +211,16 @@ def _lora_layers(model: nn.Module) -> dict[str, Any]:
     """The adapted layers by the name of their frozen weight."""
     from peft.tuners.lora import LoraLayer
 
+    for module in model.modules():
+        # Where the adapters are injected into a model, their options are there.
+        for adapter, config in (getattr(module, "peft_config", None) or {}).items():
+            initial = getattr(config, "init_lora_weights", True)
+            if isinstance(initial, str) and initial.lower() not in _KEEP_WEIGHTS:
+                raise ValueError(
+                    f"adapter {adapter!r} has init_lora_weights={initial!r}, which takes a part of "
+                    f"W into BA, so that ΔW = BA is not what changed; use one of True, False, "
+                    f"{', '.join(map(repr, _KEEP_WEIGHTS))}."
+                )
     layers: dict[str, Any] = {}
     for name, module in model.named_modules():
         if not isinstance(module, LoraLayer):

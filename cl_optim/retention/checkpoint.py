@@ -39,6 +39,12 @@ class Stateful(Protocol):
         """Go on from there."""
 
 
+@runtime_checkable
+class _Checked(Protocol):
+    def check_state_dict(self, state_dict: Any, /) -> None:
+        """Raise ValueError if :meth:`load_state_dict` would refuse it."""
+
+
 def rng_state() -> dict[str, Any]:
     """The states of the global random number generators: Python's, numpy's, torch's on each device.
 
@@ -141,7 +147,8 @@ class Checkpoints:
         """Set all parts and the random number generators to the newest checkpoint that is whole.
 
         One that is missing, truncated or corrupt is passed over with a :class:`CheckpointWarning`.
-        Nothing is changed before a checkpoint has been read and compared with the parts.
+        Before anything is changed, models, optimizers and parts with a ``check_state_dict()`` are
+        compared with it.
 
         Returns:
             Its step.
@@ -189,11 +196,16 @@ class Checkpoints:
                 f"has {sorted(self.parts)}."
             )
         for name, part in self.parts.items():
-            if isinstance(part, nn.Module):
-                _check_module(name, part, saved[name])
+            _check_part(name, part, saved[name])
         for name, part in self.parts.items():
             part.load_state_dict(saved[name])
         set_rng_state(content["rng"])  # last: a part may draw while it loads
+
+    def discard_after(self, step: int) -> None:
+        """Delete the checkpoints of later steps."""
+        for later in self.steps:
+            if later > step:
+                self.path(later).unlink()
 
     def _check_readable(self, path: Path) -> None:
         """Find out now, not at a roll-back, that a state holds what cannot be read back."""
@@ -217,6 +229,28 @@ class Checkpoints:
 def _unsupported(error: Exception) -> str:
     found = re.search(r"(?:GLOBAL|class) ([\w.]+)", str(error))
     return found[1] if found else str(error).splitlines()[0]
+
+
+def _check_part(name: str, part: Stateful, saved: Mapping[str, Any]) -> None:
+    if isinstance(part, nn.Module):
+        _check_module(name, part, saved)
+    elif isinstance(part, torch.optim.Optimizer):
+        _check_optimizer(name, part, saved)
+    elif isinstance(part, _Checked):
+        try:
+            part.check_state_dict(saved)
+        except ValueError as error:
+            raise CheckpointError(f"the checkpoint's {name!r} does not fit: {error}") from None
+
+
+def _check_optimizer(name: str, optimizer: torch.optim.Optimizer, saved: Mapping[str, Any]) -> None:
+    own = [len(group["params"]) for group in optimizer.param_groups]
+    there = [len(group["params"]) for group in saved["param_groups"]]
+    if own != there:
+        raise CheckpointError(
+            f"the checkpoint belongs to another {name}: its groups have {there} parameters, here "
+            f"they have {own}."
+        )
 
 
 def _check_module(name: str, module: nn.Module, saved: Mapping[str, Any]) -> None:

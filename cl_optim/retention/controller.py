@@ -14,6 +14,8 @@ class LambdaController:
     lost more than half the threshold it is divided by √raise_by, down to 1: the λ that the user
     chose is never undercut. In between it stays.
 
+    A λ that the user sets in the meantime is the chosen one from then on.
+
     Args:
         optimizer: Some of its groups have an ``ewc_lambda`` above 0.
         raise_by: Above 1.
@@ -48,10 +50,12 @@ class LambdaController:
 
     def raise_lambda(self) -> None:
         """After a breach."""
+        self._notice()
         self._set(min(self.factor * self._raise_by, self._limit))
 
     def relax(self) -> None:
         """After a check in which nothing was lost that matters."""
+        self._notice()
         self._set(max(self.factor / self._raise_by**0.5, 1.0))
 
     def apply(self) -> None:
@@ -60,12 +64,24 @@ class LambdaController:
 
     def state_dict(self) -> dict[str, Any]:
         """The factor and the λ that the user chose."""
+        self._notice()
         return {"factor": self.factor, "chosen": list(self._chosen)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from a saved state; the groups' λ are the optimizer's to restore."""
         self.factor = state_dict["factor"]
         self._chosen = list(state_dict["chosen"])
+
+    def _notice(self) -> None:
+        """Take over what the user has set since, and groups that were added."""
+        known = [None if chosen is None else chosen * self.factor for chosen in self._chosen]
+        for number, group in enumerate(self._optimizer.param_groups):
+            now = group.get("ewc_lambda")
+            if number == len(known):
+                known.append(now)
+                self._chosen.append(now)
+            elif now != known[number]:
+                self._chosen[number] = now
 
     def _set(self, factor: float) -> None:
         self.factor = factor

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import re
+import sys
 import unicodedata
 from codecs import IncrementalDecoder, getincrementaldecoder
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -27,27 +29,42 @@ class _HasEncode(Protocol):
 # What makes tokens of a text.
 Tokenizer = Callable[[str], Iterable[Token]] | _HasEncode
 
-_WORDS = re.compile(r"\w{1,64}|[^\w\s]")
-_NO_WORDS = re.compile(r"[\W_]+")
+_ASCII_WORDS = re.compile(r"\w{1,64}|[^\w\s]")
+_SPACES = re.compile(r"\s+")
+_MARKS = r"[.,;:!?¡¿…。、！？\"'‘’“”„«»()\[\]]+"  # of a sentence: those in a number or a word stay
+_SENTENCE_MARKS = re.compile(rf"(?<!\w){_MARKS}|{_MARKS}(?!\w)")
 _CHUNK = 1 << 16  # characters of a text file read at a time, if it has no line breaks
 _LONGEST_LINE = 1 << 24
 _TELL_EVERY = 1 << 20
 
 
 def words(text: str) -> list[str]:
-    """Casefolded words (of at most 64 characters; longer ones are cut) and punctuation marks."""
-    return _WORDS.findall(text.casefold())
+    """Words (of at most 64 characters; longer ones are cut) and punctuation marks.
+
+    Casefolded and in Unicode's NFKC form; a letter's combining marks belong to its word.
+    """
+    if text.isascii():
+        return _ASCII_WORDS.findall(text.casefold())
+    return _words_with_marks().findall(unicodedata.normalize("NFKC", text).casefold())
+
+
+@functools.cache
+def _words_with_marks() -> re.Pattern[str]:
+    letters = map(chr, range(0x300, sys.maxunicode + 1))
+    marks = "".join(letter for letter in letters if unicodedata.category(letter)[0] == "M")
+    return re.compile(rf"\w[\w{marks}]{{0,63}}|[^\w\s]")
 
 
 def fingerprint(text: str) -> int:
-    """A 64-bit hash of a text's letters and digits, whatever their case and spacing.
+    """A 64-bit hash of a text, whatever its case, white space and punctuation around words.
 
-    Texts that differ in case, punctuation, white space or Unicode compatibility forms (NFKC) have
-    the same one. Reordered or replaced words are not recognised.
+    "What is 2+2?" and "what is 2+2" have the same one, as have Unicode compatibility forms (NFKC);
+    "What is 2-2?" has another. Reordered or replaced words are not recognised.
     """
-    plain = _NO_WORDS.sub(" ", unicodedata.normalize("NFKC", text).casefold()).strip()
-    # A text without words, such as "+" or "?", is what it is.
-    return int.from_bytes(blake2b((plain or text.strip()).encode(), digest_size=8).digest(), "big")
+    text = _SPACES.sub(" ", unicodedata.normalize("NFKC", text).casefold()).strip()
+    # A text without words, such as "?", is what it is.
+    plain = _SPACES.sub(" ", _SENTENCE_MARKS.sub(" ", text)).strip() or text
+    return int.from_bytes(blake2b(plain.encode(), digest_size=8).digest(), "big")
 
 
 @dataclass(frozen=True)
@@ -79,19 +96,23 @@ def records(items: Iterable[Any], name: str, tokenizer: Tokenizer | None) -> Ite
         tokenizer: Makes tokens of a text; None: :func:`words`.
 
     Raises:
-        TypeError: An item is none of these.
+        TypeError: An item is none of these, or the tokenizer returns something else.
     """
-    encode: Any = words if tokenizer is None else getattr(tokenizer, "encode", tokenizer)
+    if isinstance(items, (str, bytes)):
+        raise TypeError(
+            f"{name} must be an iterable of texts, not one text; read_corpus(path) reads a file."
+        )
+    encode = words if tokenizer is None else _encoder(tokenizer)
     is_ids = tokenizer is not None
     for number, item in enumerate(items, start=1):
         if isinstance(item, str):
-            yield Record(list(encode(item)), is_ids)
+            yield Record(encode(item), is_ids)
         elif isinstance(item, tuple) and len(item) == 2 and isinstance(item[0], str):
             text, other = item
             if isinstance(other, str):
                 yield Record([*encode(text), *encode(other)], is_ids, text, other)
-            elif isinstance(other, int):
-                yield Record(list(encode(text)), is_ids, label=str(other))
+            elif isinstance(other, (int, np.integer)):
+                yield Record(encode(text), is_ids, label=str(int(other)))
             else:
                 raise TypeError(
                     f"{name}, item {number}: beside its text must be an answer (a text) or a label "
@@ -101,11 +122,33 @@ def records(items: Iterable[Any], name: str, tokenizer: Tokenizer | None) -> Ite
             yield Record(_token_ids(item, f"{name}, item {number}"), True)
 
 
+def _encoder(tokenizer: Tokenizer) -> Callable[[str], list[Token]]:
+    encode: Any = getattr(tokenizer, "encode", tokenizer)
+
+    def tokens(text: str) -> list[Token]:
+        found = encode(text)
+        found = getattr(found, "ids", found)  # of the tokenizers library
+        if isinstance(found, (torch.Tensor, np.ndarray)):
+            found = found.tolist()
+        found = list(found)
+        odd = {type(token) for token in found} - {int, str}
+        if odd:
+            raise TypeError(
+                "tokenizer must return integers or strings for a text, not "
+                f"{', '.join(sorted(kind.__name__ for kind in odd))}."
+            )
+        return found
+
+    return tokens
+
+
 def _token_ids(item: Any, place: str) -> list[int]:
     if isinstance(item, (torch.Tensor, np.ndarray)) and item.ndim == 1:
         item = item.tolist()
-    if isinstance(item, (list, tuple)) and all(type(token) is int for token in item):
-        return list(item)
+    if isinstance(item, (list, tuple)):
+        kinds = {type(token) for token in item}
+        if all(issubclass(kind, (int, np.integer)) and kind is not bool for kind in kinds):
+            return list(map(int, item))
     raise TypeError(
         f"{place}: must be a text, a sequence of token ids, a pair (prompt, answer) or a pair "
         f"(text, label), not {type(item).__name__}."
@@ -125,23 +168,26 @@ def read_corpus(
     read in chunks of 65 536 bytes, at whose ends a word may be cut.
 
     Args:
-        path: The file, in UTF-8.
+        path: The file, in UTF-8, with or without a byte order mark.
         on_progress: Called with the bytes read so far, about once a megabyte.
 
     Raises:
         FileNotFoundError: There is no such file.
-        ValueError: A line is not UTF-8, or not such a record; the message names the line.
+        ValueError: A line is not UTF-8, or not such a record, or a record is longer than 16 MB; the
+            message names the line.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path} is not a file.")
-    is_json = path.suffix in (".jsonl", ".ndjson")
+    is_json = path.suffix.lower() in (".jsonl", ".ndjson")
     limit = _LONGEST_LINE if is_json else _CHUNK
-    decoder = getincrementaldecoder("utf-8")()  # a chunk may end within a character
+    decoder = getincrementaldecoder("utf-8-sig")()  # a chunk may end within a character
     number, read, told = 1, 0, 0
     with path.open("rb") as file:
         for chunk in iter(partial(file.readline, limit), b""):
             text = _decode(decoder, chunk, f"{path}, line {number}")
+            if is_json and len(chunk) == limit and not chunk.endswith(b"\n"):
+                raise ValueError(f"{path}, line {number}: is longer than {limit >> 20} MB.")
             read += len(chunk)
             if read >= told + _TELL_EVERY:
                 on_progress(told := read)
@@ -163,7 +209,9 @@ def _decode(decoder: IncrementalDecoder, chunk: bytes, place: str) -> str:
 def _record(text: str, place: str) -> str | tuple[str, str] | tuple[str, int]:
     try:
         value = json.loads(text)
-    except json.JSONDecodeError as error:
+        if "\\u" in text:  # may be half of a surrogate pair, which is no character
+            json.dumps(value, ensure_ascii=False).encode()
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{place}: must be JSON, but {error}.") from None
     if isinstance(value, str):
         return value

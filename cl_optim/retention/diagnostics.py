@@ -10,7 +10,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cl_optim.retention.corpora import Record, Token, Tokenizer, fingerprint, records
+from cl_optim.retention.corpora import (
+    Record,
+    Token,
+    Tokenizer,
+    fingerprint,
+    records,
+)
 from cl_optim.retention.diagnosis import Conflict, Diagnosis, LabelDrift
 
 MAX_VOCABULARY = 1_000_000
@@ -32,10 +38,11 @@ def diagnose(
     """Compare new training data with what a model knows, before training on them.
 
     Both are read once, in a stream. Token distributions are smoothed over the union V of the
-    vocabularies: p(t) = (count(t) + smoothing) / (tokens + smoothing·V). Near-same prompts are
-    those with the same letters and digits, whatever their case, punctuation and spacing. The
-    vocabularies of corpora of very different sizes have a low Jaccard index even if they are of one
-    kind.
+    vocabularies: p(t) = (count(t) + smoothing) / (tokens + smoothing·V). Near-same prompts, and
+    same answers, differ in case, white space and the punctuation around words only. A prompt that
+    has more than 8 different answers in the old data has no one answer to contradict, and is left
+    out. The vocabularies of corpora of very different sizes have a low Jaccard index even if they
+    are of one kind.
 
     Args:
         old: Texts; sequences of token ids; pairs (prompt, answer) of texts; or pairs (text, label)
@@ -55,7 +62,8 @@ def diagnose(
     Raises:
         ValueError: A corpus has no token, an option is out of range, or there are more than 10 000
             labels.
-        TypeError: An item is not one of those above, or one corpus has token ids, the other texts.
+        TypeError: An item is not one of those above, or one corpus has token ids, the other texts;
+            or the tokenizer does not return integers or strings.
     """
     if not 0 < smoothing < math.inf:
         raise ValueError(f"smoothing must be positive and finite, not {smoothing!r}.")
@@ -177,7 +185,7 @@ class _Prompts:
         self.conflicts: list[Conflict] = []
         self.conflict_count = 0
         self._below = 1 << 64  # only prompts with a hash below it are looked at
-        self._answers: dict[int, dict[int, str]] = {}
+        self._answers: dict[int, dict[int, str] | None] = {}  # None: too many
 
     @property
     def examined(self) -> float:
@@ -191,13 +199,17 @@ class _Prompts:
             return
         if side == 0:
             answers = self._answers.setdefault(key, {})
-            if len(answers) < _ANSWERS:
+            if answers is not None:
                 answers.setdefault(answer, record.answer[:_EXCERPT])
+                if len(answers) > _ANSWERS:
+                    self._answers[key] = None
             while len(self._answers) > self.limit:
                 self._below //= 2
                 self._answers = {k: v for k, v in self._answers.items() if k < self._below}
-        elif key in self._answers and answer not in self._answers[key]:
+            return
+        answers = self._answers.get(key)
+        if answers is not None and answer not in answers:
             self.conflict_count += 1
             if len(self.conflicts) < _LISTED:
-                old = tuple(self._answers[key].values())
+                old = tuple(answers.values())
                 self.conflicts.append(Conflict(record.prompt, old, record.answer[:_EXCERPT]))

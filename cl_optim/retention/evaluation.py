@@ -47,10 +47,15 @@ class Evaluation:
             raise ValueError("name of an evaluation must not be empty.")
 
     def relative_loss(self, value: float, baseline: float) -> float:
-        """What part of the baseline is lost; negative: gained. A value that is not finite: ∞."""
+        """What part of the baseline is lost; negative: gained. A value that is not finite: ∞.
+
+        Of a baseline of zero (a new task before it is learned) any change is infinite.
+        """
         if not math.isfinite(value):
             return math.inf
         loss = baseline - value if self.higher_is_better else value - baseline
+        if baseline == 0.0:
+            return math.copysign(math.inf, loss) if loss else 0.0
         return loss / abs(baseline)
 
 
@@ -90,18 +95,20 @@ class Check:
     action: str = ""
 
 
-def check_baseline(name: str, value: float) -> float:
-    """The baseline, if a relative loss can be computed from it.
+def check_baseline(name: str, value: float, guarded: bool) -> None:
+    """Refuse a baseline to which no loss can be compared.
+
+    Args:
+        name: The evaluation's.
+        value: The baseline.
+        guarded: Whether losses on this task are judged, relative to the baseline.
 
     Raises:
-        ValueError: It is zero or not finite.
+        ValueError: It is not finite, or it is zero and the task is guarded.
     """
-    if not math.isfinite(value) or value == 0.0:
-        raise ValueError(
-            f"the baseline of evaluation {name!r} must be finite and not zero, since losses are "
-            f"relative to it; it is {value}."
-        )
-    return value
+    if not math.isfinite(value) or (guarded and value == 0.0):
+        rule = "finite and not zero, since losses are relative to it" if guarded else "finite"
+        raise ValueError(f"the baseline of evaluation {name!r} must be {rule}; it is {value}.")
 
 
 @contextmanager

@@ -72,7 +72,9 @@ class RetentionGuard:
         scheduler: The learning rate's scheduler.
         data: Where the batches come from: a :class:`DataStream`, or anything with
             ``state_dict()`` and ``load_state_dict()`` (torchdata's StatefulDataLoader).
-        extra: Further parts of a checkpoint by name: a GradScaler, a FisherEstimator.
+        extra: Further parts of a checkpoint by name: a GradScaler, a FisherEstimator, a
+            ReplayBuffer (one on disk must not be added to during the run: its files cannot go
+            back).
         useful: Old tasks whose forgetting is wanted: they are measured, and never in breach.
         quantize: ``"int8"``: measure everything on a copy of the model with int8 weights, too. An
             evaluation "English" has a second one "English (int8)" with its own baseline.
@@ -170,8 +172,9 @@ class RetentionGuard:
             baselines: Instead of those measured now, by an evaluation's name.
 
         Raises:
-            ValueError: A baseline is zero or not finite, or names no evaluation; or the folder
-                holds checkpoints of another run. Nothing has been changed then.
+            ValueError: A baseline is not finite, or that of a guarded task is zero, or it names no
+                evaluation; or the folder holds checkpoints of another run. Nothing has been changed
+                then.
         """
         given = dict(baselines or {})
         if self._checkpoints is not None and self._checkpoints.steps:
@@ -183,7 +186,9 @@ class RetentionGuard:
         for name in given:
             if name not in values:
                 raise ValueError(f"baselines has {name!r}, which is no evaluation's name.")
-        start = {name: check_baseline(name, v) for name, v in {**values, **given}.items()}
+        start = {**values, **given}
+        for evaluation in self._all_evaluations():
+            check_baseline(evaluation.name, start[evaluation.name], self._is_guarded(evaluation))
         self.baselines = start
         try:
             check = self._judge(values)
@@ -197,13 +202,15 @@ class RetentionGuard:
     def resume(self) -> int:
         """Set everything to the newest whole checkpoint of an earlier process; returns its step.
 
+        Memories of :class:`cl_optim.GEM` keep the closures that they have here.
+
         Raises:
             ValueError: The guard has no folder.
             CheckpointError: There is no checkpoint that can be read, or it has other parts.
         """
         if self._checkpoints is None:
             raise ValueError("resume() needs a guard with a folder.")
-        return self._checkpoints.restore()
+        return self._restore(self._checkpoints)
 
     def step(self) -> bool:
         """Count a training step; evaluate and act where it is time.
@@ -258,7 +265,12 @@ class RetentionGuard:
         }
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Go on from there. History that this guard has itself is kept: it has been seen."""
+        """Go on from there. History that this guard has itself is kept: it has been seen.
+
+        Raises:
+            ValueError: It is of a guard with other evaluations. Nothing has been changed then.
+        """
+        self.check_state_dict(state_dict)
         self.steps = state_dict["steps"]
         self.stopped = state_dict["stopped"]
         self.baselines = dict(state_dict["baselines"])
@@ -266,6 +278,30 @@ class RetentionGuard:
             self.history = [self._unpacked(check) for check in state_dict["history"]]
         if self._controller is not None and state_dict["controller"] is not None:
             self._controller.load_state_dict(state_dict["controller"])
+
+    def check_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Raise ValueError if the state is of a guard with other evaluations."""
+        own = {evaluation.name for evaluation in self._all_evaluations()}
+        if own != set(state_dict["baselines"]):
+            raise ValueError(
+                f"the saved guard has the evaluations {sorted(state_dict['baselines'])}, this one "
+                f"has {sorted(own)}."
+            )
+
+    def continue_from(self, state_dict: Mapping[str, Any]) -> None:
+        """Go on inside a trainer that has restored everything else from its own checkpoint.
+
+        The guard's checkpoints of later steps belong to a run that was given up, and are deleted.
+        Where none is left, one is written, so that there is something to roll back to.
+
+        Raises:
+            ValueError: It is of a guard with other evaluations. Nothing has been changed then.
+        """
+        self.load_state_dict(state_dict)
+        if self._checkpoints is not None:
+            self._checkpoints.discard_after(self.steps)
+            if not self._checkpoints.steps:
+                self._save()
 
     def _require_started(self) -> None:
         if not self.baselines:
@@ -275,12 +311,14 @@ class RetentionGuard:
 
     def _measure(self) -> dict[str, float]:
         values = {}
-        with evaluating(self.model):
-            for evaluation in self.evaluations:
+        for evaluation in self.evaluations:
+            with evaluating(self.model):  # each: one may leave the model in training mode
                 values[evaluation.name] = float(evaluation.measure(self.model))
-            if self.quantize is not None:
+        if self.quantize is not None:
+            with evaluating(self.model):
                 copy = quantized(self.model, self.quantize)
-                for evaluation in self.evaluations:
+            for evaluation in self.evaluations:
+                with evaluating(copy):
                     name = _quantized_name(evaluation, self.quantize)
                     values[name] = float(evaluation.measure(copy))
         return values
@@ -361,16 +399,20 @@ class RetentionGuard:
     def _roll_back(self) -> str:
         assert self._checkpoints is not None  # the constructor saw to it
         factor = None if self._controller is None else self._controller.factor
-        closures = self.optimizer.closures if isinstance(self.optimizer, GEM) else {}
-        step = self._checkpoints.restore()
-        if isinstance(self.optimizer, GEM):  # a state dict cannot hold them
-            for name in closures.keys() & set(self.optimizer.memories):
-                self.optimizer.remember(name, *closures[name])
+        step = self._restore(self._checkpoints)
         self.optimizer.zero_grad()  # what is there belongs to other weights
         if self._controller is not None and factor is not None:
             self._controller.factor = factor  # a breach does not undo what earlier ones taught
             self._controller.apply()
         return f"rolled back to step {step}"
+
+    def _restore(self, checkpoints: Checkpoints) -> int:
+        closures = self.optimizer.closures if isinstance(self.optimizer, GEM) else {}
+        step = checkpoints.restore()
+        if isinstance(self.optimizer, GEM):  # a state dict cannot hold them
+            for name in closures.keys() & set(self.optimizer.memories):
+                self.optimizer.remember(name, *closures[name])
+        return step
 
     def _raise_lambda(self) -> str:
         assert self._controller is not None  # the constructor saw to it

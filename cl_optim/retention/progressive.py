@@ -117,10 +117,13 @@ class ProgressiveNetwork(nn.Module):
     def add_column(self) -> int:
         """Freeze all columns and add one, with its adapters; returns its number.
 
-        An optimizer for it is made anew, of :meth:`new_parameters`.
+        It gets the devices and dtypes of the column before it. An optimizer for it is made anew, of
+        :meth:`new_parameters`.
         """
         column = self._factory()
         layers = [self._layer(column, name) for name in self._lateral]
+        if len(self):
+            _move_like(column, self.columns[-1])
         older = len(self)
         adapters = nn.ModuleList(LateralAdapter(layer, older) for layer in layers if older)
         for param in self.parameters():
@@ -166,16 +169,24 @@ class ProgressiveNetwork(nn.Module):
 
         Raises:
             ValueError: There is no such column.
-            RuntimeError: A layer with adapters was not used exactly once.
+            RuntimeError: A layer with adapters was not used exactly once, or a column changed its
+                input in place.
         """
         newest = len(self) - 1
         task = newest if task is None else task
         if not 0 <= task <= newest:
             raise ValueError(f"task must be a column from 0 to {newest}, not {task}.")
         seen: dict[str, list[Tensor]] = {name: [] for name in self._lateral}
+        inputs = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
+        versions = [x._version for x in inputs if not x.is_inference()]
         for number in range(task + 1):
             with torch.set_grad_enabled(number == newest and torch.is_grad_enabled()):
                 output = self._run(number, seen, args, kwargs)
+            if versions != [x._version for x in inputs if not x.is_inference()]:
+                raise RuntimeError(
+                    f"column {number} must not change its input in place: the other columns get "
+                    "the same tensors."
+                )
         return output
 
     def _run(
@@ -187,14 +198,20 @@ class ProgressiveNetwork(nn.Module):
         for index, name in enumerate(self._lateral):
 
             def hook(
-                layer: nn.Module, given: Any, output: Tensor, index: int = index, name: str = name
+                layer: nn.Module,
+                args: Any,
+                kwargs: Any,
+                output: Tensor,
+                index: int = index,
+                name: str = name,
             ) -> Tensor:
                 inputs = seen[name]
                 added = adapters[index](inputs[:number]) if number else None
-                inputs.append(given[0])
+                inputs.append(args[0] if args else kwargs["input"])
                 return output if added is None else output + added
 
-            handles.append(self._layer(column, name).register_forward_hook(hook))
+            layer = self._layer(column, name)
+            handles.append(layer.register_forward_hook(hook, with_kwargs=True))
         try:
             output = column(*args, **kwargs)
         finally:
@@ -229,3 +246,11 @@ class ProgressiveNetwork(nn.Module):
         while len(self) <= max(numbers, default=0):
             self.add_column()
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+
+def _move_like(column: nn.Module, other: nn.Module) -> None:
+    """Give a column the devices and dtypes of another of the same architecture."""
+    with torch.no_grad():
+        for tensors in (nn.Module.parameters, nn.Module.buffers):
+            for own, like in zip(tensors(column), tensors(other), strict=False):
+                own.data = own.to(like)

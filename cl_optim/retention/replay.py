@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from cl_optim.importance.files import save_tensors, whole
-from cl_optim.retention.samples import Layout, count, flatten, unflatten
+from cl_optim.retention.samples import Layout, count, flatten, replace, unflatten
 
 POLICIES = ("reservoir", "class_balanced", "ring")
 _FORMAT = "cl_optim.ReplayBuffer/1"
@@ -124,7 +124,11 @@ class ReplayBuffer:
         if self._folder is not None:
             (self._folder / _CHANGED).touch()
         if self._layout is None:
-            self._data = layout.allocate(self.capacity, self._folder)
+            self._data = (
+                layout.allocate(self.capacity)
+                if self._folder is None
+                else layout.create(self.capacity, self._folder)
+            )
             self._layout = layout
         if classes is not None:
             places = self._places_by_class(classes)
@@ -277,7 +281,7 @@ class ReplayBuffer:
             return batch
         drawn, _ = flatten(self.sample(extra, replacement=extra > len(self)))
         both = {place: torch.cat([v, drawn[place].to(v.device)]) for place, v in leaves.items()}
-        return unflatten(both, structure)
+        return replace(batch, both)
 
     def closure(
         self, loss_fn: Callable[[Any], Tensor], n: int | None = None
@@ -319,7 +323,19 @@ class ReplayBuffer:
 
         Raises:
             ValueError: It is of a buffer of another kind, or, on disk, samples were added since.
+                Nothing has been changed then.
         """
+        self.check_state_dict(state)
+        layout = Layout.loads(state["layout"]) if state["layout"] else None
+        data = self._data
+        if self._folder is None:
+            data = layout.allocate(self.capacity) if layout else {}
+            for place, values in state["samples"].items():
+                data[place][: len(values)] = values
+        self._restore(state, layout, data)
+
+    def check_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Raise ValueError if :meth:`load_state_dict` would refuse the state."""
         self._check_state(state, "state")
         if self._folder is not None:
             if "samples" in state:
@@ -331,13 +347,6 @@ class ReplayBuffer:
                 )
         elif "samples" not in state:
             raise ValueError("state must have samples: it is of a buffer on disk.")
-        layout = Layout.loads(state["layout"]) if state["layout"] else None
-        data = self._data
-        if self._folder is None:
-            data = layout.allocate(self.capacity, None) if layout else {}
-            for place, values in state["samples"].items():
-                data[place][: len(values)] = values
-        self._restore(state, layout, data)
 
     def flush(self) -> None:
         """Make additions to a buffer on disk count; in memory there is nothing to do."""
@@ -405,7 +414,7 @@ class ReplayBuffer:
             raise ValueError(f"path {str(file)!r} is not a safetensors file: {error}.") from None
         self._check_state(state, f"path {str(folder)!r}")
         layout = Layout.loads(state["layout"])
-        self._restore(state, layout, layout.allocate(self.capacity, folder))
+        self._restore(state, layout, layout.open(self.capacity, folder))
 
 
 class MixedLoader:

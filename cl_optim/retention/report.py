@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from rich import box
 from rich.console import Console, Group, RenderableType
 from rich.table import Table
+from rich.text import Text
 
 from cl_optim.retention.evaluation import Check, Measured
 
@@ -62,14 +63,14 @@ class Report:
             table.add_column(name, justify="left" if name in ("task", "role", "") else "right")
         for one in self.check.measured:
             table.add_row(
-                one.evaluation.name,
+                Text(one.evaluation.name),  # not markup
                 one.evaluation.role,
                 f"{one.baseline:.4g}",
                 f"{one.value:.4g}",
                 _retained(one),
                 self._remark(one),
             )
-        return Group(table, self._outcome(), self.recommendation)
+        return Group(table, self._outcome(), Text(self.recommendation))
 
     def __str__(self) -> str:
         text = io.StringIO()
@@ -97,8 +98,10 @@ class Report:
 
 def _retained(one: Measured) -> str:
     """What is left of the baseline; of a new task, what was gained on it."""
-    if not math.isfinite(one.loss):
+    if not math.isfinite(one.value):
         return "nothing: not finite"
+    if one.baseline == 0.0:
+        return f"{one.value:+.4g}, from 0"
     return f"{-one.loss:+.1%}" if one.evaluation.role == "new" else f"{1 - one.loss:.1%}"
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,6 +60,21 @@ def unflatten(leaves: Mapping[str, Tensor], structure: Any, place: str = "batch"
     if isinstance(structure, dict):
         return {k: unflatten(leaves, sub, f"{place}[{k!r}]") for k, sub in structure.items()}
     return tuple(unflatten(leaves, sub, f"{place}[{i}]") for i, sub in enumerate(structure))
+
+
+def replace(batch: Any, leaves: Mapping[str, Tensor], place: str = "batch") -> Any:
+    """The batch with other tensors in it, in containers of its own kinds."""
+    if isinstance(batch, Tensor):
+        return leaves[place]
+    if isinstance(batch, Mapping):
+        values = {k: replace(v, leaves, f"{place}[{k!r}]") for k, v in batch.items()}
+        if isinstance(batch, MutableMapping):  # a BatchEncoding, say
+            other = copy.copy(batch)
+            other.update(values)
+            return other
+        return values
+    parts = [replace(value, leaves, f"{place}[{i}]") for i, value in enumerate(batch)]
+    return type(batch)(*parts) if hasattr(batch, "_fields") else type(batch)(parts)
 
 
 def count(leaves: Mapping[str, Tensor]) -> int:
@@ -136,23 +152,45 @@ class Layout:
                     f"buffer, not {list(found_shape)}, {found_dtype}; pad what varies in length."
                 )
 
-    def allocate(self, capacity: int, folder: Path | None) -> dict[str, Tensor]:
-        """Tensors [capacity, *shape] by place: in memory, or mapped from files of the folder."""
+    def allocate(self, capacity: int) -> dict[str, Tensor]:
+        """Tensors [capacity, *shape] in memory, by place."""
         return {
-            place: _tensor(
-                (capacity, *shape), _DTYPES[dtype], folder and folder / f"samples-{i}.bin"
-            )
+            place: torch.empty(capacity, *shape, dtype=_DTYPES[dtype])
+            for place, (dtype, shape) in self.leaves.items()
+        }
+
+    def create(self, capacity: int, folder: Path) -> dict[str, Tensor]:
+        """The same, mapped from new files of the folder."""
+        for path, shape, dtype in self._files(capacity, folder).values():
+            with path.open("wb") as file:
+                file.truncate(math.prod(shape) * dtype.itemsize)
+        return self.open(capacity, folder)
+
+    def open(self, capacity: int, folder: Path) -> dict[str, Tensor]:
+        """The same, mapped from the files that are there.
+
+        Raises:
+            ValueError: One is gone, or of another size.
+        """
+        return {place: _mapped(*file) for place, file in self._files(capacity, folder).items()}
+
+    def _files(
+        self, capacity: int, folder: Path
+    ) -> dict[str, tuple[Path, tuple[int, ...], torch.dtype]]:
+        return {
+            place: (folder / f"samples-{i}.bin", (capacity, *shape), _DTYPES[dtype])
             for i, (place, (dtype, shape)) in enumerate(self.leaves.items())
         }
 
 
-def _tensor(shape: Sequence[int], dtype: torch.dtype, path: Path | None) -> Tensor:
+def _mapped(path: Path, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     size = math.prod(shape) * dtype.itemsize
-    if path is None or size == 0:  # a file of no bytes cannot be mapped
+    found = path.stat().st_size if path.exists() else None
+    if found != size:
+        what = "is gone" if found is None else f"has {found:,} bytes, not {size:,}"
+        raise ValueError(f"the buffer's file {str(path)!r} {what}: its samples are lost.")
+    if size == 0:  # a file of no bytes cannot be mapped
         return torch.empty(*shape, dtype=dtype)
-    with path.open("ab") as file:
-        if file.tell() != size:
-            file.truncate(size)
     # Bytes, since numpy has no bfloat16.
     mapped = np.memmap(path, dtype=np.uint8, mode="r+", shape=(size,))
     return torch.from_numpy(mapped).view(dtype).view(*shape)

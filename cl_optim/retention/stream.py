@@ -19,6 +19,9 @@ class DataStream:
     the stream, the next batch is the one that followed that position. The batches before it are
     loaded again and dropped.
 
+    Random numbers that the dataset itself draws, for augmentation, repeat where it runs in this
+    process or in workers that start anew in each epoch; ``persistent_workers`` keep their own.
+
     Args:
         loader: Its sampler draws from ``loader.generator``, or from torch's global generator.
         epochs: How many; ``None``: without end.

@@ -84,6 +84,8 @@ class Results:
         """A sentence for each fraction, and the recommendation."""
         if not self.forgotten:
             return [f"AdamW did not forget {self.old} with every seed: there is nothing to keep."]
+        if len(self.before) == 1:
+            return ["One seed does not tell whether EWC + replay beats replay alone."]
         sentences, won = [], []
         for fraction in FRACTIONS:
             kept, cost, wins = self.verdict(fraction)

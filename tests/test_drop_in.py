@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import socket
 from collections.abc import Callable
 from typing import Any
@@ -120,6 +121,22 @@ class TestDifferentiable:
         grads = torch.randn(3, 5, dtype=torch.float64, requires_grad=True)
         assert torch.autograd.gradcheck(run, (weight, grads))
 
+    @pytest.mark.parametrize("penalty", ["gradient", "decoupled", "proximal"])
+    def test_gradient_of_the_learning_rate(self, penalty):
+        start, grad = torch.randn(2, 5, dtype=torch.float64)
+
+        def result(lr):
+            param = start.clone()
+            optimizer = EWCAdamW([param], lr=lr, penalty=penalty, differentiable=True)
+            optimizer.consolidate(None)
+            for _ in range(2):
+                param.grad = grad
+                optimizer.step()
+            return param
+
+        lr = torch.tensor(0.1, dtype=torch.float64, requires_grad=True)
+        assert torch.autograd.gradcheck(result, lr)
+
     def test_not_with_the_kernels(self):
         with pytest.raises(ValueError, match="differentiable=True and fused=True exclude"):
             EWCAdamW([torch.ones(2)], differentiable=True, fused=True)
@@ -152,6 +169,28 @@ class TestSwitchFromAdamW:
         again = EWCAdamW(model.named_parameters())
         again.load_state_dict(optimizer.state_dict())
         assert again.param_groups[0]["ewc_lambda"] == 7.0
+
+    def test_from_older_versions_and_other_backends(self, implementation):
+        """Without the keys that came later, with step counts as numbers."""
+        model = make_model()
+        theirs = torch.optim.AdamW(model.parameters(), lr=0.01, foreach=True)
+        train(model, theirs, 2)
+        saved = copy.deepcopy(theirs.state_dict())
+        for group in saved["param_groups"]:
+            for key in ("decoupled_weight_decay", "maximize", "foreach", "fused", "capturable"):
+                del group[key]
+        for state in saved["state"].values():
+            state["step"] = int(state["step"])
+        other = copy.deepcopy(model)
+        ours = EWCAdamW(other.parameters(), lr=1.0, **implementation)
+        ours.load_state_dict(saved)
+        train(model, theirs, 2, seed=1)
+        train(other, ours, 2, seed=1)
+        torch.testing.assert_close(weights(other), weights(model), rtol=1e-6, atol=1e-7)
+        ours.load_state_dict(theirs.state_dict())
+        for key, value in implementation.items():
+            assert ours.param_groups[0][key] is value
+        assert ours.param_groups[0]["fused"] is implementation.get("fused")
 
     def test_16_bit_moments_are_widened(self):
         model = make_model().bfloat16()

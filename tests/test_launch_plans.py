@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from ewc_adamw_cases import OFF_DEFAULT, Problem, make_params
-from torch import Tensor
+from torch import Tensor, nn
 
 from cl_optim import GEM, EWCAdamW
 from cl_optim.ops import ewc_adamw as ops
@@ -230,6 +230,19 @@ def test_hyperparameters_are_read_in_each_step(planned):
     pair.fused.param_groups[1]["lr"] = -1.0
     with pytest.raises(ValueError, match="lr must be finite"):
         pair.fused.step()
+
+
+def test_rounding_that_is_switched_on(planned):
+    weight = nn.Parameter(torch.ones(4, dtype=torch.bfloat16))
+    optimizer = EWCAdamW([weight], lr=1e-4, weight_decay=0.0, fused=True)
+    for number in range(60):
+        if number == 5:
+            assert planned
+            optimizer.param_groups[0]["rounding"] = "kahan"
+        weight.grad = torch.ones_like(weight)
+        optimizer.step()
+    assert "compensation" in optimizer.state[weight]
+    assert (weight < 1).all()
 
 
 def test_consolidating_and_freezing_in_mid_training():

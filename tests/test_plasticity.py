@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from ewc_adamw_cases import OFF_DEFAULT, PENALTIES, Problem, make_params
-from torch import Tensor
+from torch import Tensor, nn
 
 from cl_optim import EWCAdamW
 
@@ -342,6 +342,22 @@ class TestTracking:
         problem = Problem.of(make_params([(50,), (3,)], torch.float32))
         optimizer = make(problem, groups=2, consolidated=False, track_penalty=True)
         run(problem, optimizer, 1)
+        assert optimizer.last_penalty == 0
+        assert optimizer.last_drift.tolist() == [0, 0]
+
+    def test_only_what_the_last_step_updated(self, implementation):
+        params = [nn.Parameter(torch.ones(2)) for _ in range(2)]
+        groups = [{"params": [param]} for param in params]
+        optimizer = EWCAdamW(groups, track_penalty=True, lr=0.1, **implementation)
+        optimizer.consolidate(None)
+        for number in range(6):
+            for param in params:
+                param.grad = torch.ones(2)
+            if number > 3:
+                params[1].grad = None
+            optimizer.step()
+            assert (optimizer.last_drift > 0).tolist() == [number > 0, 0 < number <= 3]
+        optimizer.consolidate(None)
         assert optimizer.last_penalty == 0
         assert optimizer.last_drift.tolist() == [0, 0]
 

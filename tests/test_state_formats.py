@@ -14,7 +14,7 @@ import pytest
 import torch
 from ewc_adamw_cases import Problem, Setting, make_optimizer, make_params
 from format_cases import IMPORTANCE, MOMENTS, ROUNDING, SHAPES, assert_close, make, step, values
-from torch import Tensor
+from torch import Tensor, nn
 
 from cl_optim import _C, EWCAdamW
 from cl_optim.ops import importance_codec as codec
@@ -193,6 +193,15 @@ class TestMerging:
         for _ in range(20):
             again.consolidate({"w": increment * first})
         assert torch.equal(again.state[weight]["importance"], optimizer.state[weight]["importance"])
+
+    @pytest.mark.parametrize("importance_dtype", ["bfloat16", "log8"])
+    def test_what_replaces_the_old_is_rounded_to_the_nearest(self, importance_dtype):
+        weight, importance = nn.Parameter(torch.zeros(512)), torch.rand(512) + 0.1
+        optimizer = EWCAdamW([("w", weight)], importance_dtype=importance_dtype)
+        optimizer.consolidate({"w": importance})
+        once = optimizer.state[weight]["importance"].clone()
+        optimizer.consolidate({"w": importance}, decay=0.0)
+        assert torch.equal(optimizer.state[weight]["importance"], once)
 
     @pytest.mark.parametrize("importance_dtype", ["bfloat16", "log8"])
     def test_decay_and_zeros(self, importance_dtype):
@@ -476,6 +485,94 @@ class TestStateDicts:
             assert torch.equal(ours.importance, theirs.importance)
             other.unfreeze()
             assert torch.equal(next(other.protected()).importance, ours.importance)
+
+    @pytest.mark.parametrize("damage", [lambda s: s.pop("frozen_codes"), "short"])
+    def test_the_codes_of_frozen_weights_belong_to_it(self, damage):
+        weight = nn.Parameter(torch.randn(300))
+        optimizer = EWCAdamW([("w", weight)], importance_dtype="log8")
+        optimizer.consolidate({"w": torch.rand(300)})
+        optimizer.freeze(0.5)
+        saved = copy.deepcopy(optimizer.state_dict())
+        state = saved["state"][0]
+        if damage == "short":
+            state["frozen_codes"] = state["frozen_codes"][:-1]
+        else:
+            damage(state)
+        with pytest.raises(ValueError, match=r"w has 150 frozen weights, and 'frozen_codes' of"):
+            optimizer.load_state_dict(saved)
+
+    DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+    @pytest.mark.parametrize("after", DTYPES)
+    @pytest.mark.parametrize("before", DTYPES)
+    @pytest.mark.parametrize("importance_dtype", ["float32", "log8"])
+    @pytest.mark.parametrize("implementation", [{"fused": True}, {"foreach": True}], ids=str)
+    def test_another_dtype_of_the_parameters(self, before, after, importance_dtype, implementation):
+        """Loaded, or cast where it is: the run goes on, protected as it was."""
+        rounding = "kahan" if before == torch.bfloat16 and after != torch.float16 else "nearest"
+        weight = nn.Parameter(torch.randn(5000).to(before))
+        options = {"importance_dtype": importance_dtype, "state_dtype": "8bit", **implementation}
+        optimizer = EWCAdamW([("w", weight)], rounding=rounding, **options)
+        weight.grad = torch.randn(5000).to(before)
+        optimizer.step()
+        optimizer.consolidate({"w": torch.rand(5000)})
+        optimizer.freeze(0.1)
+        (expected,) = optimizer.protected()
+        saved = copy.deepcopy(optimizer.state_dict())
+
+        other = nn.Parameter(weight.detach().to(after))
+        loaded = EWCAdamW([("w", other)], **options)
+        loaded.load_state_dict(saved)
+        weight.data = weight.data.to(after)  # as Module.to() does
+        weight.grad = None
+        optimizer.load_state_dict(optimizer.state_dict())
+        for param, each in ((other, loaded), (weight, optimizer)):
+            (found,) = each.protected()
+            assert torch.equal(found.frozen, expected.frozen)
+            tolerance = {"rtol": 1e-6, "atol": 0.0, "check_dtype": False}
+            torch.testing.assert_close(found.importance, expected.importance, **tolerance)
+            torch.testing.assert_close(found.anchor, expected.anchor, **tolerance)
+            kept = param.detach().clone()
+            param.grad = torch.randn(5000).to(after)
+            each.step()
+            assert torch.equal(param[found.frozen], kept[found.frozen])
+            assert not torch.equal(param, kept)
+            assert each.penalty().isfinite()
+
+    @pytest.mark.parametrize(
+        ("before", "after", "key"),
+        [
+            (torch.float16, torch.float32, "anchor"),
+            (torch.float32, torch.float64, "exp_avg"),
+            (torch.bfloat16, torch.float32, "compensation"),
+        ],
+    )
+    @pytest.mark.parametrize("implementation", [{"fused": True}, {"foreach": True}], ids=str)
+    def test_a_cast_parameter_is_a_sentence_and_nothing_is_stepped(
+        self, before, after, key, implementation
+    ):
+        first, cast = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3, dtype=before))
+        rounding = "kahan" if before == torch.bfloat16 else "nearest"
+        groups = [{"params": [("a", first)]}, {"params": [("b", cast)], "rounding": rounding}]
+        optimizer = EWCAdamW(groups, **implementation)
+        optimizer.consolidate(None)
+        for param in (first, cast):
+            param.grad = torch.ones_like(param)
+        optimizer.step()
+        cast.data = cast.data.to(after)
+        cast.grad = torch.ones_like(cast)
+        weights = first.detach().clone()
+        with pytest.raises(RuntimeError, match=rf"parameter b was cast to {after} after .*'{key}'"):
+            optimizer.step()
+        assert torch.equal(first, weights)
+        optimizer.load_state_dict(optimizer.state_dict())
+        optimizer.step()
+        assert not torch.equal(first, weights)
+
+    def test_kahan_for_float16_is_a_sentence(self):
+        saved = EWCAdamW([torch.ones(2, dtype=torch.bfloat16)], rounding="kahan").state_dict()
+        with pytest.raises(ValueError, match="rounding must be 'nearest' for parameter 0 of its"):
+            EWCAdamW([torch.ones(2, dtype=torch.float16)]).load_state_dict(saved)
 
     def test_codes_of_other_parameters(self):
         weight = torch.nn.Parameter(torch.randn(5000))

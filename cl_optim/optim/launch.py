@@ -82,6 +82,7 @@ class Plans:
     def __init__(self, batches: list[Batch], optimizer: torch.optim.Optimizer) -> None:
         self._groups = list(optimizer.param_groups)
         self._state = ops.snapshot(optimizer.state)
+        self._rounding = [group["rounding"] for group in self._groups]
         self.batches = batches
         self.plans: list[ops.Plan] = []
         waiting = [
@@ -107,6 +108,7 @@ class Plans:
         return (
             len(groups) == len(self._groups)
             and all(here is there for here, there in zip(groups, self._groups, strict=True))
+            and [group["rounding"] for group in groups] == self._rounding
             and self._state.matches(optimizer.state)
             and all(plan.ready(group["params"], False, ops.NO_INPUTS) for group, plan in self._idle)
             and all(

@@ -39,12 +39,13 @@ def merge(
     old = read(state, param) if "importance" in state else None
     if new is None:
         if old is not None:
-            write(state, param, old[0].mul(decay), old[1], group)
+            write(state, param, old[0].mul(decay), old[1], group, merged=True)
             if not exact:
                 state["anchor"] = _anchor(param, state, group)
         return
     new = like(param).copy_(new)
     total = new if old is None else new + old[0].mul(decay)
+    total = total.clamp(max=torch.finfo(total.dtype).max)
     if exact:
         theta = weight_of(param, state)
         anchor = like(param).copy_(state["anchor"]) if "anchor" in state else theta
@@ -52,7 +53,8 @@ def merge(
         state["anchor"] = torch.where(total == 0, theta, moved)
     else:
         state["anchor"] = _anchor(param, state, group)
-    write(state, param, total, None if old is None else old[1], group)
+    frozen = None if old is None else old[1]
+    write(state, param, total, frozen, group, merged=old is not None and decay > 0.0)
 
 
 def write(
@@ -61,6 +63,8 @@ def write(
     importance: Tensor,
     frozen: Tensor | None,
     group: Mapping[str, Any],
+    *,
+    merged: bool,
 ) -> None:
     """Store F in the group's format.
 
@@ -68,7 +72,6 @@ def write(
     increments would vanish.
     """
     format_ = group["importance_dtype"]
-    merged = "importance" in state
     state.pop("frozen_codes", None)
     if format_ == "log8" and param.dtype != torch.float64:
         random = _random(importance.contiguous(), group) if merged else None

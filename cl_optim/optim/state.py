@@ -111,22 +111,64 @@ def _zeros(param: Tensor, group: Mapping[str, Any]) -> Tensor:
 # --- state dicts ----------------------------------------------------------------------------------
 
 
-def loaded(key: str, value: Any, param: Tensor, group: Mapping[str, Any]) -> Any:
-    """A value of a state dict as the parameter's state has it: never narrower than it was saved.
+def loaded(saved: Mapping[str, Any], param: Tensor, group: Mapping[str, Any]) -> dict[str, Any]:
+    """A saved state as the parameter's: never narrower than it was, if the arithmetic is as wide.
 
-    Moments are the exception: they take the group's format, which is saved with them or, where the
-    state dict is AdamW's, the one that was asked for.
+    Moments take the group's format, which is saved with them or, where the state dict is AdamW's,
+    the one that was asked for. The parameter may have another dtype than the one that was saved.
     """
-    if not isinstance(value, Tensor):
-        return value
-    if key == "step":
-        return value.to(param.device, torch.float32, copy=True)
-    if value.dtype == torch.uint8 and key not in MOMENTS:
-        return value.to(param.device, copy=True)
-    if key in MOMENTS:
-        return _loaded_moment(value.to(param.device), param, group, signed=key == "exp_avg")
-    keeps_dtype = key in ("anchor", "compensation") or value.dtype == torch.bfloat16
-    return like(param, value.dtype if keeps_dtype else None).copy_(value)
+    state = dict(saved)
+    for key, value in saved.items():
+        if key == "step":
+            state[key] = torch.as_tensor(value).to(param.device, torch.float32, copy=True)
+        elif key in MOMENTS:
+            signed = key == "exp_avg"
+            state[key] = _loaded_moment(value.to(param.device), param, group, signed=signed)
+        elif key == "anchor":
+            keeps_dtype = param.dtype != torch.float64 and value.dtype in _anchor_dtypes(param)
+            state[key] = like(param, value.dtype if keeps_dtype else None).copy_(value)
+        elif key == "compensation" and param.dtype == torch.bfloat16:
+            state[key] = like(param, param.dtype).copy_(value)
+        elif key == "compensation":
+            del state[key]  # the parameter holds more of the weight itself now
+        elif isinstance(value, Tensor) and key != "importance":
+            state[key] = value.to(param.device, copy=True)
+    if "importance" in saved:
+        _load_importance(state, param)
+    return state
+
+
+def _load_importance(state: dict[str, Any], param: Tensor) -> None:
+    stored = state["importance"].to(param.device)
+    if stored.dtype == torch.uint8 and param.dtype != torch.float64:
+        state["importance"] = stored.clone()
+        return
+    if stored.dtype == torch.uint8:
+        frozen = codec.frozen_log8(stored, param.shape)
+        codes = state.pop("frozen_codes", None)
+        thawed = stored if codes is None else codec.thaw_log8(stored, codes)
+        wide = codec.decode_log8(thawed, param.shape)
+        stored = torch.where(frozen, -wide, wide)
+    narrow = stored.dtype == torch.bfloat16 and param.dtype != torch.float64
+    state["importance"] = like(param, stored.dtype if narrow else None).copy_(stored)
+
+
+def _anchor_dtypes(param: Tensor) -> tuple[torch.dtype, ...]:
+    wide = ops.state_dtype(param)
+    return (wide,) if wide == torch.float64 else (wide, param.dtype, torch.bfloat16)
+
+
+def misfit(state: Mapping[str, Any], param: Tensor) -> str | None:
+    """What of the state is for another dtype than the parameter has."""
+    wide = ops.state_dtype(param)
+    stored = (wide,) if wide == torch.float64 else (wide, torch.bfloat16, torch.uint8)
+    allowed = {
+        "exp_avg": stored,
+        "importance": stored,
+        "anchor": _anchor_dtypes(param),
+        "compensation": (torch.bfloat16,) if param.dtype == torch.bfloat16 else (),
+    }
+    return next((k for k in allowed if k in state and state[k].dtype not in allowed[k]), None)
 
 
 def _loaded_moment(
@@ -142,22 +184,48 @@ def _loaded_moment(
 
 
 def from_adamw(state_dict: dict[str, Any], param_groups: list[dict[str, Any]]) -> dict[str, Any]:
-    """A state dict of torch's AdamW with what it lacks; any other as it is."""
+    """A state dict of torch's AdamW, of any version, with what it lacks; any other as it is."""
     groups = state_dict.get("param_groups", ())
-    if not groups or not all("decoupled_weight_decay" in group for group in groups):
+    if not groups or not all("betas" in group and "penalty" not in group for group in groups):
         return state_dict
-    if any(not g["decoupled_weight_decay"] and g["weight_decay"] != 0 for g in groups):
+    if any(not g.get("decoupled_weight_decay", True) and g["weight_decay"] != 0 for g in groups):
         raise ValueError(
             "the state dict is one of torch.optim.Adam with weight decay in the gradient, "
             "which this optimizer does not have."
         )
     ours = ("ewc_lambda", "penalty", "importance_damping", "track_penalty", *FORMATS)
-    groups = [
-        {**{key: here[key] for key in ours}, **group}
-        for here, group in zip(param_groups, groups, strict=False)
-    ] + list(groups[len(param_groups) :])
+    backend = ("foreach", "fused")  # is chosen where the optimizer is made
+    groups = (
+        [
+            {
+                **{key: here[key] for key in ours},
+                **{"amsgrad": False, "maximize": False},  # younger than the oldest state dicts
+                **group,
+                **{key: here[key] for key in backend},
+            }
+            for here, group in zip(param_groups, groups, strict=False)
+        ]
+        + list(groups[len(param_groups) :])
+    )
     for group in groups:
-        del group["decoupled_weight_decay"]
+        group.pop("decoupled_weight_decay", None)
+    return {**state_dict, "param_groups": groups}
+
+
+def in_order(state_dict: dict[str, Any], param_groups: list[dict[str, Any]]) -> dict[str, Any]:
+    """The state dict with the parameters of each group in this optimizer's order.
+
+    They come in another one where a model's modules do. Groups that do not name the very same
+    parameters stay as they are: they are matched by place, as in torch.
+    """
+    if "param_groups" not in state_dict:
+        return state_dict
+    groups = list(state_dict["param_groups"])
+    for number, (here, group) in enumerate(zip(param_groups, groups, strict=False)):
+        own, saved = here.get("param_names", ()), group.get("param_names", ())
+        if own != saved and len(set(own)) == len(own) and sorted(own) == sorted(saved):
+            places = dict(zip(saved, group["params"], strict=True))
+            groups[number] = {**group, "params": [places[name] for name in own]}
     return {**state_dict, "param_groups": groups}
 
 
@@ -184,11 +252,21 @@ def check_state_dict(
     indices = [(index, group) for group in groups for index in group["params"]]
     params = [param for group in param_groups for param in group["params"]]
     for (index, group), param, name in zip(indices, params, names, strict=True):
-        _check_state(state_dict["state"].get(index, {}), param, name, group["amsgrad"])
+        check_rounding(group, param, name)
+        _check_state(state_dict["state"].get(index, {}), param, name)
 
 
-def _check_state(state: Mapping[str, Any], param: Tensor, name: str, amsgrad: bool) -> None:
-    for key in _required(state, amsgrad):
+def check_rounding(group: Mapping[str, Any], param: Tensor, name: str) -> None:
+    """Raise ValueError where a parameter's dtype does not have the group's rounding."""
+    if group.get("rounding", "nearest") != "nearest" and param.dtype == torch.float16:
+        raise ValueError(
+            f"rounding must be 'nearest' for parameter {name}, which is float16: the others are "
+            "for bfloat16."
+        )
+
+
+def _check_state(state: Mapping[str, Any], param: Tensor, name: str) -> None:
+    for key in _required(state):
         if key not in state:
             raise ValueError(f"the state dict is truncated: parameter {name} has no {key!r}.")
         if key == "step":
@@ -200,13 +278,22 @@ def _check_state(state: Mapping[str, Any], param: Tensor, name: str, amsgrad: bo
                 f"the state dict belongs to other parameters: {key!r} of parameter {name} has "
                 f"shape {tuple(state[key].shape)}, not {shape}."
             )
+    if "importance" in state and state["importance"].dtype == torch.uint8:
+        frozen = int((state["importance"][:, 4:] == codec.FROZEN).sum())
+        codes = state["frozen_codes"].numel() if "frozen_codes" in state else 0
+        if codes != frozen:
+            raise ValueError(
+                f"the state dict is truncated: parameter {name} has {frozen} frozen weights, and "
+                f"'frozen_codes' of {codes}."
+            )
 
 
-def _required(state: Mapping[str, Any], amsgrad: bool) -> Iterator[str]:
+def _required(state: Mapping[str, Any]) -> Iterator[str]:
     if state.keys() & {"step", *MOMENTS}:
+        # Not the maximum: AMSGrad may have been switched on since the last step.
         yield from ("step", "exp_avg", "exp_avg_sq")
-        if amsgrad:
-            yield "max_exp_avg_sq"
+    if "max_exp_avg_sq" in state:
+        yield "max_exp_avg_sq"
     if state.keys() & set(PROTECTION):
         yield from PROTECTION
     if "compensation" in state:

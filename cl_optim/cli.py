@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import io
 import json
 import platform
 import sys
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -221,7 +223,11 @@ def _report(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> i
     from cl_optim.importance.report import report_data, write_csv, write_json
 
     try:
-        data = report_data(cl_optim.ImportanceLog(arguments.path, mode="r"))
+        with warnings.catch_warnings(record=True) as remarks:
+            warnings.simplefilter("always", UserWarning)
+            data = report_data(cl_optim.ImportanceLog(arguments.path, mode="r"))
+        for remark in remarks:
+            print(f"{parser.prog}: warning: {remark.message}", file=sys.stderr)
         written = []
         if arguments.out is not None:
             from cl_optim.importance.report_html import write_html
@@ -247,7 +253,9 @@ def _report(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> i
 
         from cl_optim.importance.report_text import render_text
 
-        console = Console()
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(errors="replace")  # names that the terminal cannot show
+        console = Console(emoji=False)
         if not console.is_terminal:
             console.width = 120
         console.print(render_text(data))

@@ -184,6 +184,14 @@ def test_normalize(importance):
         Importance({"a": torch.zeros(3)}, samples=1).normalize()
 
 
+def test_normalize_what_float32_can_hardly_hold():
+    values = torch.zeros(1000)
+    values[0] = 1e-44
+    found = Importance({"a": values}, 1).normalize()["a"]
+    assert found[0] == pytest.approx(1000)
+    assert (found[1:] == 0).all()
+
+
 @pytest.mark.parametrize("bad", [-0.1, 1.1, math.nan])
 def test_a_fraction_out_of_range_is_refused(importance, bad):
     for call, argument in ((importance.top, "fraction"), (importance.quantile, "q")):

@@ -20,8 +20,9 @@ from log_cases import assert_is, importance_of, make_log, weights
 from safetensors.torch import save_file
 from torch import nn
 
-from cl_optim import EWCAdamW, ImportanceLog
+from cl_optim import EWCAdamW, Importance, ImportanceLog
 from cl_optim.importance import codecs, shards
+from cl_optim.importance.codecs import NAMES
 from cl_optim.importance.errors import DamagedError, LockedError, LogError
 from cl_optim.importance.manifest import FILE, VERSION, locked, sealed
 from cl_optim.importance.names import compare_names
@@ -278,6 +279,103 @@ def test_frozen_weights_of_a_model_that_has_grown(tmp_path):
     log.record("two", {"same": torch.ones(3)}, frozen={"same": torch.ones(3, dtype=torch.bool)})
     with pytest.raises(ValueError, match=r"^'same' cannot be frozen: .* are \(2,\) and \(3,\)"):
         log.frozen()
+
+
+def test_a_head_that_grows_between_tasks(tmp_path, caplog):
+    log = ImportanceLog(tmp_path)
+    masks = [torch.tensor([True, False]), torch.tensor([False, True, False])]
+    for task, mask in zip("ab", masks, strict=True):
+        head = torch.full((len(mask),), 2.0)
+        log.record(task, {"body": torch.ones(4), "head": head}, frozen={"head": mask})
+    weights = {"body": torch.ones(4), "head": torch.ones(3)}
+    optimizer = EWCAdamW([(name, nn.Parameter(value)) for name, value in weights.items()])
+    for call in (log.merge, lambda: optimizer.consolidate(log)):
+        with pytest.raises(ValueError, match=r"'head' cannot be merged: its shapes are \(2,\) and"):
+            call()
+    with pytest.raises(ValueError, match=r"'head' cannot be frozen: its masks' shapes are"):
+        log.frozen()
+    with caplog.at_level("WARNING"):
+        optimizer.consolidate(log, strict=False)
+    assert "new shapes of 'head'" in caplog.text
+    found = {one.name: one for one in optimizer.protected()}
+    assert found["body"].importance.tolist() == [2.0] * 4
+    assert found["head"].importance.tolist() == [2.0] * 3
+    assert found["head"].frozen.tolist() == [False, True, False]
+    data = report_data(log)
+    # Of the top 5 % of each task, one weight of its own head.
+    assert data["overlap"]["jaccard"][0][1] == 0
+    assert 0 < data["overlap"]["fisher"][0][1] < 1
+    log.report(tmp_path / "report.html")
+
+
+def test_wrapped_and_bare_names_are_one(tmp_path):
+    model = nn.Sequential(nn.Linear(2, 2))
+    wrapped = nn.DataParallel(model)
+    log = ImportanceLog(tmp_path)
+    for number, module in enumerate((wrapped, model, torch.compile(model))):
+        params = dict(module.named_parameters())
+        frozen = {name: torch.zeros_like(p, dtype=torch.bool) for name, p in params.items()}
+        log.record(
+            f"task {number}",
+            {name: torch.ones_like(p) for name, p in params.items()},
+            model=module,
+            anchors=params,
+            frozen=frozen,
+        )
+        record = log[f"task {number}"]
+        for names in (record.importance(), record.anchors(), record.frozen(), record.model):
+            assert list(names) == ["0.weight", "0.bias"]
+    optimizer = EWCAdamW(wrapped.named_parameters())
+    optimizer.consolidate(log)
+    assert all((one.importance == 3).all() for one in optimizer.protected())
+    one, other = ({f"{wrapper}a": torch.rand(3)} for wrapper in ("module.", ""))
+    first = Importance(one, 1)
+    assert list(first.merge(other)) == ["module.a"]
+    assert first.overlap({"a": one["module.a"]}) == {"jaccard": 1.0, "cosine": 1.0, "fisher": 1.0}
+    # Two that are one without wrappers stay what they are.
+    log.record("two", {"module.a": torch.ones(1), "a": torch.ones(1)})
+    assert set(log.load("two")) == {"module.a", "a"}
+
+
+def test_a_negative_zero_is_a_zero(tmp_path):
+    """It comes from relu, clamp and negation, and has a sign, which marks frozen weights."""
+    values = torch.tensor([-0.0, 1.0, 0.0, 2.0])
+    importance = Importance({"a": values}, 1)
+    assert importance.top(0.5)["a"].tolist() == [False, True, False, True]
+    assert importance.top(0.75)["a"].tolist() == [True, True, False, True]
+    assert importance.quantile(0.25) == 0
+    log = ImportanceLog(tmp_path)
+    for codec in NAMES:
+        log.record(codec, {"a": values}, codec=codec)
+        assert log[codec].whole.zeros == 2
+        optimizer = EWCAdamW([("a", nn.Parameter(torch.ones(4)))])
+        optimizer.consolidate(log.merge([codec]))
+        (protected,) = optimizer.protected()
+        assert not protected.frozen.any()
+        assert not protected.importance.signbit().any()
+
+
+def test_a_recorded_task_has_its_new_name(tmp_path):
+    log = ImportanceLog(tmp_path)
+    log.record("old", importance_of(0))
+    log.record("new", log.load("old"))
+    assert log.load("new").metadata["task"] == "new"
+    assert [source["task"] for source in log.merge().metadata["merged"]] == ["old", "new"]
+    assert list(log.merge("new")) == list(log.load("new"))
+    alone = Importance({"a": torch.ones(1)}, 1).merge(other := {"b": torch.ones(1)})
+    alone["b"].zero_()
+    alone.sums["b"].zero_()
+    assert other["b"] == 1
+
+
+@pytest.mark.parametrize("codec", NAMES)
+def test_the_largest_numbers_stay_finite(tmp_path, codec):
+    log = ImportanceLog(tmp_path)
+    largest = torch.finfo(torch.float32).max
+    log.record("a", {"a": torch.tensor([[largest, largest], [largest, 0.0]])}, codec=codec)
+    assert log.load("a")["a"].isfinite().all()
+    with pytest.raises(ValueError, match="must be finite"):
+        log.record("b", Importance({"a": torch.tensor([3e38])}, samples=0.5))
 
 
 def test_forget(tmp_path):

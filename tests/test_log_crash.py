@@ -10,12 +10,14 @@ import tempfile
 import time
 import warnings
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 from log_cases import SCALE, assert_is, importance_of, make_log, record_until_killed
 
 from cl_optim import ImportanceLog
+from cl_optim.importance import record
 from cl_optim.importance.manifest import FILE
 
 KILLS = 200
@@ -87,7 +89,7 @@ def test_kill_at_random_instants(memory, processes, monkeypatch):
         assert_is(log.load(f"task {number}"), importance_of(number, SCALE))
 
 
-@pytest.mark.parametrize("keep", [0, 1, 30, -1])
+@pytest.mark.parametrize("keep", [0, 1, 30, -2])
 def test_half_a_line_at_the_end_is_cut_off(tmp_path, keep):
     """As a crash leaves it that comes after the record's folder is in place."""
     make_log(tmp_path)
@@ -102,6 +104,61 @@ def test_half_a_line_at_the_end_is_cut_off(tmp_path, keep):
     log.record("task 1", importance_of(4))
     assert_is(ImportanceLog(tmp_path).load("task 0"), importance_of(0))
     assert_is(ImportanceLog(tmp_path).load("task 1"), importance_of(4))
+
+
+@pytest.mark.parametrize("end", [b"", b"x", b"\x8a"])
+@pytest.mark.parametrize("event", ["record", "forget"])
+def test_a_line_whose_end_alone_is_lost_counts(tmp_path, event, end):
+    """Else a task that was to be forgotten would be protected again, without a word."""
+    log = make_log(tmp_path)
+    if event == "forget":
+        log.forget("task 0")
+    tasks = log.tasks
+    manifest = tmp_path / FILE
+    whole = manifest.read_bytes()
+    manifest.write_bytes(whole[:-1] + end)
+    again, messages = opened(tmp_path)
+    assert (again.tasks, messages) == (tasks, [])
+    again.record("task 2", importance_of(2))
+    assert manifest.read_bytes().startswith(whole)
+    assert ImportanceLog(tmp_path).tasks == [*tasks, "task 2"]
+
+
+def test_a_stray_file_is_no_record(tmp_path):
+    make_log(tmp_path)
+    (tmp_path / "records" / ".DS_Store").touch()
+    assert opened(tmp_path)[1] == []
+    assert (tmp_path / "records" / ".DS_Store").exists()
+
+
+def test_a_forked_child_does_not_keep_the_lock(tmp_path, monkeypatch):
+    """A data loader's workers, begun while another thread records."""
+    log = ImportanceLog(tmp_path)
+    original, children = record.write, []
+
+    def write(*arguments):
+        children.append(os.fork())
+        if children[-1] == 0:
+            time.sleep(60)
+            os._exit(0)
+        return original(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(record, "write", write)
+        log.record("a", importance_of(0))
+    try:
+        log.record("b", importance_of(1))
+    finally:
+        os.kill(children[0], signal.SIGKILL)
+        os.waitpid(children[0], 0)
+    assert log.tasks == ["a", "b"]
+
+
+def test_several_threads_make_one_log(tmp_path):
+    for number in range(20):
+        with ThreadPoolExecutor(4) as pool:
+            logs = list(pool.map(ImportanceLog, [tmp_path / f"log {number}"] * 4))
+        assert [len(log) for log in logs] == [0] * 4
 
 
 def test_a_reader_reports_and_moves_nothing(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 from pathlib import Path
 
@@ -85,7 +86,7 @@ def test_a_flipped_bit_of_the_manifest_is_always_detected(tmp_path):
         place, mask = chance.randrange(first, third - 1), 1 << chance.randrange(8)
         flip(manifest, place, mask)
         # A flipped line end makes one damaged line of two.
-        with pytest.warns(UserWarning, match=r"line \d of .* is damaged: the record that it lists"):
+        with pytest.warns(UserWarning, match=r"line \d of .* is damaged: a record that it lists"):
             log = ImportanceLog(tmp_path)
         lost = {0, 1} if place == second - 1 else {0} if place < second else {1}
         assert log.tasks == [f"task {number}" for number in range(4) if number not in lost]
@@ -122,6 +123,18 @@ def test_a_truncated_or_missing_file(tmp_path, damage, reason):
     with pytest.raises(DamagedError):
         ImportanceLog(tmp_path).merge()
     assert_is(log.load("task 1"), importance_of(1))
+
+
+def test_a_file_truncated_after_its_first_use(tmp_path):
+    """Its pages are mapped: reading one that is gone would end the process."""
+    log = ImportanceLog(tmp_path)
+    log.record("a", {name: torch.rand(5000) for name in "xyz"})
+    importance = log.load("a")
+    assert importance["x"].shape == (5000,)
+    (shard,) = (tmp_path / "records").rglob("*.safetensors")
+    os.truncate(shard, 1000)
+    with pytest.raises(DamagedError, match=r"the importance of 'z' .* the file has 1,000 bytes"):
+        importance["z"]
 
 
 def test_a_missing_record(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -10,8 +11,11 @@ from log_cases import make_log
 from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 
-from cl_optim import EWCAdamW, ImportanceLog
+from cl_optim import GEM, EWCAdamW, ImportanceLog
 from cl_optim.importance import watch
+from cl_optim.importance.pictures import write_png
+from cl_optim.importance.report import report_data, write_json
+from cl_optim.importance.watch import read
 
 
 def network() -> nn.Sequential:
@@ -80,6 +84,7 @@ def test_frozen_weights_are_not_in_the_penalty(tmp_path):
     )
     optimizer = SimpleNamespace(
         protected=lambda: iter([one]),
+        param_groups=[{"param_names": ["a.weight"]}],
         register_step_post_hook=lambda hook: SimpleNamespace(remove=int),
     )
     watching = ImportanceLog(tmp_path).watch(optimizer)
@@ -115,6 +120,60 @@ def test_steps_between_entries_touch_no_tensor(tmp_path, monkeypatch):
         assert asked == []
         take_steps(model, opt, 1)
         assert asked == [1]
+
+
+def test_divergence_is_watched(tmp_path):
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    optimizer = EWCAdamW(model.named_parameters(), lr=0.1)
+    optimizer.consolidate(None)
+    log = ImportanceLog(tmp_path)
+    log.record("a", {name: torch.ones_like(p) for name, p in model.named_parameters()})
+    with log.watch(optimizer, every=1):
+        for grad in (1.0, math.nan):
+            for param in model[0].parameters():
+                param.grad = torch.full_like(param, grad)
+            optimizer.step()
+    first, last = read(tmp_path / "training")[0]
+    assert first["layers"]["0"]["drift"] is not None
+    assert last["layers"]["0"]["penalty"] is None
+    assert last["layers"]["0"]["drift"] is None
+    assert last["layers"]["1"]["drift"] == 0.0
+    data = report_data(log)
+    (run,) = data["training"]
+    assert run["drift"][1] is None
+    assert run["layers"][0]["name"] == "0"
+    write_png(data, tmp_path)
+    write_json(data, tmp_path / "x.json")
+    log.report(tmp_path / "x.html")
+    writer = SimpleNamespace(add_scalar=lambda tag, value, step: tags.setdefault(tag, value))
+    tags: dict[str, float] = {}
+    log.to_tensorboard(writer)
+    assert "training/penalty" in tags
+
+
+def test_a_full_disk_ends_the_watching_not_the_training(tmp_path, monkeypatch):
+    weight = nn.Parameter(torch.ones(2))
+    optimizer = EWCAdamW([("a.weight", weight)])
+    optimizer.consolidate(None)
+    with ImportanceLog(tmp_path).watch(optimizer, every=1) as watching:
+        full = open("/dev/full", "ab")  # noqa: SIM115
+        watching._file.close()
+        watching._file = full
+        weight.grad = torch.ones(2)
+        with pytest.warns(UserWarning, match="watching ends at step 1: .* No space left on device"):
+            optimizer.step()
+        optimizer.step()
+    assert (weight < 1).all()
+
+
+def test_the_optimizer_inside_another_is_watched(tmp_path):
+    weight = nn.Parameter(torch.ones(2))
+    optimizer = GEM(EWCAdamW([("a.weight", weight)]))
+    optimizer.optimizer.consolidate(None)
+    with ImportanceLog(tmp_path).watch(optimizer, every=1):
+        weight.grad = torch.ones(2)
+        optimizer.step()
+    assert len(read(tmp_path / "training")[0]) == 1
 
 
 def test_bad_watches_are_refused(tmp_path):

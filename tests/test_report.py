@@ -6,7 +6,10 @@ import csv
 import io
 import json
 import math
+import os
 import re
+import threading
+import warnings
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -18,7 +21,8 @@ from PIL import Image
 from rich.console import Console
 
 from cl_optim import Importance, ImportanceLog, cli
-from cl_optim.importance.report import report_data, write_csv
+from cl_optim.importance.pictures import write_png
+from cl_optim.importance.report import report_data, write_csv, write_json
 from cl_optim.importance.report_html import render_html
 from cl_optim.importance.report_text import render_text
 
@@ -244,6 +248,45 @@ def test_the_command_prints_tables(log, capsys):
         assert [f"{value:.2%}" in line for value in part] == [True] * 3
     assert f"{data['overlap']['jaccard'][0][1]:.2f}" in out
     assert "Forgotten: gone." in out
+
+
+def test_names_are_shown_as_they_are(tmp_path, capsys):
+    log = ImportanceLog(tmp_path / "log")
+    names = ["[/red]", "data:fire:v1", "a\x1b[31mb", "x\udcff"]
+    for name in names:
+        metadata = {"labels": ["[/]"]}
+        log.record(name, Importance({"a.weight": torch.rand(4)}, 1, metadata=metadata))
+    assert cli.main(["report", str(log.path)]) == 0
+    out = capsys.readouterr().out
+    for shown in ("[/red]", "data:fire:v1", "a\ufffd[31mb", "x?", "['[/]']"):
+        assert shown in out
+    exports = [f"--{kind}={tmp_path / kind}" for kind in ("png", "json", "csv", "out")]
+    assert cli.main(["report", str(log.path), *exports]) == 0
+
+
+def test_long_names_fit_into_the_pictures(tmp_path):
+    log = ImportanceLog(tmp_path / "log")
+    log.record("t" * 300, {f"{'layer.' * 50}{n}.weight": torch.rand(4) for n in "ab"})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        write_png(report_data(log), tmp_path)
+
+
+def test_exports_go_to_pipes_and_through_links(log, tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    read = threading.Thread(target=lambda: got.append((tmp_path / "pipe").read_text()))
+    got: list[str] = []
+    read.start()
+    write_json(report_data(log), tmp_path / "pipe")
+    read.join()
+    assert json.loads(got[0])["tasks"]
+    assert (tmp_path / "pipe").is_fifo()
+    (tmp_path / "link.json").symlink_to(tmp_path / "real.json")
+    write_json(report_data(log), tmp_path / "link.json")
+    assert (tmp_path / "link.json").is_symlink()
+    assert (tmp_path / "real.json").is_file()
+    with pytest.raises(IsADirectoryError, match="cannot be written: it is a folder"):
+        write_json(report_data(log), tmp_path)
 
 
 def test_the_command_says_no(tmp_path, capsys):

@@ -76,7 +76,7 @@ class BFloat16(Codec):
 
     def encode(self, values: Tensor) -> Parts:
         """Round to the nearest."""
-        return {"values": values.to(torch.bfloat16)}
+        return {"values": values.clamp(max=torch.finfo(torch.bfloat16).max).to(torch.bfloat16)}
 
     def decode(self, parts: Parts, shape: torch.Size) -> Tensor:
         """Widen."""
@@ -84,7 +84,11 @@ class BFloat16(Codec):
 
 
 class Log8(Codec):
-    """One byte per weight and four per 256: logarithmic codes, within 4.5 %."""
+    """One byte per weight and four per 256: logarithmic codes, within 4.5 %.
+
+    Below 2⁻³² of the largest of its 256 neighbours, what is not 0 takes the lowest code, 2⁻³² of
+    that: :func:`measure` counts these as underflows.
+    """
 
     name = "log8"
     parts = ("blocks",)
@@ -185,7 +189,8 @@ class Rank1(Codec):
 
     def decode(self, parts: Parts, shape: torch.Size) -> Tensor:
         """The outer product."""
-        return torch.outer(parts["rows"], parts["columns"]).view(shape)
+        product = torch.outer(parts["rows"], parts["columns"])
+        return product.clamp_(max=torch.finfo(product.dtype).max).view(shape)
 
 
 def _matrix(values: Tensor) -> Tensor:

@@ -19,11 +19,19 @@ from torch import Tensor
 def whole(path: Path) -> Iterator[Path]:
     """Give a path to write to, and move what was written to ``path`` at the end.
 
-    After an error there is no new file, and an old one is as it was.
+    After an error there is no new file, and an old one is as it was. What is no file, such as
+    /dev/stdout, is written to itself, and so is what a link points to.
 
     Raises:
         OSError: It cannot be written; the sentence names ``path``.
     """
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, f"{str(path)!r} cannot be written: it is a folder")
+    if path.exists() and not path.is_file():
+        yield path
+        return
+    if path.is_symlink():
+        path = path.resolve()
     temporary = path.with_name(f".{uuid.uuid4().hex}.tmp")
     try:
         yield temporary

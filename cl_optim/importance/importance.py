@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 from collections.abc import Iterator, Mapping
@@ -16,9 +17,11 @@ from torch import Tensor
 
 from cl_optim.importance import statistics
 from cl_optim.importance.files import save_tensors, whole
+from cl_optim.importance.names import listed, named_like
 from cl_optim.importance.statistics import Summaries, Summary
 
 _FORMAT = "cl_optim.Importance/1"
+_LOGGER = logging.getLogger(__name__)
 
 
 class _Means(Mapping[str, Tensor]):
@@ -155,29 +158,49 @@ class Importance(_Means):
 
     # --- arithmetic -------------------------------------------------------------------------------
 
-    def merge(self, other: Mapping[str, Tensor], decay: float = 1.0) -> Importance:
+    def merge(
+        self, other: Mapping[str, Tensor], decay: float = 1.0, strict: bool = True
+    ) -> Importance:
         """``decay`` × this importance + the other: what online EWC protects after both tasks.
 
-        A parameter that only one of them knows has only that one's importance. Means over samples
-        are added, not raw sums: the result does not depend on how many samples each was made of.
+        A parameter that only one of them knows has only that one's importance; names match without
+        what wrappers put into them. Means over samples are added, not raw sums: the result does not
+        depend on how many samples each was made of.
 
         Args:
             other: The newer importance; any mapping.
             decay: What remains of this one, in [0, 1].
+            strict: A parameter of two shapes is an error; ``False`` keeps its newer importance
+                alone, and logs which it is.
 
         Raises:
-            ValueError: ``decay`` is out of range, or a parameter has two shapes.
+            ValueError: ``decay`` is out of range, a name is ambiguous, or a parameter has two
+                shapes.
         """
         statistics.check_fraction("decay", decay)
+        newer = named_like(other, self)
         merged: dict[str, Tensor] = {}
-        for name in dict.fromkeys([*self, *other]):
-            terms = [decay * self[name]] if name in self else []
-            terms += [other[name]] if name in other else []
-            if len({term.shape for term in terms}) > 1:
-                shapes = " and ".join(str(tuple(term.shape)) for term in terms)
-                raise ValueError(f"{name!r} cannot be merged: its shapes are {shapes}.")
-            total = terms[0] if len(terms) == 1 else terms[0] + terms[1].to(terms[0].device)
+        resized = []
+        for name in dict.fromkeys([*self, *newer]):
+            old = decay * self[name] if name in self else None
+            new = newer.get(name)
+            if old is not None and new is not None and old.shape != new.shape:
+                if strict:
+                    shapes = f"{tuple(old.shape)} and {tuple(new.shape)}"
+                    raise ValueError(
+                        f"{name!r} cannot be merged: its shapes are {shapes} (strict=False keeps "
+                        "the newer importance alone)."
+                    )
+                resized.append(name)
+                old = None
+            if old is None or new is None:
+                total = new.clone() if old is None and new is not None else old
+            else:
+                total = old + new.to(old.device)
+            assert total is not None  # one of them knows the name
             merged[name] = total if total.dtype == torch.float64 else total.float()
+        if resized:
+            _LOGGER.warning("Merged with strict=False: new shapes of %s", listed(resized))
         sources = [*_sources(self, decay), *_sources(other, 1.0)]
         return Importance(merged, samples=1, metadata={"merged": sources})
 
@@ -196,7 +219,8 @@ class Importance(_Means):
         )
         if not mean > 0:
             raise ValueError("an importance that is 0 everywhere cannot be normalized.")
-        sums = {name: value / mean for name, value in self.items()}
+        # In float64: float32 may hold neither the mean nor its inverse.
+        sums = {name: (value.double() / mean).to(value.dtype) for name, value in self.items()}
         return Importance(sums, samples=1, metadata={**self._metadata, "normalized_by": mean})
 
     def top(self, fraction: float) -> dict[str, Tensor]:
@@ -218,7 +242,8 @@ class Importance(_Means):
         """How much this importance and another have in common, each from 0 to 1.
 
         Args:
-            other: Any mapping; a parameter that it does not know counts as 0.
+            other: Any mapping; a parameter that it does not know counts as 0. Names match without
+                what wrappers put into them.
             fraction: Of the most important weights, for ``"jaccard"``.
 
         Returns:
@@ -228,7 +253,7 @@ class Importance(_Means):
         References:
             Kirkpatrick et al. 2017, arXiv:1612.00796, §4.3 (Fisher overlap).
         """
-        found = statistics.overlap([self, other], fraction)
+        found = statistics.overlap([self, named_like(other, self)], fraction)
         return {name: value[0, 1].item() for name, value in found._asdict().items()}
 
     def per_layer(self) -> dict[str, Summary]:

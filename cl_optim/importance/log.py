@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import re
 import shutil
 import uuid
 import warnings
@@ -26,16 +27,17 @@ from cl_optim.importance.manifest import (
     fsync_directory,
     locked,
 )
-from cl_optim.importance.names import match_names
-from cl_optim.importance.record import Anchors, Record
+from cl_optim.importance.names import match_names, without_wrappers
+from cl_optim.importance.record import Anchors, Record, sums_of
 
 if TYPE_CHECKING:
     from cl_optim.importance.tensorboard import ScalarWriter
-    from cl_optim.importance.watch import ProtectingOptimizer, Watch
+    from cl_optim.importance.watch import Watch
 
 _RECORDS = "records"
 _UNFINISHED = "unfinished"
 _PARTIAL = ".partial"
+_RECORD = re.compile(r"\d+-\w+(\.partial)?")
 _PATIENCE = 0.5  # seconds
 
 
@@ -45,7 +47,10 @@ class ImportanceLog:
     Records are only ever added. Each is written beside the others, made durable, moved into place
     and then listed in the manifest: a crash at any instant, a full disk or a pulled plug lose at
     most the record being written, which the next opening sets aside with a warning. Every byte has
-    a checksum, and what is damaged is named and not returned. There is no pickle in it.
+    a checksum, and what is damaged is named and not returned. There is no pickle in it. Parameters
+    have the names of the bare model, without what DDP, torch.compile, FSDP and PEFT put into them.
+
+    An object knows what was in the log when it was opened, or when it last wrote to it itself.
 
     Args:
         path: The folder; it is made where there is none.
@@ -83,9 +88,7 @@ class ImportanceLog:
     def _create(self) -> None:
         if self._path.exists() and not self._path.is_dir():
             raise LogError(f"path {str(self._path)!r} is a file, not a folder.")
-        if self._path.is_dir() and any(
-            not name.startswith(f".{FILE}") for name in os.listdir(self._path)
-        ):
+        if self._path.is_dir() and any(name[0] != "." for name in os.listdir(self._path)):
             return
         try:
             self._path.mkdir(parents=True, exist_ok=True)
@@ -103,7 +106,11 @@ class ImportanceLog:
         if not records.is_dir():
             return []
         listed = {entry["id"] for entry in self._entries if entry["event"] == "record"}
-        return sorted(folder for folder in records.iterdir() if folder.name not in listed)
+        return sorted(
+            folder
+            for folder in records.iterdir()
+            if _RECORD.fullmatch(folder.name) and folder.name not in listed
+        )
 
     def _recover(self) -> None:
         """Set aside what a writer that is no more has left; only say so where that is not ours."""
@@ -122,9 +129,10 @@ class ImportanceLog:
         except OSError as error:
             if not isinstance(error, PermissionError) and error.errno != errno.EROFS:
                 raise
+            found = set(self._unfinished())  # before the look at the lock: later ones are at work
             if not being_written(self._path):
                 self._entries = self._manifest.read()
-                for folder in self._unfinished():
+                for folder in found.intersection(self._unfinished()):
                     _warn_of_unfinished(folder)
 
     def _unfinished(self) -> list[Path]:
@@ -243,7 +251,10 @@ class ImportanceLog:
             name = f"{len(self._entries) + 1:05}-{uuid.uuid4().hex[:8]}"
             partial, final = (self._path / _RECORDS / n for n in (name + _PARTIAL, name))
             try:
-                partial.mkdir(parents=True)
+                if not partial.parent.exists():
+                    partial.parent.mkdir()
+                    fsync_directory(self._path)
+                partial.mkdir()
                 seal = record.write(partial, task, importance, model, anchors, frozen, how)
                 partial.rename(final)
                 fsync_directory(final.parent)
@@ -289,31 +300,41 @@ class ImportanceLog:
 
     # --- what it is for ---------------------------------------------------------------------------
 
-    def merge(self, tasks: Sequence[str] | None = None, decay: float = 1.0) -> Importance:
+    def merge(
+        self, tasks: Sequence[str] | None = None, decay: float = 1.0, strict: bool = True
+    ) -> Importance:
         """What online EWC protects after these tasks: Σ decayᵏ F of the k-th from the last.
 
         Args:
             tasks: In their order; all that are not forgotten if None.
             decay: What remains of the earlier ones with each task, in [0, 1].
+            strict: As for :meth:`Importance.merge`.
 
         Raises:
             LogError: There is no such task, or none at all.
+            ValueError: A parameter has two shapes.
             DamagedError: A tensor is damaged.
         """
         statistics.check_fraction("decay", decay)
-        chosen = self.tasks if tasks is None else list(tasks)
+        chosen = self._chosen(tasks)
         if not chosen:
             raise LogError(f"there is no task to merge in the log {str(self._path)!r}.")
         merged = self.load(chosen[0])
         for task in chosen[1:]:
-            merged = merged.merge(self.load(task), decay)
+            merged = merged.merge(self.load(task), decay, strict)
         return merged
 
-    def frozen(self, tasks: Sequence[str] | None = None) -> dict[str, Tensor]:
+    def _chosen(self, tasks: Sequence[str] | None) -> list[str]:
+        if isinstance(tasks, str):
+            return [tasks]
+        return self.tasks if tasks is None else list(tasks)
+
+    def frozen(self, tasks: Sequence[str] | None = None, strict: bool = True) -> dict[str, Tensor]:
         """The masks of all weights that any of these tasks froze; empty where none did.
 
         Args:
             tasks: All that are not forgotten if None.
+            strict: A parameter of two shapes is an error; ``False`` keeps its newer mask alone.
 
         Raises:
             LogError: There is no such task.
@@ -321,23 +342,29 @@ class ImportanceLog:
             DamagedError: A mask is damaged.
         """
         masks: dict[str, Tensor] = {}
-        for task in self.tasks if tasks is None else tasks:
+        for task in self._chosen(tasks):
             for name, mask in (self[task].frozen() or {}).items():
-                if name in masks and masks[name].shape != mask.shape:
-                    shapes = f"{tuple(masks[name].shape)} and {tuple(mask.shape)}"
+                old = masks.get(name, mask)
+                if old.shape != mask.shape and strict:
+                    shapes = f"{tuple(old.shape)} and {tuple(mask.shape)}"
                     raise ValueError(f"{name!r} cannot be frozen: its masks' shapes are {shapes}.")
-                masks[name] = masks[name] | mask if name in masks else mask
+                masks[name] = old | mask if old.shape == mask.shape else mask
         return masks
 
-    def watch(self, optimizer: ProtectingOptimizer, every: int = 100) -> Watch:
+    def watch(self, optimizer: torch.optim.Optimizer, every: int = 100) -> Watch:
         """Record penalty, drift and importance of each layer while training.
 
         Args:
-            optimizer: An :class:`cl_optim.EWCAdamW`, made from named parameters.
+            optimizer: An :class:`cl_optim.EWCAdamW`, made from named parameters; or what is around
+                one, such as :class:`cl_optim.GEM`.
             every: Steps from one entry to the next; nothing is computed in between.
 
         Returns:
             What stops the watching: ``close()``, or the end of its ``with``.
+
+        Raises:
+            TypeError: The optimizer protects nothing.
+            ValueError: It was made without names, or ``every`` is no positive whole number.
         """
         from cl_optim.importance.watch import Watch
 
@@ -375,7 +402,9 @@ def _warn_of_unfinished(folder: Path) -> None:
 
 
 def _check_importance(importance: Mapping[str, Tensor]) -> None:
-    sums = importance.sums if isinstance(importance, Importance) else importance
+    sums = sums_of(importance)
+    samples = importance.samples if isinstance(importance, Importance) else 1
+    largest = torch.finfo(torch.float32).max * min(samples, 1)  # of sums, and of means over samples
     if not sums:
         raise ValueError("importance must have at least one parameter.")
     for name, value in sums.items():
@@ -384,7 +413,7 @@ def _check_importance(importance: Mapping[str, Tensor]) -> None:
         if value.numel() == 0:
             continue
         low, high = (bound.item() for bound in value.detach().aminmax())  # NaN shows in both
-        if not (low >= 0.0 and high <= torch.finfo(torch.float32).max):
+        if not (low >= 0.0 and high <= largest):
             raise ValueError(
                 f"the importance of {name!r} must be finite and at least 0; it reaches from {low} "
                 f"to {high}."
@@ -392,8 +421,8 @@ def _check_importance(importance: Mapping[str, Tensor]) -> None:
 
 
 def _check_masks(frozen: Mapping[str, Tensor] | None, importance: Mapping[str, Tensor]) -> None:
-    sums = importance.sums if isinstance(importance, Importance) else importance
-    for name, mask in (frozen or {}).items():
+    sums = without_wrappers(sums_of(importance))
+    for name, mask in without_wrappers(frozen or {}).items():
         if not isinstance(mask, Tensor) or mask.dtype is not torch.bool:
             raise TypeError(f"frozen[{name!r}] must be a bool tensor.")
         if name not in sums:
@@ -418,7 +447,7 @@ def _check_anchors(anchors: Anchors) -> None:
 def _check_model(importance: Mapping[str, Tensor], model: nn.Module) -> None:
     params = dict(model.named_parameters())
     names = match_names(importance, params)
-    sums = importance.sums if isinstance(importance, Importance) else importance
+    sums = sums_of(importance)
     for name, value in sums.items():
         if name not in names:
             raise ValueError(f"the importance of {name!r} is of no parameter of the model.")

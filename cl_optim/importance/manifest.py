@@ -11,6 +11,7 @@ import fcntl
 import json
 import os
 import time
+import uuid
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -50,6 +51,12 @@ def unsealed(line: bytes) -> Entry | None:
     return entry
 
 
+def _completed(line: bytes) -> bytes | None:
+    """A last line whose end alone is missing, or damaged, with its end; None for any other."""
+    candidates = (line + b"\n", line[:-1] + b"\n")
+    return next((whole for whole in candidates if unsealed(whole) is not None), None)
+
+
 def fsync_directory(path: Path) -> None:
     """Make the names in a directory durable."""
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
@@ -82,7 +89,7 @@ class Manifest:
     def create(cls, folder: Path) -> None:
         """Start a log in an empty folder; the manifest appears whole or not at all."""
         header = {"format": FORMAT, "version": VERSION, "cl_optim": __version__}
-        temporary = folder / f".{FILE}.{os.getpid()}"
+        temporary = folder / f".{FILE}.{uuid.uuid4().hex}"
         try:
             write_durably(temporary, sealed(header))
             try:
@@ -102,7 +109,9 @@ class Manifest:
         """
         lines = self.path.read_bytes().splitlines(keepends=True)
         if lines and not lines[-1].endswith(b"\n"):
-            lines.pop()  # half written: by a writer that was killed, or that is at work
+            # Half written, by a writer that was killed or that is at work, if not whole otherwise.
+            whole = _completed(lines.pop())
+            lines += [] if whole is None else [whole]
         entries = [unsealed(line) for line in lines]
         self._check_header(entries[0] if entries else None)
         self.damaged = [number for number, entry in enumerate(entries, 1) if entry is None]
@@ -124,28 +133,33 @@ class Manifest:
         with open(self.path, "r+b") as file:
             data = file.read()
             end = data.rfind(b"\n") + 1  # a torn line's writer did not live to report it
+            last = _completed(data[end:]) or b""
             try:
                 file.seek(end)
                 file.truncate()
-                file.write(sealed(entry))
+                file.write(last + sealed(entry))
                 file.flush()
                 os.fsync(file.fileno())
             except BaseException:
                 os.truncate(self.path, end)
+                if last:
+                    file.seek(end)
+                    file.write(last)
                 raise
 
     def warn_of_damage(self) -> None:
         """Name the damaged lines."""
         for number in self.damaged:
             warnings.warn(
-                f"line {number} of {self.path} is damaged: the record that it lists is left out.",
+                f"line {number} of {self.path} is damaged: a record that it lists is left out, a "
+                "task that it forgets is protected again.",
                 stacklevel=4,
             )
 
 
 @contextmanager
 def locked(folder: Path, patience: float = 0.0) -> Iterator[None]:
-    """Be the only writer; one that is killed frees the lock.
+    """Be the only writer; one that is killed frees the lock, once its forked children end.
 
     Args:
         folder: The log's.
@@ -167,10 +181,13 @@ def locked(folder: Path, patience: float = 0.0) -> Iterator[None]:
                     "for it."
                 )
             time.sleep(0.01)
-        file.truncate(0)
-        file.write(str(os.getpid()).encode())
-        file.flush()
-        yield
+        try:
+            file.truncate(0)
+            file.write(str(os.getpid()).encode())
+            file.flush()
+            yield
+        finally:
+            fcntl.flock(file, fcntl.LOCK_UN)  # closing does not, where a child was forked meanwhile
 
 
 def _try_lock(file: BinaryIO, kind: int) -> bool:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
+
+from torch import Tensor
 
 # Path segments that DataParallel and DDP, torch.compile, FSDP, activation checkpointing and PEFT's
 # adapted layers put into names.
@@ -61,6 +63,47 @@ def match_names(given: Iterable[str], known: Iterable[str]) -> dict[str, str]:
         meanings[name] = meaning
         givens[meaning] = name
     return meanings
+
+
+class Renamed(Mapping[str, Tensor]):
+    """A view of a mapping under other names.
+
+    Args:
+        values: Whatever makes its tensors on access, too.
+        names: The new name of each; what is not in it keeps its own.
+    """
+
+    __eq__ = object.__eq__
+    __hash__ = object.__hash__
+
+    def __init__(self, values: Mapping[str, Tensor], names: Mapping[str, str]) -> None:
+        self._values = values
+        self._names = {names.get(name, name): name for name in values}
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._values[self._names[name]]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+def without_wrappers(values: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """The mapping under the names of the bare model; where two would be one, they stay."""
+    bare = {name: canonical_name(name) for name in values}
+    times = Counter(bare.values())
+    return Renamed(values, {name: new for name, new in bare.items() if new and times[new] == 1})
+
+
+def named_like(values: Mapping[str, Tensor], known: Iterable[str]) -> Mapping[str, Tensor]:
+    """The mapping under the known names that its names mean (:func:`match_names`).
+
+    Raises:
+        ValueError: A name is ambiguous.
+    """
+    return Renamed(values, match_names(values, known))
 
 
 class NameMatch(NamedTuple):

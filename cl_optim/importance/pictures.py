@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _COLOURS = "Blues"
+_LONGEST_NAME = 40
 _STYLE: dict[Any, Any] = {
     "font.family": "DejaVu Sans",
     "font.size": 9,
@@ -78,7 +79,7 @@ def _layers(data: dict[str, Any]) -> Figure:
     axes = figure.subplots()
     image = axes.imshow(ratios, aspect="auto", cmap=_COLOURS)
     axes.set_facecolor("#dddddd")
-    _name(axes, [layer["name"] for layer in data["layers"]], _tasks(data))
+    _name(axes, _layer_names(data), _tasks(data))
     axes.set_title("Mean importance of each layer", loc="left", fontweight="bold")
     figure.colorbar(image, label="log₁₀ of its ratio to the task's mean", shrink=0.6)
     return figure
@@ -116,7 +117,7 @@ def _overlap(data: dict[str, Any]) -> Figure:
 
 
 def _frozen(data: dict[str, Any]) -> Figure:
-    layers = [layer["name"] for layer in data["layers"]]
+    layers = _layer_names(data)
     figure = _figure(7, 1.3 + 0.17 * len(layers))
     axes = figure.subplots()
     for part, shade in zip(reversed(data["frozen"]), ("#a9c8e6", "#0b3d78"), strict=True):
@@ -139,11 +140,12 @@ def _training(data: dict[str, Any]) -> Figure:
     figure = _figure(8, 0.4 + 2.4 * len(runs))
     grid = figure.subplots(len(runs), 2, squeeze=False)
     for run, (penalty, drift) in zip(runs, grid, strict=True):
-        penalty.plot(run["steps"], run["penalty"], color="#0b3d78")
+        penalty.plot(run["steps"], _numbers(run["penalty"]), color="#0b3d78")
         penalty.set_title("Penalty λ Σ F (θ − θ*)²", loc="left", fontweight="bold")
-        drift.plot(run["steps"], run["drift"], color="#0b3d78", label="all weights")
+        drift.plot(run["steps"], _numbers(run["drift"]), color="#0b3d78", label="all weights")
         for layer in run["layers"]:
-            drift.plot(run["steps"], layer["drift"], linewidth=0.8, label=layer["name"])
+            label = _short(layer["name"])
+            drift.plot(run["steps"], _numbers(layer["drift"]), linewidth=0.8, label=label)
         drift.set_title("Drift ‖θ − θ*‖", loc="left", fontweight="bold")
         drift.legend(frameon=False, fontsize=6)
         for axes in (penalty, drift):
@@ -152,8 +154,23 @@ def _training(data: dict[str, Any]) -> Figure:
     return figure
 
 
+def _numbers(values: list[float | None]) -> list[float]:
+    """A curve, with a gap where a number was not finite."""
+    return [math.nan if value is None else value for value in values]
+
+
 def _tasks(data: dict[str, Any]) -> list[str]:
-    return [task["name"] for task in data["tasks"]]
+    return [_short(task["name"]) for task in data["tasks"]]
+
+
+def _layer_names(data: dict[str, Any]) -> list[str]:
+    return [_short(layer["name"]) for layer in data["layers"]]
+
+
+def _short(name: str) -> str:
+    """At most 40 characters, the first and the last, without what no font has."""
+    name = "".join(c if c.isprintable() else "\ufffd" for c in name)
+    return name if len(name) <= _LONGEST_NAME else f"{name[:19]}…{name[-20:]}"
 
 
 def _name(axes: Axes, rows: list[str], columns: list[str]) -> None:

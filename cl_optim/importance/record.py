@@ -21,6 +21,7 @@ from cl_optim.importance.codecs import Codec
 from cl_optim.importance.errors import DamagedError, LogError
 from cl_optim.importance.importance import Importance
 from cl_optim.importance.manifest import checksum, fsync_directory, sealed, unsealed, write_durably
+from cl_optim.importance.names import without_wrappers
 from cl_optim.importance.statistics import Summaries, Summary, flat_float32
 
 _FILE = "record.json"
@@ -46,7 +47,7 @@ def write(
     Returns:
         The checksum of its table, which the manifest keeps.
     """
-    sums = importance.sums if isinstance(importance, Importance) else importance
+    sums = without_wrappers(sums_of(importance))
     samples = importance.samples if isinstance(importance, Importance) else 1
     table: dict[str, Any] = {
         "task": task,
@@ -73,11 +74,13 @@ def write(
         table["importance"] = shards.write(folder, "importance", _encoded(sums, how))
         done.result()
     if isinstance(anchors, Mapping):
+        anchors = without_wrappers(anchors)
         table["anchors"] = shards.write(folder, "anchors", iter(anchors.items()))
         table["anchor_shapes"] = {name: list(value.shape) for name, value in anchors.items()}
     elif anchors is not None:
         table["checkpoint"] = _reference(Path(anchors))
     if frozen is not None:
+        frozen = without_wrappers(frozen)
         bits = ((name, _packed(mask)) for name, mask in frozen.items())
         table["frozen"] = shards.write(folder, "frozen", bits)
         table["frozen_shapes"] = {name: list(mask.shape) for name, mask in frozen.items()}
@@ -85,6 +88,11 @@ def write(
     write_durably(folder / _FILE, line)
     fsync_directory(folder)
     return checksum(line)
+
+
+def sums_of(importance: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """The sums of an importance; any other mapping itself."""
+    return importance.sums if isinstance(importance, Importance) else importance
 
 
 def _encoded(sums: Mapping[str, Tensor], how: Codec) -> Iterator[tuple[str, Tensor]]:
@@ -98,9 +106,10 @@ def _encoded(sums: Mapping[str, Tensor], how: Codec) -> Iterator[tuple[str, Tens
 
 def fingerprint(model: nn.Module) -> dict[str, list[Any]]:
     """Name → shape and dtype of each parameter."""
+    params = without_wrappers(dict(model.named_parameters()))
     return {
         name: [list(param.shape), str(param.dtype).removeprefix("torch.")]
-        for name, param in model.named_parameters()
+        for name, param in params.items()
     }
 
 
@@ -182,6 +191,11 @@ class Record:
         """The samples in the importance's sums."""
         return float(self._table["samples"])
 
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Parameter name → shape."""
+        return {name: tuple(shape) for name, shape in self._table["shapes"].items()}
+
     @cached_property
     def layers(self) -> dict[str, Summary]:
         """The layers' statistics, without reading a tensor."""
@@ -214,7 +228,7 @@ class Record:
             parts = {part: reader.read(f"{part}/{name}", what) for part in self.codec.parts}
             return self.codec.decode(parts, torch.Size(shapes[name]))
 
-        metadata = {"task": self.task, **self.metadata}
+        metadata = {**self.metadata, "task": self.task}
         table = self._table
         return Importance.lazy(_Stored(shapes, read), table["samples"], table["tokens"], metadata)
 

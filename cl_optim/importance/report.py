@@ -6,15 +6,19 @@ import csv
 import json
 import math
 import time
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
+
+from torch import Tensor
 
 from cl_optim._version import __version__
 from cl_optim.importance import watch
 from cl_optim.importance.errors import LogError
 from cl_optim.importance.files import whole
 from cl_optim.importance.importance import Importance
+from cl_optim.importance.names import Renamed
 from cl_optim.importance.record import Record
 from cl_optim.importance.statistics import SHARES, Overlap, layer_of, overlap
 
@@ -43,21 +47,20 @@ def report_data(log: ImportanceLog) -> Data:
         raise LogError(f"there is nothing to report: the log {str(log.path)!r} has no task.")
     records = [log[task] for task in log.tasks]
     layers = _in_order([list(record.layers) for record in records])
-    importances = [record.importance() for record in records]
     return {
         "name": log.path.resolve().name,
         "cl_optim": __version__,
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "tasks": [_task(record) for record in records],
-        "forgotten": log.forgotten,
+        "forgotten": [_encodable(task) for task in log.forgotten],
         "layers": [{"name": name, "weights": _weights(name, records)} for name in layers],
         "mean": _table(records, layers, lambda record, layer: record.layers[layer].mean),
         "largest": _table(records, layers, lambda record, layer: record.layers[layer].largest),
         "share": _table(records, layers, _share),
         "carriers": _table(records, layers, lambda record, layer: record.layers[layer].carriers),
         "top": TOP,
-        "overlap": _overlap(overlap(importances, TOP)),
-        "frozen": _frozen(log.merge(), layers),
+        "overlap": _overlap(overlap(_apart(records), TOP)),
+        "frozen": _frozen(log.merge(strict=False), layers),
         "pinned": _pinned(log, layers, records),
         "training": [_training(entries) for entries in watch.read(log.path / "training")],
     }
@@ -77,10 +80,15 @@ def _in_order(lists: list[list[str]]) -> list[str]:
     return ordered
 
 
+def _encodable(name: str) -> str:
+    """The name, with half surrogate pairs replaced: no file can hold them."""
+    return name.encode(errors="replace").decode()
+
+
 def _task(record: Record) -> Data:
     whole = record.whole
     return {
-        "name": record.task,
+        "name": _encodable(record.task),
         "time": record.time,
         "samples": record.samples,
         "labels": record.metadata.get("labels"),
@@ -115,6 +123,25 @@ def _share(record: Record, layer: str) -> float:
     return summary.mean * summary.weights / total if total else 0.0
 
 
+def _apart(records: list[Record]) -> list[Mapping[str, Tensor]]:
+    """The importances; a parameter that has got another shape is one of its own."""
+    shapes = defaultdict(set)
+    for record in records:
+        for name, shape in record.shapes.items():
+            shapes[name].add(shape)
+    return [
+        Renamed(
+            record.importance(),
+            {
+                name: f"{name} {shape}"
+                for name, shape in record.shapes.items()
+                if len(shapes[name]) > 1
+            },
+        )
+        for record in records
+    ]
+
+
 def _overlap(found: Overlap) -> Data:
     return {name: value.tolist() for name, value in found._asdict().items()}
 
@@ -135,7 +162,7 @@ def _frozen(merged: Importance, layers: list[str]) -> list[Data]:
 def _pinned(log: ImportanceLog, layers: list[str], records: list[Record]) -> list[float] | None:
     """The fraction of each layer's weights that the tasks froze; None where nothing is frozen."""
     pinned = dict.fromkeys(layers, 0)
-    for name, mask in log.frozen().items():
+    for name, mask in log.frozen(strict=False).items():
         pinned[layer_of(name)] += int(mask.sum())
     if not any(pinned.values()):
         return None
@@ -148,12 +175,17 @@ def _training(entries: list[Data]) -> Data:
     if shown[-1] is not entries[-1]:
         shown.append(entries[-1])
     last = entries[-1]["layers"]
-    drifting = sorted(last, key=lambda layer: -last[layer]["drift"])[:_DRIFTING]
+
+    def order(layer: str) -> float:
+        drift = last[layer]["drift"]
+        return -math.inf if drift is None else -drift
+
+    drifting = sorted(last, key=order)[:_DRIFTING]
     return {
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(entries[0]["time"])),
         "steps": [entry["step"] for entry in shown],
-        "penalty": [sum(v["penalty"] for v in entry["layers"].values()) for entry in shown],
-        "drift": [math.hypot(*(v["drift"] for v in entry["layers"].values())) for entry in shown],
+        "penalty": [_whole(entry, "penalty", math.fsum) for entry in shown],
+        "drift": [_whole(entry, "drift", lambda values: math.hypot(*values)) for entry in shown],
         "layers": [
             {
                 "name": layer,
@@ -162,6 +194,12 @@ def _training(entries: list[Data]) -> Data:
             for layer in drifting
         ],
     }
+
+
+def _whole(entry: Data, figure: str, combine: Callable[[list[float]], float]) -> float | None:
+    """A figure of the whole model; None where a layer's was not finite."""
+    values = [layer[figure] for layer in entry["layers"].values()]
+    return None if None in values else combine(values)
 
 
 # --- exports --------------------------------------------------------------------------------------

@@ -6,8 +6,8 @@ from typing import Any
 
 from rich import box
 from rich.console import Group, RenderableType
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from cl_optim.importance.report import TOP
 from cl_optim.importance.statistics import SHARES
@@ -22,11 +22,16 @@ def render_text(data: dict[str, Any]) -> RenderableType:
     if 1 < len(data["tasks"]) <= _OVERLAPS:
         parts.append(_overlap(data))
     if data["forgotten"]:
-        parts.append(f"Forgotten: {escape(', '.join(data['forgotten']))}.")
+        parts.append(_plain(f"Forgotten: {', '.join(data['forgotten'])}."))
     return Group(*parts)
 
 
-def _table(title: str, first: str, *columns: str) -> Table:
+def _plain(name: Any) -> Text:
+    """A name as it is: not markup, nor what controls the terminal."""
+    return Text("".join(c if c.isprintable() else "\ufffd" for c in str(name)))
+
+
+def _table(title: str, first: str, *columns: str | Text) -> Table:
     table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
     table.add_column(first, overflow="fold")
     for column in columns:
@@ -42,9 +47,9 @@ def _tasks(data: dict[str, Any]) -> Table:
     )
     for task in data["tasks"]:
         table.add_row(
-            escape(task["name"]),
+            _plain(task["name"]),
             task["time"][:10],
-            task["labels"] or "",
+            _plain(task["labels"] or ""),
             f"{task['samples']:,.0f}",
             f"{task['weights']:,}",
             f"{task['mean']:.2e}",
@@ -68,7 +73,7 @@ def _layers(data: dict[str, Any]) -> Table:
         shares = [part for part in data["share"][row] if part is not None]
         low, high = min(shares), max(shares)
         table.add_row(
-            escape(data["layers"][row]["name"]),
+            _plain(data["layers"][row]["name"]),
             f"{data['layers'][row]['weights']:,}",
             f"{low:.1%} to {high:.1%}" if len(shares) > 1 else f"{high:.1%}",
             *(f"{part['layers'][row]:.1%}" for part in data["frozen"]),
@@ -78,7 +83,7 @@ def _layers(data: dict[str, Any]) -> Table:
 
 
 def _overlap(data: dict[str, Any]) -> Table:
-    tasks = [escape(task["name"]) for task in data["tasks"]]
+    tasks = [_plain(task["name"]) for task in data["tasks"]]
     title = f"Overlap of the {TOP:.0%} most important weights (common ones by all in either)"
     table = _table(title, "", *tasks)
     for task, row in zip(tasks, data["overlap"]["jaccard"], strict=True):

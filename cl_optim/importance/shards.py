@@ -136,8 +136,9 @@ class Reader:
         shard = self._shards[key]
         path = self._folder / shard["file"]
         try:
+            self._check_size(path, shard, what)  # each time: a page that is gone ends the process
             if shard["file"] not in self._files:
-                self._check_file(path, shard, what)
+                self._check_header(path, shard, what)
                 self._files[shard["file"]] = safe_open(path, framework="pt")
             # A copy: the file's own pages could change after the checksum.
             tensor: Tensor = self._files[shard["file"]].get_tensor(key).clone()
@@ -149,11 +150,13 @@ class Reader:
             raise self._damaged(what, path, "its checksum is not the one that was written")
         return tensor
 
-    def _check_file(self, path: Path, shard: dict[str, Any], what: str) -> None:
+    def _check_size(self, path: Path, shard: dict[str, Any], what: str) -> None:
         size = path.stat().st_size
         if size != shard["bytes"]:
             reason = f"the file has {size:,} bytes, not {shard['bytes']:,}"
             raise self._damaged(what, path, reason)
+
+    def _check_header(self, path: Path, shard: dict[str, Any], what: str) -> None:
         with open(path, "rb") as file:
             if checksum(file.read(shard["header_bytes"])) != shard["header"]:
                 raise self._damaged(what, path, "the file's header is not what was written")

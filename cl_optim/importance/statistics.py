@@ -33,7 +33,7 @@ def flat_float32(values: Tensor) -> Tensor:
 
 
 def _bins(values: Tensor) -> Tensor:
-    return values.view(torch.int32) >> 16
+    return (values.view(torch.int32) >> 16) & 0x7FFF  # without the sign that a 0 may have
 
 
 class Histogram:
@@ -224,7 +224,7 @@ def _pieces(values: Mapping[str, Tensor]) -> Iterator[Tensor]:
 def _lower_bins(values: Tensor, upper: int) -> Tensor:
     """The lower 16 bits of the values whose upper ones these are."""
     bits = values.view(torch.int32)
-    return bits[bits >> 16 == upper] & 0xFFFF
+    return bits[_bins(values) == upper] & 0xFFFF
 
 
 def top_masks(values: Mapping[str, Tensor], fraction: float) -> dict[str, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Protocol
 
 from cl_optim.importance import watch
@@ -31,9 +32,14 @@ def add_log(log: ImportanceLog, writer: ScalarWriter) -> None:
     for entries in watch.read(log.path / "training"):
         for entry in entries:
             at = step + entry["step"]
+            penalties = []
             for layer, values in entry["layers"].items():
-                writer.add_scalar(f"training/penalty/{layer}", values["penalty"], at)
-                writer.add_scalar(f"training/drift/{layer}", values["drift"], at)
-            total = sum(values["penalty"] for values in entry["layers"].values())
+                penalty, drift = (
+                    math.nan if values[key] is None else values[key] for key in ("penalty", "drift")
+                )
+                writer.add_scalar(f"training/penalty/{layer}", penalty, at)
+                writer.add_scalar(f"training/drift/{layer}", drift, at)
+                penalties.append(penalty)
+            total = math.fsum(penalties)
             writer.add_scalar("training/penalty", total, at)
         step += entries[-1]["step"]

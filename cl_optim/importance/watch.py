@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
 import time
 import uuid
+import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from datetime import datetime, timezone
@@ -53,6 +56,8 @@ class ProtectedParameter(Protocol):
 class ProtectingOptimizer(Protocol):
     """What can be watched; EWCAdamW is one."""
 
+    param_groups: list[dict[str, Any]]
+
     def protected(self) -> Iterable[ProtectedParameter]:
         """Each protected parameter."""
 
@@ -64,41 +69,56 @@ class Watch:
     """Writes an entry every so many steps, into a file of its own.
 
     Between entries a step costs one call that counts. For an entry everything is computed on the
-    parameters' device and fetched with one synchronisation. Before the first ``consolidate`` there
-    is nothing to write.
+    parameters' device and fetched with one synchronisation; numbers that are not finite are null.
+    Before the first ``consolidate`` there is nothing to write. Where the disk refuses an entry, a
+    warning says so, the watching ends, and the training goes on.
 
     Args:
-        optimizer: Made from named parameters.
+        optimizer: Made from named parameters; or what has such a one as its ``optimizer``.
         folder: Where the file goes.
         every: Steps from one entry to the next.
 
     Raises:
-        ValueError: ``every`` is no positive whole number, or a protected parameter has no name.
+        TypeError: The optimizer protects nothing.
+        ValueError: ``every`` is no positive whole number, or parameters have no names.
     """
 
-    def __init__(self, optimizer: ProtectingOptimizer, folder: Path, every: int) -> None:
+    def __init__(self, optimizer: Any, folder: Path, every: int) -> None:
         if not isinstance(every, int) or isinstance(every, bool) or every < 1:
             raise ValueError(f"every must be a whole number of steps from 1 on, not {every!r}.")
-        if any(one.name is None for one in optimizer.protected()):
+        self._optimizer = _protecting(optimizer)
+        if not all("param_names" in group for group in self._optimizer.param_groups):
             raise ValueError(
                 "watch needs an optimizer that was made from model.named_parameters(): this one "
                 "has no names."
             )
-        self._optimizer = optimizer
         self._every = every
         self._step = 0
         folder.mkdir(exist_ok=True)
         stamp = datetime.now(timezone.utc).strftime("%Y%m%dT%H%M%S.%f")
         self._file = open(folder / f"{stamp}-{uuid.uuid4().hex[:8]}.jsonl", "ab")  # noqa: SIM115
-        self._handle = optimizer.register_step_post_hook(self._after_step)
+        self._handle = self._optimizer.register_step_post_hook(self._after_step)
 
     def _after_step(self, *_: Any) -> None:
         self._step += 1
-        if self._step % self._every == 0:
+        if self._step % self._every:
+            return
+        try:
             self.write()
+        except OSError as error:
+            warnings.warn(
+                f"watching ends at step {self._step}: {self._file.name} cannot be written: "
+                f"{error.strerror}.",
+                stacklevel=3,
+            )
+            self._handle.remove()
 
     def write(self) -> None:
-        """Write an entry now."""
+        """Write an entry now.
+
+        Raises:
+            OSError: The disk is full, say.
+        """
         layers = _layers(self._optimizer.protected())
         if not layers:
             return
@@ -109,7 +129,8 @@ class Watch:
     def close(self) -> None:
         """Stop watching."""
         self._handle.remove()
-        self._file.close()
+        with contextlib.suppress(OSError):  # of what is left of an entry that could not be written
+            self._file.close()
 
     def __enter__(self) -> Watch:
         return self
@@ -121,6 +142,16 @@ class Watch:
         traceback: TracebackType | None,
     ) -> None:
         self.close()
+
+
+def _protecting(optimizer: Any) -> ProtectingOptimizer:
+    inner = optimizer
+    while not hasattr(inner, "protected") and hasattr(inner, "optimizer"):
+        inner = inner.optimizer
+    if not hasattr(inner, "protected"):
+        raise TypeError(f"watch needs an EWCAdamW, not {type(optimizer).__name__}.")
+    found: ProtectingOptimizer = inner
+    return found
 
 
 @torch.no_grad()
@@ -146,7 +177,10 @@ def _layers(protected: Iterable[ProtectedParameter]) -> dict[str, dict[str, Any]
         rows.append(torch.stack([penalty.double(), square.sqrt().double(), *quantiles.double()]))
     if not rows:
         return {}
-    fetched = torch.stack([row.to(rows[0].device) for row in rows]).tolist()
+    fetched = [
+        [number if math.isfinite(number) else None for number in row]
+        for row in torch.stack([row.to(rows[0].device) for row in rows]).tolist()
+    ]
     return {
         layer: {"penalty": row[0], "drift": row[1], "quantiles": row[2:]}
         for layer, row in zip(samples, fetched, strict=True)

@@ -387,7 +387,8 @@ class EWCAdamW(torch.optim.Optimizer):
             strict: An importance for an unknown parameter, or a parameter without importance, is
                 an error. ``False`` ignores the former, gives the latter and those that have another
                 shape now F = 0 for this task, and logs which they are
-                (``importance.names.compare_names`` lists them for a program).
+                (``importance.names.compare_names`` lists them for a program). Of a parameter whose
+                shape changed within a log, the newest importance counts.
             reset_state: Start the moments and step counts anew.
 
         Raises:
@@ -404,7 +405,7 @@ class EWCAdamW(torch.optim.Optimizer):
         frozen: dict[str, Tensor] = {}
         if isinstance(importance, ImportanceLog):
             log = importance
-            importance, frozen = log.merge(), log.frozen()
+            importance, frozen = log.merge(strict=strict), log.frozen(strict=strict)
         if importance is not None and not isinstance(importance, Mapping):
             raise TypeError(
                 "importance must be a mapping of tensors by parameter name, an ImportanceLog or "

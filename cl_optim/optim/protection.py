@@ -43,7 +43,7 @@ def merge(
             if not exact:
                 state["anchor"] = _anchor(param, state, group)
         return
-    new = like(param).copy_(new)
+    new = like(param).copy_(new).abs_()  # a sign, that of -0 too, would mark it as frozen
     total = new if old is None else new + old[0].mul(decay)
     total = total.clamp(max=torch.finfo(total.dtype).max)
     if exact:

@@ -280,12 +280,16 @@
   };
   const chart = (title, unit, steps, values, others) => {
     const [width, height, left, right, top, bottom] = [460, 190, 52, 8, 12, 26];
-    const high = Math.max(...values, ...others.flatMap((other) => other.values)) || 1;
+    // null: was not finite. Curves have a gap there.
+    const known = [values, ...others.map((other) => other.values)].flat().filter((value) => value !== null);
+    const high = Math.max(0, ...known) || 1;
+    const number = (value) => (value === null ? "not finite" : digits(value, 3));
     const [first, last] = [steps[0], steps.at(-1)];
     const x = (step) => left + (last > first ? (step - first) / (last - first) : 0.5) * (width - left - right);
     const y = (value) => height - bottom - (value / high) * (height - top - bottom);
-    const path = (line) => line.map((value, at) => `${at ? "L" : "M"}${x(steps[at]).toFixed(1)} ${y(value).toFixed(1)}`).join("");
-    const name = `${title}: from ${digits(values[0], 3)} at step ${count(first)} to ${digits(values.at(-1), 3)} at step ${count(last)}`;
+    const path = (line) => line.map((value, at) => (value === null ? "" :
+      `${at && line[at - 1] !== null ? "L" : "M"}${x(steps[at]).toFixed(1)} ${y(value).toFixed(1)}`)).join("");
+    const name = `${title}: from ${number(values[0])} at step ${count(first)} to ${number(values.at(-1))} at step ${count(last)}`;
     const area = svg("svg", { viewBox: `0 0 ${width} ${height}`, tabindex: 0, role: "img", "aria-label": name });
     for (const part of [0, 0.5, 1]) {
       area.append(svg("line", { class: "axis", x1: left, x2: width - right, y1: y(part * high), y2: y(part * high) }));
@@ -303,8 +307,8 @@
       cursor.setAttribute("x1", x(steps[at]));
       cursor.setAttribute("x2", x(steps[at]));
       cursor.setAttribute("visibility", "visible");
-      show(cursor, `step ${count(steps[at])}`, [`${title} ${digits(values[at], 3)}`,
-        ...others.map((other) => `${other.name} ${digits(other.values[at], 3)}`)]);
+      show(cursor, `step ${count(steps[at])}`, [`${title} ${number(values[at])}`,
+        ...others.map((other) => `${other.name} ${number(other.values[at])}`)]);
     };
     const leave = () => { cursor.setAttribute("visibility", "hidden"); hide(); };
     area.addEventListener("focus", () => read(at));

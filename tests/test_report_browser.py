@@ -10,7 +10,7 @@ import pytest
 import torch
 from playwright.sync_api import Browser, Page, sync_playwright
 
-from cl_optim import ImportanceLog
+from cl_optim import EWCAdamW, ImportanceLog
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "chrome"))), None)
 FLAGS = (
@@ -178,3 +178,30 @@ def test_hovering_shows_the_details(opened):
     assert opened.page.locator("#tip b").inner_text() == "transformer.h.0.mlp · task number 5"
     opened.page.locator("h1").hover()
     assert not opened.page.locator("#tip").is_visible()
+
+
+def test_curves_have_gaps_where_training_diverged(browser, tmp_path):
+    weights = [torch.nn.Parameter(torch.ones(3)) for _ in range(2)]
+    optimizer = EWCAdamW([(f"{name}.weight", w) for name, w in zip("ab", weights, strict=True)])
+    optimizer.consolidate(None)
+    log = ImportanceLog(tmp_path / "log")
+    log.record("task", {"a.weight": torch.rand(3), "b.weight": torch.rand(3)})
+    with log.watch(optimizer, every=1):
+        for grad in (1.0, -1.0, float("inf")):
+            weights[0].grad = torch.full((3,), grad)
+            weights[1].grad = torch.ones(3)
+            optimizer.step()
+    log.report(tmp_path / "report.html")
+    page = browser.new_page()
+    opened = Opened(page, tmp_path / "report.html")
+    charts = page.locator("#charts svg")
+    assert charts.count() == 2
+    names = [charts.nth(number).get_attribute("aria-label") for number in range(2)]
+    assert all(name.endswith(" to not finite at step 3") for name in names)
+    paths = page.locator("#charts path").evaluate_all("all => all.map(p => p.getAttribute('d'))")
+    assert sorted(path.count("L") for path in paths) == [1, 1, 1, 2]  # b's is whole
+    assert not any("NaN" in path for path in paths)
+    charts.nth(1).focus()
+    assert "drift not finite" in page.locator("#tip").inner_text()
+    assert len(opened.wrong) == 1
+    page.close()

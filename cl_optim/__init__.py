@@ -1,4 +1,4 @@
-"""Optimizers for PyTorch that protect what a network already knows, at no cost per step."""
+"""Optimizers for PyTorch that protect what a network already knows."""
 
 from cl_optim import functional
 from cl_optim._version import __version__

@@ -151,7 +151,7 @@ def gem_project(
     solution: its status is negative then.
 
     Args:
-        grad: g [B, P], or [P] for a single problem; any real floating-point dtype.
+        grad: g [B, P], or [P] for a single problem; float32, float64, bfloat16 or float16.
         memory: G [B, t, P] or [t, P] on the same device; its dtype may differ.
         memory_strength: γ ≥ 0.
 

@@ -14,7 +14,7 @@ from torch.nn.modules import module as torch_module
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from cl_optim import EWCAdamW, FisherEstimator, estimate_fisher
+from cl_optim import GEM, EWCAdamW, FisherEstimator, estimate_fisher
 
 CLASSES = 5
 
@@ -214,6 +214,27 @@ def test_a_state_brings_everything_back():
         estimator.detach()
     assert found.samples == expected.samples
     assert all(torch.equal(found.sums[name], value) for name, value in expected.sums.items())
+
+
+def test_memories_of_gem_are_not_counted():
+    model = mlp()
+    alone, ((old_x, old_y), *data) = copy.deepcopy(model), batches(4)
+    found = []
+    for each, remembers in ((alone, False), (model, True)):
+        optimizer = GEM(EWCAdamW(each.named_parameters(), lr=0.0, weight_decay=0.0))
+        fisher = FisherEstimator(each, during_training=True)
+        fisher.attach(optimizer)
+        if remembers:
+            optimizer.remember("old", lambda: F.cross_entropy(model(3 * old_x), old_y).backward())
+        for x, y in data:
+            optimizer.zero_grad()
+            F.cross_entropy(each(x), y).backward()
+            optimizer.step()
+        found.append(fisher.finalize())
+        fisher.detach()
+    assert found[1].samples == found[0].samples == 18
+    for name, value in found[0].sums.items():
+        torch.testing.assert_close(found[1].sums[name], value)
 
 
 def test_only_overflows():

@@ -805,7 +805,8 @@ class TestState:
         train(model, bare, 3)
         wrapped = GEM(INNER[inner](twin.parameters()), blocks="group")
         wrapped.remember("to be replaced", Memory(twin, 1))
-        wrapped.load_state_dict(copy.deepcopy(bare.state_dict()))
+        with pytest.warns(UserWarning, match="no memories: to be replaced are dropped"):
+            wrapped.load_state_dict(copy.deepcopy(bare.state_dict()))
         assert wrapped.memories == ()
         assert wrapped.blocks == "group"
         twin.load_state_dict(model.state_dict())
@@ -1410,6 +1411,82 @@ class TestFusedWithEWCAdamW:
         model.empty.grad = torch.empty(0, 3)
         optimizer.step()
         assert optimizer.optimizer.backend == "cpu"
+
+
+def test_rows_follow_the_names_of_the_parameters():
+    def make(names):
+        params = {
+            name: nn.Parameter(torch.zeros(size))
+            for name, size in zip("xyz", (3, 3, 0), strict=True)
+        }
+        return params, GEM(EWCAdamW([(name, params[name]) for name in names], lr=0.1))
+
+    params, optimizer = make("xyz")
+    optimizer.remember("a", lambda: (params["x"].sum() + 2 * params["y"].sum()).backward(), None)
+    (params["x"].sum() - 3 * params["y"].sum()).backward()
+    optimizer.step()
+    others, again = make("zyx")
+    again.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for name in "xy":
+        others[name].data.copy_(params[name])
+        for param in (params[name], others[name]):
+            param.grad = torch.full((3,), 1.0 if name == "x" else -3.0)
+    optimizer.step()
+    again.step()
+    torch.testing.assert_close(again.conflicts(), optimizer.conflicts())
+    for name in "xy":
+        torch.testing.assert_close(others[name], params[name])
+
+
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.AdamW])
+def test_a_state_dict_that_was_not_fused(model, kind):
+    bare = kind(model.parameters(), lr=0.1)
+    memory = Memory(model, 1)
+    memory()
+    bare.step()
+    optimizer = GEM(kind(model.parameters(), lr=0.1, fused=True))
+    optimizer.load_state_dict(bare.state_dict())
+    optimizer.remember("a", memory)
+    optimizer.step()
+    assert optimizer.last_projection.status.item() == Status.INACTIVE
+
+
+def test_a_compiled_step_reports(model):
+    optimizer = GEM(torch.optim.SGD(model.parameters(), lr=0.1))
+    memory = Memory(model, 1)
+    optimizer.remember("a", memory)
+    memory()
+    torch.compile(optimizer.step, backend="eager")()
+    assert optimizer.conflicts().item() == pytest.approx(1)
+
+
+def test_a_state_dict_without_memories_says_which_are_dropped(model):
+    optimizer = GEM(torch.optim.SGD(model.parameters(), lr=0.1))
+    optimizer.remember("a", Memory(model, 1))
+    with pytest.warns(UserWarning, match="the state dict has no memories: a are dropped"):
+        optimizer.load_state_dict(optimizer.optimizer.state_dict())
+    assert not optimizer.memories
+
+
+def test_a_closure_that_forgets_its_own_memory(model):
+    optimizer = GEM(torch.optim.SGD(model.parameters(), lr=0.1))
+    other = Memory(model, 2)
+    first = Memory(model, 1)
+
+    def once() -> None:
+        first()
+        if "b" in optimizer.memories:
+            optimizer.forget("a")
+
+    optimizer.remember("a", once)
+    optimizer.remember("b", other, refresh_every=None)
+    rows = [row.clone() for row in optimizer.state_dict()["gem"]["rows"].values()]
+    for _ in range(2):
+        first.loss().backward()
+        optimizer.step()
+    assert list(optimizer.memories) == ["b"]
+    for row, before in zip(optimizer.state_dict()["gem"]["rows"].values(), rows, strict=True):
+        assert torch.equal(row, before[1:])
 
 
 def test_the_solver_begins_where_it_ended(monkeypatch):

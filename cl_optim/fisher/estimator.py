@@ -22,6 +22,7 @@ from cl_optim.fisher.observation import Observation, in_backward
 from cl_optim.fisher.refusals import Policy
 from cl_optim.fisher.samples import Samples
 from cl_optim.importance.importance import Importance
+from cl_optim.importance.unobserved import is_unobserved
 
 Verify: TypeAlias = Literal["first"] | bool
 Number: TypeAlias = int | float | Tensor
@@ -203,9 +204,9 @@ class FisherEstimator:
 
         Each forward pass of the model in training mode begins a batch, which its backward pass
         ends; each step of the optimizer decays what has been summed. Evaluation, in eval mode or
-        under ``no_grad``, is not observed. Call the model itself, once per batch: what the loop
-        does with its submodules, or with two forward passes before one backward pass, needs
-        :meth:`observe`.
+        under ``no_grad``, and the closures of GEM's memories are not observed. Call the model
+        itself, once per batch: what the loop does with its submodules, or with two forward passes
+        before one backward pass, needs :meth:`observe`.
 
         Args:
             optimizer: Its steps are the ones that count.
@@ -537,6 +538,10 @@ class _Attachment:
 
     def _before(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         """Begin a batch with the model's forward pass."""
+        if is_unobserved():
+            self.finish()  # what was begun before does not see these passes
+            self._entered.append(None)
+            return
         if not (module.training and torch.is_grad_enabled()) or in_backward():
             self._entered.append(None)
             return

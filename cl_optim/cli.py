@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
 import io
 import json
@@ -223,11 +224,8 @@ def _report(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> i
     from cl_optim.importance.report import report_data, write_csv, write_json
 
     try:
-        with warnings.catch_warnings(record=True) as remarks:
-            warnings.simplefilter("always", UserWarning)
+        with _warnings_as_sentences(parser.prog):
             data = report_data(cl_optim.ImportanceLog(arguments.path, mode="r"))
-        for remark in remarks:
-            print(f"{parser.prog}: warning: {remark.message}", file=sys.stderr)
         written = []
         if arguments.out is not None:
             from cl_optim.importance.report_html import write_html
@@ -260,6 +258,17 @@ def _report(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> i
             console.width = 120
         console.print(render_text(data))
     return 0
+
+
+@contextlib.contextmanager
+def _warnings_as_sentences(prog: str) -> Iterator[None]:
+    with warnings.catch_warnings(record=True) as remarks:
+        warnings.simplefilter("always", UserWarning)
+        try:
+            yield
+        finally:
+            for remark in remarks:
+                print(f"{prog}: warning: {remark.message}", file=sys.stderr)
 
 
 # --- cl-optim demo text ---------------------------------------------------------------------------

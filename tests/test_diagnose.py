@@ -84,6 +84,8 @@ class TestFigures:
         assert diagnose(ids, arrays).kl_new_old == 0
         as_tensor = diagnose(["ab"], ["ab"], lambda text: torch.tensor([ord(c) for c in text]))
         assert as_tensor.jaccard == 1
+        ids_of_numpy = diagnose(["ab"], ["ab"], lambda text: [np.int64(ord(c)) for c in text])
+        assert ids_of_numpy.jaccard == 1
         labels = diagnose([("a", np.int64(1)), ("b", True)], [("a", 1)]).labels
         assert labels.classes == 1
 
@@ -138,6 +140,7 @@ class TestConflicts:
             ("2.5", "25"),
             ("C++", "C"),
             ("2+2", "2-2"),
+            (".5", "5"),
         ],
     )
     def test_what_differs_by_a_sign_differs(self, one, other):

@@ -316,6 +316,22 @@ class TestState:
         third.consolidate({"0.weight": torch.ones(3, 3), "1.weight": torch.ones(3, 3)})
         assert [p.importance.mean().item() for p in third.protected()] == [2.0, 3.0]
 
+    def test_wrapped_names_and_other_groups(self):
+        def make(names, prefix="", split=False):
+            named = [(prefix + name, nn.Parameter(torch.zeros(2))) for name in names]
+            return EWCAdamW([{"params": [one]} for one in named] if split else named)
+
+        optimizer = make("ab", "module.")
+        optimizer.consolidate({"a": torch.ones(2), "b": torch.full((2,), 2.0)})
+        again = make("ba")
+        again.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+        assert [p.name for p in again.protected()] == ["b", "a"]
+        assert [p.importance[0].item() for p in again.protected()] == [2.0, 1.0]
+        split = make("ab", split=True)
+        swapped = make("ba", split=True)
+        with pytest.raises(ValueError, match="the state dict has parameter 'b' in another group"):
+            swapped.load_state_dict(split.state_dict())
+
     def test_amsgrad_switched_on_beside_an_idle_parameter(self):
         weight, idle = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3))
         optimizer = EWCAdamW([weight, idle])

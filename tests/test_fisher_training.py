@@ -216,6 +216,18 @@ def test_a_state_brings_everything_back():
     assert all(torch.equal(found.sums[name], value) for name, value in expected.sums.items())
 
 
+def test_no_state_in_the_middle_of_a_batch():
+    model, (x, y) = mlp(), batches(1)[0]
+    fisher = FisherEstimator(model)
+    with fisher.observe(batch_size=len(x)):
+        F.cross_entropy(model(x), y).backward()
+        with pytest.raises(RuntimeError, match=r"inside observe\(\) there is no state"):
+            fisher.state_dict()
+        with pytest.raises(RuntimeError, match=r"cannot be loaded inside observe"):
+            fisher.load_state_dict({"sums": fisher._totals.sums})
+    assert fisher.state_dict()["batches"] == 1
+
+
 def test_memories_of_gem_are_not_counted():
     model = mlp()
     alone, ((old_x, old_y), *data) = copy.deepcopy(model), batches(4)

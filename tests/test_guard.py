@@ -264,11 +264,48 @@ def test_the_controller_takes_over_what_the_user_sets():
     optimizer.param_groups[0]["ewc_lambda"] = 50.0
     controller.relax()
     assert optimizer.param_groups[0]["ewc_lambda"] == 50.0
+    controller.raise_lambda()
+    optimizer.param_groups[0]["ewc_lambda"] = 80.0
+    controller.relax()
+    assert optimizer.param_groups[0]["ewc_lambda"] == 40.0
+    controller.relax()
+    controller.relax()
+    assert optimizer.param_groups[0]["ewc_lambda"] == 20.0
+    optimizer.param_groups[0]["ewc_lambda"] = 50.0
     optimizer.add_param_group({"params": params[1:], "ewc_lambda": 3.0})
     controller.raise_lambda()
     assert [g["ewc_lambda"] for g in optimizer.param_groups] == [200.0, 12.0]
     controller.relax()
     assert [g["ewc_lambda"] for g in optimizer.param_groups] == [100.0, 6.0]
+
+
+def test_a_roll_back_keeps_the_lambda_that_the_user_set(tmp_path):
+    guard = guard_of(
+        scripted(1.0, 0.5), on_breach=("rollback", "raise_lambda"), folder=tmp_path, raise_by=3.0
+    )
+    guard.start()
+    guard.optimizer.param_groups[0]["ewc_lambda"] = 10.0
+    guard.step()
+    assert guard.optimizer.param_groups[0]["ewc_lambda"] == 30.0
+
+
+def test_a_guard_that_has_not_started_can_be_loaded(tmp_path):
+    new = guard_of(scripted(1.0), folder=tmp_path)
+    new.continue_from(guard_of(scripted(1.0), scripted(1.0, name="b")).state_dict())
+    new.start()
+    assert new.baselines == {"old": 1.0}
+
+
+def test_another_optimizers_checkpoint_changes_nothing(tmp_path):
+    model = nn.Linear(2, 2)
+    sgd = torch.optim.SGD(model.parameters(), lr=0.1)
+    RetentionGuard(model, sgd, [scripted(1.0)], folder=tmp_path).start()
+    other = nn.Linear(2, 2)
+    before = flatten(other.state_dict())
+    for optimizer in (EWCAdamW(other.parameters()), GEM(EWCAdamW(other.parameters()))):
+        with pytest.raises(CheckpointError, match="'optimizer' does not fit: the state dict is"):
+            RetentionGuard(other, optimizer, [scripted(1.0)], folder=tmp_path).resume()
+    assert flatten(other.state_dict()) == before
 
 
 def test_resume_with_other_evaluations_or_groups_changes_nothing(tmp_path):

@@ -136,6 +136,18 @@ def test_huggingface_resumes_two_guards_each_with_its_own_state(tmp_path):
     assert values(fourth.guard) == values(second.guard)
 
 
+def test_huggingface_with_other_evaluations_is_a_sentence(tmp_path):
+    from cl_optim.integrations.huggingface import RetentionCallback
+
+    model = tiny_gpt2()
+    callback = RetentionCallback(watched(), every=2)
+    huggingface_trainer(tmp_path, model, protected(model), callback).train()
+    other = RetentionCallback([Evaluation("other", lambda model: 1.0)], every=2)
+    trainer = huggingface_trainer(tmp_path, model, fresh(EWCAdamW, model), other)
+    with pytest.raises(ValueError, match="resume with the evaluations that it was begun with"):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+
+
 # --- Lightning ------------------------------------------------------------------------------------
 
 

@@ -216,6 +216,8 @@ class TestBadInput:
                 return super().forward(x.sub_(1))
 
         net = ProgressiveNetwork(lambda: InPlace(4, 2), [])
+        net(torch.zeros(2, 4))  # nobody else gets it
+        net.add_column()
         with pytest.raises(RuntimeError, match="column 0 must not change its input in place"):
             net(torch.zeros(2, 4))
 

@@ -164,7 +164,7 @@ class TestMix:
         (batch,) = other.mix([words], 0.5)
         assert type(batch) is UserDict
         assert len(batch["ids"]) == 8
-        assert len(words["ids"]) == 4
+        assert len(words["ids"]) == 4  # the loader's own is as it was
 
     def test_of_an_empty_buffer_is_the_loader(self):
         assert next(iter(ReplayBuffer(5).mix([numbers(0, 3)], 0.5))).tolist() == [0, 1, 2]

@@ -272,6 +272,17 @@ def test_long_names_fit_into_the_pictures(tmp_path):
         write_png(report_data(log), tmp_path)
 
 
+def test_the_command_says_what_it_leaves_out(tmp_path, capsys):
+    log = ImportanceLog(tmp_path)
+    log.record("a", importance_of(0))
+    manifest = tmp_path / "manifest.jsonl"
+    manifest.write_bytes(manifest.read_bytes().replace(b'"a"', b'"b"'))
+    assert cli.main(["report", str(tmp_path)]) == 1
+    first, second = capsys.readouterr().err.splitlines()
+    assert "cl-optim report: warning: line 2 of" in first
+    assert "there is nothing to report" in second
+
+
 def test_exports_go_to_pipes_and_through_links(log, tmp_path):
     os.mkfifo(tmp_path / "pipe")
     read = threading.Thread(target=lambda: got.append((tmp_path / "pipe").read_text()))

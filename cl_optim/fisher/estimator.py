@@ -279,8 +279,10 @@ class FisherEstimator:
         The sums are the estimator's own tensors, as in torch's state dicts.
 
         Raises:
-            RuntimeError: An ``observe()`` failed in its backward pass.
+            RuntimeError: Inside ``observe()``, or one failed in its backward pass.
         """
+        if self._observing is not None:
+            raise RuntimeError("inside observe() there is no state: half a batch may be summed.")
         if self._attached is not None:
             self._attached.finish()
         return {

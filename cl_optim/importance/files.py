@@ -27,11 +27,11 @@ def whole(path: Path) -> Iterator[Path]:
     """
     if path.is_dir():
         raise IsADirectoryError(errno.EISDIR, f"{str(path)!r} cannot be written: it is a folder")
-    if path.exists() and not path.is_file():
+    is_stream = str(path).startswith(("/dev/std", "/dev/fd/", "/proc/"))  # links to what is open
+    if is_stream or (path.exists() and not path.is_file()):
         yield path
         return
-    if path.is_symlink():
-        path = path.resolve()
+    path = Path(os.path.realpath(path))
     temporary = path.with_name(f".{uuid.uuid4().hex}.tmp")
     try:
         yield temporary

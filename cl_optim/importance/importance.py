@@ -193,11 +193,10 @@ class Importance(_Means):
                     )
                 resized.append(name)
                 old = None
-            if old is None or new is None:
-                total = new.clone() if old is None and new is not None else old
+            if old is None:
+                total = newer[name].clone()
             else:
-                total = old + new.to(old.device)
-            assert total is not None  # one of them knows the name
+                total = old if new is None else old + new.to(old.device)
             merged[name] = total if total.dtype == torch.float64 else total.float()
         if resized:
             _LOGGER.warning("Merged with strict=False: new shapes of %s", listed(resized))

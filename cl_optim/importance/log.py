@@ -334,7 +334,7 @@ class ImportanceLog:
 
         Args:
             tasks: All that are not forgotten if None.
-            strict: A parameter of two shapes is an error; ``False`` keeps its newer mask alone.
+            strict: A parameter of two shapes is an error; ``False`` drops the masks of older ones.
 
         Raises:
             LogError: There is no such task.
@@ -343,12 +343,17 @@ class ImportanceLog:
         """
         masks: dict[str, Tensor] = {}
         for task in self._chosen(tasks):
-            for name, mask in (self[task].frozen() or {}).items():
-                old = masks.get(name, mask)
-                if old.shape != mask.shape and strict:
-                    shapes = f"{tuple(old.shape)} and {tuple(mask.shape)}"
-                    raise ValueError(f"{name!r} cannot be frozen: its masks' shapes are {shapes}.")
-                masks[name] = old | mask if old.shape == mask.shape else mask
+            found = self[task]
+            for name in [name for name in masks if name in found.shapes]:
+                before, now = tuple(masks[name].shape), found.shapes[name]
+                if before == now:
+                    continue
+                if strict:
+                    shapes = f"{before} and {now}"
+                    raise ValueError(f"{name!r} cannot be frozen: its shapes are {shapes}.")
+                del masks[name]
+            for name, mask in (found.frozen() or {}).items():
+                masks[name] = masks[name] | mask if name in masks else mask
         return masks
 
     def watch(self, optimizer: torch.optim.Optimizer, every: int = 100) -> Watch:

@@ -89,6 +89,9 @@ class Renamed(Mapping[str, Tensor]):
     def __len__(self) -> int:
         return len(self._names)
 
+    def __contains__(self, name: object) -> bool:
+        return name in self._names
+
 
 def without_wrappers(values: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
     """The mapping under the names of the bare model; where two would be one, they stay."""

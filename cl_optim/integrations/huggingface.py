@@ -15,6 +15,8 @@ from transformers import (
 
 from cl_optim.retention import Evaluation, RetentionGuard
 
+_KEY = "cl_optim.RetentionCallback"
+
 
 class RetentionCallback(TrainerCallback):
     """Runs a :class:`cl_optim.retention.RetentionGuard` inside a Trainer.
@@ -47,7 +49,7 @@ class RetentionCallback(TrainerCallback):
         self._options = options
         self.guard: RetentionGuard | None = None
         names = ", ".join(evaluation.name for evaluation in self._evaluations)
-        self._key = f"cl_optim.RetentionCallback({names})"  # there may be several
+        self._key = f"{_KEY}({names})"  # there may be several, of different evaluations
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -64,6 +66,12 @@ class RetentionCallback(TrainerCallback):
         )
         if self._key in _states(state):
             self.guard.continue_from(_states(state)[self._key])
+        elif state.global_step > 0 and any(key.startswith(_KEY) for key in _states(state)):
+            saved = [key for key in _states(state) if key.startswith(_KEY)]
+            raise ValueError(
+                f"the checkpoint has the guards {saved}, none of which is {self._key}: resume with "
+                "the evaluations that it was begun with."
+            )
         else:
             self.guard.start()
             _states(state)[self._key] = self.guard.state_dict()

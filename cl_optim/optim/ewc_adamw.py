@@ -636,8 +636,8 @@ class EWCAdamW(torch.optim.Optimizer):
         Importance, moments and anchors keep their precision, as far as the parameters' dtype has
         it: nothing is cast to that, and 16-bit moments are widened. AdamW's state dict leaves this
         optimizer's λ and form of the penalty, its ``foreach`` and ``fused``, and no protection.
-        Parameters keep their names here. They are matched by name where the groups have the same
-        names, in whatever order, else by their place, as in torch.
+        Parameters keep their names here. They are matched by name where the names are the same, in
+        whatever order and without what wrappers put into them, else by their place, as in torch.
 
         Args:
             state_dict: What :meth:`state_dict` returned, for parameters of the same shapes.
@@ -652,11 +652,7 @@ class EWCAdamW(torch.optim.Optimizer):
         def check(
             optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]
         ) -> dict[str, Any] | None:
-            state_dict = in_order(from_adamw(state_dict, self.param_groups), self.param_groups)
-            names = [_name(g, param) for g in self.param_groups for param in g["params"]]
-            check_state_dict(state_dict, self.param_groups, names)
-            for group in state_dict["param_groups"]:
-                _check_group({**self.defaults, **group})
+            state_dict = self._checked(state_dict)
             indices = [index for group in state_dict["param_groups"] for index in group["params"]]
             saved.update({i: state_dict["state"].get(index, {}) for i, index in enumerate(indices)})
             return state_dict
@@ -680,6 +676,18 @@ class EWCAdamW(torch.optim.Optimizer):
         finally:
             first.remove()
             last.remove()
+
+    def check_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Raise ValueError if :meth:`load_state_dict` would refuse the state dict."""
+        self._checked(state_dict)
+
+    def _checked(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        state_dict = in_order(from_adamw(state_dict, self.param_groups), self.param_groups)
+        names = [_name(g, param) for g in self.param_groups for param in g["params"]]
+        check_state_dict(state_dict, self.param_groups, names)
+        for group in state_dict["param_groups"]:
+            _check_group({**self.defaults, **group})
+        return state_dict
 
 
 def _choose(group: Mapping[str, Any], device: torch.device) -> tuple[str, ops.Step]:

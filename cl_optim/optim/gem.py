@@ -882,6 +882,18 @@ class GEM(torch.optim.Optimizer):
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 
+    def check_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Raise ValueError if :meth:`load_state_dict` would refuse the state dict.
+
+        Of the wrapped optimizer as far as it has a ``check_state_dict()`` itself.
+        """
+        self._check_groups(state_dict)
+        if isinstance(self.optimizer, EWCAdamW):
+            inner = {key: value for key, value in state_dict.items() if key != "gem"}
+            self.optimizer.check_state_dict(inner)
+        if "gem" in state_dict:
+            self._loaded(state_dict["gem"], self._saved_places(state_dict))
+
     def _saved_places(self, state_dict: dict[str, Any]) -> list[int]:
         """For each parameter its place among those of the state dict."""
         groups = state_dict["param_groups"]

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cl_optim.importance.names import canonical_name
 from cl_optim.ops import ewc_adamw as ops
 from cl_optim.ops import importance_codec as codec
 
@@ -188,7 +189,7 @@ def from_adamw(state_dict: dict[str, Any], param_groups: list[dict[str, Any]]) -
     groups = state_dict.get("param_groups", ())
     if not groups or not all("betas" in group and "penalty" not in group for group in groups):
         return state_dict
-    if any(not g.get("decoupled_weight_decay", True) and g["weight_decay"] != 0 for g in groups):
+    if any(not g.get("decoupled_weight_decay", True) and g.get("weight_decay") for g in groups):
         raise ValueError(
             "the state dict is one of torch.optim.Adam with weight decay in the gradient, "
             "which this optimizer does not have."
@@ -215,18 +216,31 @@ def from_adamw(state_dict: dict[str, Any], param_groups: list[dict[str, Any]]) -
 def in_order(state_dict: dict[str, Any], param_groups: list[dict[str, Any]]) -> dict[str, Any]:
     """The state dict with the parameters of each group in this optimizer's order.
 
-    They come in another one where a model's modules do. Groups that do not name the very same
-    parameters stay as they are: they are matched by place, as in torch.
+    They come in another one where a model's modules do. State dicts that do not name the very same
+    parameters (without what wrappers put into names) are matched by place, as in torch.
+
+    Raises:
+        ValueError: The same parameters are in other groups.
     """
-    if "param_groups" not in state_dict:
+    own = [_names(group) for group in param_groups]
+    saved = [_names(group) for group in state_dict.get("param_groups", ())]
+    flat, saved_flat = [n for names in own for n in names], [n for names in saved for n in names]
+    if not flat or len(set(flat)) < len(flat) or sorted(flat) != sorted(saved_flat):
         return state_dict
-    groups = list(state_dict["param_groups"])
-    for number, (here, group) in enumerate(zip(param_groups, groups, strict=False)):
-        own, saved = here.get("param_names", ()), group.get("param_names", ())
-        if own != saved and len(set(own)) == len(own) and sorted(own) == sorted(saved):
-            places = dict(zip(saved, group["params"], strict=True))
-            groups[number] = {**group, "params": [places[name] for name in own]}
+    groups = []
+    for here, there, group in zip(own, saved, state_dict["param_groups"], strict=False):
+        places = dict(zip(there, group["params"], strict=True))
+        for name in here:
+            if name not in places:
+                raise ValueError(f"the state dict has parameter {name!r} in another group.")
+        groups.append({**group, "params": [places[name] for name in here]})
     return {**state_dict, "param_groups": groups}
+
+
+def _names(group: Mapping[str, Any]) -> list[str]:
+    """The names of its parameters in the bare model; [] where it does not name each."""
+    names, params = group.get("param_names", ()), group.get("params", ())
+    return [canonical_name(name) for name in names] if len(names) == len(params) else []
 
 
 def check_state_dict(

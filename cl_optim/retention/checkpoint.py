@@ -234,9 +234,10 @@ def _unsupported(error: Exception) -> str:
 def _check_part(name: str, part: Stateful, saved: Mapping[str, Any]) -> None:
     if isinstance(part, nn.Module):
         _check_module(name, part, saved)
-    elif isinstance(part, torch.optim.Optimizer):
+        return
+    if isinstance(part, torch.optim.Optimizer):
         _check_optimizer(name, part, saved)
-    elif isinstance(part, _Checked):
+    if isinstance(part, _Checked):
         try:
             part.check_state_dict(saved)
         except ValueError as error:

@@ -14,7 +14,8 @@ class LambdaController:
     lost more than half the threshold it is divided by √raise_by, down to 1: the λ that the user
     chose is never undercut. In between it stays.
 
-    A λ that the user sets in the meantime is the chosen one from then on.
+    A λ that the user sets in the meantime is the present one from then on: what it relaxes to
+    changes in proportion.
 
     Args:
         optimizer: Some of its groups have an ``ewc_lambda`` above 0.
@@ -41,6 +42,7 @@ class LambdaController:
         self._raise_by = raise_by
         self._limit = limit
         self._chosen = [group.get("ewc_lambda") for group in optimizer.param_groups]
+        self._present = list(self._chosen)  # as it was set here last
         self.factor = 1.0
 
     @property
@@ -71,23 +73,25 @@ class LambdaController:
         """Go on from a saved state; the groups' λ are the optimizer's to restore."""
         self.factor = state_dict["factor"]
         self._chosen = list(state_dict["chosen"])
+        self._present = [None if c is None else c * self.factor for c in self._chosen]
 
     def _notice(self) -> None:
         """Take over what the user has set since, and groups that were added."""
-        known = [None if chosen is None else chosen * self.factor for chosen in self._chosen]
         for number, group in enumerate(self._optimizer.param_groups):
             now = group.get("ewc_lambda")
-            if number == len(known):
-                known.append(now)
+            if number == len(self._chosen):
                 self._chosen.append(now)
-            elif now != known[number]:
-                self._chosen[number] = now
+                self._present.append(now)
+            elif now is not None and now != self._present[number]:
+                self._chosen[number] = now / self.factor
+                self._present[number] = now
 
     def _set(self, factor: float) -> None:
         self.factor = factor
-        for group, chosen in zip(self._optimizer.param_groups, self._chosen, strict=True):
+        for number, group in enumerate(self._optimizer.param_groups):
+            chosen = self._chosen[number]
             if chosen is not None:
-                group["ewc_lambda"] = chosen * factor
+                self._present[number] = group["ewc_lambda"] = chosen * factor
 
 
 def largest_lambda(optimizer: torch.optim.Optimizer) -> float | None:

@@ -31,8 +31,8 @@ Tokenizer = Callable[[str], Iterable[Token]] | _HasEncode
 
 _ASCII_WORDS = re.compile(r"\w{1,64}|[^\w\s]")
 _SPACES = re.compile(r"\s+")
-_MARKS = r"[.,;:!?¡¿…。、！？\"'‘’“”„«»()\[\]]+"  # of a sentence: those in a number or a word stay
-_SENTENCE_MARKS = re.compile(rf"(?<!\w){_MARKS}|{_MARKS}(?!\w)")
+_MARKS = r"[.,;:!?¡¿…。、！？\"'‘’“”„«»()\[\]]"  # those within a word or a number stay
+_SENTENCE_MARKS = re.compile(rf"(?<!\w)(?![.,]\d){_MARKS}|{_MARKS}(?!\w)")
 _CHUNK = 1 << 16  # characters of a text file read at a time, if it has no line breaks
 _LONGEST_LINE = 1 << 24
 _TELL_EVERY = 1 << 20
@@ -56,10 +56,11 @@ def _words_with_marks() -> re.Pattern[str]:
 
 
 def fingerprint(text: str) -> int:
-    """A 64-bit hash of a text, whatever its case, white space and punctuation around words.
+    """A 64-bit hash of a text, whatever its case, white space, and stops and quotes around words.
 
     "What is 2+2?" and "what is 2+2" have the same one, as have Unicode compatibility forms (NFKC);
-    "What is 2-2?" has another. Reordered or replaced words are not recognised.
+    "What is 2-2?" has another: dashes and symbols count. Reordered or replaced words are not
+    recognised.
     """
     text = _SPACES.sub(" ", unicodedata.normalize("NFKC", text).casefold()).strip()
     # A text without words, such as "?", is what it is.
@@ -131,13 +132,14 @@ def _encoder(tokenizer: Tokenizer) -> Callable[[str], list[Token]]:
         if isinstance(found, (torch.Tensor, np.ndarray)):
             found = found.tolist()
         found = list(found)
-        odd = {type(token) for token in found} - {int, str}
+        kinds = {type(token) for token in found} - {int, str}
+        odd = [kind for kind in kinds if not issubclass(kind, (int, str, np.integer))]
         if odd:
             raise TypeError(
                 "tokenizer must return integers or strings for a text, not "
                 f"{', '.join(sorted(kind.__name__ for kind in odd))}."
             )
-        return found
+        return [str(t) if isinstance(t, str) else int(t) for t in found] if kinds else found
 
     return tokens
 

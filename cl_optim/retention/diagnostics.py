@@ -39,7 +39,7 @@ def diagnose(
 
     Both are read once, in a stream. Token distributions are smoothed over the union V of the
     vocabularies: p(t) = (count(t) + smoothing) / (tokens + smoothing·V). Near-same prompts, and
-    same answers, differ in case, white space and the punctuation around words only. A prompt that
+    same answers, differ in case, white space, and stops and quotes around words only. A prompt that
     has more than 8 different answers in the old data has no one answer to contradict, and is left
     out. The vocabularies of corpora of very different sizes have a low Jaccard index even if they
     are of one kind.

@@ -282,7 +282,8 @@ class RetentionGuard:
     def check_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Raise ValueError if the state is of a guard with other evaluations."""
         own = {evaluation.name for evaluation in self._all_evaluations()}
-        if own != set(state_dict["baselines"]):
+        saved = set(state_dict["baselines"])  # none where it had not been started
+        if saved and own != saved:
             raise ValueError(
                 f"the saved guard has the evaluations {sorted(state_dict['baselines'])}, this one "
                 f"has {sorted(own)}."
@@ -300,7 +301,7 @@ class RetentionGuard:
         self.load_state_dict(state_dict)
         if self._checkpoints is not None:
             self._checkpoints.discard_after(self.steps)
-            if not self._checkpoints.steps:
+            if self.baselines and not self._checkpoints.steps:
                 self._save()
 
     def _require_started(self) -> None:
@@ -398,11 +399,13 @@ class RetentionGuard:
 
     def _roll_back(self) -> str:
         assert self._checkpoints is not None  # the constructor saw to it
-        factor = None if self._controller is None else self._controller.factor
+        kept = None if self._controller is None else self._controller.state_dict()
         step = self._restore(self._checkpoints)
         self.optimizer.zero_grad()  # what is there belongs to other weights
-        if self._controller is not None and factor is not None:
-            self._controller.factor = factor  # a breach does not undo what earlier ones taught
+        if self._controller is not None and kept is not None:
+            self._controller.load_state_dict(
+                kept
+            )  # a breach does not undo what earlier ones taught
             self._controller.apply()
         return f"rolled back to step {step}"
 

@@ -94,7 +94,9 @@ class RichLogger:
     def log(self, check: Check) -> None:
         """Print a check."""
         parts = [
-            f"{one.evaluation.name} {one.value:.4g} ({-one.loss:+.1%})" for one in check.measured
+            f"{one.evaluation.name} {one.value:.4g}"
+            + (f" ({-one.loss:+.1%})" if one.baseline else "")
+            for one in check.measured
         ]
         line = f"step {check.step}: " + ", ".join(parts)
         style = "bold red" if check.breached else None

@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import json
 import math
-from collections.abc import Mapping, MutableMapping
+from collections import UserDict
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,18 +64,20 @@ def unflatten(leaves: Mapping[str, Tensor], structure: Any, place: str = "batch"
 
 
 def replace(batch: Any, leaves: Mapping[str, Tensor], place: str = "batch") -> Any:
-    """The batch with other tensors in it, in containers of its own kinds."""
+    """The batch with other tensors in it, in the same kinds of containers, as far as known."""
     if isinstance(batch, Tensor):
         return leaves[place]
     if isinstance(batch, Mapping):
         values = {k: replace(v, leaves, f"{place}[{k!r}]") for k, v in batch.items()}
-        if isinstance(batch, MutableMapping):  # a BatchEncoding, say
+        if isinstance(batch, UserDict):  # a BatchEncoding, say
             other = copy.copy(batch)
             other.update(values)
             return other
         return values
     parts = [replace(value, leaves, f"{place}[{i}]") for i, value in enumerate(batch)]
-    return type(batch)(*parts) if hasattr(batch, "_fields") else type(batch)(parts)
+    if hasattr(batch, "_fields"):
+        return type(batch)(*parts)
+    return parts if isinstance(batch, list) else tuple(parts)
 
 
 def count(leaves: Mapping[str, Tensor]) -> int:

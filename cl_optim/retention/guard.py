@@ -403,9 +403,8 @@ class RetentionGuard:
         step = self._restore(self._checkpoints)
         self.optimizer.zero_grad()  # what is there belongs to other weights
         if self._controller is not None and kept is not None:
-            self._controller.load_state_dict(
-                kept
-            )  # a breach does not undo what earlier ones taught
+            # A breach does not undo what earlier ones taught.
+            self._controller.load_state_dict(kept)
             self._controller.apply()
         return f"rolled back to step {step}"
 

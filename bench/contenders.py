@@ -90,7 +90,18 @@ def autograd_penalty(problem: Problem) -> Callable[[], None]:
 
 def foreach_penalty(problem: Problem) -> Callable[[], None]:
     """The penalty's gradient by hand: two passes over the tensors and one temporary."""
-    optimizer = torch.optim.AdamW(problem.params, fused=True)
+    return _foreach_step(problem, torch.optim.AdamW(problem.params, fused=True))
+
+
+def compiled_foreach(problem: Problem) -> Callable[[], None]:
+    """The same with torch's AdamW, one program made by torch.compile."""
+    lr = torch.tensor(1e-3, device=problem.params[0].device)  # a number would compile anew
+    optimizer = torch.optim.AdamW(problem.params, lr=lr, foreach=True, capturable=True)
+    compiled: Callable[[], None] = torch.compile(_foreach_step(problem, optimizer))
+    return compiled
+
+
+def _foreach_step(problem: Problem, optimizer: torch.optim.Optimizer) -> Callable[[], None]:
     importances, anchors = problem.protection()
 
     @torch.no_grad()
@@ -100,22 +111,6 @@ def foreach_penalty(problem: Problem) -> Callable[[], None]:
         optimizer.step()
 
     return step
-
-
-def compiled_foreach(problem: Problem) -> Callable[[], None]:
-    """The same with torch's AdamW, one program made by torch.compile."""
-    lr = torch.tensor(1e-3, device=problem.params[0].device)  # a number would compile anew
-    optimizer = torch.optim.AdamW(problem.params, lr=lr, foreach=True, capturable=True)
-    importances, anchors = problem.protection()
-
-    @torch.no_grad()
-    def step() -> None:
-        drift = torch._foreach_sub(problem.params, anchors)
-        torch._foreach_addcmul_(problem.grads, drift, importances, value=2 * LAMBDA)
-        optimizer.step()
-
-    compiled: Callable[[], None] = torch.compile(step)
-    return compiled
 
 
 def memory_floor(problem: Problem) -> Callable[[], None]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from torch import Tensor
@@ -65,23 +65,26 @@ def match_names(given: Iterable[str], known: Iterable[str]) -> dict[str, str]:
     return meanings
 
 
-class Renamed(Mapping[str, Tensor]):
-    """A view of a mapping under other names.
+class Lazy(Mapping[str, Tensor]):
+    """Tensors by name, each made whenever it is asked for.
 
     Args:
-        values: Whatever makes its tensors on access, too.
-        names: The new name of each; what is not in it keeps its own.
+        names: Their names.
+        read: Makes the tensor of a name.
     """
 
+    # Mapping's == compares values with ==, which has no truth value for tensors.
     __eq__ = object.__eq__
     __hash__ = object.__hash__
 
-    def __init__(self, values: Mapping[str, Tensor], names: Mapping[str, str]) -> None:
-        self._values = values
-        self._names = {names.get(name, name): name for name in values}
+    def __init__(self, names: Collection[str], read: Callable[[str], Tensor]) -> None:
+        self._names = names
+        self._read = read
 
     def __getitem__(self, name: str) -> Tensor:
-        return self._values[self._names[name]]
+        if name not in self._names:
+            raise KeyError(name)
+        return self._read(name)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)
@@ -93,11 +96,17 @@ class Renamed(Mapping[str, Tensor]):
         return name in self._names
 
 
+def renamed(values: Mapping[str, Tensor], names: Mapping[str, str]) -> Lazy:
+    """A view of a mapping under other names; what is not in ``names`` keeps its own."""
+    old = {names.get(name, name): name for name in values}
+    return Lazy(old, lambda name: values[old[name]])
+
+
 def without_wrappers(values: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
     """The mapping under the names of the bare model; where two would be one, they stay."""
     bare = {name: canonical_name(name) for name in values}
     times = Counter(bare.values())
-    return Renamed(values, {name: new for name, new in bare.items() if new and times[new] == 1})
+    return renamed(values, {name: new for name, new in bare.items() if new and times[new] == 1})
 
 
 def named_like(values: Mapping[str, Tensor], known: Iterable[str]) -> Mapping[str, Tensor]:
@@ -106,7 +115,7 @@ def named_like(values: Mapping[str, Tensor], known: Iterable[str]) -> Mapping[st
     Raises:
         ValueError: A name is ambiguous.
     """
-    return Renamed(values, match_names(values, known))
+    return renamed(values, match_names(values, known))
 
 
 class NameMatch(NamedTuple):

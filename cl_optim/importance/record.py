@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
@@ -21,7 +21,7 @@ from cl_optim.importance.codecs import Codec
 from cl_optim.importance.errors import DamagedError, LogError
 from cl_optim.importance.importance import Importance
 from cl_optim.importance.manifest import checksum, fsync_directory, sealed, unsealed, write_durably
-from cl_optim.importance.names import without_wrappers
+from cl_optim.importance.names import Lazy, without_wrappers
 from cl_optim.importance.statistics import Summaries, Summary, flat_float32
 
 _FILE = "record.json"
@@ -135,31 +135,6 @@ def _file_checksum(path: Path) -> str:
 # --- reading --------------------------------------------------------------------------------------
 
 
-class _Stored(Mapping[str, Tensor]):
-    """Tensors on disk, each read and verified whenever it is asked for."""
-
-    __eq__ = object.__eq__
-    __hash__ = object.__hash__
-
-    def __init__(self, names: Mapping[str, Any], read: Callable[[str], Tensor]) -> None:
-        self._names = names
-        self._read = read
-
-    def __getitem__(self, name: str) -> Tensor:
-        if name not in self._names:
-            raise KeyError(name)
-        return self._read(name)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        return len(self._names)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._names
-
-
 class Record:
     """A record on disk.
 
@@ -230,7 +205,7 @@ class Record:
 
         metadata = {**self.metadata, "task": self.task}
         table = self._table
-        return Importance.lazy(_Stored(shapes, read), table["samples"], table["tokens"], metadata)
+        return Importance.lazy(Lazy(shapes, read), table["samples"], table["tokens"], metadata)
 
     def anchors(self) -> Mapping[str, Tensor] | None:
         """The weights that the task left, None where they were not recorded.
@@ -249,7 +224,7 @@ class Record:
         def read(name: str) -> Tensor:
             return reader.read(name, f"the anchor of {name!r}").view(shapes[name])
 
-        return _Stored(shapes, read)
+        return Lazy(shapes, read)
 
     def frozen(self) -> Mapping[str, Tensor] | None:
         """The masks of frozen weights, None where they were not recorded."""
@@ -262,7 +237,7 @@ class Record:
             shape = torch.Size(shapes[name])
             return torch.from_numpy(np.unpackbits(bits, count=shape.numel())).bool().view(shape)
 
-        return _Stored(shapes, read)
+        return Lazy(shapes, read)
 
     def _reader(self, kind: str) -> shards.Reader:
         return shards.Reader(self._folder, self._table[kind], f"task {self.task!r}")

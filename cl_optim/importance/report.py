@@ -18,7 +18,7 @@ from cl_optim.importance import watch
 from cl_optim.importance.errors import LogError
 from cl_optim.importance.files import whole
 from cl_optim.importance.importance import Importance
-from cl_optim.importance.names import Renamed
+from cl_optim.importance.names import renamed
 from cl_optim.importance.record import Record
 from cl_optim.importance.statistics import SHARES, Overlap, layer_of, overlap
 
@@ -130,7 +130,7 @@ def _apart(records: list[Record]) -> list[Mapping[str, Tensor]]:
         for name, shape in record.shapes.items():
             shapes[name].add(shape)
     return [
-        Renamed(
+        renamed(
             record.importance(),
             {
                 name: f"{name} {shape}"

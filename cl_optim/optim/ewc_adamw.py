@@ -97,8 +97,7 @@ class EWCAdamW(torch.optim.Optimizer):
         importance_dtype: How F is stored: ``"float32"``, ``"bfloat16"`` or ``"log8"``, one byte
             within 4.5 % (2⁻³² of the largest of 256 neighbours and less: more). Exact zeros stay
             zero. Further tasks are merged with stochastic rounding: right on average, each time
-            within 9.2 % (0.8 % in bfloat16); of five equal tasks, two in five weights are more than
-            4.5 % off.
+            within 9.2 % (0.8 % in bfloat16), which adds up.
         anchor_dtype: How θ* is stored: None for the parameter's own dtype, ``"float32"`` or
             ``"bfloat16"``, which pulls float32 weights towards rounded ones. Exact anchors are
             always float32.

@@ -195,19 +195,14 @@ def from_adamw(state_dict: dict[str, Any], param_groups: list[dict[str, Any]]) -
             "which this optimizer does not have."
         )
     ours = ("ewc_lambda", "penalty", "importance_damping", "track_penalty", *FORMATS)
-    backend = ("foreach", "fused")  # is chosen where the optimizer is made
-    groups = (
-        [
-            {
-                **{key: here[key] for key in ours},
-                **{"amsgrad": False, "maximize": False},  # younger than the oldest state dicts
-                **group,
-                **{key: here[key] for key in backend},
-            }
-            for here, group in zip(param_groups, groups, strict=False)
-        ]
-        + list(groups[len(param_groups) :])
-    )
+    groups = [dict(group) for group in groups]
+    for here, group in zip(param_groups, groups, strict=False):
+        for key in ours:
+            group.setdefault(key, here[key])
+        for key in ("amsgrad", "maximize"):  # younger than the oldest state dicts
+            group.setdefault(key, False)
+        for key in ("foreach", "fused"):  # are chosen where the optimizer is made
+            group[key] = here[key]
     for group in groups:
         group.pop("decoupled_weight_decay", None)
     return {**state_dict, "param_groups": groups}

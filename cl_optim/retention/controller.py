@@ -42,7 +42,6 @@ class LambdaController:
         self._raise_by = raise_by
         self._limit = limit
         self._chosen = [group.get("ewc_lambda") for group in optimizer.param_groups]
-        self._present = list(self._chosen)  # as it was set here last
         self.factor = 1.0
 
     @property
@@ -73,7 +72,6 @@ class LambdaController:
         """Go on from a saved state; the groups' λ are the optimizer's to restore."""
         self.factor = state_dict["factor"]
         self._chosen = list(state_dict["chosen"])
-        self._present = [None if c is None else c * self.factor for c in self._chosen]
 
     def _notice(self) -> None:
         """Take over what the user has set since, and groups that were added."""
@@ -81,17 +79,14 @@ class LambdaController:
             now = group.get("ewc_lambda")
             if number == len(self._chosen):
                 self._chosen.append(now)
-                self._present.append(now)
-            elif now is not None and now != self._present[number]:
+            elif now is not None and now != self._chosen[number] * self.factor:
                 self._chosen[number] = now / self.factor
-                self._present[number] = now
 
     def _set(self, factor: float) -> None:
         self.factor = factor
-        for number, group in enumerate(self._optimizer.param_groups):
-            chosen = self._chosen[number]
+        for group, chosen in zip(self._optimizer.param_groups, self._chosen, strict=True):
             if chosen is not None:
-                self._present[number] = group["ewc_lambda"] = chosen * factor
+                group["ewc_lambda"] = chosen * factor
 
 
 def largest_lambda(optimizer: torch.optim.Optimizer) -> float | None:

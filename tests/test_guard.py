@@ -279,6 +279,21 @@ def test_the_controller_takes_over_what_the_user_sets():
     assert [g["ewc_lambda"] for g in optimizer.param_groups] == [100.0, 6.0]
 
 
+def test_a_group_added_while_lambda_is_raised_brings_its_present_lambda():
+    params = [nn.Parameter(torch.zeros(1)) for _ in range(2)]
+    optimizer = EWCAdamW(params[:1], ewc_lambda=1.0)
+    controller = LambdaController(optimizer, raise_by=4.0)
+    controller.raise_lambda()
+    optimizer.add_param_group({"params": params[1:], "ewc_lambda": 6.0})
+    controller.state_dict()  # looking must change nothing
+    assert [g["ewc_lambda"] for g in optimizer.param_groups] == [4.0, 6.0]
+    controller.raise_lambda()
+    assert [g["ewc_lambda"] for g in optimizer.param_groups] == [16.0, 24.0]
+    controller.relax()
+    controller.relax()
+    assert [g["ewc_lambda"] for g in optimizer.param_groups] == [4.0, 6.0]
+
+
 def test_a_roll_back_keeps_the_lambda_that_the_user_set(tmp_path):
     guard = guard_of(
         scripted(1.0, 0.5), on_breach=("rollback", "raise_lambda"), folder=tmp_path, raise_by=3.0

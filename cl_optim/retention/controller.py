@@ -14,8 +14,8 @@ class LambdaController:
     lost more than half the threshold it is divided by √raise_by, down to 1: the λ that the user
     chose is never undercut. In between it stays.
 
-    A λ that the user sets in the meantime is the present one from then on: what it relaxes to
-    changes in proportion.
+    A λ that the user sets in the meantime, or brings with a new group, is the present one from
+    then on: what it relaxes to changes in proportion.
 
     Args:
         optimizer: Some of its groups have an ``ewc_lambda`` above 0.
@@ -41,7 +41,9 @@ class LambdaController:
         self._optimizer = optimizer
         self._raise_by = raise_by
         self._limit = limit
-        self._chosen = [group.get("ewc_lambda") for group in optimizer.param_groups]
+        self._chosen: list[float | None] = [
+            group.get("ewc_lambda") for group in optimizer.param_groups
+        ]
         self.factor = 1.0
 
     @property
@@ -75,11 +77,11 @@ class LambdaController:
 
     def _notice(self) -> None:
         """Take over what the user has set since, and groups that were added."""
-        for number, group in enumerate(self._optimizer.param_groups):
+        groups = self._optimizer.param_groups
+        self._chosen += [None] * (len(groups) - len(self._chosen))
+        for number, (group, chosen) in enumerate(zip(groups, self._chosen, strict=True)):
             now = group.get("ewc_lambda")
-            if number == len(self._chosen):
-                self._chosen.append(now)
-            elif now is not None and now != self._chosen[number] * self.factor:
+            if now is not None and (chosen is None or now != chosen * self.factor):
                 self._chosen[number] = now / self.factor
 
     def _set(self, factor: float) -> None:

@@ -96,6 +96,7 @@ def cpu_extension() -> Extension:
             "ewc_adamw_cpu.cpp",
             "gram_cpu.cpp",
             "importance_codec_cpu.cpp",
+            "importance_histogram_cpu.cpp",
             "library.cpp",
             "module.cpp",
             "nnqp_cpu.cpp",

@@ -3,6 +3,7 @@
 #include "ewc_adamw_operator.h"
 #include "gram_operator.h"
 #include "importance_codec_operator.h"
+#include "importance_histogram_operator.h"
 #include "nnqp_operator.h"
 
 namespace cl_optim {
@@ -30,6 +31,7 @@ STABLE_TORCH_LIBRARY(cl_optim, m) {
       "bool stochastic) -> ()");
   m.def("log8_encode_(Tensor(a!) packed, Tensor values) -> ()");
   m.def("log8_decode_(Tensor(a!) values, Tensor packed) -> ()");
+  m.def("importance_histogram_(Tensor(a!) counts, Tensor(b!) totals, Tensor values) -> ()");
   m.def("gram_per_tensor(Tensor[] memory, Tensor[] grads) -> Tensor");
   m.def("gram_dots_per_tensor(Tensor[] memory, Tensor[] grads) -> Tensor");
   m.def(
@@ -45,6 +47,7 @@ STABLE_TORCH_LIBRARY_IMPL(cl_optim, CPU, m) {
   m.impl("ewc_adamw_", TORCH_BOX(&ewc_adamw_<launch>));
   implement_gram(m);
   implement_log8(m);
+  m.impl("importance_histogram_", TORCH_BOX(&importance_histogram_));
   m.impl("nnqp", TORCH_BOX(&nnqp<launch_nnqp>));
 }
 

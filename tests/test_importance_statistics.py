@@ -13,6 +13,7 @@ from torch import Tensor
 
 from cl_optim.importance import Importance, statistics
 from cl_optim.importance.statistics import RELATIVE_ERROR, SHARES, Histogram
+from cl_optim.ops import importance_histogram as ops
 
 
 def fisher_like(*shape: int, seed: int = 0) -> Tensor:
@@ -99,11 +100,42 @@ def test_per_layer(importance):
 
 
 def test_histograms_add_up():
-    whole = Histogram.of(torch.from_numpy(ALL))
-    parts = sum((Histogram.of(value) for value in VALUES.values()), Histogram())
+    whole = Histogram.of([torch.from_numpy(ALL)])
+    parts = Histogram()
+    for value in VALUES.values():
+        parts += Histogram.of([value])
     torch.testing.assert_close(parts.counts, whole.counts)
     assert parts.largest == whole.largest
     assert whole.total == len(ALL)
+
+
+EDGES = [0.0, -0.0, 2.0**-149, 2.0**-126, 1.0, torch.finfo(torch.float32).max]
+
+
+@pytest.mark.parametrize("count", [0, 1, 31, 33, 16_384, 50_001])
+@pytest.mark.parametrize("add", [ops.add_histogram_, ops.add_histogram_reference_])
+def test_the_histogram_of_any_size(add, count):
+    values = fisher_like(count)
+    values[: len(EDGES)] = torch.tensor(EDGES)[:count]
+    counts = torch.ones(ops.BINS, dtype=torch.int64)
+    totals = torch.tensor([0.25, 1.0], dtype=torch.float64)  # of what was counted before
+    add(counts, totals, values)
+    upper = np.float32(values.numpy()).view(np.uint32) >> 16 & 0x7FFF
+    np.testing.assert_array_equal(counts.numpy() - 1, np.bincount(upper, minlength=ops.BINS))
+    assert totals[0] == max([0.25, *values.tolist()])
+    assert totals[1].item() == pytest.approx(1.0 + math.fsum(values.tolist()), rel=1e-12)
+
+
+def test_operator():
+    arguments = (torch.zeros(ops.BINS, dtype=torch.int64), torch.zeros(2).double(), fisher_like(99))
+    torch.library.opcheck(torch.ops.cl_optim.importance_histogram_.default, arguments)
+    counts, totals, values = arguments
+    with pytest.raises(RuntimeError, match="counts must be contiguous int64"):
+        torch.ops.cl_optim.importance_histogram_(counts[1:], totals, values)
+    with pytest.raises(RuntimeError, match="totals float64"):
+        torch.ops.cl_optim.importance_histogram_(counts, totals.float(), values)
+    with pytest.raises(RuntimeError, match="values must be contiguous float32"):
+        torch.ops.cl_optim.importance_histogram_(counts, totals, values.double())
 
 
 def test_a_parameter_without_a_module_is_a_layer():

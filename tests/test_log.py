@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import builtins
 import errno
+import functools
 import json
 import logging
 import os
@@ -162,7 +163,7 @@ def test_a_record_knows_the_model_and_its_statistics(tmp_path):
 
 
 def test_a_shard_has_at_most_its_limit(tmp_path, monkeypatch):
-    monkeypatch.setattr(shards.write, "__defaults__", (1000,))
+    monkeypatch.setattr(shards, "write", functools.partial(shards.write, limit=1000))
     log = ImportanceLog(tmp_path)
     log.record("task", importance_of(0), anchors=weights(0))
     files = list(tmp_path.rglob("importance-*.safetensors"))
@@ -170,6 +171,7 @@ def test_a_shard_has_at_most_its_limit(tmp_path, monkeypatch):
     # Beside the tensors a file has a header.
     assert all(path.stat().st_size <= 1000 + 8 + 400 for path in files)
     assert_is(ImportanceLog(tmp_path).load("task"), importance_of(0))
+    assert log["task"].layers == importance_of(0).per_layer()
     found = ImportanceLog(tmp_path)["task"].anchors()
     assert all(torch.equal(found[name], value) for name, value in weights(0).items())
 

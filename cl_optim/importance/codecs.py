@@ -76,7 +76,8 @@ class BFloat16(Codec):
 
     def encode(self, values: Tensor) -> Parts:
         """Round to the nearest."""
-        return {"values": values.clamp(max=torch.finfo(torch.bfloat16).max).to(torch.bfloat16)}
+        # What would round to infinity is the largest number.
+        return {"values": values.to(torch.bfloat16).clamp_(max=torch.finfo(torch.bfloat16).max)}
 
     def decode(self, parts: Parts, shape: torch.Size) -> Tensor:
         """Widen."""
@@ -179,12 +180,17 @@ class Rank1(Codec):
     def encode(self, values: Tensor) -> Parts:
         """Row means and column sums over the mean of the row means."""
         matrix = _matrix(values)
-        rows = matrix.double().mean(1) if matrix.shape[1] else matrix.double().sum(1)
-        columns = matrix.double().mean(0) if matrix.shape[0] else matrix.double().sum(0)
-        mean = rows.mean() if rows.numel() else rows.sum()
+        rows = torch.zeros(matrix.shape[0], dtype=torch.float64)
+        columns = torch.zeros(matrix.shape[1], dtype=torch.float64)
+        step = max(1, _CHUNK // max(1, len(columns)))
+        for some, out in zip(torch.split(matrix, step), torch.split(rows, step), strict=True):
+            wide = some.double()
+            torch.sum(wide, 1, out=out)
+            columns += wide.sum(0)
+        total = rows.sum()
         return {
-            "rows": rows.float(),
-            "columns": torch.where(mean > 0, columns / mean, 0.0).float(),
+            "rows": (rows / max(1, len(columns))).float(),
+            "columns": torch.where(total > 0, columns * len(columns) / total, 0.0).float(),
         }
 
     def decode(self, parts: Parts, shape: torch.Size) -> Tensor:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import numpy as np
@@ -61,18 +61,26 @@ def write(
         "model": None if model is None else fingerprint(model),
     }
     summaries = Summaries()
+    names: SimpleQueue[str] = SimpleQueue()
+
+    def encoded() -> Iterator[tuple[str, Tensor]]:
+        encode = how.encoder(sums)
+        for name, value in sums.items():
+            names.put(name)
+            flat = flat_float32(value)
+            for part, tensor in encode(flat.view(value.shape)).items():
+                yield f"{part}/{name}", tensor
 
     def summarize() -> None:
-        for name, value in sums.items():
-            summaries.add(name, value, samples)
-        layers = summaries.layers()
-        table["layers"] = {layer: list(summary) for layer, summary in layers.items()}
-        table["whole"] = list(summaries.whole())
+        # Not beside the encoder, which has a thread on every core and waits for the slowest.
+        while not names.empty():
+            name = names.get()
+            summaries.add(name, sums[name], samples)
 
-    with ThreadPoolExecutor(1, thread_name_prefix="cl_optim-statistics") as pool:
-        done = pool.submit(summarize)
-        table["importance"] = shards.write(folder, "importance", _encoded(sums, how))
-        done.result()
+    table["importance"] = shards.write(folder, "importance", encoded(), beside=summarize)
+    layers = summaries.layers()
+    table["layers"] = {layer: list(summary) for layer, summary in layers.items()}
+    table["whole"] = list(summaries.whole())
     if isinstance(anchors, Mapping):
         anchors = without_wrappers(anchors)
         table["anchors"] = shards.write(folder, "anchors", iter(anchors.items()))
@@ -93,15 +101,6 @@ def write(
 def sums_of(importance: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
     """The sums of an importance; any other mapping itself."""
     return importance.sums if isinstance(importance, Importance) else importance
-
-
-def _encoded(sums: Mapping[str, Tensor], how: Codec) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of each parameter, with their keys."""
-    encode = how.encoder(sums)
-    for name, value in sums.items():
-        flat = flat_float32(value)
-        for part, tensor in encode(flat.view(value.shape)).items():
-            yield f"{part}/{name}", tensor
 
 
 def fingerprint(model: nn.Module) -> dict[str, list[Any]]:

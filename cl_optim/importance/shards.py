@@ -1,6 +1,7 @@
 """Tensors in safetensors files of limited size, with a checksum of every byte.
 
-While a shard is written, a second thread computes the checksums of its tensors. Reading looks at
+While a shard is written, a second thread computes the checksums of its tensors, and what else there
+is to do. Reading looks at
 one tensor at a time: file size and header are checked when a file is first used, a tensor when it
 is read, and what differs from what was written is named and not returned.
 """
@@ -8,7 +9,7 @@ is read, and what differs from what was written is named and not returned.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
 from pathlib import Path
@@ -28,7 +29,11 @@ Table = list[dict[str, Any]]
 
 
 def write(
-    folder: Path, stem: str, tensors: Iterable[tuple[str, Tensor]], limit: int = SHARD_BYTES
+    folder: Path,
+    stem: str,
+    tensors: Iterable[tuple[str, Tensor]],
+    limit: int = SHARD_BYTES,
+    beside: Callable[[], object] = lambda: None,
 ) -> Table:
     """Write tensors to ``stem-00001.safetensors`` and so on, durably.
 
@@ -37,16 +42,20 @@ def write(
         stem: How the files' names begin.
         tensors: Keys and tensors, made one at a time; one shard's tensors are held in memory.
         limit: The most bytes of tensors in one file. A larger tensor is cut into pieces.
+        beside: Called in the second thread after the checksums of each file, while the disk is at
+            work.
 
     Returns:
         For each file its name, size, header's size and checksum, and its tensors' checksums:
         what :class:`Reader` needs.
     """
     table: Table = []
+    others = []
     with ThreadPoolExecutor(1, thread_name_prefix="cl_optim-checksum") as pool:
         for number, shard in enumerate(_shards(tensors, limit), start=1):
             path = folder / f"{stem}-{number:05}.safetensors"
             sums = {key: pool.submit(checksum, _bytes(value)) for key, value in shard.items()}
+            others.append(pool.submit(beside))
             save_tensors(shard, path)
             with open(path, "r+b") as file:
                 os.fsync(file.fileno())
@@ -61,6 +70,8 @@ def write(
                 }
             )
             shard.clear()  # before the next one is made
+    for other in others:
+        other.result()
     return table
 
 

@@ -19,11 +19,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from cl_optim.ops.importance_histogram import BINS, add_histogram_, bins
+
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
 SHARES = (0.5, 0.9, 0.99)
 RELATIVE_ERROR = 2**-8  # of what a histogram says about values
 
-_BINS = 2**15
 _CHUNK = 2**20  # as much as stays in a cache
 
 
@@ -32,43 +33,45 @@ def flat_float32(values: Tensor) -> Tensor:
     return values.detach().reshape(-1).to("cpu", torch.float32)
 
 
-def _bins(values: Tensor) -> Tensor:
-    return (values.view(torch.int32) >> 16) & 0x7FFF  # without the sign that a 0 may have
-
-
 class Histogram:
     """How many values lie in each bin; values must be finite and ≥ 0.
 
-    Args:
-        counts: int64 [32768]; none is the histogram of nothing.
-        largest: The largest value.
-        sum: The sum of the values.
+    Attributes:
+        counts: int64 [32768].
     """
 
-    def __init__(
-        self, counts: Tensor | None = None, largest: float = 0.0, sum: float = 0.0
-    ) -> None:
-        self.counts = torch.zeros(_BINS, dtype=torch.int64) if counts is None else counts
-        self.largest = largest
-        self.sum = sum
+    def __init__(self) -> None:
+        self.counts = torch.zeros(BINS, dtype=torch.int64)
+        self._totals = torch.zeros(2, dtype=torch.float64)
 
     @classmethod
-    def of(cls, values: Tensor) -> Histogram:
-        """The histogram of a tensor of any shape and device."""
+    def of(cls, tensors: Iterable[Tensor]) -> Histogram:
+        """The histogram of the values of some tensors."""
         histogram = cls()
-        for chunk in torch.split(flat_float32(values), _CHUNK):
-            if chunk.numel():
-                histogram.counts += torch.bincount(_bins(chunk.contiguous()), minlength=_BINS)
-                histogram.largest = max(histogram.largest, chunk.max().item())
-                total = chunk.sum()
-                if not total.isfinite():
-                    total = chunk.sum(dtype=torch.float64)  # slower
-                histogram.sum += total.item()
+        for values in tensors:
+            histogram.add(values)
         return histogram
 
-    def __add__(self, other: Histogram) -> Histogram:
-        largest = max(self.largest, other.largest)
-        return Histogram(self.counts + other.counts, largest, self.sum + other.sum)
+    def add(self, values: Tensor) -> None:
+        """Count the values of a tensor of any shape, dtype and device."""
+        add_histogram_(self.counts, self._totals, flat_float32(values).contiguous())
+
+    def __iadd__(self, other: Histogram) -> Histogram:
+        self.counts += other.counts
+        largest = torch.maximum(self._totals[0], other._totals[0])
+        self._totals += other._totals
+        self._totals[0] = largest
+        return self
+
+    @property
+    def largest(self) -> float:
+        """The largest value."""
+        return self._totals[0].item()
+
+    @property
+    def sum(self) -> float:
+        """The sum of the values."""
+        return self._totals[1].item()
 
     @property
     def total(self) -> int:
@@ -106,7 +109,7 @@ class Histogram:
 @functools.lru_cache(1)
 def _middles() -> Tensor:
     """The middle of each bin, float64; 0 for the lowest."""
-    edges = (torch.arange(_BINS, dtype=torch.int32) << 16).view(torch.float32).double()
+    edges = (torch.arange(BINS, dtype=torch.int32) << 16).view(torch.float32).double()
     middles = edges.clone()
     middles[1:-1] = (edges[1:-1] + edges[2:]) / 2
     # The bins of infinity and NaN are empty: 0 keeps them out of sums.
@@ -156,9 +159,9 @@ class Summaries:
 
     def add(self, name: str, values: Tensor, divisor: float = 1) -> None:
         """Add a parameter's importance, which is ``values / divisor``."""
-        values = flat_float32(values)
-        mean = values if divisor == 1 else values / divisor
-        self._histograms[layer_of(name)] += Histogram.of(mean)
+        histogram = self._histograms[layer_of(name)]
+        for chunk in torch.split(flat_float32(values), _CHUNK):
+            histogram.add(chunk if divisor == 1 else chunk / divisor)
 
     def layers(self) -> dict[str, Summary]:
         """Layer → summary, in the order in which the layers came."""
@@ -166,7 +169,10 @@ class Summaries:
 
     def whole(self) -> Summary:
         """The summary of all weights."""
-        return Summary.of(sum(self._histograms.values(), Histogram()))
+        total = Histogram()
+        for histogram in self._histograms.values():
+            total += histogram
+        return Summary.of(total)
 
 
 def layer_of(name: str) -> str:
@@ -200,17 +206,17 @@ def cut(values: Mapping[str, Tensor], count: int) -> Cut:
     """
     if count == 0:
         return Cut(math.inf, 0)
-    upper, count = _place((_bins(piece) for piece in _pieces(values)), count)
-    lower, ties = _place((_lower_bins(piece, upper) for piece in _pieces(values)), count)
-    bits = torch.tensor(upper << 16 | lower, dtype=torch.int32)
+    upper, count = _place(Histogram.of(values.values()).counts, count)
+    lower = torch.zeros(2**16, dtype=torch.int64)
+    for piece in _pieces(values):
+        lower += torch.bincount(_lower_bits(piece, upper), minlength=2**16)
+    place, ties = _place(lower, count)
+    bits = torch.tensor(upper << 16 | place, dtype=torch.int32)
     return Cut(bits.view(torch.float32).item(), ties)
 
 
-def _place(digits: Iterable[Tensor], count: int) -> tuple[int, int]:
-    """The digit of the ``count``-th largest value, and which one of those with this digit it is."""
-    counts = torch.zeros(2**16, dtype=torch.int64)
-    for some in digits:
-        counts += torch.bincount(some, minlength=2**16)
+def _place(counts: Tensor, count: int) -> tuple[int, int]:
+    """The bin of the ``count``-th largest value, and which one of those in this bin it is."""
     larger = counts.flip(0).cumsum(0).flip(0) - counts
     place = int(((larger < count) & (larger + counts >= count)).nonzero()[0])
     return place, count - int(larger[place])
@@ -221,10 +227,9 @@ def _pieces(values: Mapping[str, Tensor]) -> Iterator[Tensor]:
         yield from torch.split(flat_float32(value).contiguous(), _CHUNK)
 
 
-def _lower_bins(values: Tensor, upper: int) -> Tensor:
-    """The lower 16 bits of the values whose upper ones these are."""
-    bits = values.view(torch.int32)
-    return bits[_bins(values) == upper] & 0xFFFF
+def _lower_bits(values: Tensor, upper: int) -> Tensor:
+    """The lower 16 bits of the values in a bin."""
+    return values.view(torch.int32)[bins(values) == upper] & 0xFFFF
 
 
 def top_masks(values: Mapping[str, Tensor], fraction: float) -> dict[str, Tensor]:

@@ -119,6 +119,7 @@ def _register_fakes() -> None:
     torch.library.register_fake("cl_optim::ewc_adamw_", in_place)
     torch.library.register_fake("cl_optim::log8_encode_", in_place)
     torch.library.register_fake("cl_optim::log8_decode_", in_place)
+    torch.library.register_fake("cl_optim::importance_histogram_", in_place)
     torch.library.register_fake("cl_optim::gram_per_tensor", gram_per_tensor)
     torch.library.register_fake("cl_optim::gram_dots_per_tensor", gram_dots_per_tensor)
     torch.library.register_fake("cl_optim::gram_combine_", in_place)

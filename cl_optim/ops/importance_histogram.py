@@ -1,0 +1,43 @@
+"""How many values of importance lie where: a histogram, the largest value and the sum in one pass.
+
+A value's bin is the upper 16 bits of its float32, without the sign that a zero may have. For numbers
+≥ 0 these are in the order of the numbers, and 2⁻⁷ wide.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from cl_optim.ops import library
+
+BINS = 2**15
+_CHUNK = 2**20  # as much as stays in a cache
+
+
+def bins(values: Tensor) -> Tensor:
+    """The bin of each value: int32."""
+    return (values.view(torch.int32) >> 16) & (BINS - 1)
+
+
+def add_histogram_(counts: Tensor, totals: Tensor, values: Tensor) -> None:
+    """Add values to a histogram, by the compiled kernel where there is one.
+
+    Args:
+        counts: int64 [32768] on the CPU; updated.
+        totals: float64 [2] on the CPU, the largest value and the sum; updated.
+        values: Contiguous float32 on the CPU, finite and at least 0, of any shape.
+    """
+    if library.available("cpu"):
+        torch.ops.cl_optim.importance_histogram_(counts, totals, values.detach())
+    else:
+        add_histogram_reference_(counts, totals, values)
+
+
+def add_histogram_reference_(counts: Tensor, totals: Tensor, values: Tensor) -> None:
+    """The same in plain PyTorch."""
+    for chunk in torch.split(values.detach().view(-1), _CHUNK):
+        if chunk.numel():
+            counts += torch.bincount(bins(chunk), minlength=BINS)
+            totals[0] = torch.maximum(totals[0], chunk.max())
+            totals[1] += chunk.sum(dtype=torch.float64)

@@ -34,8 +34,7 @@ CL_OPTIM_SIMD_CLONES void add_totals(const float* values, int64_t count, double*
 
 }  // namespace
 
-void importance_histogram_cpu(const float* values, int64_t count, int64_t* counts,
-                              double* totals) {
+void importance_histogram_cpu(const float* values, int64_t count, int64_t* counts, double* totals) {
   for (int64_t begin = 0; begin < count; begin += kPiece) {
     const int64_t size = std::min(kPiece, count - begin);
     add_totals(values + begin, size, totals);

@@ -76,11 +76,11 @@ def write(
         while not names.empty():
             name = names.get()
             summaries.add(name, sums[name], samples)
+        layers = summaries.layers()
+        table["layers"] = {layer: list(summary) for layer, summary in layers.items()}
+        table["whole"] = list(summaries.whole())
 
     table["importance"] = shards.write(folder, "importance", encoded(), beside=summarize)
-    layers = summaries.layers()
-    table["layers"] = {layer: list(summary) for layer, summary in layers.items()}
-    table["whole"] = list(summaries.whole())
     if isinstance(anchors, Mapping):
         anchors = without_wrappers(anchors)
         table["anchors"] = shards.write(folder, "anchors", iter(anchors.items()))

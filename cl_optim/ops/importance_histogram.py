@@ -1,7 +1,7 @@
 """How many values of importance lie where: a histogram, the largest value and the sum in one pass.
 
-A value's bin is the upper 16 bits of its float32, without the sign that a zero may have. For numbers
-≥ 0 these are in the order of the numbers, and 2⁻⁷ wide.
+A value's bin is the upper 16 bits of its float32, without the sign that a zero may have. Of numbers
+≥ 0 these are in the order of the numbers; a bin is 2⁻⁷ of its values wide.
 """
 
 from __future__ import annotations

@@ -516,3 +516,50 @@ def test_compiled_models():
     assert runs == [1]
     compiled.train()(x)
     assert runs == [1, 1]
+
+
+def test_a_model_compiled_in_place():
+    model, (x, y) = mlp(), batches(1)[0]
+    expected = of_batch(model, x, y)
+    runs: list[int] = []
+    model.compile(backend=lambda graph, inputs: lambda *args: (runs.append(1), graph(*args))[1])
+    model(x)
+    assert runs == [1]
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    fisher = FisherEstimator(model, during_training=True)
+    with fisher.attach(optimizer):
+        F.cross_entropy(model(x), y).backward()
+        optimizer.step()
+    assert_sums(fisher.finalize(), expected, 1e-5)
+    assert runs == [1]
+    model(x)
+    assert runs == [1, 1]
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_a_model_compiled_after_attach_is_refused(in_place):
+    model, (x, _) = mlp(), batches(1)[0]
+    fisher = FisherEstimator(model, during_training=True)
+    with fisher.attach(torch.optim.SGD(model.parameters(), lr=0.0)):
+        if in_place:
+            model.compile(backend="eager")
+        compiled = model if in_place else torch.compile(model, backend="eager")
+        with pytest.raises(RuntimeError, match=r"what torch\.compile returned"):
+            compiled(x)
+
+
+def test_a_compiled_model_around_the_observed_one_is_refused():
+    """When it is called, or, where its code was made without the hooks, at the step."""
+    model, (x, y) = mlp(), batches(1)[0]
+    compiled = torch.compile(model, backend="eager")
+    compiled(x)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+
+    def train() -> None:
+        F.cross_entropy(compiled(x), y).backward()
+        optimizer.step()
+
+    fisher = FisherEstimator(model, during_training=True)
+    match = r"what torch\.compile returned"
+    with fisher.attach(optimizer), pytest.raises(RuntimeError, match=match):
+        train()

@@ -206,7 +206,8 @@ class FisherEstimator:
         ends; each step of the optimizer decays what has been summed. Evaluation, in eval mode or
         under ``no_grad``, and the closures of GEM's memories are not observed. Call the model
         itself, once per batch: what the loop does with its submodules, or with two forward passes
-        before one backward pass, needs :meth:`observe`.
+        before one backward pass, needs :meth:`observe`. A compiled model is run uncompiled
+        meanwhile; the estimator is made of what ``torch.compile`` returned.
 
         Args:
             optimizer: Its steps are the ones that count.
@@ -521,7 +522,10 @@ class _Attachment:
         self._entered: list[Observation | None] = []
         self._eager: AbstractContextManager[object] = nullcontext()
         self._batches = estimator._totals.batches
-        model = estimator._model
+        self._refuse_tracing = torch.compiler.disable(_refuse_tracing)  # type: ignore[no-untyped-call]
+        self._model = model = estimator._model
+        # A model that was compiled in place would be traced with its hooks.
+        self._compiled, model._compiled_call_impl = model._compiled_call_impl, None
         self._hooks = [
             model.register_forward_pre_hook(_Hook(self._before), with_kwargs=True, prepend=True),
             model.register_forward_hook(_Hook(self._after), always_call=True),
@@ -533,6 +537,7 @@ class _Attachment:
         """Remove all hooks; a batch whose backward pass has run is counted."""
         for hook in self._hooks:
             hook.remove()
+        self._model._compiled_call_impl = self._compiled
         self.finish()
         for batch in self._open:
             batch.close()
@@ -540,6 +545,8 @@ class _Attachment:
 
     def _before(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         """Begin a batch with the model's forward pass."""
+        if torch.compiler.is_dynamo_compiling():
+            self._refuse_tracing()
         if is_unobserved():
             self.finish()  # what was begun before does not see these passes
             self._entered.append(None)
@@ -587,7 +594,8 @@ class _Attachment:
         if totals.batches == self._batches:
             raise RuntimeError(
                 "the optimizer took a step, but no batch was observed before it: call the model "
-                "itself, in training mode, or use observe() instead of attach()."
+                "itself, which the FisherEstimator was made of (of a compiled one: what "
+                "torch.compile returned), in training mode, or use observe() instead of attach()."
             )
         self._batches = totals.batches
         self._estimator.step()
@@ -625,6 +633,13 @@ class _Attachment:
                 batch.close()
         samples = begun[0].samples
         totals.count(samples.count, samples.tokens)
+
+
+def _refuse_tracing() -> None:
+    raise RuntimeError(
+        "a model that was compiled after attach(), or around the one that the FisherEstimator has, "
+        "cannot be observed: make the FisherEstimator of what torch.compile returned."
+    )
 
 
 class _Hook:

@@ -177,6 +177,12 @@ def test_exact_is_refused(kind):
         estimate_fisher(make(kind), [{"input_ids": batch()[0]}])
 
 
+def test_a_class_for_each_text_is_refused():
+    tokens, lengths = batch()
+    with pytest.raises(ValueError, match=r"targets must have shape \[4, 6\].* of shape \[4\]"):
+        estimate_fisher(make("gpt2"), [(tokens, lengths)], "empirical")
+
+
 def test_sampled_labels_of_a_language_model():
     """Labels are drawn for the tokens that have one; several passes average to the mean."""
     model = make("gpt2").eval()
@@ -299,6 +305,37 @@ def test_gradient_checkpointing_of_transformers(kind, reentrant):
 
 
 # --- mixtures of experts --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+@pytest.mark.parametrize("length", [5, 6])
+def test_encoder_decoder(length, wrapped):
+    """Not even where labels are as long as inputs does the decoder get the encoder's tokens."""
+    torch.manual_seed(0)
+    sizes = {
+        f"{part}_{key}": value
+        for part in ("encoder", "decoder")
+        for key, value in (("layers", 1), ("attention_heads", 2), ("ffn_dim", 12))
+    }
+    config = transformers.BartConfig(
+        vocab_size=VOCABULARY, pad_token_id=0, d_model=WIDTH, dropout=0.0, init_std=0.15,
+        max_position_embeddings=LENGTH, **sizes,
+    )  # fmt: skip
+    model = transformers.BartForConditionalGeneration(config).eval()
+    tokens, _ = batch()
+    labels = torch.randint(1, VOCABULARY, (4, length))
+    labels[1, 3:] = -100
+
+    def one(model: nn.Module, n: int) -> Tensor:
+        counted = (labels[n] != -100).sum()
+        return model(input_ids=tokens[n : n + 1], labels=labels[n : n + 1]).loss * counted
+
+    expected = loop(model, one, 4)
+    observed = torch.nn.parallel.DataParallel(model) if wrapped else model
+    importance = estimate_fisher(observed, [{"input_ids": tokens, "labels": labels}], "empirical")
+    sums = {name.removeprefix("module."): total for name, total in importance.sums.items()}
+    assert largest_error(sums, expected) <= 1e-5
+    assert importance.tokens == (labels != -100).sum()
 
 
 def test_mixture_of_experts():

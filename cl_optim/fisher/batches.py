@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from cl_optim.fisher import nested
 from cl_optim.fisher.labels import IGNORED, MAX_EXACT_CLASSES, Labels
-from cl_optim.fisher.language import next_token_targets
+from cl_optim.fisher.language import decoder_inputs, next_token_targets
 
 _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
@@ -61,6 +61,8 @@ def read(batch: Any, model: nn.Module, labels: Labels | None, causal: bool, wher
     if named and targets is None and "labels" in inputs:
         targets = inputs["labels"]
         inputs = {key: value for key, value in inputs.items() if key != "labels"}
+        if isinstance(targets, Tensor) and "decoder_input_ids" not in inputs:
+            inputs |= decoder_inputs(model, targets)
     integers = isinstance(targets, Tensor) and targets.dtype in _INTEGERS
     aligned = targets.long() if isinstance(targets, Tensor) and integers else None
     if causal:

@@ -77,11 +77,12 @@ def estimate_fisher(
         model: The model; observed are its parameters that require gradients.
         batches: Yields ``(inputs, targets)``, or inputs alone where ``labels`` needs no targets; or
             mappings as transformers takes them, ``{"input_ids": …, "attention_mask": …,
-            "labels": …}``, where a causal language model's labels default to its tokens. Inputs are
-            what ``model`` takes: a tensor, or tensors in a tuple, list or mapping, with the samples
-            along their leading dimension; a mapping whose keys are arguments of the model's forward
-            is passed as arguments. Targets are classes, [N] or [N, T]. What has target −100 is left
-            out in every mode, and not counted. Batches are moved to the model's device.
+            "labels": …}``, where a causal language model's labels default to its tokens, and an
+            encoder-decoder's decoder is given its labels, shifted by one. Inputs are what ``model``
+            takes: a tensor, or tensors in a tuple, list or mapping, with the samples along their
+            leading dimension; a mapping whose keys are arguments of the model's forward is passed
+            as arguments. Targets are classes, [N] or [N, T]. What has target −100 is left out in
+            every mode, and not counted. Batches are moved to the model's device.
         labels: As above.
         max_samples: Stop after exactly so many samples; ``None``: take all.
         per_sample_loss: ``per_sample_loss(model, batch)`` returns losses [N] for a whole batch, in

@@ -26,6 +26,19 @@ def is_causal_lm(model: nn.Module) -> bool:
     return False
 
 
+def decoder_inputs(model: nn.Module, labels: Tensor) -> dict[str, Tensor]:
+    """What the decoder of an encoder-decoder of transformers is given with these labels.
+
+    Without labels such a model makes it of something else: BART of the encoder's tokens. Empty for
+    any other model.
+    """
+    for module in model.modules():
+        prepare = getattr(module, "prepare_decoder_input_ids_from_labels", None)
+        if prepare is not None:
+            return {"decoder_input_ids": prepare(labels)}
+    return {}
+
+
 def loss_tokens(model: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> int | Tensor:
     """The number of tokens that a mean loss is over; a tensor, if the host does not know it."""
     if kwargs.get("num_items_in_batch") is not None:
@@ -45,6 +58,8 @@ def next_token_targets(
 ) -> Tensor | None:
     """Labels [N, T] aligned with the logits that predict them; −100 where there is no loss.
 
+    What has another shape is returned as it is, for others to refuse.
+
     Args:
         labels: Labels at the positions of the tokens, as transformers takes them. Default: the
             tokens themselves.
@@ -53,8 +68,8 @@ def next_token_targets(
             nothing precedes.
     """
     given = labels if labels is not None else input_ids
-    if given is None:
-        return None
+    if given is None or given.dim() != 2:
+        return given
     targets = torch.full_like(given, IGNORED, dtype=torch.long)
     targets[:, :-1] = given[:, 1:]
     if attention_mask is not None and attention_mask.shape == given.shape:

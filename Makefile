@@ -5,6 +5,10 @@ TORCH ?= torch>=2.10
 VENV := .venv
 PEERS := .venv-peers
 RUN := $(VENV)/bin/python
+CONSTRAINTS := $(VENV)/constraints.txt
+# The interpreter of Triton before 3.7, which tests run kernels in, needs NumPy below 2.4.
+OLD_TRITON := "from importlib.metadata import distributions; print(*('numpy<2.4' \
+  for d in distributions() if d.name == 'triton' and d.version.startswith('3.6.')))"
 SOURCES := pyproject.toml setup.py $(wildcard csrc/*)
 
 .PHONY: demo sweep test gpu-test bench bench-peers lint install clean
@@ -51,10 +55,12 @@ install: $(VENV)/.installed
 $(VENV)/.torch:
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --quiet "$(TORCH)" "setuptools>=77" "pybind11>=2.13" wheel
+	$(RUN) -c $(OLD_TRITON) > $(CONSTRAINTS)
 	touch $@
 
 $(VENV)/.installed: $(VENV)/.torch $(SOURCES)
-	$(RUN) -m pip install --quiet --no-build-isolation --editable ".[demo,test,bench,lint]"
+	$(RUN) -m pip install --quiet --no-build-isolation --constraint $(CONSTRAINTS) \
+	  --editable ".[demo,test,bench,lint]"
 	touch $@
 
 clean:

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+import errno
 import os
+import pickle
+import shlex
+import signal
+import socket
 import subprocess
 import sys
 from collections import Counter, UserDict
@@ -16,7 +22,30 @@ from scipy import stats
 from torch import nn
 
 import cl_optim
+from cl_optim.importance.errors import DamagedError, LockedError
 from cl_optim.retention import ReplayBuffer
+
+ROOT = Path(__file__).parent.parent
+
+
+def start(code, *arguments, cwd=ROOT):
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen(command, cwd=cwd, env=environment, text=True, **pipes)
+
+
+def run(code, *arguments, cwd=ROOT):
+    with start(code, *arguments, cwd=cwd) as process:
+        out, errors = process.communicate()
+    return subprocess.CompletedProcess(code, process.returncode, out, errors)
+
+
+def assert_same_state(found, expected):
+    for key, value in expected.items():
+        if key != "samples":
+            same = torch.equal(found[key], value) if torch.is_tensor(value) else found[key] == value
+            assert same, key
 
 
 def numbers(first, last):
@@ -234,13 +263,12 @@ class TestDisk:
         for a, b in ((memory.samples(), disk.samples()), (memory.sample(5), disk.sample(5))):
             assert torch.equal(a["x"], b["x"])
             assert torch.equal(a["y"][1], b["y"][1])
-        sizes = {p.name: p.stat().st_size for p in tmp_path.glob("*.bin")}
-        assert sorted(sizes.values()) == [12 * 2, 12 * 8, 12 * 24]
+        assert (tmp_path / "samples.bin").stat().st_size == 12 * (2 + 8 + 24)
 
     def test_survives_its_process(self, tmp_path):
         disk = ReplayBuffer(12, path=tmp_path)
         fill(disk)
-        disk.flush()
+        disk.close()
         again = ReplayBuffer(12, path=tmp_path)
         assert torch.equal(again.samples()["x"], disk.samples()["x"])
         assert torch.equal(again.sample(5)["x"], disk.sample(5)["x"])
@@ -268,23 +296,394 @@ class TestDisk:
     def test_a_lost_or_cut_file_is_not_a_file_of_zeros(self, tmp_path):
         disk = ReplayBuffer(12, path=tmp_path)
         fill(disk)
-        disk.flush()
-        os.truncate(tmp_path / "samples-0.bin", 7)
-        with pytest.raises(ValueError, match=r"samples-0.bin' has 7 bytes, not \d+: its samples"):
+        disk.close()
+        os.truncate(tmp_path / "samples.bin", 7)
+        with pytest.raises(DamagedError, match="sample 3 of the buffer is damaged"):
+            disk._take(torch.tensor([3]))  # a mapped file would end the process
+        with pytest.raises(ValueError, match=r"samples.bin' has 7 bytes, not \d+: its samples"):
             ReplayBuffer(12, path=tmp_path)
-        (tmp_path / "samples-0.bin").unlink()
-        with pytest.raises(ValueError, match=r"samples-0.bin' is gone: its samples are lost"):
+        (tmp_path / "samples.bin").unlink()
+        with pytest.raises(ValueError, match=r"samples.bin' is gone: its samples are lost"):
             ReplayBuffer(12, path=tmp_path)
 
     def test_a_corrupt_state_and_another_capacity(self, tmp_path):
         disk = ReplayBuffer(12, path=tmp_path)
         fill(disk)
-        disk.flush()
+        disk.close()
         with pytest.raises(ValueError, match="capacity=13"):
             ReplayBuffer(13, path=tmp_path)
-        (tmp_path / "state.safetensors").write_bytes(b"no")
-        with pytest.raises(ValueError, match="not a safetensors file"):
+        (tmp_path / "state.pt").write_bytes(b"no")
+        with pytest.raises(DamagedError, match=r"state\.pt ends without a checksum"):
             ReplayBuffer(12, path=tmp_path)
+
+    def test_a_buffer_without_checksums_is_refused(self, tmp_path):
+        (tmp_path / "state.safetensors").write_bytes(b"")
+        with pytest.raises(ValueError, match="of an earlier version of cl_optim, without checksum"):
+            ReplayBuffer(12, path=tmp_path)
+
+    def test_every_damaged_sample_is_named_and_the_others_are_read(self, tmp_path):
+        disk = ReplayBuffer(12, path=tmp_path)
+        fill(disk)
+        whole, (file, size) = disk.samples(), (tmp_path / "samples.bin", 24 + 8 + 2)
+        data = file.read_bytes()
+        for place in range(len(data)):
+            file.write_bytes(
+                data[:place] + bytes([data[place] ^ 1 << place % 8]) + data[place + 1 :]
+            )
+            slot = place // size
+            with pytest.raises(DamagedError, match=f"sample {slot} of .*samples.bin', from byte"):
+                disk._take(torch.tensor([slot]))
+            others = torch.tensor([i for i in range(12) if i != slot])
+            assert torch.equal(disk._take(others)["x"], whole["x"][others])
+
+    def test_every_damaged_byte_of_the_state_is_noticed(self, tmp_path):
+        disk = ReplayBuffer(12, path=tmp_path)
+        fill(disk)
+        disk.close()
+        data = (tmp_path / "state.pt").read_bytes()
+        for place in range(0, len(data), 29):
+            damaged = data[:place] + bytes([data[place] ^ 1 << place % 8]) + data[place + 1 :]
+            (tmp_path / "state.pt").write_bytes(damaged)
+            with pytest.raises(DamagedError, match=r"state\.pt"):
+                ReplayBuffer(12, path=tmp_path)
+
+    def test_all_dtypes_and_shapes_come_back(self, tmp_path):
+        dtypes = [
+            *(torch.bool, torch.uint8, torch.int16, torch.int64, torch.float16, torch.bfloat16),
+            *(torch.float32, torch.float64, torch.complex64, torch.complex128),
+        ]
+        batch = {
+            str(dtype): (torch.randn(9, *shape, dtype=torch.float64) * 3).to(dtype)
+            for dtype, shape in zip(dtypes, [(), (3,), (2, 0), (1, 2)] * 3, strict=False)
+        }
+        batch["conjugate"] = torch.randn(9, 2, dtype=torch.complex64).conj()
+        disk, memory = ReplayBuffer(5, path=tmp_path), ReplayBuffer(5)
+        disk.add(batch)
+        memory.add(batch)
+        for key, values in memory.samples().items():
+            assert torch.equal(disk.samples()[key], values)
+
+    def test_is_flushed_at_the_normal_end_of_process_and_buffer(self, tmp_path):
+        code = """if True:
+            import sys, torch; from cl_optim.retention import ReplayBuffer
+            kept = ReplayBuffer(5, path=sys.argv[1])
+            kept.add(torch.arange(5))
+        """
+        assert run(code, tmp_path).returncode == 0
+        again = ReplayBuffer(5, path=tmp_path)
+        assert again.samples().tolist() == [0, 1, 2, 3, 4]
+        again.add(torch.arange(50))
+        expected = again.samples()
+        del again
+        with ReplayBuffer(5, path=tmp_path) as third:
+            assert torch.equal(third.samples(), expected)
+            third.add(torch.arange(3))
+        assert ReplayBuffer(5, path=tmp_path).seen == 58
+
+
+class TestOneFolder:
+    """Two buffers that add would destroy each other's samples."""
+
+    def test_has_one_buffer_and_the_error_names_it(self, tmp_path):
+        first = ReplayBuffer(12, path=tmp_path)
+        fill(first)
+        before = first.state_dict()
+        with pytest.raises(
+            LockedError,
+            match=rf"in use by process {os.getpid()} on {socket.gethostname()} since \d{{4}}-.*"
+            rf'\(this process\): close\(\) .* path=f"{tmp_path}/rank{{rank}}"',
+        ):
+            ReplayBuffer(12, path=tmp_path)
+        assert torch.equal(first.state_dict()["adding"], before["adding"])
+        fill(first)
+        first.close()
+        with pytest.raises(RuntimeError, match=r"only draws .* was closed"):
+            fill(first)
+        assert ReplayBuffer(12, path=tmp_path).seen == first.seen == 84
+
+    def test_of_two_processes_one_is_refused_until_the_other_is_killed(self, tmp_path):
+        code = """if True:
+            import os, sys, time, torch; from cl_optim.retention import ReplayBuffer
+            buffer = ReplayBuffer(5, path=sys.argv[1])
+            buffer.add(torch.arange(5))
+            buffer.flush()
+            child = os.fork()  # has the descriptors of the files that its parent has open
+            if child == 0:
+                buffer.samples()
+                time.sleep(60)
+            print(child, flush=True)
+            time.sleep(60)
+        """
+        with start(code, tmp_path) as process:
+            child = int(process.stdout.readline())
+            with pytest.raises(LockedError, match=f"in use by process {process.pid} on .* since"):
+                ReplayBuffer(5, path=tmp_path)
+            with pytest.raises(LockedError, match=f"in use by process {process.pid} on "):
+                ReplayBuffer(5, path=tmp_path, read_only=True)
+            process.kill()
+            process.wait()
+            try:
+                assert ReplayBuffer(5, path=tmp_path).samples().tolist() == [0, 1, 2, 3, 4]
+            finally:
+                os.kill(child, signal.SIGKILL)
+
+    def test_a_forked_child_draws_and_neither_adds_nor_unlocks(self, tmp_path):
+        code = """if True:
+            import os, sys, torch; from cl_optim.retention import ReplayBuffer
+            buffer = ReplayBuffer(5, path=sys.argv[1])
+            buffer.add(torch.arange(5))
+            if os.fork() == 0:
+                assert buffer.samples().tolist() == [0, 1, 2, 3, 4]
+                try:
+                    buffer.add(torch.arange(5))
+                except RuntimeError as error:
+                    assert "in a forked process" in str(error)
+                else:
+                    raise SystemExit("it adds")
+                buffer.close()
+                raise SystemExit  # in the normal way, with all that is done at exit
+            assert os.wait()[1] == 0
+            try:
+                ReplayBuffer(5, path=sys.argv[1])
+            except ValueError as error:
+                assert "in use by" in str(error)
+            else:
+                raise SystemExit("it is unlocked")
+            buffer.add(torch.arange(5))
+        """
+        result = run(code, tmp_path)
+        assert result.returncode == 0, result.stderr
+        assert ReplayBuffer(5, path=tmp_path).seen == 10
+
+    @pytest.mark.parametrize(
+        "copied", [copy.copy, copy.deepcopy, lambda buffer: pickle.loads(pickle.dumps(buffer))]
+    )
+    def test_copies_on_disk_only_draw(self, tmp_path, copied):
+        buffer = ReplayBuffer(12, path=tmp_path)
+        fill(buffer)
+        other = copied(buffer)
+        assert torch.equal(other.samples()["x"], buffer.samples()["x"])
+        assert torch.equal(other.sample(5)["x"], buffer.sample(5)["x"])
+        with pytest.raises(RuntimeError, match=r"is a copy .* add to that one"):
+            fill(other)
+        del other
+        fill(buffer, batches=9)
+        other = copied(buffer)
+        fill(buffer, batches=9)
+        with pytest.raises(DamagedError, match="Or samples were added to it since this copy"):
+            other.samples()
+
+    @pytest.mark.parametrize(
+        "copied", [copy.copy, copy.deepcopy, lambda buffer: pickle.loads(pickle.dumps(buffer))]
+    )
+    def test_copies_in_memory_are_independent(self, copied):
+        buffer = ReplayBuffer(12)
+        fill(buffer)
+        before = buffer.samples()["x"]
+        other = copied(buffer)
+        drawn = buffer.sample(5)["x"]
+        assert torch.equal(other.sample(5)["x"], drawn)
+        fill(other, batches=20)
+        assert torch.equal(buffer.samples()["x"], before)
+        assert buffer.seen == 42
+
+    def test_has_any_number_of_readers(self, tmp_path):
+        for path in (None, tmp_path / "none"):
+            with pytest.raises(ValueError, match="read_only=True"):
+                ReplayBuffer(12, path=path, read_only=True)
+        assert not (tmp_path / "none").exists()
+        writer = ReplayBuffer(12, path=tmp_path)
+        fill(writer)
+        writer.close()
+        readers = [ReplayBuffer(12, path=tmp_path, read_only=True, seed=seed) for seed in (1, 2, 1)]
+        assert all(torch.equal(r.samples()["x"], writer.samples()["x"]) for r in readers)
+        drawn = [reader.sample(6)["x"] for reader in readers]
+        assert torch.equal(drawn[0], drawn[2])
+        assert not torch.equal(drawn[0], drawn[1])
+        with pytest.raises(RuntimeError, match="opened with read_only=True"):
+            fill(readers[0])
+        with pytest.raises(LockedError, match="is being read by other buffers: close"):
+            ReplayBuffer(12, path=tmp_path)
+        state = readers[0].state_dict()
+        following = readers[0].sample(6)["x"]
+        readers[2].load_state_dict(state)
+        assert torch.equal(readers[2].sample(6)["x"], following)
+        for reader in readers:
+            reader.close()
+        fill(ReplayBuffer(12, path=tmp_path))
+
+
+class TestFullDisk:
+    """Or one that fails otherwise, or an interruption: the buffer is as it was."""
+
+    def test_the_room_is_taken_first(self, tmp_path, monkeypatch):
+        def full(descriptor, offset, length):
+            os.ftruncate(descriptor, length // 2)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        buffer = ReplayBuffer(1000, path=tmp_path)
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "posix_fallocate", full)
+            with pytest.raises(
+                OSError, match=r"samples.bin' .* No space left on device, of 34,000 bytes .* capac"
+            ):
+                fill(buffer)
+        assert (len(buffer), buffer.seen) == (0, 0)
+        assert sorted(os.listdir(tmp_path)) == ["lock"]
+        fill(buffer)
+        assert len(buffer) == 42
+
+    def test_a_file_system_that_is_full(self, tmp_path):
+        """A real one of 256 kB, which another file fills."""
+        code = """if True:
+            import os, sys, torch; from cl_optim.retention import ReplayBuffer
+            try:
+                ReplayBuffer(100, path=sys.argv[1] + "/a").add(torch.zeros(100, 10_000))
+            except OSError as error:
+                assert "No space left on device, of 4,000,000 bytes" in str(error)
+            else:
+                raise SystemExit("no error")
+            buffer = ReplayBuffer(100, path=sys.argv[1] + "/b")
+            buffer.add(torch.ones(1, 400))
+            try:
+                with open(sys.argv[1] + "/rest", "wb", buffering=0) as file:
+                    while True:
+                        file.write(bytes(4096))
+            except OSError:
+                pass
+            buffer.add(torch.ones(99, 400))
+            assert (buffer.samples() == 1).all()
+            os.remove(sys.argv[1] + "/rest")
+        """
+        mount = f"mount -t tmpfs -o size=256k tmpfs {tmp_path} && exec "
+        script = mount + shlex.join([sys.executable, "-c", code, str(tmp_path)])
+        command = ["unshare", "--map-root-user", "--mount", "sh", "-c", script]
+        allowed = subprocess.run([*command[:-1], "mount -t tmpfs tmpfs /mnt"], check=False)
+        if allowed.returncode:
+            pytest.skip("no file system can be mounted here")
+        result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+        assert result.returncode == 0, result.stderr
+
+    @pytest.mark.parametrize("policy", ["reservoir", "class_balanced", "ring"])
+    @pytest.mark.parametrize("survived", [0, 1, 3])
+    def test_a_write_that_fails(self, tmp_path, monkeypatch, policy, survived):
+        options = {"label": lambda batch: batch["y"][0]} if policy == "class_balanced" else {}
+        buffer = ReplayBuffer(12, path=tmp_path, policy=policy, **options)
+        fill(buffer, batches=1)
+        before, samples = buffer.state_dict(), buffer.samples()
+        left, pwrite = [survived], os.pwrite
+
+        def failing(*args):
+            if left[0] == 0:
+                left[0] = 99
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+            left[0] -= 1
+            return pwrite(*args)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "pwrite", failing)
+            with pytest.raises(OSError, match=r"samples.bin' cannot be written: Input/output"):
+                fill(buffer, batches=4)
+        assert_same_state(buffer.state_dict(), before)
+        assert torch.equal(buffer.samples()["y"][1], samples["y"][1])
+        fill(buffer, batches=4)
+
+    @pytest.mark.parametrize("policy", ["reservoir", "class_balanced", "ring"])
+    def test_an_interruption_in_memory(self, monkeypatch, policy):
+        options = {"label": lambda batch: batch["y"][0]} if policy == "class_balanced" else {}
+        buffer = ReplayBuffer(12, policy=policy, **options)
+        fill(buffer, batches=2)
+        before = buffer.state_dict()
+        put, calls = torch.Tensor.__setitem__, []
+
+        def interrupted(self, index, value):
+            calls.append(index)
+            if len(calls) == 2:
+                raise KeyboardInterrupt
+            put(self, index, value)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.Tensor, "__setitem__", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                buffer.add(buffer.samples())
+        after = buffer.state_dict()
+        assert_same_state(after, before)
+        for place, values in before["samples"].items():
+            assert torch.equal(after["samples"][place], values)
+
+
+DRAWING = """
+import sys, torch
+from cl_optim.retention import ReplayBuffer
+from torch.utils.data import DataLoader, IterableDataset
+
+class Drawn(IterableDataset):
+    def __init__(self, *buffers):
+        self.buffers = buffers
+
+    def __iter__(self):
+        for _ in range(3):
+            yield [buffer.sample(10) for buffer in self.buffers]
+
+def epoch(seed):
+    loader = DataLoader(
+        Drawn(memory, disk), batch_size=None, num_workers=2, multiprocessing_context=sys.argv[2],
+        generator=torch.Generator().manual_seed(seed),
+    )
+    return [tuple(sorted(drawn.tolist())) for both in loader for drawn in both]
+
+if __name__ == "__main__":
+    memory, disk = ReplayBuffer(1000), ReplayBuffer(1000, path=sys.argv[1], seed=7)
+    for buffer in (memory, disk):
+        buffer.add(torch.arange(1000))
+    first = epoch(5)
+    assert len(set(first)) == 12
+    if sys.argv[2] == "fork":
+        assert epoch(5) == first
+        assert not set(epoch(6)) & set(first)
+"""
+
+
+@pytest.mark.parametrize("context", ["fork", "spawn"])
+def test_workers_of_a_loader_draw_different_samples(tmp_path, context):
+    (tmp_path / "drawing.py").write_text(DRAWING)
+    command = [sys.executable, str(tmp_path / "drawing.py"), str(tmp_path / "buffer"), context]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+
+
+README = """
+from collections import OrderedDict
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+import cl_optim
+
+model = nn.Linear(3, 2)
+loss = nn.functional.cross_entropy
+loss_fn = lambda batch: loss(model(batch[0]), batch[1])
+opt = cl_optim.GEM(cl_optim.EWCAdamW(model.named_parameters()))
+data = TensorDataset(torch.randn(50, 3), torch.randint(2, (50,)))
+old_loader, new_loader = DataLoader(data, 12), DataLoader(data, 12)
+old_texts, new_texts = ["one two"], ["two three"]
+make_column = lambda: nn.Sequential(OrderedDict(body=nn.Linear(3, 4), head=nn.Linear(4, 2)))
+BLOCK
+assert len(x) in (2, 3)  # of the last batch, of two
+opt.zero_grad()
+loss(model(x), y).backward()
+opt.step()
+print(len(buffer), buffer.seen)
+"""
+
+
+def test_the_readmes_lines_run_and_run_again(tmp_path):
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    block = text.split("**Before and around training.**")[1].split("```python")[1].split("```")[0]
+    for seen in (50, 100):  # the second time, the buffer of the first is there
+        result = run(README.replace("BLOCK", block), cwd=tmp_path)
+        assert result.returncode == 0, result.stderr
+        assert result.stdout.splitlines()[-1] == f"{seen} {seen}"
 
 
 def test_closure_is_gems():

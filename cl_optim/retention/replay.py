@@ -2,24 +2,32 @@
 
 from __future__ import annotations
 
-import json
+import atexit
+import copy
 import math
 import os
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
+from torch.utils.data import get_worker_info
 
-from cl_optim.importance.files import save_tensors, whole
+from cl_optim.importance.errors import DamagedError
+from cl_optim.importance.files import whole
+from cl_optim.importance.manifest import fsync_directory
+from cl_optim.retention import sealed
+from cl_optim.retention.lock import FolderLock
 from cl_optim.retention.samples import Layout, count, flatten, replace, unflatten
+from cl_optim.retention.stores import Memory, Records
 
 POLICIES = ("reservoir", "class_balanced", "ring")
 _FORMAT = "cl_optim.ReplayBuffer/1"
-_STATE, _CHANGED = "state.safetensors", "changed"
+_SAMPLES, _STATE, _CHANGED = "samples.bin", "state.pt", "changed"
+_WITHOUT_CHECKSUMS = "state.safetensors"  # of the versions before
 
 
 class ReplayBuffer:
@@ -35,24 +43,38 @@ class ReplayBuffer:
             ``"class_balanced"``: as many of each class as there are, a reservoir within each
             class. ``"ring"``: the newest.
         seed: Of the generators.
-        path: A folder for the samples, which are then mapped from files instead of held in memory;
-            made if it does not exist. A buffer that is there already is opened, with its
-            generators as they were at its last `flush`; ``seed`` then counts for nothing.
+        path: A folder for the samples, which are then in a file instead of in memory; made if it
+            does not exist. A buffer that is there already is opened, with its generators as they
+            were at its last `flush`; ``seed`` then counts for nothing.
         label: For ``"class_balanced"``: a batch's integer classes [n], as a function of the batch
             or as the key or index under which the batch has them.
+        read_only: Only draw from the buffer in ``path``, in any number of processes at once. Draws
+            come from ``seed``: give each process its own.
 
     Attributes:
         seen: The number of samples ever added.
 
     Note:
-        **On disk**, additions go to the files at once and count from the next :meth:`flush` on
-        (:meth:`state_dict` flushes, too). If the process ends between an addition and the flush,
-        old and new samples are mixed in the files: opening them then is an error that says so.
-        Draws change no file, so a buffer that was filled and flushed survives any end.
+        **On disk**, the room for all samples is taken at the first addition, and each sample has a
+        checksum, which every draw verifies. A folder belongs to one buffer at a time, or to any
+        number of ``read_only`` ones. Copies (by ``pickle`` or ``copy``, or in a forked process, as
+        a DataLoader's workers have them) only draw, too.
+
+        Additions go to the file at once and count from the next :meth:`flush` on;
+        :meth:`state_dict`, :meth:`close` and the normal end of the buffer or the process flush. If
+        the process is killed between an addition and the flush, old and new samples are mixed in
+        the file: opening it then is an error that says so. Draws change no file, so a buffer that
+        was filled and flushed survives any end.
+
+        **In the workers of a DataLoader** a buffer draws from a generator that starts from the
+        worker's seed and its own, so that workers differ, as epochs do, and ``loader.generator``
+        fixes them. These draws are not in the :meth:`state_dict` of the buffer in the main process.
 
     Raises:
         ValueError: An argument is out of its range; ``path`` has a buffer of another capacity or
-            policy, or one that was not flushed.
+            policy, or one that was not flushed, or is damaged (:class:`DamagedError`), or is in use
+            (:class:`LockedError`, which names the holder).
+        OSError: The disk is full, or refuses otherwise.
 
     References:
         Vitter 1985 (reservoir, algorithm R); Chrysakis & Moens 2020 (class-balanced reservoir);
@@ -66,6 +88,8 @@ class ReplayBuffer:
         seed: int = 0,
         path: str | os.PathLike[str] | None = None,
         label: Callable[[Any], Tensor] | str | int | None = None,
+        *,
+        read_only: bool = False,
     ) -> None:
         if isinstance(capacity, bool) or not isinstance(capacity, int) or capacity < 1:
             raise ValueError(f"capacity must be a positive whole number, not {capacity!r}.")
@@ -75,20 +99,25 @@ class ReplayBuffer:
             raise ValueError(
                 "label goes with policy='class_balanced', which needs it to know a sample's class."
             )
+        if read_only and path is None:
+            raise ValueError("read_only=True needs the path of a buffer that is there already.")
         self.capacity, self.policy = capacity, policy
         self.seen = 0
         self._label = label
         self._layout: Layout | None = None
-        self._data: dict[str, Tensor] = {}
+        self._store: Memory | Records | None = None
         self._labels = torch.zeros(capacity if label is not None else 0, dtype=torch.int64)
         self._seen_of: dict[int, int] = {}
         self._full: set[int] = set()  # classes that have once been the largest
         self._owed = 0.0  # the fraction of a sample that `mix` has still to add
         self._adding, self._drawing = (torch.Generator().manual_seed(seed + i) for i in (0, 1))
-        self._folder = None if path is None else Path(path)
+        self._worker_seed: int | None = None  # of the DataLoader's worker that this is in
+        self._folder = None if path is None else Path(path).absolute()
+        self._lock: FolderLock | None = None
         if self._folder is not None:
-            self._folder.mkdir(parents=True, exist_ok=True)
-            self._open(self._folder)
+            self._open(self._folder, read_only)
+            if read_only:
+                self._drawing.manual_seed(seed + 1)
 
     def __len__(self) -> int:
         return min(self.seen, self.capacity)
@@ -100,6 +129,33 @@ class ReplayBuffer:
             f"{self.seen:,} seen{place})"
         )
 
+    def __enter__(self) -> ReplayBuffer:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        if getattr(self, "_lock", None) is not None:
+            self.close()
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = {**self.__dict__, "_lock": None}  # two that add would destroy each other's samples
+        # As arrays: torch sends neither two generators nor an empty tensor to a spawned process.
+        state.update({key: state[key].get_state().numpy() for key in ("_adding", "_drawing")})
+        return {**state, "_labels": self._labels.numpy()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        for key in ("_adding", "_drawing"):
+            generator = torch.Generator()
+            generator.set_state(torch.from_numpy(state[key]))
+            setattr(self, key, generator)
+        self._labels = torch.from_numpy(state["_labels"])
+
+    def __copy__(self) -> ReplayBuffer:
+        return copy.deepcopy(self)
+
     # --- additions --------------------------------------------------------------------------------
 
     def add(self, batch: Any) -> None:
@@ -108,10 +164,14 @@ class ReplayBuffer:
         Args:
             batch: A nesting of tensors [n, ...], on any device.
 
+        After an error the buffer is as it was.
+
         Raises:
             TypeError: Something in it is no tensor.
             ValueError: Its structure, dtypes or shapes are not those of earlier samples, or its
                 classes are not n integers.
+            RuntimeError: This buffer only draws from the files that it is in.
+            OSError: The disk is full, or refuses otherwise.
         """
         leaves, structure = flatten(batch)
         size = count(leaves)
@@ -121,27 +181,46 @@ class ReplayBuffer:
         classes = self._classes(batch, size)
         if size == 0:
             return
-        if self._folder is not None:
-            (self._folder / _CHANGED).touch()
-        if self._layout is None:
-            self._data = (
-                layout.allocate(self.capacity)
-                if self._folder is None
-                else layout.create(self.capacity, self._folder)
+        store = self._store_for(layout)
+        before, layout_before = self._counters(), self._layout
+        try:
+            places = self._places(classes, size)
+            self.seen += size
+            self._layout, self._store = layout, store
+            if places:
+                slots, rows = torch.tensor(list(places.items())).unbind(1)
+                kept = {k: leaf.detach()[rows.to(leaf.device)].cpu() for k, leaf in leaves.items()}
+                store.write(slots, kept)
+        except BaseException:  # an interruption, too, must not leave samples beside others' labels
+            self._restore(before, layout_before, store if layout_before else None)
+            raise
+
+    def _store_for(self, layout: Layout) -> Memory | Records:
+        """Where the next samples go; on disk it counts as changed from now on."""
+        if self._folder is None:
+            return self._store or Memory(layout, self.capacity)
+        if not self._adds:
+            raise RuntimeError(
+                f"this buffer only draws from {str(self._folder)!r}: it was opened with "
+                "read_only=True, was closed, or is a copy (by pickle or copy, or in a forked "
+                "process) of the buffer that adds there; add to that one."
             )
-            self._layout = layout
+        store = self._store or Records.create(self._folder / _SAMPLES, layout, self.capacity)
+        (self._folder / _CHANGED).touch()
+        return store
+
+    @property
+    def _adds(self) -> bool:
+        """Whether the folder is this buffer's."""
+        return self._lock is not None and self._lock.held and not self._lock.shared
+
+    def _places(self, classes: list[int] | None, size: int) -> dict[int, int]:
+        """Slot → row of the batch, of those that are kept."""
         if classes is not None:
-            places = self._places_by_class(classes)
-        elif self.policy == "ring":
-            places = {(self.seen + i) % self.capacity: i for i in range(size)}
-        else:
-            places = self._reservoir_places(size)
-        self.seen += size
-        if places:
-            slots, rows = torch.tensor(list(places.items())).unbind(1)
-            for place, kept in self._data.items():
-                leaf = leaves[place].detach()
-                kept[slots] = leaf[rows.to(leaf.device)].cpu()
+            return self._places_by_class(classes)
+        if self.policy == "ring":
+            return {(self.seen + i) % self.capacity: i for i in range(size)}
+        return self._reservoir_places(size)
 
     def _classes(self, batch: Any, size: int) -> list[int] | None:
         if self._label is None:
@@ -209,7 +288,7 @@ class ReplayBuffer:
             A batch structured like the first one that was added, lists and named tuples as tuples.
 
         Raises:
-            ValueError: n is not positive, or more than there are.
+            ValueError: n is not positive, or more than there are; a sample on disk is damaged.
         """
         if n < 1:
             raise ValueError(f"n must be a positive whole number, not {n!r}.")
@@ -221,8 +300,8 @@ class ReplayBuffer:
                 "replacement=True."
             )
         if replacement:
-            return self._take(torch.randint(len(self), (n,), generator=self._drawing))
-        return self._take(self._distinct(n))
+            return self._take(torch.randint(len(self), (n,), generator=self._draws()))
+        return self._take(self._distinct(n, self._draws()))
 
     def samples(self) -> Any:
         """All samples, as one batch (a copy)."""
@@ -230,19 +309,37 @@ class ReplayBuffer:
             raise ValueError("The buffer is empty: it has no samples.")
         return self._take(torch.arange(len(self)))
 
-    def _distinct(self, n: int) -> Tensor:
+    def _draws(self) -> torch.Generator:
+        """The generator of draws; the workers of a DataLoader begin with copies of one."""
+        worker = get_worker_info()
+        if worker is not None and worker.seed != self._worker_seed:
+            self._worker_seed = worker.seed
+            own = int(torch.randint(1 << 62, (), generator=self._drawing))
+            self._drawing.manual_seed(own ^ worker.seed)
+        return self._drawing
+
+    def _distinct(self, n: int, generator: torch.Generator) -> Tensor:
         if 4 * n >= len(self):
-            return torch.randperm(len(self), generator=self._drawing)[:n]
+            return torch.randperm(len(self), generator=generator)[:n]
         chosen: dict[int, None] = {}
         while len(chosen) < n:  # seldom twice: at most a quarter is taken
             chosen.update(
-                dict.fromkeys(torch.randint(len(self), (n,), generator=self._drawing).tolist())
+                dict.fromkeys(torch.randint(len(self), (n,), generator=generator).tolist())
             )
         return torch.tensor(list(chosen)[:n])
 
     def _take(self, slots: Tensor) -> Any:
         assert self._layout is not None
-        return unflatten({k: v[slots] for k, v in self._data.items()}, self._layout.structure)
+        assert self._store is not None
+        try:
+            leaves = self._store.read(slots)
+        except DamagedError as error:
+            if self._lock is not None and self._lock.held:
+                raise
+            raise DamagedError(
+                f"{error} Or samples were added to it since this copy of it was made: copy it anew."
+            ) from None
+        return unflatten(leaves, self._layout.structure)
 
     def mix(self, loader: Iterable[Any], ratio: float) -> MixedLoader:
         """Add replayed samples to every batch of a loader.
@@ -284,13 +381,18 @@ class ReplayBuffer:
         return replace(batch, both)
 
     def closure(
-        self, loss_fn: Callable[[Any], Tensor], n: int | None = None
+        self,
+        loss_fn: Callable[[Any], Tensor],
+        n: int | None = None,
+        device: torch.device | str = "cpu",
     ) -> Callable[[], Tensor]:
         """Return a closure for `GEM.remember`: backward of the loss on the buffer's samples.
 
         Args:
-            loss_fn: The mean loss (0-dim) of a batch structured like those added, on the CPU.
+            loss_fn: The mean loss (0-dim) of a batch structured like those added:
+                ``lambda batch: cross_entropy(model(batch[0]), batch[1])``.
             n: How many samples each call draws anew (some twice, if there are fewer); None: all.
+            device: Where they are wanted: the model's.
 
         Returns:
             A function without arguments that returns the loss.
@@ -298,7 +400,9 @@ class ReplayBuffer:
 
         def run() -> Tensor:
             batch = self.samples() if n is None else self.sample(n, replacement=n > len(self))
-            loss = loss_fn(batch)
+            leaves, structure = flatten(batch)
+            on_device = {place: leaf.to(device) for place, leaf in leaves.items()}
+            loss = loss_fn(unflatten(on_device, structure))
             torch.autograd.backward(loss)
             return loss.detach()
 
@@ -315,7 +419,8 @@ class ReplayBuffer:
         self.flush()
         state = self._counters()
         if self._folder is None:
-            state["samples"] = {k: v[: len(self)].clone() for k, v in self._data.items()}
+            kept = self._store.tensors if isinstance(self._store, Memory) else {}
+            state["samples"] = {k: v[: len(self)].clone() for k, v in kept.items()}
         return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -327,12 +432,12 @@ class ReplayBuffer:
         """
         self.check_state_dict(state)
         layout = Layout.loads(state["layout"]) if state["layout"] else None
-        data = self._data
+        store = self._store
         if self._folder is None:
-            data = layout.allocate(self.capacity) if layout else {}
-            for place, values in state["samples"].items():
-                data[place][: len(values)] = values
-        self._restore(state, layout, data)
+            store = Memory(layout, self.capacity) if layout else None
+            if store and state["seen"]:
+                store.write(torch.arange(min(state["seen"], self.capacity)), state["samples"])
+        self._restore(state, layout, store)
 
     def check_state_dict(self, state: Mapping[str, Any]) -> None:
         """Raise ValueError if :meth:`load_state_dict` would refuse the state."""
@@ -349,17 +454,30 @@ class ReplayBuffer:
             raise ValueError("state must have samples: it is of a buffer on disk.")
 
     def flush(self) -> None:
-        """Make additions to a buffer on disk count; in memory there is nothing to do."""
-        if self._folder is None or not (self._folder / _CHANGED).exists():
+        """Make additions to a buffer on disk count; in memory there is nothing to do.
+
+        Raises:
+            OSError: The disk is full, or refuses otherwise.
+        """
+        if self._folder is None or not self._adds or not (self._folder / _CHANGED).exists():
             return
-        for path in self._folder.glob("samples-*.bin"):
-            with path.open("rb") as file:
-                os.fsync(file.fileno())  # of the mapped pages, too
         state = self._counters()
-        tensors = {key: state.pop(key) for key in ("labels", "adding", "drawing")}
+        if isinstance(self._store, Records):
+            self._store.sync()
+            state["sums"] = self._store.packed_sums()
         with whole(self._folder / _STATE) as file:
-            save_tensors(tensors, file, {"state": json.dumps(state)})
+            sealed.save(state, file)
+        fsync_directory(self._folder)
         (self._folder / _CHANGED).unlink()
+
+    def close(self) -> None:
+        """Flush, and let others have the folder; from now on this buffer only draws.
+
+        A ``with`` block does so at its end. In memory there is nothing to do.
+        """
+        self.flush()
+        if self._lock is not None:
+            self._lock.release()
 
     def _counters(self) -> dict[str, Any]:
         return {
@@ -387,9 +505,9 @@ class ReplayBuffer:
                 )
 
     def _restore(
-        self, state: Mapping[str, Any], layout: Layout | None, data: dict[str, Tensor]
+        self, state: Mapping[str, Any], layout: Layout | None, store: Memory | Records | None
     ) -> None:
-        self._layout, self._data = layout, data
+        self._layout, self._store = layout, store
         self.seen, self._owed = state["seen"], state["owed"]
         self._seen_of = dict(state["seen_of"])
         self._full = set(state["full"])
@@ -397,24 +515,63 @@ class ReplayBuffer:
         self._adding.set_state(state["adding"].cpu())
         self._drawing.set_state(state["drawing"].cpu())
 
-    def _open(self, folder: Path) -> None:
+    def _open(self, folder: Path, read_only: bool) -> None:
+        if not read_only:
+            folder.mkdir(parents=True, exist_ok=True)
+        elif not (folder / _STATE).exists():
+            raise ValueError(
+                f"path {str(folder)!r} has no buffer that was filled and flushed, which "
+                "read_only=True needs."
+            )
+        lock = FolderLock(folder, read_only, _in_use(folder))
+        try:
+            self._load(folder)
+        except BaseException:
+            lock.release()
+            raise
+        self._lock = lock
+        _OPEN.add(self)
+
+    def _load(self, folder: Path) -> None:
         if (folder / _CHANGED).exists():
             raise ValueError(
                 f"path {str(folder)!r} has a buffer that was changed and not flushed when its "
                 "process ended: its samples may be torn. Delete the folder and fill it anew."
             )
+        if (folder / _WITHOUT_CHECKSUMS).exists():
+            raise ValueError(
+                f"path {str(folder)!r} has a buffer of an earlier version of cl_optim, without "
+                "checksums: read its samples() with that version and add() them in a new folder."
+            )
         file = folder / _STATE
         if not file.exists():
             return
-        try:
-            with safe_open(file, framework="pt") as opened:
-                state = json.loads((opened.metadata() or {}).get("state", "{}"))
-                state.update({key: opened.get_tensor(key) for key in opened.keys()})  # noqa: SIM118
-        except SafetensorError as error:
-            raise ValueError(f"path {str(file)!r} is not a safetensors file: {error}.") from None
+        state = sealed.load(file)
         self._check_state(state, f"path {str(folder)!r}")
+        if not state["layout"]:  # an addition that failed was the first
+            return
         layout = Layout.loads(state["layout"])
-        self._restore(state, layout, layout.open(self.capacity, folder))
+        store = Records.open(folder / _SAMPLES, layout, self.capacity, state["sums"])
+        self._restore(state, layout, store)
+
+
+def _in_use(folder: Path) -> str:
+    """What to do where a folder is locked."""
+    return (
+        "close() that buffer first; where several processes add (torchrun), give each a folder of "
+        f'its own, path=f"{folder}/rank{{rank}}"; where they only draw, fill the buffer in one, '
+        "close() it, and open it in each with read_only=True and seed=rank"
+    )
+
+
+_OPEN: weakref.WeakSet[ReplayBuffer] = weakref.WeakSet()
+
+
+@atexit.register
+def _close_all() -> None:
+    """Flush what is still open when the process ends in the normal way."""
+    for buffer in list(_OPEN):
+        buffer.close()
 
 
 class MixedLoader:

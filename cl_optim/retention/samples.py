@@ -1,17 +1,14 @@
-"""Batches of any structure, taken apart into tensors, and where a buffer keeps them."""
+"""Batches of any structure, taken apart into tensors."""
 
 from __future__ import annotations
 
 import copy
 import json
-import math
 from collections import UserDict
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -158,42 +155,10 @@ class Layout:
     def allocate(self, capacity: int) -> dict[str, Tensor]:
         """Tensors [capacity, *shape] in memory, by place."""
         return {
-            place: torch.empty(capacity, *shape, dtype=_DTYPES[dtype])
-            for place, (dtype, shape) in self.leaves.items()
+            place: torch.empty(capacity, *shape, dtype=dtype)
+            for place, (shape, dtype) in self.shapes().items()
         }
 
-    def create(self, capacity: int, folder: Path) -> dict[str, Tensor]:
-        """The same, mapped from new files of the folder."""
-        for path, shape, dtype in self._files(capacity, folder).values():
-            with path.open("wb") as file:
-                file.truncate(math.prod(shape) * dtype.itemsize)
-        return self.open(capacity, folder)
-
-    def open(self, capacity: int, folder: Path) -> dict[str, Tensor]:
-        """The same, mapped from the files that are there.
-
-        Raises:
-            ValueError: One is gone, or of another size.
-        """
-        return {place: _mapped(*file) for place, file in self._files(capacity, folder).items()}
-
-    def _files(
-        self, capacity: int, folder: Path
-    ) -> dict[str, tuple[Path, tuple[int, ...], torch.dtype]]:
-        return {
-            place: (folder / f"samples-{i}.bin", (capacity, *shape), _DTYPES[dtype])
-            for i, (place, (dtype, shape)) in enumerate(self.leaves.items())
-        }
-
-
-def _mapped(path: Path, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    size = math.prod(shape) * dtype.itemsize
-    found = path.stat().st_size if path.exists() else None
-    if found != size:
-        what = "is gone" if found is None else f"has {found:,} bytes, not {size:,}"
-        raise ValueError(f"the buffer's file {str(path)!r} {what}: its samples are lost.")
-    if size == 0:  # a file of no bytes cannot be mapped
-        return torch.empty(*shape, dtype=dtype)
-    # Bytes, since numpy has no bfloat16.
-    mapped = np.memmap(path, dtype=np.uint8, mode="r+", shape=(size,))
-    return torch.from_numpy(mapped).view(dtype).view(*shape)
+    def shapes(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """The shape and the dtype of one sample's tensors, by place."""
+        return {place: (shape, _DTYPES[dtype]) for place, (dtype, shape) in self.leaves.items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import random
 import signal
@@ -23,6 +24,7 @@ from cl_optim.retention import (
     CheckpointWarning,
     DataStream,
     ReplayBuffer,
+    checkpoint,
 )
 from cl_optim.retention.checkpoint import rng_state
 
@@ -148,26 +150,175 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before_and_says_so(tmp_path,
     assert run.bits() == saved
 
 
-def test_every_bit_flip_is_noticed(tmp_path):
-    """A restore after any single flipped byte gives the saved bits, or the checkpoint before."""
+class Counting:
+    """A part that counts how often something was loaded into it."""
+
+    def __init__(self):
+        self.weight = torch.arange(4.0)
+        self.loaded = 0
+
+    def state_dict(self):
+        return {"weight": self.weight}
+
+    def load_state_dict(self, state_dict):
+        self.weight, self.loaded = state_dict["weight"], self.loaded + 1
+
+
+@pytest.fixture
+def small(tmp_path):
+    """A checkpoint of a small part, and the place of its ZIP directory."""
+    part = Counting()
+    checkpoints = Checkpoints(tmp_path, {"part": part})
+    data = checkpoints.save(1).read_bytes()
+    return checkpoints, part, data, data.index(b"PK\x01\x02")
+
+
+def assert_nothing_is_loaded(checkpoints, part, damages):
+    """Each damage, done to the file, is warned of; then there is no checkpoint left."""
+    random_numbers = flatten(rng_state())
+    path = checkpoints.path(1)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for number, damaged in enumerate(damages, start=1):
+            path.write_bytes(damaged)
+            with pytest.raises(CheckpointError, match="none of the 1 in it can be read"):
+                checkpoints.restore()
+            assert len(caught) == number
+    assert {warning.category for warning in caught} == {CheckpointWarning}
+    assert all(str(path) in str(warning.message) for warning in caught)
+    assert part.loaded == 0
+    assert flatten(rng_state()) == random_numbers
+
+
+def test_every_flipped_bit_is_noticed_before_anything_is_loaded(small):
+    """Every third byte, and each bit of the ZIP directory and the checksum."""
+    checkpoints, part, data, directory = small
+    flips = [(place, 1 << place % 8) for place in range(0, directory, 3)]
+    flips += [(place, 1 << bit) for place in range(directory, len(data)) for bit in range(8)]
+    damages = (data[:at] + bytes([data[at] ^ bit]) + data[at + 1 :] for at, bit in flips)
+    assert_nothing_is_loaded(checkpoints, part, damages)
+    checkpoints.path(1).write_bytes(data)
+    assert checkpoints.restore() == 1
+
+
+def test_a_file_cut_anywhere_is_noticed_before_anything_is_loaded(small):
+    checkpoints, part, data, directory = small
+    sizes = [*range(0, directory, 7), *range(directory, len(data))]
+    assert_nothing_is_loaded(checkpoints, part, (data[:size] for size in sizes))
+
+
+def test_flipped_bits_fall_back_to_the_checkpoint_before(tmp_path):
     run = Run(tmp_path)
     run.checkpoints.save(1)
-    path = run.checkpoints.path(1)
-    whole = path.read_bytes()
     saved = run.bits()
-    draw = random.Random(0)
-    for place in draw.sample(range(len(whole)), 60):
-        path.write_bytes(whole[:place] + bytes([whole[place] ^ 0x10]) + whole[place + 1 :])
-        run.train(1)
-        before = run.bits()
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", CheckpointWarning)
-            try:
-                run.checkpoints.restore()
-            except CheckpointError:
-                assert run.bits() == before
-            else:
-                assert run.bits() == saved
+    path = run.train(2).checkpoints.save(2)
+    data = path.read_bytes()
+    directory = data.index(b"PK\x01\x02")
+    places = range(directory, len(data), 97)
+    for place in [*range(0, directory, directory // 40), *places]:
+        path.write_bytes(data[:place] + bytes([data[place] ^ 0x10]) + data[place + 1 :])
+        with pytest.warns(CheckpointWarning, match="the one before it is taken"):
+            assert run.train(1).checkpoints.restore() == 1
+        assert run.bits() == saved
+
+
+def test_a_checkpoint_without_a_checksum_is_passed_over(tmp_path):
+    """As versions before this one wrote them."""
+    checkpoints = Checkpoints(tmp_path, {"part": Counting()})
+    content = {"format": "cl_optim.Checkpoint/1", "step": 1, "parts": {}, "rng": rng_state()}
+    torch.save(content, checkpoints.path(1))
+    with (
+        pytest.warns(CheckpointWarning, match="ends without a checksum: it is cut off"),
+        pytest.raises(CheckpointError, match="none of the 1"),
+    ):
+        checkpoints.restore()
+
+
+def test_a_full_disk_is_an_os_error_and_leaves_the_checkpoints_before(tmp_path, monkeypatch):
+    run = Run(tmp_path)
+    run.checkpoints.save(1)
+    write, left = os.write, [0]
+
+    def full(descriptor, data):
+        left[0] -= len(data)
+        if left[0] < 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return write(descriptor, data)
+
+    size = run.checkpoints.path(1).stat().st_size
+    for room in (0, 100, size // 2, size - 1):
+        left[0] = room
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "write", full)
+            with pytest.raises(OSError, match="No space left on device"):
+                run.checkpoints.save(2)
+        assert os.listdir(tmp_path) == ["step-000000000001.pt"]
+    assert run.checkpoints.restore() == 1
+
+
+class Refusing(Counting):
+    """A part that takes a state and then refuses it."""
+
+    def load_state_dict(self, state_dict):
+        super().load_state_dict(state_dict)
+        if state_dict["weight"][0] == 0:
+            raise KeyError("weight")
+
+
+def test_a_part_that_refuses_its_state_rolls_the_others_back(tmp_path):
+    run = Run(tmp_path)
+    refusing = Refusing()
+    run.checkpoints.parts = {**run.checkpoints.parts, "refusing": refusing}
+    run.protect().train(3).checkpoints.save(3)
+    run.train(4)
+    refusing.weight = torch.arange(4.0) + 1
+    before = run.bits()
+    with pytest.raises(
+        CheckpointError, match=r"part 'refusing' refuses its state .* step 3: KeyError: 'weight'"
+    ):
+        run.checkpoints.restore()
+    assert run.bits() == before
+    assert refusing.weight.tolist() == [1, 2, 3, 4]
+    future = run.train(9).bits()
+    run.checkpoints.parts.popitem()
+    other = Checkpoints(tmp_path / "other", run.checkpoints.parts)
+    other.save(0)
+    other.restore()
+    assert run.bits() == future
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("torch", lambda rng: {"torch": rng["torch"][:100]}),
+        ("numpy", lambda rng: {"numpy": (rng["numpy"][0], rng["numpy"][1][:5], *rng["numpy"][2:])}),
+        ("python", lambda rng: {"python": (3, rng["python"][1][:9], None)}),
+        ("9 GPUs", lambda rng: {"cuda": [torch.zeros(16, dtype=torch.uint8)] * 9}),
+    ],
+)
+def test_random_states_that_do_not_fit_are_refused_before_anything_is_loaded(
+    tmp_path, monkeypatch, name, change
+):
+    run = Run(tmp_path)
+    state = rng_state()
+    monkeypatch.setattr(checkpoint, "rng_state", lambda: {**state, **change(state)})
+    run.checkpoints.save(0)
+    monkeypatch.undo()
+    before = run.train(1).bits()
+    with pytest.raises(CheckpointError, match=f"random states? of {name}"):
+        run.checkpoints.restore()
+    assert run.bits() == before
+
+
+def test_a_position_of_another_kind_of_loader_changes_nothing(tmp_path):
+    Run(tmp_path, generator=False).checkpoints.save(0)
+    run = Run(tmp_path, generator=True)
+    before = run.train(1).bits()
+    with pytest.raises(
+        CheckpointError, match=r"'data' .* of a loader with torch's global generator, and this one"
+    ):
+        run.checkpoints.restore()
+    assert run.bits() == before
 
 
 def test_a_missing_checkpoint_falls_back_and_none_is_a_sentence(tmp_path):

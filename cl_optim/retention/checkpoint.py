@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import pickle
 import random
 import re
 import warnings
-import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -16,7 +16,9 @@ import numpy as np
 import torch
 from torch import nn
 
-_FORMAT = "cl_optim.Checkpoint/1"
+from cl_optim.retention import sealed
+
+_FORMAT = "cl_optim.Checkpoint/2"
 _NAME = re.compile(r"step-(\d{12})\.pt")
 
 
@@ -70,13 +72,38 @@ def set_rng_state(state: Mapping[str, Any]) -> None:
         torch.cuda.set_rng_state_all(state["cuda"])
 
 
+def check_rng_state(state: Mapping[str, Any]) -> None:
+    """Raise CheckpointError if :func:`set_rng_state` would refuse the state."""
+    kind, keys, *rest = state["numpy"]
+    numpy_state = (kind, keys.numpy().astype(np.uint32), *rest)
+    attempts: dict[str, Callable[[], object]] = {
+        "python": lambda: random.Random().setstate(state["python"]),
+        "numpy": lambda: np.random.RandomState().set_state(numpy_state),
+        "torch": lambda: torch.Generator().set_state(state["torch"]),
+    }
+    for name, attempt in attempts.items():
+        try:
+            attempt()
+        except (LookupError, RuntimeError, TypeError, ValueError) as error:
+            raise CheckpointError(
+                f"the checkpoint's random state of {name} does not fit this version of it: "
+                f"{error}; nothing has been restored."
+            ) from None
+    if len(state["cuda"]) > torch.cuda.device_count():
+        raise CheckpointError(
+            f"the checkpoint has random states of {len(state['cuda'])} GPUs, here there are "
+            f"{torch.cuda.device_count()}: restore it where there are as many, or load what you "
+            "need of torch.load(path, weights_only=True)['parts']."
+        )
+
+
 class Checkpoints:
     """The newest checkpoints of a run, in a folder of its own.
 
-    A checkpoint is one file with the state dicts of all parts and the random number generators'
-    states. It is written beside its place, flushed to the disk and moved there, so that a process
-    killed at any moment leaves the checkpoints before it untouched. Files are read with
-    ``weights_only=True``: loading one runs no code from it.
+    A checkpoint is one file with the state dicts of all parts, the random number generators' states
+    and, at its end, a checksum of every byte before it. It is written beside its place, flushed to
+    the disk and moved there, so that a process killed at any moment leaves the checkpoints before
+    it untouched. Files are read with ``weights_only=True``: loading one runs no code from it.
 
     Args:
         folder: Created where it does not exist. One run at a time may write into it.
@@ -131,10 +158,7 @@ class Checkpoints:
         path = self.path(step)
         temporary = path.with_name(f".{path.name}.tmp")  # one killed in the middle is overwritten
         try:
-            with open(temporary, "wb") as file:
-                torch.save(content, file)
-                file.flush()
-                os.fsync(file.fileno())
+            sealed.save(content, temporary)
             self._check_readable(temporary)
             os.replace(temporary, path)
         finally:
@@ -146,22 +170,25 @@ class Checkpoints:
     def restore(self) -> int:
         """Set all parts and the random number generators to the newest checkpoint that is whole.
 
-        One that is missing, truncated or corrupt is passed over with a :class:`CheckpointWarning`.
-        Before anything is changed, models, optimizers and parts with a ``check_state_dict()`` are
-        compared with it.
+        One that is truncated or corrupt, or was written by a version that gave it no checksum, is
+        passed over with a :class:`CheckpointWarning`: nothing of it is loaded. Before anything is
+        changed, models, optimizers, parts with a ``check_state_dict()`` and the random states are
+        compared with it. If a part refuses its state all the same, those before it get back what
+        they had, for which their states are kept in memory meanwhile.
 
         Returns:
             Its step.
 
         Raises:
-            CheckpointError: No checkpoint can be read, or it belongs to other parts.
+            CheckpointError: No checkpoint can be read, or it belongs to other parts, or a part
+                refuses its state. Nothing has been changed then.
         """
         steps = self.steps
         for step in reversed(steps):
             try:
                 content = self._read(step)
-            except (OSError, ValueError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-                reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            except (OSError, ValueError, RuntimeError, pickle.UnpicklingError) as error:
+                reason = str(error).splitlines()[0].rstrip(".")
                 warnings.warn(
                     f"checkpoint {self.path(step)} cannot be read ({reason}); the one before it "
                     "is taken.",
@@ -175,15 +202,7 @@ class Checkpoints:
         raise CheckpointError(f"no checkpoint to restore from folder {self.folder}: {found}.")
 
     def _read(self, step: int) -> dict[str, Any]:
-        path = self.path(step)
-        try:
-            with zipfile.ZipFile(path) as archive:  # torch.load does not compare checksums
-                damaged = archive.testzip()
-        except zipfile.BadZipFile as error:
-            raise ValueError(f"it is truncated or no checkpoint: {error}") from None
-        if damaged is not None:
-            raise ValueError(f"its part {damaged} is corrupt")
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        content = sealed.load(self.path(step))
         if not isinstance(content, dict) or content.get("format") != _FORMAT:
             raise ValueError(f"its format is not {_FORMAT}")
         return content
@@ -195,11 +214,26 @@ class Checkpoints:
                 f"the checkpoint of step {content['step']} has the parts {sorted(saved)}, this run "
                 f"has {sorted(self.parts)}."
             )
+        check_rng_state(content["rng"])
         for name, part in self.parts.items():
             _check_part(name, part, saved[name])
-        for name, part in self.parts.items():
-            part.load_state_dict(saved[name])
-        set_rng_state(content["rng"])  # last: a part may draw while it loads
+        before, random_before = {}, rng_state()
+        try:
+            for name, part in self.parts.items():
+                before[name] = _copied(part.state_dict())
+                part.load_state_dict(saved[name])
+            name = "rng"
+            set_rng_state(content["rng"])  # last: a part may draw while it loads
+        except BaseException as error:
+            for name, state in before.items():
+                self.parts[name].load_state_dict(state)
+            set_rng_state(random_before)
+            if not isinstance(error, Exception):
+                raise
+            raise CheckpointError(
+                f"part {name!r} refuses its state in the checkpoint of step {content['step']}: "
+                f"{type(error).__name__}: {error}. Everything is as it was before."
+            ) from error
 
     def discard_after(self, step: int) -> None:
         """Delete the checkpoints of later steps."""
@@ -226,12 +260,27 @@ class Checkpoints:
             self.path(step).unlink()
 
 
+def _copied(state: Any) -> Any:
+    """A state that does not change with its part; tensors in main memory, to spare a GPU's."""
+    if isinstance(state, torch.Tensor):
+        return state.detach().to("cpu", copy=True)
+    if isinstance(state, dict):
+        copied = copy.copy(state)  # of its own kind, with what hangs on a module's
+        copied.update({key: _copied(value) for key, value in state.items()})
+        return copied
+    if isinstance(state, (list, tuple)) and not hasattr(state, "_fields"):
+        return type(state)(_copied(value) for value in state)
+    return copy.deepcopy(state)
+
+
 def _unsupported(error: Exception) -> str:
     found = re.search(r"(?:GLOBAL|class) ([\w.]+)", str(error))
     return found[1] if found else str(error).splitlines()[0]
 
 
-def _check_part(name: str, part: Stateful, saved: Mapping[str, Any]) -> None:
+def _check_part(name: str, part: Stateful, saved: Any) -> None:
+    if isinstance(part, (nn.Module, torch.optim.Optimizer)) and not isinstance(saved, Mapping):
+        raise CheckpointError(f"the checkpoint's {name!r} is not a {type(part).__name__}'s state.")
     if isinstance(part, nn.Module):
         _check_module(name, part, saved)
         return
@@ -246,7 +295,7 @@ def _check_part(name: str, part: Stateful, saved: Mapping[str, Any]) -> None:
 
 def _check_optimizer(name: str, optimizer: torch.optim.Optimizer, saved: Mapping[str, Any]) -> None:
     own = [len(group["params"]) for group in optimizer.param_groups]
-    there = [len(group["params"]) for group in saved["param_groups"]]
+    there = [len(group["params"]) for group in saved.get("param_groups", [])]
     if own != there:
         raise CheckpointError(
             f"the checkpoint belongs to another {name}: its groups have {there} parameters, here "

@@ -410,11 +410,17 @@ class RetentionGuard:
 
     def _restore(self, checkpoints: Checkpoints) -> int:
         closures = self.optimizer.closures if isinstance(self.optimizer, GEM) else {}
-        step = checkpoints.restore()
-        if isinstance(self.optimizer, GEM):  # a state dict cannot hold them
-            for name in closures.keys() & set(self.optimizer.memories):
-                self.optimizer.remember(name, *closures[name])
-        return step
+        history = self.history
+        try:
+            return checkpoints.restore()
+        except BaseException:
+            self.history = history
+            raise
+        finally:
+            if isinstance(self.optimizer, GEM):  # a state dict cannot hold them
+                lost = closures.keys() - self.optimizer.closures.keys()
+                for name in lost & set(self.optimizer.memories):
+                    self.optimizer.remember(name, *closures[name])
 
     def _raise_lambda(self) -> str:
         assert self._controller is not None  # the constructor saw to it

@@ -22,12 +22,17 @@ class _Sealing:
     def __init__(self, descriptor: int) -> None:
         self._descriptor = descriptor
         self._hash = xxhash.xxh3_128()
+        self.error: OSError | None = None
 
     def write(self, data: Any) -> int:
         self._hash.update(data)
         rest = memoryview(data).cast("B")
-        while rest:
-            rest = rest[os.write(self._descriptor, rest) :]
+        try:
+            while rest:
+                rest = rest[os.write(self._descriptor, rest) :]
+        except OSError as error:
+            self.error = error
+            raise
         return len(data)
 
     def flush(self) -> None:
@@ -47,7 +52,12 @@ def save(content: Any, path: Path) -> None:
     """
     with open(path, "wb", buffering=0) as file:
         sealing: Any = _Sealing(file.fileno())
-        torch.save(content, sealing)
+        try:
+            torch.save(content, sealing)
+        except RuntimeError:  # torch's, about a position, where a write has failed
+            if sealing.error is None:
+                raise
+            raise sealing.error from None
         sealing.write(sealing.seal())
         os.fsync(file.fileno())
 

@@ -70,6 +70,19 @@ class DataStream:
             "generator": None if self.loader.generator is None else self._random_state(),
         }
 
+    def check_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Raise ValueError if the position is of a loader that drew from another generator."""
+        for key in ("epoch", "taken", "began", "generator"):
+            if key not in state_dict:
+                raise ValueError(f"it is not a stream's position: it has no {key!r}.")
+        own, saved = self.loader.generator is not None, state_dict["generator"] is not None
+        if own != saved:
+            kinds = {True: "a generator of its own", False: "torch's global generator"}
+            raise ValueError(
+                f"it is the position of a loader with {kinds[saved]}, and this one has "
+                f"{kinds[own]}."
+            )
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go back, or on, to a position."""
         self._epoch, self._taken = state_dict["epoch"], state_dict["taken"]

@@ -99,6 +99,24 @@ class TestFigures:
         assert diagnose(["a"], ["a"]).labels is None
         assert "one class only" in diagnose(old[:6], old[:6]).notes[0]
 
+    def test_labels_that_are_texts(self, tmp_path):
+        names = {0: "sad", 1: "glad", 2: "mad"}
+        pairs = [("a", 0)] * 6 + [("a", 1)] * 2, [("a", 1)] * 1 + [("a", 2)] * 3
+        rows = [[{"text": t, "label": names[y], "idx": 3} for t, y in side] for side in pairs]
+        found = diagnose(*rows)
+        expected = diagnose(*pairs)
+        assert found.labels.distance == pytest.approx(expected.labels.distance)
+        assert (found.labels.appeared, found.labels.vanished) == (("mad",), ("sad",))
+        assert (found.tokens, found.kl, found.conflict_count) == (expected.tokens, expected.kl, 0)
+        paths = [tmp_path / name for name in ("old.jsonl", "new.jsonl")]
+        for path, side in zip(paths, rows, strict=True):
+            path.write_text("".join(json.dumps(row) + "\n" for row in side))
+        assert diagnose(*map(read_corpus, paths)) == found
+        as_numbers = [[{"text": t, "label": np.int64(y)} for t, y in side] for side in pairs]
+        assert diagnose(*as_numbers) == expected
+        asked = [{"prompt": "2 + 2", "answer": "4"}], [{"prompt": "2 + 2", "answer": "5"}]
+        assert diagnose(*asked) == diagnose([("2 + 2", "4")], [("2 + 2", "5")])
+
 
 class TestConflicts:
     OLD = (
@@ -215,6 +233,8 @@ class TestBadInput:
             (["a"], [[1, 2]], {}, TypeError, "new must have .* token ids or texts"),
             ([[1.5]], ["a"], {}, TypeError, "old, item 1: must be a text"),
             (["a", ("b", 1.5)], ["a"], {}, TypeError, "old, item 2: beside its text"),
+            ([{"text": "a", "label": 1.5}], ["a"], {}, TypeError, "old, item 1: must have texts"),
+            ([{"body": "a"}], ["a"], {}, TypeError, "old, item 1: .* not {'body': 'a'}"),
             ("old.txt", ["a"], {}, TypeError, "old must be an iterable of texts, not one text"),
             (["a"], ["a"], {"tokenizer": lambda text: [1.5]}, TypeError, "tokenizer .* not float"),
             (["a"], ["a"], {"smoothing": 0.0}, ValueError, "smoothing must be positive"),

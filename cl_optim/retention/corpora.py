@@ -92,7 +92,8 @@ def records(items: Iterable[Any], name: str, tokenizer: Tokenizer | None) -> Ite
 
     Args:
         items: Texts; sequences or 1-d integer tensors of token ids; pairs (prompt, answer) of
-            texts; pairs (text, label) with an integer label.
+            texts; pairs (text, label) with an integer label; mappings as in a ``.jsonl`` file of
+            :func:`read_corpus`.
         name: Of the corpus, for messages.
         tokenizer: Makes tokens of a text; None: :func:`words`.
 
@@ -117,10 +118,41 @@ def records(items: Iterable[Any], name: str, tokenizer: Tokenizer | None) -> Ite
             else:
                 raise TypeError(
                     f"{name}, item {number}: beside its text must be an answer (a text) or a label "
-                    f"(an integer), not {type(other).__name__}."
+                    f"(an integer), not {type(other).__name__}; a label that is a text goes into "
+                    "{'text': …, 'label': …}."
                 )
+        elif isinstance(item, Mapping):
+            yield _of_mapping(item, f"{name}, item {number}", encode, is_ids)
         else:
             yield Record(_token_ids(item, f"{name}, item {number}"), True)
+
+
+def _of_mapping(
+    item: Mapping[str, Any], place: str, encode: Callable[[str], Sequence[Token]], is_ids: bool
+) -> Record:
+    fields = _fields(item)
+    if fields is None:
+        raise TypeError(
+            f"{place}: must have texts 'prompt' and 'answer', or 'text' and, if it has a class, a "
+            f"'label' that is an integer or a text, not {dict(item)!r:.200}."
+        )
+    text, answer, label = fields
+    if answer is not None:
+        return Record([*encode(text), *encode(answer)], is_ids, text, answer)
+    return Record(encode(text), is_ids, label=None if label is None else str(label))
+
+
+def _fields(item: Mapping[str, Any]) -> tuple[str, str | None, int | str | None] | None:
+    """The text, the answer and the label of an item; None where it is neither of the two kinds."""
+    prompt, answer = item.get("prompt"), item.get("answer")
+    if isinstance(prompt, str) and isinstance(answer, str):
+        return prompt, answer, None
+    text, label = item.get("text"), item.get("label")
+    if isinstance(label, np.integer):
+        label = int(label)
+    if isinstance(text, str) and (label is None or type(label) in (int, str)):
+        return text, None, label
+    return None
 
 
 def _encoder(tokenizer: Tokenizer) -> Callable[[str], list[Token]]:
@@ -152,8 +184,8 @@ def _token_ids(item: Any, place: str) -> list[int]:
         if all(issubclass(kind, (int, np.integer)) and kind is not bool for kind in kinds):
             return list(map(int, item))
     raise TypeError(
-        f"{place}: must be a text, a sequence of token ids, a pair (prompt, answer) or a pair "
-        f"(text, label), not {type(item).__name__}."
+        f"{place}: must be a text, a sequence of token ids, a pair (prompt, answer), a pair "
+        f"(text, label) or a mapping of these, not {type(item).__name__}."
     )
 
 
@@ -162,11 +194,11 @@ def _token_ids(item: Any, place: str) -> list[int]:
 
 def read_corpus(
     path: str | os.PathLike[str], on_progress: Callable[[int], None] = lambda read: None
-) -> Iterator[str | tuple[str, str] | tuple[str, int]]:
+) -> Iterator[str | tuple[str, str] | tuple[str, int] | dict[str, str]]:
     """Read a text file line by line, or a ``.jsonl`` file record by record, for `diagnose`.
 
-    A record is a JSON string or an object with ``"prompt"`` and ``"answer"``, ``"text"`` and
-    an integer ``"label"``, or ``"text"`` alone. A text file without line breaks is
+    A record is a JSON string or an object with ``"prompt"`` and ``"answer"``, ``"text"`` and a
+    ``"label"`` (an integer or a text), or ``"text"`` alone. A text file without line breaks is
     read in chunks of 65 536 bytes, at whose ends a word may be cut.
 
     Args:
@@ -208,7 +240,7 @@ def _decode(decoder: IncrementalDecoder, chunk: bytes, place: str) -> str:
         raise ValueError(f"{place}: must be UTF-8, but has the byte 0x{byte:02x}.") from None
 
 
-def _record(text: str, place: str) -> str | tuple[str, str] | tuple[str, int]:
+def _record(text: str, place: str) -> str | tuple[str, str] | tuple[str, int] | dict[str, str]:
     try:
         value = json.loads(text)
         if "\\u" in text:  # may be half of a surrogate pair, which is no character
@@ -217,16 +249,15 @@ def _record(text: str, place: str) -> str | tuple[str, str] | tuple[str, int]:
         raise ValueError(f"{place}: must be JSON, but {error}.") from None
     if isinstance(value, str):
         return value
-    if isinstance(value, Mapping):
-        first, second = value.get("prompt"), value.get("answer")
-        if isinstance(first, str) and isinstance(second, str):
-            return first, second
-        first, second = value.get("text"), value.get("label")
-        if isinstance(first, str) and second is None:
-            return first
-        if isinstance(first, str) and type(second) is int:
-            return first, second
-    raise ValueError(
-        f"{place}: must be a JSON string or an object with texts 'prompt' and 'answer', or 'text' "
-        "and, if it has a class, an integer 'label'."
-    )
+    fields = _fields(value) if isinstance(value, Mapping) else None
+    if fields is None:
+        raise ValueError(
+            f"{place}: must be a JSON string or an object with texts 'prompt' and 'answer', or "
+            "'text' and, if it has a class, a 'label' that is an integer or a text."
+        )
+    first, answer, label = fields
+    if answer is not None:
+        return first, answer
+    if isinstance(label, str):  # beside its text it would be an answer
+        return {"text": first, "label": label}
+    return first if label is None else (first, label)

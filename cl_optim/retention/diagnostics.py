@@ -45,8 +45,9 @@ def diagnose(
     are of one kind.
 
     Args:
-        old: Texts; sequences of token ids; pairs (prompt, answer) of texts; or pairs (text, label)
-            with an integer label. :func:`read_corpus` makes them of a file.
+        old: Texts; sequences of token ids; pairs (prompt, answer) of texts; pairs (text, label)
+            with an integer label; or mappings with ``"prompt"`` and ``"answer"``, or ``"text"`` and
+            a ``"label"`` that is an integer or a text. :func:`read_corpus` makes them of a file.
         new: The same.
         tokenizer: Makes tokens of a text: a function, or something with ``encode``. None:
             casefolded words and punctuation marks.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 import math
 import random
 
@@ -524,6 +525,103 @@ def test_the_report_says_what_is_retained_what_was_learned_and_one_recommendatio
     assert "Training was stopped at step 1; more than 10% was lost in 1 check." in report
     assert report.count("Recommendation") == 1
     assert "raise ewc_lambda above 2" in report
+
+
+def outcome_and_recommendation(guard):
+    lines = str(guard.report()).splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith("Training was"))
+    outcome, _, recommendation = " ".join(lines[start:]).partition(" Recommendation: ")
+    return outcome, recommendation
+
+
+@pytest.mark.parametrize(
+    ("values", "options", "outcome", "recommendation", "shown"),
+    [
+        (
+            (1.0, 0.95, 0.93), {},
+            "not stopped; more than 10% was lost in no checks.",
+            "keep these weights: no guarded task has lost more than allowed at step 2.", 2,
+        ),
+        (
+            (1.0, 0.5, 0.4, 0.95), {"on_breach": "warn"},
+            "not stopped; more than 10% was lost in 2 checks, but not in the last, at step 3.",
+            "keep these weights: no guarded task has lost more than allowed at step 3.", 3,
+        ),
+        (
+            (1.0, 0.95, 0.4), {"on_breach": "warn"},
+            "not stopped; more than 10% was lost in 1 check.", "protect old more", 2,
+        ),
+        (
+            (1.0, 0.95, 0.4), {"on_breach": "stop"},
+            "stopped at step 2; more than 10% was lost in 1 check.", "protect old more", 2,
+        ),
+        (
+            (1.0, 0.5, 0.95), {"on_breach": "raise_lambda"},
+            "not stopped; more than 10% was lost in 1 check, but not in the last, at step 2.",
+            "keep these weights", 2,
+        ),
+        (
+            (1.0, 0.95, 0.4), {"on_breach": "rollback"},
+            "stopped at step 2, and back at step 1; more than 10% was lost in 1 check.",
+            "protect old more", 1,
+        ),
+        (
+            (1.0, 0.95, 0.4), {"on_breach": ("rollback", "raise_lambda")},
+            "not stopped, and back at step 1; more than 10% was lost in 1 check.",
+            "protect old more", 1,
+        ),
+        (
+            (1.0, 0.4, 0.95), {"on_breach": ("rollback", "raise_lambda")},
+            "not stopped; more than 10% was lost in 1 check, but not in the last, at step 1.",
+            "keep these weights: no guarded task has lost more than allowed at step 1.", 1,
+        ),
+        (
+            (1.0, 0.4, math.nan), {"on_breach": "warn"},
+            "not stopped; more than 10% was lost in 1 check "
+            "and a number was not finite in 1 check.",
+            "lower the learning rate", 2,
+        ),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("name", ["old", "old, rolled back"])  # a name decides nothing
+@pytest.mark.filterwarnings("ignore::cl_optim.retention.RetentionWarning")
+def test_the_report_has_one_verdict(
+    tmp_path, values, options, outcome, recommendation, shown, name
+):
+    guard = guard_of(scripted(*values, name=name), folder=tmp_path, **options)
+    guard.start()
+    for _ in values[1:]:
+        guard.step()
+    found, advice = outcome_and_recommendation(guard)
+    assert found == f"Training was {outcome}"
+    assert advice.startswith(recommendation.replace("protect old", f"protect {name}"))
+    assert guard.report().check.step == shown
+    again = guard_of(scripted(1.0, name=name), **{**options, "folder": tmp_path / "other"})
+    again.load_state_dict(json.loads(json.dumps(guard.state_dict())))
+    assert str(again.report()) == str(guard.report())
+
+
+def test_the_report_is_of_the_checkpoint_that_training_went_back_to(tmp_path):
+    guard = guard_of(scripted(1.0, 0.97, 0.2, 0.98), on_breach="rollback", folder=tmp_path)
+    guard.start()
+    guard.step()
+    newest = max(tmp_path.iterdir())
+    newest.write_bytes(newest.read_bytes()[:1000])
+    with pytest.warns(CheckpointWarning):
+        guard.step()
+    assert guard.report().check.step == guard.steps == 0
+    assert "stopped at step 2, and back at step 0" in str(guard.report())
+    guard.check()  # of the weights that went back: it stopped nothing
+    assert guard.report().stopped_at == 2
+
+
+def test_a_history_that_does_not_say_what_was_rolled_back_is_refused():
+    guard = guard_of(scripted(1.0))
+    guard.start()
+    state = guard.state_dict()
+    del state["history"][0]["rolled_back_to"]
+    with pytest.raises(ValueError, match="is of an earlier version of cl_optim"):
+        guard_of(scripted(1.0)).load_state_dict(state)
 
 
 def test_the_report_takes_names_as_they_are():

@@ -83,9 +83,12 @@ class Check:
     Attributes:
         step: Training steps taken.
         measured: One entry for each evaluation, in their order.
-        breached: Names of the old tasks of which more than the threshold is lost.
+        breached: Names of the old tasks of which more than the threshold is lost, and of any
+            whose number is not finite.
         ewc_lambda: The largest λ of the optimizer's groups; None where it has none.
         action: What the guard did, in words; empty where nothing.
+        rolled_back_to: The step that everything went back to; None where nothing did.
+        stopped: Whether it stopped training.
     """
 
     step: int
@@ -93,6 +96,8 @@ class Check:
     breached: tuple[str, ...]
     ewc_lambda: float | None
     action: str = ""
+    rolled_back_to: int | None = None
+    stopped: bool = False
 
 
 def check_baseline(name: str, value: float, guarded: bool) -> None:

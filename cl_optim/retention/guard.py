@@ -249,7 +249,7 @@ class RetentionGuard:
     def report(self) -> Report:
         """What is retained of each task, what was learned, where it stopped, what to do next."""
         self._require_started()
-        return Report.of(self.history, self.threshold, self._wanted(), self.stopped)
+        return Report.of(self.history, self.threshold, self._wanted())
 
     def state_dict(self) -> dict[str, Any]:
         """Steps, baselines, history and the controller's factor, as plain data that JSON can hold.
@@ -280,13 +280,18 @@ class RetentionGuard:
             self._controller.load_state_dict(state_dict["controller"])
 
     def check_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Raise ValueError if the state is of a guard with other evaluations."""
+        """Raise ValueError if the state is of a guard with other evaluations, or an older one."""
         own = {evaluation.name for evaluation in self._all_evaluations()}
         saved = set(state_dict["baselines"])  # none where it had not been started
         if saved and own != saved:
             raise ValueError(
                 f"the saved guard has the evaluations {sorted(state_dict['baselines'])}, this one "
                 f"has {sorted(own)}."
+            )
+        if any("rolled_back_to" not in check for check in state_dict.get("history", ())):
+            raise ValueError(
+                "the saved guard's history is of an earlier version of cl_optim, which did not say "
+                "what was rolled back: start() anew from the weights that you have."
             )
 
     def continue_from(self, state_dict: Mapping[str, Any]) -> None:
@@ -346,6 +351,8 @@ class RetentionGuard:
             breached=tuple(packed["breached"]),
             ewc_lambda=packed["ewc_lambda"],
             action=packed["action"],
+            rolled_back_to=packed["rolled_back_to"],
+            stopped=packed["stopped"],
         )
 
     def _all_evaluations(self) -> list[Evaluation]:
@@ -385,8 +392,10 @@ class RetentionGuard:
             for one in check.measured
             if one.evaluation.name in check.breached
         ]
+        back = None
         if "rollback" in self._actions:
-            done.append(self._roll_back())
+            back = self._roll_back()
+            done.append(f"rolled back to step {back}")
         if "raise_lambda" in self._actions:
             done.append(self._raise_lambda())
         elif self._actions != ("warn",):
@@ -395,9 +404,9 @@ class RetentionGuard:
         action = "; ".join(done) + "."
         if self._actions == ("warn",):
             warnings.warn(f"step {check.step}: {action}", RetentionWarning, stacklevel=4)
-        return replace(check, action=action)
+        return replace(check, action=action, rolled_back_to=back, stopped=self.stopped)
 
-    def _roll_back(self) -> str:
+    def _roll_back(self) -> int:
         assert self._checkpoints is not None  # the constructor saw to it
         kept = None if self._controller is None else self._controller.state_dict()
         step = self._restore(self._checkpoints)
@@ -406,7 +415,7 @@ class RetentionGuard:
             # A breach does not undo what earlier ones taught.
             self._controller.load_state_dict(kept)
             self._controller.apply()
-        return f"rolled back to step {step}"
+        return step
 
     def _restore(self, checkpoints: Checkpoints) -> int:
         closures = self.optimizer.closures if isinstance(self.optimizer, GEM) else {}
@@ -450,6 +459,8 @@ def _packed(check: Check) -> dict[str, Any]:
         "breached": list(check.breached),
         "ewc_lambda": check.ewc_lambda,
         "action": check.action,
+        "rolled_back_to": check.rolled_back_to,
+        "stopped": check.stopped,
     }
 
 

@@ -22,12 +22,14 @@ class Report:
     """Printable, by ``print`` and by rich.
 
     Attributes:
-        check: The check that it speaks of: the last without a breach that training went back to,
-            or the last one.
+        check: The check of the present weights: the last one or, where that was rolled back, the
+            one that training went back to.
         threshold: The relative loss that was too much.
         useful: Old tasks whose forgetting was wanted.
         stopped_at: The step of the check that stopped training; None if none did.
-        breaches: Checks with a breach.
+        back_at: The step that it, or the last check, went back to; None if it did not.
+        lost: The number of checks in which a guarded task had lost more than the threshold.
+        diverged: The number of those in which a number was not finite.
         recommendation: One sentence.
     """
 
@@ -35,25 +37,24 @@ class Report:
     threshold: float
     useful: tuple[str, ...]
     stopped_at: int | None
-    breaches: int
+    back_at: int | None
+    lost: int
+    diverged: int
     recommendation: str
 
     @classmethod
-    def of(
-        cls, history: Sequence[Check], threshold: float, useful: Collection[str], stopped: bool
-    ) -> Report:
+    def of(cls, history: Sequence[Check], threshold: float, useful: Collection[str]) -> Report:
         """The report of a guard's checks; at least one."""
         last = history[-1]
-        shown = last
-        if "rolled back" in last.action:
-            shown = next((c for c in reversed(history) if not c.breached), last)
-        breaches = sum(bool(check.breached) for check in history)
+        ending = next((check for check in history if check.stopped), None)
         return cls(
-            check=shown,
+            check=_present(history),
             threshold=threshold,
             useful=tuple(sorted(useful)),
-            stopped_at=last.step if stopped else None,
-            breaches=breaches,
+            stopped_at=None if ending is None else ending.step,
+            back_at=(ending or last).rolled_back_to,
+            lost=sum(map(_has_lost, history)),
+            diverged=sum(not _is_finite(check) for check in history),
             recommendation=_recommend(last),
         )
 
@@ -79,6 +80,8 @@ class Report:
 
     def _remark(self, one: Measured) -> str:
         name = one.evaluation.name
+        if not math.isfinite(one.value):
+            return "diverged"
         if name in self.useful:
             return "forgetting wanted"
         if name in self.check.breached:
@@ -88,12 +91,40 @@ class Report:
         return ""
 
     def _outcome(self) -> str:
-        checks = "check" if self.breaches == 1 else "checks"
-        breaches = f"more than {self.threshold:.0%} was lost in {self.breaches} {checks}"
-        if self.stopped_at is None:
-            return f"Training was not stopped; {breaches}."
-        back = f", and back at step {self.check.step}" if self.check.step < self.stopped_at else ""
-        return f"Training was stopped at step {self.stopped_at}{back}; {breaches}."
+        ending = "not stopped" if self.stopped_at is None else f"stopped at step {self.stopped_at}"
+        back = "" if self.back_at is None else f", and back at step {self.back_at}"
+        breaches = [f"more than {self.threshold:.0%} was lost in {_checks(self.lost)}"]
+        if self.diverged:
+            breaches.append(f"a number was not finite in {_checks(self.diverged)}")
+        found = " and ".join(breaches)
+        if (self.lost or self.diverged) and not back and not self.check.breached:
+            found += f", but not in the last, at step {self.check.step}"
+        return f"Training was {ending}{back}; {found}."
+
+
+def _present(history: Sequence[Check]) -> Check:
+    """The check of the weights that there are now, as near as there is one."""
+    last = history[-1]
+    if last.rolled_back_to is None:
+        return last
+    back = last.rolled_back_to
+    good = (check for check in reversed(history) if not check.breached and check.step <= back)
+    return next(good, last)
+
+
+def _is_finite(check: Check) -> bool:
+    return all(math.isfinite(one.value) for one in check.measured)
+
+
+def _has_lost(check: Check) -> bool:
+    """Whether there was a breach by forgetting, not only by numbers that are not finite."""
+    return any(
+        math.isfinite(one.value) for one in check.measured if one.evaluation.name in check.breached
+    )
+
+
+def _checks(number: int) -> str:
+    return "1 check" if number == 1 else f"{number or 'no'} checks"
 
 
 def _retained(one: Measured) -> str:
@@ -107,7 +138,7 @@ def _retained(one: Measured) -> str:
 
 def _recommend(last: Check) -> str:
     gains = [one.loss for one in last.measured if one.evaluation.role == "new"]
-    if not all(math.isfinite(one.value) for one in last.measured):
+    if not _is_finite(last):
         return "Recommendation: lower the learning rate and clip gradients: training diverged."
     if last.breached:
         names = ", ".join(last.breached)
@@ -122,4 +153,7 @@ def _recommend(last: Check) -> str:
         )
     if gains and min(gains) >= 0:
         return "Recommendation: train longer or protect less: nothing new has been learned."
-    return "Recommendation: keep these weights; no guarded task has lost more than allowed."
+    return (
+        "Recommendation: keep these weights: no guarded task has lost more than allowed at step "
+        f"{last.step}."
+    )

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import os
 import re
+import shutil
+import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +16,9 @@ from pathlib import Path
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
+
+_TEMPORARY = re.compile(r"\.[0-9a-f]{32}\.tmp")
+_ABANDONED = 3600  # seconds
 
 
 @contextlib.contextmanager
@@ -27,32 +33,103 @@ def whole(path: Path) -> Iterator[Path]:
     """
     if path.is_dir():
         raise IsADirectoryError(errno.EISDIR, f"{str(path)!r} cannot be written: it is a folder")
-    is_stream = str(path).startswith(("/dev/std", "/dev/fd/", "/proc/"))  # links to what is open
-    if is_stream or (path.exists() and not path.is_file()):
+    if _is_stream(path):
         yield path
         return
     path = Path(os.path.realpath(path))
-    temporary = path.with_name(f".{uuid.uuid4().hex}.tmp")
     try:
-        yield temporary
-        os.replace(temporary, path)
+        with temporary_folder(path.parent) as folder:
+            yield folder / path.name
+            os.replace(folder / path.name, path)
     except OSError as error:
         reason = error.strerror or str(error)
         raise type(error)(error.errno, f"{str(path)!r} cannot be written: {reason}") from error
+
+
+def _is_stream(path: Path) -> bool:
+    is_link = str(path).startswith(("/dev/std", "/dev/fd/", "/proc/"))  # to what is open
+    return is_link or (path.exists() and not path.is_file())
+
+
+# --- what killed writers leave --------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def temporary_folder(beside: Path) -> Iterator[Path]:
+    """Make a folder in another one, for files on their way into that, and delete it at the end.
+
+    A writer that is killed leaves its folder, which the next one here deletes. Those of writers at
+    work are safe, in whatever process: each has its folder locked, and a process that ends, however
+    it does, frees its locks.
+    """
+    _sweep(beside)
+    folder, descriptor = _locked_folder(beside)
+    try:
+        yield folder
     finally:
-        temporary.unlink(missing_ok=True)
+        shutil.rmtree(folder, ignore_errors=True)
+        os.close(descriptor)
+
+
+def _locked_folder(beside: Path) -> tuple[Path, int]:
+    while True:
+        folder = beside / f".{uuid.uuid4().hex}.tmp"
+        folder.mkdir(0o700)
+        try:
+            descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        except FileNotFoundError:
+            continue  # it was swept before it was locked
+        # Where the file system has no locks, nobody can take one to sweep, either.
+        with contextlib.suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        if folder.exists():
+            return folder, descriptor
+        os.close(descriptor)
+
+
+def _sweep(beside: Path) -> None:
+    with contextlib.suppress(OSError):  # of a folder that cannot be read, say
+        for name in os.listdir(beside):
+            if _TEMPORARY.fullmatch(name):
+                _sweep_one(beside / name)
+
+
+def _sweep_one(left: Path) -> None:
+    """Delete it, unless a writer is at work in it."""
+    try:
+        descriptor = os.open(left, os.O_RDONLY | os.O_NOFOLLOW)
+    except OSError:
+        return  # another's, or just gone
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if left.is_dir():
+            shutil.rmtree(left, ignore_errors=True)
+        elif time.time() - left.stat().st_mtime > _ABANDONED:
+            left.unlink()  # of an earlier version, whose writers took no locks
+    except OSError:
+        return
+    finally:
+        os.close(descriptor)
+
+
+# --- tensors --------------------------------------------------------------------------------------
 
 
 def save_tensors(
     tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None
 ) -> None:
-    """Write a safetensors file.
+    """Write a safetensors file, which may be read by whom the umask lets.
 
     Raises:
-        OSError: It cannot be written: the disk is full, say.
+        OSError: It cannot be written: the disk is full, say, or it is no file.
     """
+    if _is_stream(path):  # safetensors would put a file in its place
+        raise OSError(errno.ESPIPE, "tensors need a file, not a stream or a device")
+    path.touch()
+    mode = path.stat().st_mode
     try:
         save_file(tensors, path, metadata=metadata)
+        path.chmod(mode)  # safetensors may have moved a private file here
     except SafetensorError as error:  # which has the reason in its text
         number = re.search(r"os error (\d+)", str(error))
         if number is None:

@@ -513,6 +513,19 @@ def test_checks_are_logged_to_csv_tensorboard_and_the_terminal(tmp_path):
     assert "step 2: old 0.5 (-50.0%), new 1 (+66.7%)" in text.getvalue()
 
 
+def test_a_cell_of_the_csv_is_no_formula(tmp_path):
+    """As OWASP has it: what a spreadsheet would run gets an apostrophe; numbers stay numbers."""
+    guard = guard_of(
+        scripted(-1.0, -1.5, name='=HYPERLINK("//x")'), loggers=[CSVLogger(tmp_path / "guard.csv")]
+    )
+    guard.start()
+    guard.step()
+    with open(tmp_path / "guard.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["evaluation"] for row in rows] == ['\'=HYPERLINK("//x")'] * 2
+    assert [row["value"] for row in rows] == ["-1.0", "-1.5"]
+
+
 def test_the_report_says_what_is_retained_what_was_learned_and_one_recommendation():
     guard = guard_of(scripted(0.9, 0.45), scripted(4.0, 1.0, name="code", role="new", higher=False))
     guard.start()

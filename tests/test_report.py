@@ -21,6 +21,7 @@ from PIL import Image
 from rich.console import Console
 
 from cl_optim import Importance, ImportanceLog, cli
+from cl_optim.importance.files import csv_cell
 from cl_optim.importance.pictures import write_png
 from cl_optim.importance.report import report_data, write_csv, write_json
 from cl_optim.importance.report_html import render_html
@@ -236,6 +237,20 @@ def test_the_command_writes_everything(log, tmp_path, capsys):
     for path in pictures:
         colours = np.unique(np.asarray(Image.open(path).convert("RGB")).reshape(-1, 3), axis=0)
         assert len(colours) > 20  # something is drawn
+
+
+@pytest.mark.parametrize("first", ["=", "+", "-", "@", "\t", "\r", "\n"])
+def test_a_cell_of_the_csv_is_no_formula(tmp_path, first):
+    log = ImportanceLog(tmp_path / "log")
+    log.record(f"{first}1+1", {f"{first}a.weight": torch.rand(4), "b=.weight": torch.rand(4)})
+    write_csv(report_data(log), tmp_path / "r.csv")
+    with open(tmp_path / "r.csv", newline="", encoding="utf-8") as file:
+        rows = list(csv.reader(file))
+    assert [row[:3] for row in rows[1:]] == [
+        [f"'{first}a", f"'{first}1+1", "4"],
+        ["b=", f"'{first}1+1", "4"],
+    ]
+    assert csv_cell(-1.5) == -1.5
 
 
 def test_the_command_prints_tables(log, capsys):

@@ -112,6 +112,21 @@ def _sweep_one(left: Path) -> None:
         os.close(descriptor)
 
 
+# --- tables ---------------------------------------------------------------------------------------
+
+
+def csv_cell(value: object) -> object:
+    """The value as a cell of a CSV file that no spreadsheet takes for a formula.
+
+    Texts that could be one, such as a task's name, get an apostrophe before them; numbers stay.
+
+    References:
+        OWASP, CSV Injection.
+    """
+    is_formula = isinstance(value, str) and value.startswith(("=", "+", "-", "@", "\t", "\r", "\n"))
+    return f"'{value}" if is_formula else value
+
+
 # --- tensors --------------------------------------------------------------------------------------
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from cl_optim._version import __version__
 from cl_optim.importance import watch
 from cl_optim.importance.errors import LogError
-from cl_optim.importance.files import whole
+from cl_optim.importance.files import csv_cell, whole
 from cl_optim.importance.importance import Importance
 from cl_optim.importance.names import renamed
 from cl_optim.importance.record import Record
@@ -226,6 +226,7 @@ def write_csv(data: Data, path: Path) -> None:
                     continue
                 figures = [data[name][row][column] for name in ("mean", "largest", "share")]
                 parts = [part["layers"][row] for part in data["frozen"]]
-                line = [layer["name"], task["name"], layer["weights"], *figures]
+                names = (csv_cell(layer["name"]), csv_cell(task["name"]))
+                line = [*names, layer["weights"], *figures]
                 pinned = data["pinned"][row] if data["pinned"] else 0.0
                 writer.writerow([*line, *data["carriers"][row][column], *parts, pinned])

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from rich.console import Console
 
+from cl_optim.importance.files import csv_cell
 from cl_optim.retention.evaluation import Check
 
 if TYPE_CHECKING:
@@ -46,13 +47,13 @@ class CSVLogger:
                 writer.writerow(
                     (
                         check.step,
-                        one.evaluation.name,
-                        one.evaluation.role,
+                        csv_cell(one.evaluation.name),
+                        csv_cell(one.evaluation.role),
                         one.value,
                         one.baseline,
                         one.loss,
                         "" if check.ewc_lambda is None else check.ewc_lambda,
-                        check.action,
+                        csv_cell(check.action),
                     )
                 )
 

@@ -25,7 +25,7 @@ from cl_optim import EWCAdamW, Importance, ImportanceLog
 from cl_optim.importance import codecs, shards
 from cl_optim.importance.codecs import NAMES
 from cl_optim.importance.errors import DamagedError, LockedError, LogError
-from cl_optim.importance.manifest import FILE, VERSION, locked, sealed
+from cl_optim.importance.manifest import FILE, SEAL, VERSION, locked, sealed, unsealed
 from cl_optim.importance.names import compare_names
 from cl_optim.importance.report import report_data, write_csv, write_json
 from cl_optim.importance.report_html import write_html
@@ -141,6 +141,11 @@ def test_anchors_in_a_checkpoint(tmp_path):
     checkpoint.write_bytes(data)
     with pytest.raises(DamagedError, match=r"of task 'task', .*model.safetensors, have changed"):
         log["task"].anchors()
+    log.record("no safetensors", importance_of(0), anchors=checkpoint.rename(tmp_path / "b"))
+    (tmp_path / "b").rename(checkpoint).write_bytes(b"neither")
+    log.record("neither", importance_of(0), anchors=checkpoint)
+    with pytest.raises(LogError, match=r"of task 'neither' are .* not a safetensors file"):
+        log["neither"].anchors()
     checkpoint.unlink()
     with pytest.raises(LogError, match="are gone"):
         log["task"].anchors()
@@ -602,7 +607,7 @@ def test_an_export_that_fails_leaves_the_old_one(tmp_path, request, write):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["export", "log"]
 
 
-@pytest.mark.parametrize("call", ["fsync", "rename", "mkdir", "open"])
+@pytest.mark.parametrize("call", ["fsync", "rename", "replace", "mkdir", "open"])
 def test_a_disk_that_is_full_at_any_moment(tmp_path, monkeypatch, call):
     """Each call that can run out of space does so in turn."""
     log = make_log(tmp_path)
@@ -621,7 +626,7 @@ def test_a_disk_that_is_full_at_any_moment(tmp_path, monkeypatch, call):
         assert contents(tmp_path) == before
         assert log.tasks == ImportanceLog(tmp_path).tasks == ["task 0", "task 1"]
     assert all("No space left on device; the log is as it was" in text for text in messages)
-    assert len(messages) >= {"fsync": 5, "rename": 1, "mkdir": 1, "open": 4}[call]
+    assert len(messages) >= {"fsync": 6, "rename": 1, "replace": 1, "mkdir": 2, "open": 5}[call]
     assert_is(ImportanceLog(tmp_path).load("new"), importance_of(5))
 
 
@@ -666,6 +671,27 @@ def test_a_folder_that_may_only_be_read():
                 os.seteuid(0)
             for path in (folder, *folder.rglob("*")):
                 path.chmod(0o755)
+
+
+def test_a_log_of_an_earlier_version(tmp_path):
+    """Its lines have no numbers and it has no seal; what is added has both."""
+    log = make_log(tmp_path, 1)
+    with open(tmp_path / FILE, "rb") as file:
+        entries = [unsealed(line) for line in file]
+    for entry in entries:
+        entry.pop("line", None)
+        entry.pop("seal" if "format" in entry else "line", None)
+    (tmp_path / FILE).write_bytes(b"".join(sealed(entry) for entry in entries))
+    (tmp_path / SEAL).unlink()
+    log = ImportanceLog(tmp_path)
+    assert log.tasks == ["task 0"]
+    log.record("task 1", importance_of(1))
+    log.forget("task 0")
+    assert ImportanceLog(tmp_path).tasks == ["task 1"]
+    lines = (tmp_path / FILE).read_bytes().splitlines(keepends=True)
+    (tmp_path / FILE).write_bytes(b"".join(lines[:-1]))
+    with pytest.warns(UserWarning, match=r"^line 4 of .* is gone"):
+        ImportanceLog(tmp_path)
 
 
 def test_the_manifest_is_readable_text(tmp_path):

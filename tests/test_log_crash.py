@@ -18,7 +18,7 @@ from log_cases import SCALE, assert_is, importance_of, make_log, record_until_ki
 
 from cl_optim import ImportanceLog
 from cl_optim.importance import record
-from cl_optim.importance.manifest import FILE
+from cl_optim.importance.manifest import FILE, SEAL, unsealed
 
 KILLS = 200
 
@@ -92,7 +92,10 @@ def test_kill_at_random_instants(memory, processes, monkeypatch):
 @pytest.mark.parametrize("keep", [0, 1, 30, -2])
 def test_half_a_line_at_the_end_is_cut_off(tmp_path, keep):
     """As a crash leaves it that comes after the record's folder is in place."""
-    make_log(tmp_path)
+    log = make_log(tmp_path, 1)
+    seal = (tmp_path / SEAL).read_bytes()
+    log.record("task 1", importance_of(1))
+    (tmp_path / SEAL).write_bytes(seal)
     manifest = tmp_path / FILE
     lines = manifest.read_bytes().splitlines(keepends=True)
     manifest.write_bytes(b"".join(lines[:-1]) + lines[-1][:keep])
@@ -122,6 +125,52 @@ def test_a_line_whose_end_alone_is_lost_counts(tmp_path, event, end):
     again.record("task 2", importance_of(2))
     assert manifest.read_bytes().startswith(whole)
     assert ImportanceLog(tmp_path).tasks == [*tasks, "task 2"]
+
+
+@pytest.mark.parametrize("event", ["record", "forget"])
+def test_a_crash_between_a_line_and_its_seal(tmp_path, event):
+    """The line counts, and the next one is sealed with it."""
+    log = make_log(tmp_path)
+    seal = (tmp_path / SEAL).read_bytes()
+    if event == "record":
+        log.record("task 2", importance_of(2))
+    else:
+        log.forget("task 0")
+    (tmp_path / SEAL).write_bytes(seal)
+    again, messages = opened(tmp_path)
+    assert (again.tasks, messages) == (log.tasks, [])
+    again.record("new", importance_of(3))
+    assert unsealed((tmp_path / SEAL).read_bytes()) == {"lines": 5}
+    assert opened(tmp_path)[1] == []
+
+
+def test_an_interruption_after_the_seal_comes_too_late(tmp_path, monkeypatch):
+    """What is sealed stays: a line less would look like damage."""
+    log = make_log(tmp_path)
+    original = os.replace
+
+    def interrupted(*arguments):
+        original(*arguments)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            log.record("task 2", importance_of(2))
+    again, messages = opened(tmp_path)
+    assert (again.tasks, messages) == (["task 0", "task 1", "task 2"], [])
+    assert_is(again.load("task 2"), importance_of(2))
+    log.record("task 3", importance_of(3))
+    assert opened(tmp_path)[0].tasks == log.tasks == [f"task {number}" for number in range(4)]
+    assert opened(tmp_path)[1] == []
+
+
+def test_a_crash_while_a_log_is_made(tmp_path):
+    """Its seal is there, its manifest is not yet."""
+    ImportanceLog(tmp_path)
+    (tmp_path / FILE).unlink()
+    log, messages = opened(tmp_path)
+    assert (log.tasks, messages) == ([], [])
 
 
 def test_a_stray_file_is_no_record(tmp_path):

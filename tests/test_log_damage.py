@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import warnings
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from log_cases import assert_is, importance_of, make_log, weights
 
 from cl_optim import ImportanceLog
 from cl_optim.importance.errors import DamagedError, LogError
-from cl_optim.importance.manifest import FILE
+from cl_optim.importance.manifest import FILE, SEAL
 
 
 def flip(path: Path, place: int, mask: int) -> None:
@@ -100,6 +101,119 @@ def test_a_flipped_bit_of_the_manifest_is_always_detected(tmp_path):
         with pytest.raises(LogError, match=r"the first line of .*manifest.jsonl is damaged"):
             ImportanceLog(tmp_path)
         flip(manifest, place, 4)
+
+
+@pytest.mark.parametrize("mode", ["a", "r"])
+@pytest.mark.parametrize("kept", [1, 2, 3, 4])
+def test_a_manifest_cut_between_lines_is_noticed(tmp_path, kept, mode):
+    """Else a task that was forgotten would be protected again, without a word."""
+    log = make_log(tmp_path, 3)
+    log.forget("task 0")
+    seal = (tmp_path / SEAL).read_bytes()
+    lines = (tmp_path / FILE).read_bytes().splitlines(keepends=True)
+    (tmp_path / FILE).write_bytes(b"".join(lines[:kept]))
+    for _ in range(2):
+        log, remarks = opened(tmp_path, mode)
+        assert log.tasks == [f"task {number}" for number in range(kept - 1)]
+        assert remarks == [
+            f"line {number} of {tmp_path / FILE} is gone: a record that it lists is left out, a "
+            "task that it forgets is protected again."
+            for number in range(kept + 1, 6)
+        ]
+    if mode == "a":  # what is added does not cover it
+        log.record("new", importance_of(5))
+        assert opened(tmp_path, "r")[1] == remarks
+    (tmp_path / FILE).write_bytes(b"".join(lines))
+    (tmp_path / SEAL).write_bytes(seal)
+    log, remarks = opened(tmp_path, mode)
+    assert log.tasks == ["task 1", "task 2"]
+    assert not any("is gone" in remark for remark in remarks)
+    for number in (1, 2):  # nothing was set aside that the whole manifest lists
+        assert_is(log.load(f"task {number}"), importance_of(number))
+
+
+def opened(path: Path, mode: str) -> tuple[ImportanceLog, list[str]]:
+    """The log, and the warnings of opening it."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        log = ImportanceLog(path, mode)
+    return log, [str(warning.message) for warning in caught]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda lines: [lines[0], *lines[2:]],
+        lambda lines: [lines[0], lines[2], lines[1], lines[3]],
+        lambda lines: [lines[0], lines[1], lines[1], lines[3]],
+    ],
+)
+def test_lines_taken_out_swapped_or_repeated_are_noticed(tmp_path, change):
+    make_log(tmp_path, 3)
+    lines = (tmp_path / FILE).read_bytes().splitlines(keepends=True)
+    (tmp_path / FILE).write_bytes(b"".join(change(lines)))
+    with pytest.warns(UserWarning, match=r"^line \d of .* is gone"):
+        ImportanceLog(tmp_path)
+
+
+@pytest.mark.parametrize("content", [None, b"", b"anything", b"\xff\n"])
+def test_a_seal_that_is_gone_or_damaged(tmp_path, content):
+    make_log(tmp_path)
+    if content is None:
+        (tmp_path / SEAL).unlink()
+    else:
+        (tmp_path / SEAL).write_bytes(content)
+    with pytest.warns(UserWarning, match=r"^.*manifest.seal is gone or damaged: whether lines"):
+        log = ImportanceLog(tmp_path)
+    assert log.tasks == ["task 0", "task 1"]
+    log.forget("task 1")
+    assert ImportanceLog(tmp_path).tasks == ["task 0"]
+
+
+def test_any_byte_of_a_log_and_any_cut(tmp_path):
+    """What is loaded is what was recorded, and what is not is named, by the log's own error."""
+    values = {"a": torch.rand(3), "b": torch.rand(2)}
+    log = ImportanceLog(tmp_path / "log")
+    for task in ("one", "two"):
+        log.record(task, values, anchors=values, frozen={"a": torch.tensor([True, False, True])})
+    log.forget("two")
+    chance = random.Random(0)
+    files = [path for path in sorted(log.path.rglob("*")) if path.is_file()]
+    assert len(files) == 3 + 2 * 4
+    for path in files[:7]:  # those of the second record are like those of the first
+        content = path.read_bytes()
+        cuts = [content[:length] for length in range(len(content))]
+        for place, byte in enumerate(content):
+            flipped = bytes([byte ^ (1 << chance.randrange(8))])
+            cuts.append(content[:place] + flipped + content[place + 1 :])
+        for damaged in cuts:
+            path.write_bytes(damaged)
+            named = loaded_or_named(log.path, values)
+            is_completed = path.name == FILE and damaged[: len(content) - 1] == content[:-1]
+            assert named or is_completed or path.name == "lock", damaged
+        path.write_bytes(content)
+    assert loaded_or_named(log.path, values) == []
+
+
+def loaded_or_named(path: Path, values: dict[str, torch.Tensor]) -> list[str]:
+    """Load all that can be loaded, bit for bit; returns the errors and warnings."""
+    try:
+        log, remarks = opened(path, "r")
+    except LogError as error:
+        remarks = [str(error)]
+    else:
+        assert log.tasks in (["one"], ["one", "two"], ["two"], [])
+        assert log.tasks == ["one"] or remarks
+        for task in log.tasks:
+            try:
+                record = log[task]
+                for found in (record.importance(), record.anchors()):
+                    assert all(torch.equal(found[name], value) for name, value in values.items())
+                assert record.frozen()["a"].tolist() == [True, False, True]
+            except LogError as error:
+                remarks.append(str(error))
+    assert all(str(path) in remark for remark in remarks), remarks
+    return remarks
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ from cl_optim.importance.errors import LockedError, LogError
 from cl_optim.importance.importance import Importance
 from cl_optim.importance.manifest import (
     FILE,
+    SEAL,
     Entry,
     Manifest,
     being_written,
@@ -88,7 +89,10 @@ class ImportanceLog:
     def _create(self) -> None:
         if self._path.exists() and not self._path.is_dir():
             raise LogError(f"path {str(self._path)!r} is a file, not a folder.")
-        if self._path.is_dir() and any(name[0] != "." for name in os.listdir(self._path)):
+        # A seal alone is of a log that another is making, or was when it was killed.
+        if self._path.is_dir() and any(
+            name[0] != "." and name != SEAL for name in os.listdir(self._path)
+        ):
             return
         try:
             self._path.mkdir(parents=True, exist_ok=True)
@@ -136,11 +140,11 @@ class ImportanceLog:
                     _warn_of_unfinished(folder)
 
     def _unfinished(self) -> list[Path]:
-        """Of what is not listed, what no damaged line can have listed."""
+        """Of what is not listed, what no damaged or lost line can have listed."""
         return [
             folder
             for folder in self._unlisted()
-            if folder.name.endswith(_PARTIAL) or not self._manifest.damaged
+            if folder.name.endswith(_PARTIAL) or not (self._manifest.damaged or self._manifest.lost)
         ]
 
     @contextlib.contextmanager

@@ -2,16 +2,18 @@
 
 A line is ``<xxh3-128> <JSON>``. What is not in the manifest has not happened: a record counts from
 the moment its line is on disk. A crash can leave half a line at the end, which the next writer cuts
-off.
+off. Lines are numbered, and a file beside the manifest, replaced after each, has the number of the
+last: lines that are lost, at the end, too, are noticed. A crash between the two leaves a line more
+than that, which counts.
 """
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
 import time
-import uuid
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,10 +24,12 @@ import xxhash
 
 from cl_optim._version import __version__
 from cl_optim.importance.errors import DamagedError, LockedError, LogError
+from cl_optim.importance.files import temporary_folder, whole
 
 FORMAT = "cl_optim.ImportanceLog"
 VERSION = 1
 FILE = "manifest.jsonl"
+SEAL = "manifest.seal"
 _LOCK = "lock"
 
 Entry = dict[str, Any]
@@ -79,25 +83,28 @@ class Manifest:
 
     Attributes:
         damaged: The numbers of lines that are not what was written, from 1.
+        lost: The numbers of lines that are gone.
+        is_sealed: Whether its seal is there, where it has had one from its beginning.
     """
 
     def __init__(self, folder: Path) -> None:
         self.path = folder / FILE
         self.damaged: list[int] = []
+        self.lost: list[int] = []
+        self.is_sealed = True
+        self._seal = folder / SEAL
+        self._last = 1  # the number of the last line that there ever was
 
     @classmethod
     def create(cls, folder: Path) -> None:
         """Start a log in an empty folder; the manifest appears whole or not at all."""
-        header = {"format": FORMAT, "version": VERSION, "cl_optim": __version__}
-        temporary = folder / f".{FILE}.{uuid.uuid4().hex}"
-        try:
-            write_durably(temporary, sealed(header))
-            try:
-                os.link(temporary, folder / FILE)  # unlike a rename, does not replace another's
-            except FileExistsError:
-                return
-        finally:
-            temporary.unlink(missing_ok=True)
+        header = {"format": FORMAT, "version": VERSION, "cl_optim": __version__, "seal": SEAL}
+        with temporary_folder(folder) as beside:
+            for name, entry in ((SEAL, {"lines": 1}), (FILE, header)):  # no manifest without a seal
+                write_durably(beside / name, sealed(entry))
+                # A link, unlike a rename, does not replace another's.
+                with contextlib.suppress(FileExistsError):
+                    os.link(beside / name, folder / name)
         fsync_directory(folder)
 
     def read(self) -> list[Entry]:
@@ -107,17 +114,40 @@ class Manifest:
             LogError: It is not a log's manifest, or one of a newer format.
             DamagedError: Its header is damaged.
         """
+        seal = self._read_seal()  # before the manifest, to which a writer may be adding
         lines = self.path.read_bytes().splitlines(keepends=True)
         if lines and not lines[-1].endswith(b"\n"):
             # Half written, by a writer that was killed or that is at work, if not whole otherwise.
-            whole = _completed(lines.pop())
-            lines += [] if whole is None else [whole]
+            whole_line = _completed(lines.pop())
+            lines += [] if whole_line is None else [whole_line]
         entries = [unsealed(line) for line in lines]
-        self._check_header(entries[0] if entries else None)
-        self.damaged = [number for number, entry in enumerate(entries, 1) if entry is None]
+        header = self._checked_header(entries[0] if entries else None)
+        self._check_lines(entries, 1 if seal is None else seal["lines"])
+        self.is_sealed = seal is not None or "seal" not in header
         return [entry for entry in entries[1:] if entry is not None]
 
-    def _check_header(self, header: Entry | None) -> None:
+    def _read_seal(self) -> Entry | None:
+        try:
+            return unsealed(self._seal.read_bytes())
+        except FileNotFoundError:
+            return None
+
+    def _check_lines(self, entries: list[Entry | None], last: int) -> None:
+        """Find the lines that are damaged or gone; ``last`` is the last one's number."""
+        self.damaged = [place for place, entry in enumerate(entries, 1) if entry is None]
+        self.lost = []
+        number, after_damage = 0, False
+        for entry in entries:
+            expected = number + 1
+            number = expected if entry is None else entry.get("line", expected)
+            if not after_damage:  # a damaged line may have been several
+                self.lost += range(expected, number)
+            after_damage = entry is None
+        if not after_damage:
+            self.lost += range(number + 1, last + 1)
+        self._last = max(number, last)
+
+    def _checked_header(self, header: Entry | None) -> Entry:
         if header is None:
             raise DamagedError(f"the first line of {self.path} is damaged: it is no log's header.")
         if header.get("format") != FORMAT:
@@ -127,9 +157,14 @@ class Manifest:
                 f"{self.path.parent} was written in format {header['version']} by cl_optim "
                 f"{header['cl_optim']}; this version reads format {VERSION}: upgrade cl_optim."
             )
+        return header
 
     def append(self, entry: Entry) -> None:
-        """Add an entry, durably; on failure the file is as it was. Only with the lock."""
+        """Add an entry, durably; on failure the file is as it was. Only with the lock, after read.
+
+        The seal comes last, and with it the entry counts.
+        """
+        number = self._last + 1
         with open(self.path, "r+b") as file:
             data = file.read()
             end = data.rfind(b"\n") + 1  # a torn line's writer did not live to report it
@@ -137,24 +172,37 @@ class Manifest:
             try:
                 file.seek(end)
                 file.truncate()
-                file.write(last + sealed(entry))
+                file.write(last + sealed({"line": number, **entry}))
                 file.flush()
                 os.fsync(file.fileno())
+                with whole(self._seal) as beside:
+                    write_durably(beside, sealed({"lines": number}))
             except BaseException:
-                os.truncate(self.path, end)
-                if last:
-                    file.seek(end)
-                    file.write(last)
+                seal = self._read_seal()
+                if seal is None or seal["lines"] < number:
+                    os.truncate(self.path, end)
+                    if last:
+                        file.seek(end)
+                        file.write(last)
                 raise
+        self._last = number
 
     def warn_of_damage(self) -> None:
-        """Name the damaged lines."""
-        for number in self.damaged:
-            warnings.warn(
-                f"line {number} of {self.path} is damaged: a record that it lists is left out, a "
-                "task that it forgets is protected again.",
-                stacklevel=4,
+        """Name what is damaged or gone."""
+        lines = [(number, "damaged") for number in self.damaged]
+        lines += [(number, "gone") for number in self.lost]
+        remarks = [
+            f"line {number} of {self.path} is {what}: a record that it lists is left out, a task "
+            "that it forgets is protected again."
+            for number, what in sorted(lines)
+        ]
+        if not self.is_sealed:
+            remarks.append(
+                f"{self._seal} is gone or damaged: whether lines are missing at the end of {FILE} "
+                "cannot be known. The next record writes it anew."
             )
+        for remark in remarks:
+            warnings.warn(remark, stacklevel=4)
 
 
 @contextmanager
@@ -175,7 +223,7 @@ def locked(folder: Path, patience: float = 0.0) -> Iterator[None]:
         while not _try_lock(file, fcntl.LOCK_EX):
             if time.monotonic() >= end:
                 file.seek(0)
-                writer = file.read().decode() or "unknown"
+                writer = file.read().decode(errors="replace") or "unknown"
                 raise LockedError(
                     f"{folder} is being written to by another writer (process {writer}): wait "
                     "for it."

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -254,7 +255,13 @@ class Record:
             _file_checksum(path) != reference["checksum"]
         ):
             raise DamagedError(f"the anchors of task {self.task!r}, {path}, have changed.")
-        anchors: dict[str, Tensor] = load_file(path)
+        try:
+            anchors: dict[str, Tensor] = load_file(path)
+        except SafetensorError as error:
+            raise LogError(
+                f"the anchors of task {self.task!r} are {path}, which is as it was recorded, but "
+                f"not a safetensors file: {error}."
+            ) from None
         return anchors
 
 

@@ -105,6 +105,11 @@ def test_half_an_entry_is_left_out(tmp_path):
     (file,) = (tmp_path / "training").iterdir()
     file.write_bytes(file.read_bytes()[:-20])
     assert [entry["step"] for entry in watch.read(tmp_path / "training")[0]] == [1, 2]
+    data = bytearray(file.read_bytes())
+    data[100] ^= 1
+    file.write_bytes(data)
+    with pytest.warns(UserWarning, match=r"^line 1 of .*jsonl is damaged and left out"):
+        assert [entry["step"] for entry in watch.read(tmp_path / "training")[0]] == [2]
 
 
 def test_steps_between_entries_touch_no_tensor(tmp_path, monkeypatch):

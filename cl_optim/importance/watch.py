@@ -188,10 +188,17 @@ def _layers(protected: Iterable[ProtectedParameter]) -> dict[str, dict[str, Any]
 
 
 def read(folder: Path) -> list[list[dict[str, Any]]]:
-    """The entries of each watch in a folder, oldest first; half a last line is left out."""
+    """The entries of each watch in a folder, oldest first; half a last line is left out.
+
+    So is a damaged one, with a warning.
+    """
     watches = []
     for path in sorted(folder.glob("*.jsonl")):
-        entries = [unsealed(line) for line in path.read_bytes().splitlines(keepends=True)]
+        lines = path.read_bytes().splitlines(keepends=True)
+        entries = [unsealed(line) for line in lines]
+        for number, (line, entry) in enumerate(zip(lines, entries, strict=True), start=1):
+            if entry is None and (line.endswith(b"\n") or number < len(lines)):
+                warnings.warn(f"line {number} of {path} is damaged and left out.", stacklevel=3)
         intact = [entry for entry in entries if entry is not None]
         if intact:
             watches.append(intact)

@@ -1,13 +1,18 @@
 """Importance: what it reads, and its file."""
 
 import json
+import os
+import signal
+import time
+from functools import partial
 
 import pytest
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from cl_optim.importance import Importance
+from cl_optim.importance import Importance, sealed_file
+from cl_optim.importance.errors import DamagedError
 
 SUMS = {
     "layer.weight": torch.arange(6.0).view(2, 3),
@@ -105,6 +110,139 @@ def test_bad_files(tmp_path, importance):
     other.write_bytes(b"neither")
     with pytest.raises(ValueError, match="is not a safetensors file"):
         Importance.load(other)
+
+
+def test_each_damaged_byte_and_each_cut_of_a_file_is_noticed(tmp_path):
+    """Whatever is loaded is what was saved, bit for bit; all else is one error with the path."""
+    sums = {"a": torch.rand(3), "b.weight": torch.rand(2, 2, dtype=torch.float64)}
+    original = Importance(sums, samples=4, tokens=32, metadata={"labels": "sample"})
+    path = tmp_path / "x"
+    original.save(path)
+    whole = path.read_bytes()
+    damaged = [whole[:length] for length in range(len(whole))] + [whole + b"\0"]
+    for place in range(len(whole)):
+        for mask in (1 << place % 8, 3, 255):  # 3: the format's 2 becomes a 1
+            byte = bytes([whole[place] ^ mask])
+            damaged.append(whole[:place] + byte + whole[place + 1 :])
+    for content in damaged:
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=str(path)) as caught:
+            Importance.load(path)
+        assert caught.type in (ValueError, DamagedError)
+    path.write_bytes(whole)
+    for name, value in Importance.load(path).sums.items():
+        assert torch.equal(value, sums[name])
+
+
+def test_a_damaged_tensor_is_named(tmp_path, importance):
+    path = tmp_path / "x"
+    importance.save(path)
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    message = r"^the file '.*/x' is damaged: the checksum of 'scalar' is not the one"
+    with pytest.raises(DamagedError, match=message):
+        Importance.load(path)
+
+
+def test_a_file_of_an_earlier_version(tmp_path, importance):
+    """It has no checksums, which is said; what is not even readable has the same error."""
+    path = tmp_path / "x"
+    header = {"format": "cl_optim.Importance/1", "samples": "4", "tokens": "32"}
+    save_file(SUMS, path, {**header, "metadata": '{"labels": "sample"}'})
+    with pytest.warns(UserWarning, match=r"/x' has no checksums: an earlier version wrote it"):
+        loaded = Importance.load(path)
+    assert torch.equal(loaded["layer.bias"], importance["layer.bias"])
+    for metadata in ({}, {"metadata": "{"}, {"metadata": "{}", "samples": "-1"}):
+        save_file(SUMS, path, {**header, **metadata})
+        with pytest.warns(match="no checksums"), pytest.raises(DamagedError, match=str(path)):
+            Importance.load(path)
+
+
+def test_save_copies_only_what_it_must(tmp_path, monkeypatch):
+    """No second importance in memory."""
+    whole, other = torch.rand(1000), torch.rand(2000)
+    given = {"whole": whole, "view": other[:1000], "same": whole, "shape": torch.rand(4, 5)}
+    saved = {}
+    original = sealed_file.save_tensors
+
+    def spy(tensors, path, metadata):
+        saved.update(tensors)
+        original(tensors, path, metadata)
+
+    monkeypatch.setattr(sealed_file, "save_tensors", spy)
+    Importance(given, 1).save(tmp_path / "x")
+    kept = [name for name in given if saved[name].data_ptr() == given[name].data_ptr()]
+    assert kept == ["whole", "shape"]
+    for name, value in Importance.load(tmp_path / "x").sums.items():
+        assert torch.equal(value, given[name])
+
+
+def test_a_name_that_safetensors_keeps_for_itself_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"must not have the name '__metadata__'.*another name"):
+        Importance({"a": torch.ones(2), "__metadata__": torch.ones(2)}, 1).save(tmp_path / "x")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_stream_is_refused_and_stays_one(tmp_path, importance):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(OSError, match="tensors need a file, not a stream"):
+        importance.save(tmp_path / "pipe")
+    assert (tmp_path / "pipe").is_fifo()
+
+
+def test_who_may_read_a_file_is_left_to_the_umask(tmp_path, importance):
+    before = os.umask(0o027)
+    try:
+        importance.save(tmp_path / "x")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "x").stat().st_mode & 0o777 == 0o640
+
+
+def test_what_a_killed_writer_left_is_swept_and_a_live_ones_is_not(
+    tmp_path, importance, monkeypatch
+):
+    """Two writers in one folder: one is killed in the middle, one is at work."""
+    writers = []
+    for _ in range(2):
+        report, told = os.pipe()
+        writers.append(os.fork())
+        if writers[-1] == 0:
+            try:
+                monkeypatch.setattr(sealed_file, "save_tensors", partial(stand_still, told))
+                importance.save(tmp_path / "never")
+            finally:
+                os._exit(1)
+        os.close(told)
+        assert os.read(report, 1) == b"x"
+    try:
+        folders = set(temporary(tmp_path))
+        assert len(folders) == 2
+        importance.save(tmp_path / "mine")
+        assert set(temporary(tmp_path)) == folders
+        os.kill(writers[0], signal.SIGKILL)
+        os.waitpid(writers[0], 0)
+        importance.save(tmp_path / "mine")
+        assert len(temporary(tmp_path)) == 1
+    finally:
+        os.kill(writers[1], signal.SIGKILL)
+        os.waitpid(writers[1], 0)
+    (tmp_path / ".mine.tmp").touch()  # another program's
+    (tmp_path / f".{'0' * 32}.tmp").touch()  # an earlier version's, which may be at work
+    (tmp_path / f".{'1' * 32}.tmp").touch()
+    os.utime(tmp_path / f".{'1' * 32}.tmp", (0, 0))
+    Importance.load(tmp_path / "mine").save(tmp_path / "mine")
+    assert temporary(tmp_path) == [f".{'0' * 32}.tmp", ".mine.tmp"]
+
+
+def stand_still(told, *_):
+    os.write(told, b"x")
+    time.sleep(60)
+
+
+def temporary(folder):
+    return sorted(path.name for path in folder.iterdir() if path.suffix == ".tmp")
 
 
 @pytest.mark.parametrize(

@@ -6,21 +6,23 @@ import json
 import logging
 import math
 import os
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from cl_optim.importance import statistics
-from cl_optim.importance.files import save_tensors, whole
+from cl_optim.importance import sealed_file, statistics
+from cl_optim.importance.errors import DamagedError
+from cl_optim.importance.files import whole
 from cl_optim.importance.names import listed, named_like
 from cl_optim.importance.statistics import Summaries, Summary
 
-_FORMAT = "cl_optim.Importance/1"
+_FORMAT = "cl_optim.Importance/2"
+_UNSEALED_FORMAT = "cl_optim.Importance/1"
 _LOGGER = logging.getLogger(__name__)
 
 
@@ -270,12 +272,13 @@ class Importance(_Means):
     # --- on disk ----------------------------------------------------------------------------------
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the sums, counts and metadata to a safetensors file.
+        """Write the sums, counts and metadata to a safetensors file, every byte with a checksum.
 
         The file appears whole or not at all: it is written beside its place and moved there.
 
         Raises:
             OSError: The folder does not exist or cannot be written to.
+            ValueError: A parameter has the name ``"__metadata__"``, which is safetensors' own.
         """
         path = Path(path)
         if not path.parent.is_dir():
@@ -286,42 +289,44 @@ class Importance(_Means):
             "tokens": json.dumps(self._tokens),
             "metadata": json.dumps(self._metadata),
         }
-        # A tensor may appear twice or be a view; safetensors wants each with a memory of its own.
-        tensors = {
-            name: value.detach().cpu().clone(memory_format=torch.contiguous_format)
-            for name, value in self._sums.items()
-        }
         with whole(path) as file:
-            save_tensors(tensors, file, header)
+            sealed_file.save(self._sums, file, header)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], device: torch.device | str = "cpu") -> Importance:
-        """Read what :meth:`save` wrote, with the tensors on ``device``.
+        """Read and verify what :meth:`save` wrote, with the tensors on ``device``.
+
+        A file that an earlier version wrote has no checksums; a warning says so.
 
         Raises:
             FileNotFoundError: There is no such file.
-            ValueError: It is not such a file.
+            ValueError: It is not such a file; or it is damaged (``errors.DamagedError``).
         """
         path = Path(path)
         if not path.is_file():
             raise FileNotFoundError(f"path {str(path)!r} is not a file.")
-        try:
-            with safe_open(path, framework="pt", device=str(device)) as file:
-                header = file.metadata() or {}
-                sums = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except SafetensorError as error:
-            raise ValueError(f"path {str(path)!r} is not a safetensors file: {error}.") from None
-        if header.get("format") != _FORMAT:
+        sums, header, is_verified = sealed_file.load(path, device)
+        format_ = header.get("format")
+        if format_ not in (_FORMAT, _UNSEALED_FORMAT):
             raise ValueError(
                 f"path {str(path)!r} was not written by Importance.save: its format is "
-                f"{header.get('format')!r}, not {_FORMAT!r}."
+                f"{format_!r}, not {_FORMAT!r}."
             )
-        return cls(
-            sums,
-            samples=json.loads(header["samples"]),
-            tokens=json.loads(header["tokens"]),
-            metadata=json.loads(header["metadata"]),
-        )
+        if is_verified != (format_ == _FORMAT):
+            raise DamagedError(f"the file {str(path)!r} is damaged: it has lost its checksums.")
+        if not is_verified:
+            warnings.warn(
+                f"{str(path)!r} has no checksums: an earlier version wrote it, and damage would "
+                "not be noticed. Save it again to give it some.",
+                stacklevel=2,
+            )
+        try:
+            samples, tokens, metadata = (
+                json.loads(header[key]) for key in ("samples", "tokens", "metadata")
+            )
+            return cls(sums, samples, tokens, metadata)
+        except (KeyError, TypeError, ValueError) as error:
+            raise DamagedError(f"the file {str(path)!r} is damaged: {error}.") from None
 
     def __repr__(self) -> str:
         size = f"{len(self)} parameters"

@@ -22,6 +22,7 @@ from torch import Tensor
 from cl_optim.importance.errors import DamagedError
 from cl_optim.importance.files import save_tensors
 from cl_optim.importance.manifest import checksum
+from cl_optim.importance.sealed_file import as_bytes
 
 SHARD_BYTES = 512 * 2**20
 
@@ -54,7 +55,7 @@ def write(
     with ThreadPoolExecutor(1, thread_name_prefix="cl_optim-checksum") as pool:
         for number, shard in enumerate(_shards(tensors, limit), start=1):
             path = folder / f"{stem}-{number:05}.safetensors"
-            sums = {key: pool.submit(checksum, _bytes(value)) for key, value in shard.items()}
+            sums = {key: pool.submit(checksum, as_bytes(value)) for key, value in shard.items()}
             others.append(pool.submit(beside))
             save_tensors(shard, path)
             with open(path, "r+b") as file:
@@ -100,10 +101,6 @@ def _pieces(key: str, tensor: Tensor, limit: int) -> Iterator[tuple[str, Tensor]
     step = limit // tensor.element_size()
     for number, piece in enumerate(torch.split(tensor.view(-1), step)):
         yield f"{number}/{key}", piece.clone()
-
-
-def _bytes(tensor: Tensor) -> Any:
-    return tensor.reshape(-1).view(torch.uint8).numpy()
 
 
 def _header(length: bytes, file: Any) -> bytes:
@@ -157,7 +154,7 @@ class Reader:
             raise self._damaged(what, path, "the file is gone") from None
         except (SafetensorError, OSError) as error:
             raise self._damaged(what, path, str(error)) from None
-        if checksum(_bytes(tensor)) != shard["tensors"][key]:
+        if checksum(as_bytes(tensor)) != shard["tensors"][key]:
             raise self._damaged(what, path, "its checksum is not the one that was written")
         return tensor
 

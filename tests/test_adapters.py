@@ -191,6 +191,27 @@ def test_bad_input_to_the_penalty_is_a_sentence():
         LoRAPenalty(model, importance)
 
 
+def test_ewc_on_the_adapters_themselves():
+    """All parameters given, as one would: the base model cannot move, and costs nothing."""
+    model = lora(Classifier(), ["first"])
+    x, y = torch.randn(12, 5), torch.randint(3, (12,))
+    optimizer = EWCAdamW(model.named_parameters(), ewc_lambda=10.0)
+    optimizer.consolidate(estimate_fisher(model, [(x, y)], labels="empirical"))
+    names = {name for name, param in model.named_parameters() if param.requires_grad}
+    assert len(names) == 2
+    assert {one.name for one in optimizer.protected()} == names
+    F.cross_entropy(model(x), y).backward()
+    optimizer.step()
+    assert {param for param in optimizer.state if optimizer.state[param]} == {
+        param for param in model.parameters() if param.requires_grad
+    }
+    # An importance of the whole model, recorded before there were adapters, protects it, too.
+    full = {name: torch.ones_like(param) for name, param in Classifier().named_parameters()}
+    full |= {name: torch.ones_like(dict(model.named_parameters())[name]) for name in names}
+    optimizer.consolidate(full)
+    assert len(list(optimizer.protected())) == len(list(model.parameters()))
+
+
 @pytest.mark.parametrize("initial", ["pissa", "olora"])
 def test_an_initialisation_that_changes_the_frozen_weights_is_refused(initial):
     base = Classifier()

@@ -73,6 +73,58 @@ class TestConsolidate:
         count = sum(p.numel() for p in model.parameters())
         torch.testing.assert_close(optimizer.penalty(), torch.tensor(0.25 * count))
 
+    def test_what_cannot_move_needs_no_importance(self, model, caplog):
+        """And has no state for it, unless an importance names it."""
+        fixed = model[0].requires_grad_(False)
+        importance = importance_like(model)
+        optimizer = EWCAdamW(model.named_parameters())
+        optimizer.consolidate({name: importance[name] for name in ("2.weight", "2.bias")})
+        assert [one.name for one in optimizer.protected()] == ["2.weight", "2.bias"]
+        optimizer.consolidate(None)
+        assert [one.name for one in optimizer.protected()] == ["2.weight", "2.bias"]
+        with pytest.raises(ValueError, match=r"importance has nothing for parameter '2.bias'"):
+            optimizer.consolidate({"2.weight": importance["2.weight"]})
+        optimizer.consolidate({"2.weight": importance["2.weight"]}, strict=False)
+        assert "1 parameters match; 1 are new: '2.bias'." in caplog.text
+        optimizer.consolidate(importance, decay=0.0)
+        assert torch.equal(optimizer.state[fixed.bias]["importance"], importance["0.bias"])
+        # Fixed for one task, it keeps what protects it from an earlier one.
+        optimizer.consolidate({name: importance[name] for name in ("2.weight", "2.bias")}, 0.5)
+        torch.testing.assert_close(
+            optimizer.state[fixed.bias]["importance"], 0.5 * importance["0.bias"]
+        )
+
+    def test_weights_whose_gradients_are_set_by_hand_can_move(self, model):
+        """Such as a float32 copy of the weights: none requires a gradient."""
+        optimizer = EWCAdamW(model.requires_grad_(False).named_parameters())
+        with pytest.raises(ValueError, match=r"importance has nothing for parameter '0.weight'"):
+            optimizer.consolidate({})
+        optimizer.consolidate(None)
+        assert len(list(optimizer.protected())) == 4
+
+    @pytest.mark.parametrize("way", ["as it is", "state dict", "pickle"])
+    @pytest.mark.parametrize("implementation", [{"fused": True}, {"foreach": True}])
+    def test_what_moves_unprotected_is_said_once(self, model, way, implementation):
+        fixed = model[0].requires_grad_(False)
+        optimizer = EWCAdamW(model.named_parameters(), **implementation)
+        optimizer.consolidate(None)
+        train(model, optimizer, 4)  # with a launch plan from the second step on
+        if way == "state dict":
+            state, optimizer = optimizer.state_dict(), EWCAdamW(model.named_parameters())
+            optimizer.load_state_dict(state)
+        elif way == "pickle":
+            model, optimizer = pickle.loads(pickle.dumps((model, optimizer)))
+            fixed = model[0]
+        fixed.weight.requires_grad_()
+        message = r"^parameter '0.weight' did not require a gradient at the last consolidate\(\)"
+        with pytest.warns(UserWarning, match=message):
+            train(model, optimizer, 1)
+        train(model, optimizer, 3)
+        fixed.bias.requires_grad_()
+        optimizer.consolidate(None)
+        train(model, optimizer, 3)
+        assert len(list(optimizer.protected())) == 4
+
     def test_model_names_the_parameters(self, model):
         optimizer = EWCAdamW(model.parameters())
         importance = importance_like(model)

@@ -211,6 +211,7 @@ class EWCAdamW(torch.optim.Optimizer):
         for group in self.param_groups:
             for key, value in self.defaults.items():
                 group.setdefault(key, value)
+        self._note_fixed()
 
     def _forget_steps(self) -> None:
         """Begin anew with what is known of earlier steps only to make the next one faster."""
@@ -219,6 +220,7 @@ class EWCAdamW(torch.optim.Optimizer):
         self._plans: Plans | None = None
         self._projection: _Projection | None = None
         self._sums: dict[tuple[int, torch.device], Tensor] = {}
+        self._fixed: list[Tensor] = []
 
     @property
     def backend(self) -> str:
@@ -260,6 +262,7 @@ class EWCAdamW(torch.optim.Optimizer):
             return
         for group in self.param_groups:
             self._refuse_sparse(group)
+        self._warn_of_moving()
         batches = [batch for group in self.param_groups for batch in gather(group, self.state)]
         for batch in batches:
             _refuse_misfits(batch)
@@ -378,7 +381,10 @@ class EWCAdamW(torch.optim.Optimizer):
                 match without what DDP, torch.compile, FSDP and PEFT put into them. An
                 :class:`cl_optim.ImportanceLog` stands for its ``merge()``, all its tasks at once,
                 and what they froze is frozen.
-                ``None`` protects all weights equally (F = 1): L2-SP.
+                ``None`` protects all weights equally (F = 1): L2-SP. What does not require a
+                gradient, such as the weights under LoRA, cannot move: it needs no importance, and
+                has no state unless one names it. Where it is trained later, the first step warns
+                that it is unprotected until the next :meth:`consolidate`.
             decay: What remains of the earlier tasks' importance, in [0, 1].
             anchors: ``"latest"``: F ← decay·F + importance, θ* ← θ, in the parameter's dtype.
                 ``"exact"``: F̄ ← decay·F̄ + F and θ̄ ← θ̄ + (F/F̄)(θ − θ̄), in float32.
@@ -430,19 +436,24 @@ class EWCAdamW(torch.optim.Optimizer):
         for group in self.param_groups:
             group["importance_mean"] = mean
             group["consolidations"] += 1
+        self._note_fixed()
 
     def _match(
         self, importance: Mapping[str, Tensor] | None, model: torch.nn.Module | None, strict: bool
     ) -> Iterator[tuple[Tensor, Tensor | None]]:
         """Each parameter with its checked importance, None where there is none for it."""
         if importance is None:
+            fixed = self._cannot_move()
             for param in self._params():
-                yield param, torch.ones((), device=param.device).expand(param.shape)
+                one = torch.ones((), device=param.device)
+                yield param, None if param in fixed else one.expand(param.shape)
             return
         named = self._named_params(model)
         meanings = match_names(importance, named)
         names = {meaning: name for name, meaning in meanings.items()}
         match = compare_names(importance, named)
+        fixed = self._cannot_move()
+        match = match._replace(new=[name for name in match.new if named[name] not in fixed])
         if strict and match.vanished:
             raise ValueError(
                 f"importance names {listed(match.vanished)}, which this optimizer does not have "
@@ -465,6 +476,44 @@ class EWCAdamW(torch.optim.Optimizer):
         if match.new or match.vanished or resized:
             match = match._replace(resized=resized)
             _LOGGER.warning("Consolidated with strict=False: %s", match)
+
+    def _cannot_move(self) -> set[Tensor]:
+        """What requires no gradient and has none; nothing, where all gradients are set by hand."""
+        params = list(self._params())
+        if not any(param.requires_grad for param in params):
+            return set()
+        return {param for param in params if not param.requires_grad and param.grad is None}
+
+    def _note_fixed(self) -> None:
+        """Remember what has no importance because it cannot move."""
+        fixed = self._cannot_move()
+        self._fixed = [
+            param
+            for group in self.param_groups
+            for param in group["params"]
+            if group["consolidations"]
+            and param in fixed
+            and "importance" not in self.state.get(param, {})
+        ]
+
+    def _warn_of_moving(self) -> None:
+        """Say once that a parameter moves now which consolidate() left without importance."""
+        moving = [param for param in self._fixed if param.grad is not None]
+        if not moving:
+            return
+        self._fixed = [param for param in self._fixed if param.grad is None]
+        names = [
+            _name(group, param)
+            for group in self.param_groups
+            for param in group["params"]
+            if any(param is one for one in moving)
+        ]
+        warnings.warn(
+            f"parameter {listed(names)} did not require a gradient at the last consolidate(), and "
+            "is trained now without protection: call consolidate() with its importance once it "
+            "requires one.",
+            stacklevel=4,
+        )
 
     def _params(self) -> Iterator[Tensor]:
         for group in self.param_groups:
@@ -666,6 +715,7 @@ class EWCAdamW(torch.optim.Optimizer):
             for group, names in zip(self.param_groups, own_names, strict=True):
                 if names is not None:
                     group["param_names"] = names
+            self._note_fixed()
 
         # The check comes after the user's own hooks, which may replace the state dict.
         first = self.register_load_state_dict_pre_hook(check)

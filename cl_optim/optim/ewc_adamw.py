@@ -18,6 +18,7 @@ from cl_optim.importance import ImportanceLog
 from cl_optim.importance.names import compare_names, listed, match_names
 from cl_optim.ops import ewc_adamw as ops
 from cl_optim.optim import protection
+from cl_optim.optim.balance import balancing_lambda
 from cl_optim.optim.launch import Batch, Plans, are_alike, gather
 from cl_optim.optim.state import (
     MOMENTS,
@@ -646,6 +647,44 @@ class EWCAdamW(torch.optim.Optimizer):
         if not terms:
             return torch.zeros((), device=next(self._params()).device)
         return torch.stack([term.to(terms[0].device) for term in terms]).sum()
+
+    @torch.no_grad()
+    def suggest_lambda(self, drift: float = 0.01) -> float:
+        r"""The λ at which weights that have drifted are pulled as hard as the task pushes.
+
+        Solves :math:`‖2λFδ‖ = ‖g‖`, both norms over all protected weights that are not frozen, of
+        parameters that the step would not skip. δ is ``drift`` times the root mean square of the
+        tensor's anchor, for each of its weights. g is what the pull meets in the step: with
+        ``penalty="gradient"`` the gradients that the parameters have now; in the other forms
+        Adam's direction m̂/(√v̂ + ε) of the last step.
+
+        Call it after :meth:`consolidate` and a ``backward()`` on the new task (on several batches,
+        for less noise), not scaled by a GradScaler; in the other forms after a step. Nothing is
+        changed: set ``group["ewc_lambda"]``. One λ for all groups, and only a place to begin: the
+        norms say nothing of how the two directions lie. Validate over factors of 10, smaller first.
+
+        Args:
+            drift: How far weights may go before the pull is as large, relative to their size:
+                0.01 is 1 %, for fine-tuning; what is learned anew can need 1. λ is inversely
+                proportional to it.
+
+        Returns:
+            λ > 0, computed in float64.
+
+        Raises:
+            ValueError: ``drift`` is not positive and finite, a gradient is not finite, groups
+                differ in ``penalty``, or no λ does: the importance is 0.
+            RuntimeError: Nothing has been consolidated; or there is no gradient (step), or it is 0.
+        """
+        return balancing_lambda(
+            (
+                (_name(group, param), param, self.state[param], group)
+                for group in self.param_groups
+                for param in group["params"]
+                if "importance" in self.state.get(param, {})
+            ),
+            drift,
+        )
 
     @property
     def last_penalty(self) -> Tensor:

@@ -241,6 +241,28 @@ def test_importance_from_adam():
         assert importance.metadata["estimator"] == "importance_from_adam"
 
 
+@pytest.mark.parametrize(("state_dtype", "rtol"), [("bfloat16", 0.01), ("8bit", 0.1)])
+def test_importance_from_narrow_moments(state_dtype, rtol):
+    model = nn.Linear(64, 64)  # 8-bit moments are for 4 096 elements and more
+    optimizer = EWCAdamW(model.parameters(), betas=(0.9, 0.5), state_dtype=state_dtype)
+    model(torch.randn(16, 64)).square().mean().backward()
+    optimizer.step()
+    expected = model.weight.grad**2
+    found = importance_from_adam(optimizer, model)["weight"]
+    torch.testing.assert_close(found, expected, rtol=rtol, atol=0.0)
+
+
+def test_importance_from_moments_of_an_unknown_format():
+    model = nn.Linear(64, 64)
+    optimizer = torch.optim.Adam(model.parameters())
+    model(torch.randn(16, 64)).square().mean().backward()
+    optimizer.step()
+    for stored in (torch.zeros(16, 260, dtype=torch.uint8), torch.zeros(64)):
+        optimizer.state[model.weight]["exp_avg_sq"] = stored
+        with pytest.raises(ValueError, match=r"'weight' must be .* its shape \(64, 64\).*use est"):
+            importance_from_adam(optimizer, model)
+
+
 def test_importance_from_adam_is_refused():
     model, (x, y) = mlp(), data()
     optimizer = EWCAdamW(model.named_parameters())

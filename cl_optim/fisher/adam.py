@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from cl_optim.fisher.estimator import check_integer, provenance
 from cl_optim.importance.importance import Importance
+from cl_optim.ops import importance_codec as codec
 
 
 def importance_from_adam(
@@ -30,9 +31,9 @@ def importance_from_adam(
         An importance of one "sample", F = batch_size · v̂, for each parameter that was stepped.
 
     Raises:
-        ValueError: The optimizer keeps no second moment, or holds none of the model's parameters;
-            or what it keeps is not the task's alone: after ``consolidate`` the gradients include
-            the penalty's, under GEM they are projected.
+        ValueError: The optimizer keeps no second moment, or in a format that is not known, or
+            holds none of the model's parameters; or what it keeps is not the task's alone: after
+            ``consolidate`` the gradients include the penalty's, under GEM they are projected.
 
     References:
         Li et al. 2025, arXiv:2507.18807.
@@ -62,9 +63,8 @@ def importance_from_adam(
                     f"must be Adam or a relative of it."
                 )
             beta = float(group["betas"][1])
-            moment = state["exp_avg_sq"].detach()
-            wide = moment.to(torch.promote_types(moment.dtype, torch.float32))
-            sums[name] = wide * (batch_size / (1 - beta ** float(state["step"])))
+            moment = _second_moment(state["exp_avg_sq"].detach(), parameter, group, name)
+            sums[name] = moment * (batch_size / (1 - beta ** float(state["step"])))
     if not sums:
         raise ValueError("the optimizer has taken no step on a parameter of the model.")
     metadata = {
@@ -76,3 +76,15 @@ def importance_from_adam(
         **provenance(model, {name: p for p, name in names.items() if name in sums}),
     }
     return Importance(sums, 1, None, metadata)
+
+
+def _second_moment(stored: Tensor, parameter: Tensor, group: dict[str, Any], name: str) -> Tensor:
+    if stored.dtype == torch.uint8 and "state_dtype" in group:  # EWCAdamW's codes
+        return codec.load_moment(stored, parameter, signed=False)
+    if stored.shape != parameter.shape or not stored.is_floating_point():
+        raise ValueError(
+            f"the second moment of parameter {name!r} must be floating-point numbers of its shape "
+            f"{tuple(parameter.shape)}, not {stored.dtype} of shape {tuple(stored.shape)}: use "
+            "estimate_fisher."
+        )
+    return stored.to(torch.promote_types(stored.dtype, torch.float32))

@@ -419,20 +419,10 @@ def test_misuse():
         pass
     with pytest.raises(RuntimeError, match="no batch was observed before it: call"):
         optimizer.step()
-    loss = F.cross_entropy(model(x), y) + F.cross_entropy(model(2 * x), y)
-    loss.backward()
-    with pytest.raises(RuntimeError, match="two forward passes were followed by backward"):
-        optimizer.step()
-    with pytest.raises(RuntimeError, match="make a new FisherEstimator"):
-        fisher.finalize()
+    loss = F.cross_entropy(model(x), y)
     fisher.detach()
-
-    fisher = FisherEstimator(model, during_training=True)
-    fisher.attach(optimizer)
-    losses = [F.cross_entropy(model(x), y) for _ in range(3)]
     with pytest.raises(RuntimeError, match=r"after the observe\(\) of its forward pass had"):
-        losses[0].backward()
-    fisher.detach()
+        loss.backward()
 
 
 def test_double_backward():

@@ -7,6 +7,7 @@ import math
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from typing import Any, Literal, TypeAlias
 
@@ -18,9 +19,11 @@ from cl_optim._version import __version__
 from cl_optim.fisher import nested
 from cl_optim.fisher.check import Check
 from cl_optim.fisher.language import loss_tokens
+from cl_optim.fisher.loss_scale import CrossEntropy, calling_scaler, find_cross_entropy
 from cl_optim.fisher.observation import Observation, in_backward
 from cl_optim.fisher.refusals import Policy
 from cl_optim.fisher.samples import Samples
+from cl_optim.fisher.taps import Graph
 from cl_optim.importance.importance import Importance
 from cl_optim.importance.unobserved import is_unobserved
 
@@ -171,7 +174,8 @@ class FisherEstimator:
             _check_number(argument, number)
         if self._observing is not None or self._attached is not None:
             raise RuntimeError("observe() cannot be used inside another observe(), or attached.")
-        observation = self._begin(samples, terms / loss_scale)
+        factor = terms / loss_scale
+        observation = self._begin(samples, lambda: self._totals.begin(factor))
         self._observing = observation
         try:
             with eagerly(), observation:
@@ -197,17 +201,26 @@ class FisherEstimator:
         optimizer: torch.optim.Optimizer,
         *,
         loss_terms: LossTerms = "samples",
-        accumulation_steps: int = 1,
+        accumulation_steps: int | None = None,
         scaler: torch.amp.GradScaler | None = None,
     ) -> Attached:
         """Observe training from the outside, until :meth:`detach`.
 
-        Each forward pass of the model in training mode begins a batch, which its backward pass
-        ends; each step of the optimizer decays what has been summed. Evaluation, in eval mode or
-        under ``no_grad``, and the closures of GEM's memories are not observed. Call the model
-        itself, once per batch: what the loop does with its submodules, or with two forward passes
-        before one backward pass, needs :meth:`observe`. A compiled model is run uncompiled
-        meanwhile; the estimator is made of what ``torch.compile`` returned.
+        Each forward pass of the model in training mode whose backward pass comes is a batch; each
+        step of the optimizer decays what has been summed. Evaluation, in eval mode or under
+        ``no_grad``, forward passes without a backward pass, gradients of inputs alone and the
+        closures of GEM's memories are not observed. Call the model itself, once per batch: what the
+        loop does with its submodules, or with two forward passes in one backward pass, needs
+        :meth:`observe`. A compiled model is run uncompiled meanwhile; the estimator is made of what
+        ``torch.compile`` returned.
+
+        What the loss was multiplied with is found where it can be, and what contradicts the
+        arguments is refused. Until the first step, batches are kept in a second tensor per
+        parameter, so that none of a wrong scale is added. A GradScaler is known by its ``step()``.
+        Accumulated gradients do not say if the losses were divided by the number of micro-batches:
+        that needs ``accumulation_steps``. That cross entropy is a sum, or a mean over fewer targets
+        than ``loss_terms`` says, is seen in the gradient of the logits that the model returns; of
+        other losses that are sums, ``loss_terms`` must say it. (``verify=False`` looks at none.)
 
         Args:
             optimizer: Its steps are the ones that count.
@@ -217,10 +230,13 @@ class FisherEstimator:
                 the losses in transformers are; all tokens, if the model is not given ``labels``. A
                 number, e.g. 1 for a sum; or a function of the model's ``args`` and ``kwargs`` that
                 returns one, or a tensor of one element.
-            accumulation_steps: What the loss is divided by besides, for gradient accumulation.
-            scaler: The GradScaler that scales the loss. A batch whose gradients overflow is then
-                dropped whole, on the device, and counted in the metadata, at the price of a second
-                tensor per parameter.
+            accumulation_steps: What the loss is divided by besides, for gradient accumulation: 1
+                if gradients accumulate and it is not. Default: there is one batch per step, or the
+                model is given ``num_items_in_batch`` as by transformers' Trainer, with
+                ``loss_terms="tokens"``: that divides by the tokens of all micro-batches at once.
+            scaler: The GradScaler that scales the loss. Default: the one whose ``step()`` takes the
+                first step. A batch whose gradients overflow is dropped whole, on the device, and
+                counted in the metadata, at the price of a second tensor per parameter.
 
         Returns:
             A handle; its ``remove()``, or leaving it as a context, is :meth:`detach`.
@@ -228,8 +244,10 @@ class FisherEstimator:
         Raises:
             ValueError: The estimator was not made with ``during_training=True``, or an argument is
                 out of range.
-            RuntimeError: It is attached already. Later, from ``optimizer.step()``: no batch was
-                observed since the last step, or a batch cannot be told from another.
+            RuntimeError: It is attached already. Later, from the model: an input's rows are not the
+                samples. From ``backward()``: two forward passes are in it, or it is the second
+                through one. From ``optimizer.step()``: no batch was observed since the last step,
+                or what its loss was multiplied with is not known.
         """
         if not self._during_training:
             raise ValueError(
@@ -237,7 +255,8 @@ class FisherEstimator:
             )
         if self._attached is not None or self._observing is not None:
             raise RuntimeError("the estimator is attached already, or inside observe().")
-        check_integer("accumulation_steps", accumulation_steps, 1)
+        if accumulation_steps is not None:
+            check_integer("accumulation_steps", accumulation_steps, 1)
         if isinstance(loss_terms, str) and loss_terms not in ("samples", "tokens"):
             raise ValueError(
                 f"loss_terms must be 'samples', 'tokens', a number or a function, not "
@@ -245,8 +264,6 @@ class FisherEstimator:
             )
         if not isinstance(loss_terms, str) and not callable(loss_terms):
             _check_number("loss_terms", loss_terms)
-        if scaler is not None:
-            self._totals.stage()
         self._attached = _Attachment(self, optimizer, loss_terms, accumulation_steps, scaler)
         return self._attached.handle
 
@@ -268,7 +285,7 @@ class FisherEstimator:
             ValueError: A sum is not finite.
         """
         if self._attached is not None:
-            self._attached.finish()
+            self._attached.settle()
         metadata: dict[str, Any] = {"estimator": "FisherEstimator", "labels": "empirical"}
         if self._during_training:
             metadata |= {"during_training": True, "decay": self._decay}
@@ -285,7 +302,7 @@ class FisherEstimator:
         if self._observing is not None:
             raise RuntimeError("inside observe() there is no state: half a batch may be summed.")
         if self._attached is not None:
-            self._attached.finish()
+            self._attached.settle()
         return {
             **self._totals.state_dict(),
             "left": dict(self._policy.left),
@@ -318,27 +335,85 @@ class FisherEstimator:
                     "another shape."
                 )
 
-    def _begin(self, samples: Samples, factor: Number) -> Observation:
-        """Start a batch whose gradients are ``1/factor`` of what is to be summed."""
+    def _begin(self, samples: Samples, begin: Callable[[], Mapping[str, Tensor]]) -> Observation:
+        """Start a batch; ``begin`` is called when its backward pass comes."""
         totals = self._totals
         parameters = totals.check_unchanged(self._model)
-        checked = self._verify is True or (self._verify == "first" and totals.batches == 0)
-        sums = totals.begin(factor)
-        check = Check() if checked else None
-        observation = Observation(parameters, sums, samples, self._policy, check=check)
+        checked = self._verify is True or (self._verify == "first" and totals.seen() == 0)
+        observation = Observation(
+            parameters,
+            totals.sums,
+            samples,
+            self._policy,
+            check=Check() if checked else None,
+            begin=begin,
+        )
         observation.open()
         return observation
 
 
-class Totals:
+class _Batches:
     """What has been summed, and of how many samples; kept in the units of the last batch's loss.
 
     A loss is usually a mean, perhaps scaled. Its squared gradients are summed as they come and the
     whole multiplied when the factor changes, since a product with each gradient would cost more.
     """
 
+    def __init__(self, sums: dict[str, Tensor]) -> None:
+        self.sums = sums
+        self.empty()
+
+    def empty(self) -> None:
+        """Forget all batches."""
+        with torch.no_grad():
+            for total in self.sums.values():
+                total.zero_()
+        self.batches = 0
+        self.samples: Number = 0
+        self.tokens: Number | None = None
+        self.unit: Number | None = None  # what the sums are to be multiplied by
+
+    def begin(self, factor: Number) -> Mapping[str, Tensor]:
+        """Return what a batch is to be added to, whose gradients are to be multiplied by that."""
+        self.use(factor * factor)
+        return self.sums
+
+    def use(self, unit: Number) -> None:
+        """Keep the sums in that unit."""
+        if self.unit is not None and (
+            isinstance(unit, Tensor) or isinstance(self.unit, Tensor) or unit != self.unit
+        ):
+            _scale(list(self.sums.values()), self.unit / unit)
+        self.unit = unit
+
+    def finite(self) -> Tensor:
+        """Whether all sums are finite."""
+        device = next(iter(self.sums.values())).device
+        each = [total.isfinite().all().to(device) for total in self.sums.values()]
+        return torch.stack(each).all()
+
+    def count(self, samples: Number, tokens: Number | None, batches: int = 1) -> None:
+        """Count batches that were observed to their end."""
+        if self.batches == 0:
+            self.tokens = tokens
+        elif tokens is None or self.tokens is None:
+            self.tokens = None
+        else:
+            self.tokens = self.tokens + tokens
+        self.batches += batches
+        self.samples = self.samples + samples
+
+
+class Totals(_Batches):
+    """The sums of an estimator.
+
+    Attributes:
+        staged: Batches that are not yet known to be finite, or what their loss was divided by.
+        dropping: Whether what is staged and not finite is dropped, and counted.
+    """
+
     def __init__(self, model: nn.Module) -> None:
-        self.sums: dict[str, Tensor] = {}
+        sums: dict[str, Tensor] = {}
         for name, parameter in trained(model).items():
             if not parameter.is_floating_point():
                 raise ValueError(
@@ -346,16 +421,13 @@ class Totals:
                     f"{parameter.dtype}."
                 )
             dtype = torch.float64 if parameter.dtype == torch.float64 else torch.float32
-            self.sums[name] = torch.zeros(parameter.shape, dtype=dtype, device=parameter.device)
-        if not self.sums:
+            sums[name] = torch.zeros(parameter.shape, dtype=dtype, device=parameter.device)
+        if not sums:
             raise ValueError("model has no parameters that require gradients.")
-        self.batches = 0
+        super().__init__(sums)
         self.broken = False
-        self.samples: Number = 0
-        self.tokens: Number | None = None
-        self._unit: Number | None = None  # what the sums are to be multiplied by
-        self._staged: dict[str, Tensor] | None = None  # one batch, until it is known to be finite
-        self._staged_unit: Number = 1.0
+        self.staged: _Batches | None = None
+        self.dropping = False
         self._dropped: Number = 0
 
     def state_dict(self) -> dict[str, Any]:
@@ -366,7 +438,7 @@ class Totals:
             "batches": self.batches,
             "samples": self.samples,
             "tokens": self.tokens,
-            "unit": self._unit,
+            "unit": self.unit,
             "dropped": self._dropped,
         }
 
@@ -375,8 +447,8 @@ class Totals:
         with torch.no_grad():
             for name, total in self.sums.items():
                 total.copy_(state_dict["sums"][name])
-            for value in (self._staged or {}).values():
-                value.zero_()
+        if self.staged is not None:
+            self.staged.empty()
         self.broken = False
         self.batches = state_dict["batches"]
         device = next(iter(self.sums.values())).device
@@ -384,7 +456,7 @@ class Totals:
             value.to(device, copy=True) if isinstance(value, Tensor) else value
             for value in map(state_dict.get, ("samples", "tokens", "unit", "dropped"))
         ]
-        self.samples, self.tokens, self._unit, self._dropped = counts
+        self.samples, self.tokens, self.unit, self._dropped = counts
 
     def _check_whole(self) -> None:
         if self.broken:
@@ -394,57 +466,58 @@ class Totals:
             )
 
     def stage(self) -> None:
-        """From now on, add a batch only when it is known to be finite."""
-        if self._staged is None:
-            self._staged = {name: torch.zeros_like(total) for name, total in self.sums.items()}
+        """From now on, keep batches apart until :meth:`commit`."""
+        if self.staged is None:
+            self.staged = _Batches({name: torch.zeros_like(t) for name, t in self.sums.items()})
+
+    def unstage(self) -> None:
+        """From now on, add batches as they come."""
+        self.staged = None
+
+    def seen(self) -> int:
+        """The number of batches that were observed to their end."""
+        return self.batches + (0 if self.staged is None else self.staged.batches)
 
     def begin(self, factor: Number) -> Mapping[str, Tensor]:
         """Return what a batch is to be added to, whose gradients are to be multiplied by that."""
-        unit = factor * factor
-        if self._staged is not None:
-            self._staged_unit = unit
-            return self._staged
-        if self._unit is not None and (
-            isinstance(unit, Tensor) or isinstance(self._unit, Tensor) or unit != self._unit
-        ):
-            _scale(list(self.sums.values()), self._unit / unit)
-        self._unit = unit
-        return self.sums
+        return super().begin(factor) if self.staged is None else self.staged.begin(factor)
 
-    def count(self, samples: int, tokens: int | None) -> None:
-        """Count a batch that was observed to its end."""
-        self.batches += 1
-        if self._staged is None:
-            self._count(samples, tokens)
-            return
-        staged = self._staged.values()
-        device = next(iter(staged)).device
-        finite = torch.stack([value.isfinite().all().to(device) for value in staged]).all()
-        unit = 1.0 if self._unit is None else self._unit
-        with torch.no_grad():
-            for total, value in zip(self.sums.values(), staged, strict=True):
-                scaled = value * (self._staged_unit / unit)
-                total += torch.where(finite.to(value.device), scaled, 0.0)
-                value.zero_()
-        self._unit = unit
-        kept = finite.double()
-        self._dropped = self._dropped + samples * (1 - kept)
-        self._count(samples * kept, None if tokens is None else tokens * kept)
-
-    def _count(self, samples: Number, tokens: Number | None) -> None:
-        if self.batches == 1:
-            self.tokens = tokens
-        elif tokens is None or self.tokens is None:
-            self.tokens = None
+    def count(self, samples: Number, tokens: Number | None, batches: int = 1) -> None:
+        """Count batches that were observed to their end."""
+        if self.staged is None:
+            super().count(samples, tokens, batches)
         else:
-            self.tokens = self.tokens + tokens
-        self.samples = self.samples + samples
+            self.staged.count(samples, tokens, batches)
+
+    def discard(self) -> None:
+        """Forget the batches that are staged; where there is no stage, the sums hold them."""
+        if self.staged is None:
+            self.broken = True
+        else:
+            self.staged.empty()
+
+    def commit(self, scale: Number = 1.0) -> None:
+        """Add what is staged, whose loss was multiplied by ``scale`` besides."""
+        staged = self.staged
+        if staged is None or staged.batches == 0:
+            return
+        assert staged.unit is not None
+        self.use(staged.unit / (scale * scale))
+        finite = staged.finite() if self.dropping else None
+        with torch.no_grad():
+            for total, value in zip(self.sums.values(), staged.sums.values(), strict=True):
+                total += value if finite is None else torch.where(finite.to(value.device), value, 0)
+        kept: Number = 1 if finite is None else finite.double()
+        self._dropped = self._dropped + staged.samples * (1 - kept)
+        tokens = None if staged.tokens is None else staged.tokens * kept
+        super().count(staged.samples * kept, tokens, staged.batches)
+        staged.empty()
 
     def decay(self, decay: float) -> None:
         """Multiply sums and counts; the sums together with the next change of units."""
         if decay == 1.0:
             return
-        self._unit = None if self._unit is None else self._unit * decay
+        self.unit = None if self.unit is None else self.unit * decay
         self.samples = self.samples * decay
         self.tokens = None if self.tokens is None else self.tokens * decay
 
@@ -476,12 +549,12 @@ class Totals:
             )
         if float(self.samples) == 0.0:
             raise ValueError("every batch overflowed and was dropped; nothing was observed.")
-        unit = 1.0 if self._unit is None else self._unit
+        unit = 1.0 if self.unit is None else self.unit
         sums = {k: total * unit for k, total in self.sums.items() if k not in skipped}
         tokens = None if self.tokens is None else _plain(self.tokens)
         if skipped:
             metadata["skipped"] = dict(skipped)
-        if self._staged is not None:
+        if self.dropping:
             metadata["dropped_samples"] = _plain(self._dropped)
         common = {"sample": "sequence", **provenance(model, trained(model))}
         return Importance(sums, _plain(self.samples), tokens, {**metadata, **common})
@@ -498,9 +571,30 @@ class Totals:
                 )
         for name, parameter in parameters.items():
             self.sums[name] = self.sums[name].to(parameter.device)
-            if self._staged is not None:
-                self._staged[name] = self._staged[name].to(parameter.device)
+            if self.staged is not None:
+                self.staged.sums[name] = self.staged.sums[name].to(parameter.device)
         return parameters
+
+
+@dataclass(eq=False)
+class _Batch:
+    """A forward pass that an attached estimator has seen, until its backward pass is over.
+
+    Attributes:
+        observation: Of it.
+        terms: What its loss, a mean, is divided by.
+        whole: Whether that counts all micro-batches of a step.
+        found: Cross entropy in the gradients of what the model returned.
+        reached: Whether a backward pass has come to it.
+        complete: Whether a backward pass through it has ended, without an error.
+    """
+
+    observation: Observation
+    terms: Number
+    whole: bool = False
+    found: list[CrossEntropy] = field(default_factory=list)
+    reached: bool = False
+    complete: bool = False
 
 
 class _Attachment:
@@ -511,17 +605,25 @@ class _Attachment:
         estimator: FisherEstimator,
         optimizer: torch.optim.Optimizer,
         loss_terms: LossTerms,
-        accumulation_steps: int,
+        accumulation_steps: int | None,
         scaler: torch.amp.GradScaler | None,
     ) -> None:
         self._estimator = estimator
         self._loss_terms = loss_terms
         self._accumulation_steps = accumulation_steps
         self._scaler = scaler
-        self._open: list[Observation] = []
-        self._entered: list[Observation | None] = []
+        self._scaler_state: object = None
+        self._totals = totals = estimator._totals
+        totals.stage()
+        totals.dropping |= scaler is not None
+        self._proven = False  # whether a step has shown what the loss is multiplied with
+        self._read = False  # whether batches were added before
+        self._undivided = 0  # since the last step, of which it is not known what divided their loss
+        self._claims: list[tuple[CrossEntropy, Number, int | None]] = []
+        self._open: list[_Batch] = []
+        self._entered: list[_Batch | None] = []
         self._eager: AbstractContextManager[object] = nullcontext()
-        self._batches = estimator._totals.batches
+        self._batches = totals.seen()
         self._refuse_tracing = torch.compiler.disable(_refuse_tracing)  # type: ignore[no-untyped-call]
         self._model = model = estimator._model
         # A model that was compiled in place would be traced with its hooks.
@@ -529,6 +631,7 @@ class _Attachment:
         self._hooks = [
             model.register_forward_pre_hook(_Hook(self._before), with_kwargs=True, prepend=True),
             model.register_forward_hook(_Hook(self._after), always_call=True),
+            optimizer.register_step_pre_hook(self._stepping),
             optimizer.register_step_post_hook(self._stepped),
         ]
         self.handle = Attached(estimator)
@@ -538,20 +641,22 @@ class _Attachment:
         for hook in self._hooks:
             hook.remove()
         self._model._compiled_call_impl = self._compiled
-        self.finish()
-        for batch in self._open:
-            batch.close()
-        self._open.clear()
+        try:
+            self.settle()
+        finally:
+            self._close_all()
+            self._totals.unstage()
+
+    # --- forward and backward passes ----------------------------------------------------------
 
     def _before(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         """Begin a batch with the model's forward pass."""
         if torch.compiler.is_dynamo_compiling():
             self._refuse_tracing()
-        if is_unobserved():
-            self.finish()  # what was begun before does not see these passes
-            self._entered.append(None)
-            return
-        if not (module.training and torch.is_grad_enabled()) or in_backward():
+        observed = module.training and torch.is_grad_enabled() and not is_unobserved()
+        if in_backward() or not observed:
+            if not in_backward():
+                self.finish()  # what was begun before does not see these passes
             self._entered.append(None)
             return
         self.finish()
@@ -561,78 +666,230 @@ class _Attachment:
         samples = Samples(len(first))
         for tensor in nested.tensors((args, kwargs)):
             samples.see(tensor.shape)
-        terms = self._terms(module, len(first), args, kwargs)
-        scale: Number = 1.0 / self._accumulation_steps
-        if self._scaler is not None:
-            scale = self._scaler.scale(torch.ones((), device=first.device)) * scale
-        observation = self._estimator._begin(samples, terms / scale)
-        self._open.append(observation)
+        batch = self._claim(module, len(first), args, kwargs, samples)
+        self._open.append(batch)
         self._eager = eagerly()
         self._eager.__enter__()
-        observation.enter()
-        self._entered.append(observation)
+        batch.observation.enter()
+        self._entered.append(batch)
 
-    def _terms(self, model: nn.Module, count: int, args: Any, kwargs: dict[str, Any]) -> Number:
-        if callable(self._loss_terms) and not isinstance(self._loss_terms, Tensor):
-            return self._loss_terms(args, kwargs)
-        if self._loss_terms == "samples":
-            return count
-        if self._loss_terms == "tokens":
-            return loss_tokens(model, args, kwargs)
-        return self._loss_terms
+    def _claim(
+        self, model: nn.Module, count: int, args: Any, kwargs: dict[str, Any], samples: Samples
+    ) -> _Batch:
+        """Make a batch of what its loss is said to be divided by."""
+        loss_terms, whole = self._loss_terms, False
+        terms: Number
+        if callable(loss_terms) and not isinstance(loss_terms, Tensor):
+            terms = loss_terms(args, kwargs)
+        elif not isinstance(loss_terms, str):
+            terms = loss_terms
+        elif loss_terms == "samples":
+            terms = count
+        else:
+            terms = loss_tokens(model, args, kwargs)
+            whole = kwargs.get("num_items_in_batch") is not None
+            if whole and (self._accumulation_steps or 1) > 1:
+                raise ValueError(
+                    f"the model is given num_items_in_batch, which counts the tokens of all "
+                    f"micro-batches, so that its loss is not divided by accumulation_steps = "
+                    f"{self._accumulation_steps} besides: leave accumulation_steps out of attach()."
+                )
+        observation = self._estimator._begin(samples, lambda: self._begin(batch))
+        batch = _Batch(observation, terms, whole)
+        return batch
 
     def _after(self, module: nn.Module, args: Any, output: Any) -> None:
-        observation = self._entered.pop() if self._entered else None
-        if observation is not None:
-            observation.leave()
-            observation.expect_backward()
-            self._eager.__exit__(None, None, None)
+        batch = self._entered.pop() if self._entered else None
+        if batch is None:
+            return
+        observation = batch.observation
+        observation.leave()
+        observation.expect_backward()
+        graph = observation.release()
+        for tensor in nested.tensors(output):
+            if tensor.grad_fn is not None:
+                # Until its backward pass comes here, what is recomputed is of another one.
+                observation.active = False
+                # A hook of the node, not of the tensor, which is the user's.
+                tensor.grad_fn.register_prehook(self._output_hook(batch, tensor, graph))
+        self._eager.__exit__(None, None, None)
+
+    def _output_hook(
+        self, batch: _Batch, output: Tensor, graph: Graph
+    ) -> Callable[[Sequence[Tensor | None]], None]:
+        measured = self._estimator._verify and isinstance(self._loss_terms, str)
+        measured = measured and (not self._proven or batch.observation.is_checked())
+        logits, version = output.detach() if measured else None, output._version
+        number = output.output_nr
+
+        def hook(grads: Sequence[Tensor | None], graph: Graph = graph) -> None:
+            if batch.observation.closed:
+                return
+            self._reach(batch)
+            grad = grads[number]
+            if logits is not None and grad is not None and logits._version == version:
+                batch.found += find_cross_entropy(logits, grad)
+
+        return hook
+
+    def _reach(self, batch: _Batch) -> None:
+        """Take note of whose backward pass runs."""
+        for other in [other for other in self._open if other is not batch and other.reached]:
+            if not other.complete:
+                raise RuntimeError(
+                    "two forward passes of the model are in one backward pass, and whether row n "
+                    "of both is one sample cannot be told: attached, give each a backward pass of "
+                    "its own; where it is one sample, use observe(batch_size=...) around all."
+                )
+            self._finish(other)
+        if not batch.reached:
+            batch.reached = batch.observation.active = True
+            engine = torch.autograd.Variable._execution_engine
+            engine.queue_callback(lambda: setattr(batch, "complete", True))
+
+    def _begin(self, batch: _Batch) -> Mapping[str, Tensor]:
+        """Begin to sum, in a backward pass, what is multiplied by this batch's factor."""
+        self._reach(batch)
+        state = getattr(self._scaler, "_per_optimizer_states", None)
+        parameters = trained(self._model).values()
+        if state is not self._scaler_state or all(p.grad is None for p in parameters):
+            self._scaler_state = state
+            self._undivided = 0  # a step was left out, or this is the first batch after one
+            self._claims.clear()
+        scale: Number = 1.0 if batch.whole else 1.0 / (self._accumulation_steps or 1)
+        if self._scaler is not None:
+            scale = self._scale() * scale
+        return self._totals.begin(batch.terms / scale)
+
+    def _scale(self) -> Tensor:
+        assert self._scaler is not None
+        device = next(iter(self._totals.sums.values())).device
+        return self._scaler.scale(torch.ones((), device=device))
+
+    def finish(self) -> None:
+        """End the batch whose backward pass has run, if there is one."""
+        for batch in list(self._open):
+            if batch.reached or not batch.observation.is_alive():
+                self._finish(batch)
+
+    def _finish(self, batch: _Batch) -> None:
+        """End a batch; if its backward pass was for something else, or was none, leave it out."""
+        observation = batch.observation
+        if not observation.changed and observation.is_alive():
+            batch.reached = batch.complete = observation.active = False
+            return  # that of the parameters may come yet
+        self._open.remove(batch)
+        try:
+            if observation.changed and (observation.failed or not batch.complete):
+                self._drop()  # an error has ended it, which the loop has caught
+            elif observation.changed:
+                observation.finish()
+                self._count(batch)
+        except BaseException:
+            self._drop()
+            raise
+        finally:
+            observation.close()
+
+    def _count(self, batch: _Batch) -> None:
+        samples = batch.observation.samples
+        self._totals.count(samples.count, samples.tokens)
+        self._undivided += not batch.whole
+        mean_over = samples.count if self._loss_terms == "samples" else None
+        self._claims += [(found, batch.terms, mean_over) for found in batch.found]
+        if self._proven:
+            self._totals.commit()
+
+    def _drop(self) -> None:
+        """Forget the batches since the last step; where the sums hold some, they are broken."""
+        self._totals.discard()
+        self._totals.broken |= self._read
+        self._undivided = 0
+        self._claims.clear()
+
+    def _close_all(self) -> None:
+        for batch in self._open:
+            batch.observation.close()
+        self._open.clear()
+
+    def restart(self) -> None:
+        """Drop the batch that was begun: the sums have been set to others."""
+        self._close_all()
+        self._undivided = 0
+        self._claims.clear()
+        self._batches = self._totals.seen()
+
+    # --- steps --------------------------------------------------------------------------------
+
+    def _stepping(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        self.finish()
+        scaler = calling_scaler() if self._scaler is None else None
+        if scaler is not None and (self._proven or self._read):
+            self._totals.broken = True
+            raise RuntimeError(
+                "a GradScaler takes this step, but batches were added without its scale: pass it "
+                "to attach(optimizer, scaler=...)."
+            )
+        self._judge(scaler)
+        self._undivided = 0
+        self._proven |= self._totals.seen() > self._batches
+        if self._proven and self._scaler is None:
+            self._totals.unstage()
+
+    def _judge(self, scaler: torch.amp.GradScaler | None = None) -> None:
+        """Add what is staged, if what its losses were multiplied with is known."""
+        try:
+            if self._undivided > 1 and self._accumulation_steps is None:
+                raise RuntimeError(
+                    f"{self._undivided} backward passes came before this step, and whether their "
+                    f"losses were divided by that, for gradient accumulation, cannot be told: pass "
+                    f"accumulation_steps={self._undivided} to attach() if they were, "
+                    f"accumulation_steps=1 if not."
+                )
+            scale: Number = 1.0
+            if scaler is not None:
+                self._scaler, self._totals.dropping = scaler, True
+                scale = self._scale()
+            self._check_claims()
+        except RuntimeError:
+            self._drop()
+            raise
+        self._totals.commit(scale)
+
+    def _check_claims(self) -> None:
+        """Compare what is claimed of the loss with what was found of it. Waits for the device."""
+        claims, self._claims = self._claims, []
+        if not claims:
+            return
+        scale = 1.0 if self._scaler is None else float(self._scale())
+        for found, terms, samples in claims:
+            claimed = scale / (self._accumulation_steps or 1)
+            if wrong := found.contradiction(float(terms), claimed, samples):
+                raise RuntimeError(f"the loss that was backpropagated {wrong}.")
 
     def _stepped(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        self.finish()
-        totals = self._estimator._totals
-        if totals.batches == self._batches:
+        self.finish()  # of a closure that the step has called
+        totals = self._totals
+        if totals.seen() == self._batches:
             raise RuntimeError(
                 "the optimizer took a step, but no batch was observed before it: call the model "
                 "itself, which the FisherEstimator was made of (of a compiled one: what "
                 "torch.compile returned), in training mode, or use observe() instead of attach()."
             )
-        self._batches = totals.batches
+        if not self._proven:
+            self._undivided = 0
+            self._judge()
+            self._proven = True
+            totals.unstage()
+        self._batches = totals.seen()
         self._estimator.step()
 
-    def restart(self) -> None:
-        """Drop the batch that was begun: the sums have been set to others."""
-        for batch in self._open:
-            batch.close()
-        self._open.clear()
-        self._batches = self._estimator._totals.batches
-
-    def finish(self) -> None:
-        """End the batch whose backward pass has run, if there is one."""
-        begun = [batch for batch in self._open if batch.changed]
-        if not begun:
-            # A forward pass without a backward pass was an evaluation, unless that is yet to come.
-            for batch in self._open[:-1]:
-                batch.close()
-            self._open = self._open[-1:]
-            return
-        self._open, batches = [], self._open
-        totals = self._estimator._totals
-        try:
-            if len(begun) > 1:
-                raise RuntimeError(
-                    "two forward passes were followed by backward passes of both; attached, each "
-                    "forward pass needs its backward pass before the next (or use observe())."
-                )
-            begun[0].finish()
-        except BaseException:
-            totals.broken = True
-            raise
-        finally:
-            for batch in batches:
-                batch.close()
-        samples = begun[0].samples
-        totals.count(samples.count, samples.tokens)
+    def settle(self) -> None:
+        """Add what has been observed so far."""
+        self.finish()
+        if not self._proven and self._totals.seen() > self._batches:
+            self._judge()
+            self._read = True
 
 
 def _refuse_tracing() -> None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 import threading
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -60,7 +61,7 @@ from cl_optim.fisher.rules import (
 )
 from cl_optim.fisher.samples import Samples
 from cl_optim.fisher.sources import Source, itself, scaled, share_storage, slope_of, within
-from cl_optim.fisher.taps import Call, Expand, Tap
+from cl_optim.fisher.taps import Call, Expand, Graph, Tap
 
 DECOMPOSED: dict[Callable[..., Any], Callable[..., Any]] = {
     F.multi_head_attention_forward: multi_head_attention,
@@ -80,11 +81,15 @@ class Observation(TorchFunctionMode):
         magnitudes: Add Σ_n |g_n| instead.
         check: Is told of Σ_n w_n g_n of each parameter, and of the gradients they receive.
         weights: w_n, 1 by default.
+        begin: Called before the first square is added; returns what takes the place of ``sums``.
 
     Attributes:
+        active: Whether the backward pass that runs may be this one's: not, where another forward
+            pass is being differentiated.
         changed: Whether anything was added to the sums.
         closed: Whether the observation has ended.
         capturing: Whether a backward pass adds to the sums.
+        failed: Whether a backward pass ended in an error here.
     """
 
     def __init__(
@@ -98,9 +103,11 @@ class Observation(TorchFunctionMode):
         magnitudes: bool = False,
         check: Check | None = None,
         weights: Tensor | None = None,
+        begin: Callable[[], Mapping[str, Tensor]] | None = None,
     ) -> None:
         super().__init__()
         self._parameters = parameters
+        self._begin = begin
         self._sums = sums
         self.samples = samples
         self._policy = policy
@@ -132,9 +139,13 @@ class Observation(TorchFunctionMode):
         # A table looked up with one index per sample, if there is one: the indices may be positions
         # if sequences are as long as the batch.
         self._table: str | None = None
+        self._graph: Graph | None = Graph()
+        self._graph_seen = weakref.ref(self._graph)
+        self.active = True
         self.capturing = True
         self.changed = False
         self.closed = False
+        self.failed = False
 
     # --- beginning and end ------------------------------------------------------------------------
 
@@ -153,6 +164,20 @@ class Observation(TorchFunctionMode):
         self._seen_grads, self._stand_ins, self._waiting = {}, {}, {}
         self._sources = {}
         self._derived.clear()
+
+    def release(self) -> Graph:
+        """Let the graph alone keep this alive, and what else holds what is returned."""
+        assert self._graph is not None
+        graph, self._graph = self._graph, None
+        return graph
+
+    def is_checked(self) -> bool:
+        """Whether this batch checks itself."""
+        return self._check is not None
+
+    def is_alive(self) -> bool:
+        """Whether a backward pass may still come."""
+        return self._graph_seen() is not None
 
     def is_entered(self) -> bool:
         """Whether this mode is on. Inside a backward pass that was begun under it, it is not."""
@@ -177,7 +202,7 @@ class Observation(TorchFunctionMode):
         entered = threading.local()  # the backward pass may run in other threads
 
         def before(module: torch.nn.Module, args: Any) -> None:
-            if in_backward() and not self.closed and not self.is_entered():
+            if in_backward() and self.active and not self.closed and not self.is_entered():
                 self.enter()
                 entered.modules = [*getattr(entered, "modules", []), module]
 
@@ -543,7 +568,7 @@ class Observation(TorchFunctionMode):
                     f"forward pass with a backward pass of its own needs an observe() of its own."
                 )
         self._count(used)
-        return Call(gradients, sources, self._makes, in_backward())
+        return Call(gradients, sources, self._makes, in_backward(), graph=self._graph)
 
     def _count(self, sources: Iterable[Source]) -> None:
         if not in_backward():
@@ -605,19 +630,27 @@ class Observation(TorchFunctionMode):
                 f"the backward pass that reached {listed(names)} has create_graph=True: squared "
                 f"gradients cannot be differentiated again."
             )
+        if not self._own_pass and not self._are_wanted(names):
+            return nothing  # it is for the gradients of inputs alone
         if self.closed:
             raise RuntimeError(
                 f"the backward pass reached {listed(names)} after the observe() of its forward "
-                f"pass had ended; run both inside."
+                f"pass had ended, or, attached, after its batch had: run both inside, once, and "
+                f"before the next batch and optimizer.step()."
             )
         if not self.capturing:
             return nothing
         if not self._own_pass and (call.done or not self._squared.isdisjoint(names)):
+            self.failed = True
             raise RuntimeError(
                 f"a second backward pass reached {listed(names)} in one observe(); add the losses "
                 f"and run backward once: the square of a sum is not the sum of squares."
             )
         call.done = True
+        if self._begin is not None:
+            begin, self._begin = self._begin, None
+            self._sums = begin()
+        self.failed = True
         # Backward may be called under autocast, which would round the factors once more.
         with torch.no_grad(), torch.autocast(grad_output.device.type, enabled=False):
             try:
@@ -627,10 +660,18 @@ class Observation(TorchFunctionMode):
             if self._check is not None:
                 for name in names:
                     self._check.lower(name, grad_output.dtype)
-            return [
+            made = [
                 None if source is None or grad is None else self._add(source, grad, call)
                 for source, grad in zip(call.sources, gradients, strict=True)
             ]
+        self.failed = False
+        return made
+
+    def _are_wanted(self, names: Iterable[str]) -> bool:
+        """Whether the backward pass that runs computes gradients of these parameters."""
+        tensors = [self._stand_ins[name] for name in names if name in self._stand_ins]
+        nodes = [tensor.grad_fn for tensor in tensors if tensor.grad_fn is not None]
+        return not nodes or any(torch._C._will_engine_execute_node(node) for node in nodes)
 
     def _add(self, source: Source, grad: PerSample | Tensor, call: Call) -> Tensor | None:
         """Square one use's gradients, or wait for the parameter's other uses."""
@@ -673,7 +714,7 @@ class Observation(TorchFunctionMode):
 
     def _receive(self, name: str, grad: Tensor | None) -> None:
         """A parameter's gradient, of all uses: compare with that of the uses that were seen."""
-        if grad is None or name in self._policy.left:
+        if grad is None or not self.active or name in self._policy.left:
             return
         if self._own_pass:
             if self.capturing:

@@ -16,6 +16,10 @@ if TYPE_CHECKING:
     from cl_optim.fisher.observation import Observation
 
 
+class Graph:
+    """Is alive as long as a part of the graph of one forward pass."""
+
+
 @dataclass
 class Call:
     """What is kept of a call until its gradient comes; no tensors of the graph."""
@@ -25,6 +29,7 @@ class Call:
     made: bool  # whether the parameters' own gradients are made here, or by autograd
     recomputed: bool  # in a backward pass, by activation checkpointing
     done: bool = False
+    graph: Graph | None = None  # of a forward pass that the graph alone keeps alive
 
 
 class Tap(torch.autograd.Function):

@@ -16,6 +16,14 @@ _COARSE_FLOOR = 1e-2
 _WIDTH = 4096
 
 
+def tolerance(dtype: torch.dtype) -> float:
+    """How far rounding alone may take two computations in that dtype apart, relatively.
+
+    Integers are not rounded.
+    """
+    return _TOLERANCE.get(dtype, _COARSE) if dtype.is_floating_point else 0.0
+
+
 class Check:
     """The self-check of one batch: Σ_n w_n g_n as captured must be the gradient of Σ_n w_n ℓ_n.
 
@@ -68,7 +76,7 @@ class Check:
             floor = _FLOOR.get(dtype, _COARSE_FLOOR) * largest
             error = difference_norm / max(size, floor) if difference_norm else 0.0
             # A NaN is for others to complain about.
-            if error > _TOLERANCE.get(dtype, _COARSE):
+            if error > tolerance(dtype):
                 wrong[name] = error
         return wrong
 

@@ -17,6 +17,7 @@ from torch.utils.checkpoint import CheckpointError
 
 from cl_optim._version import __version__
 from cl_optim.fisher import nested
+from cl_optim.fisher.alignment import not_samples
 from cl_optim.fisher.check import Check
 from cl_optim.fisher.language import loss_tokens
 from cl_optim.fisher.loss_scale import CrossEntropy, calling_scaler, find_cross_entropy
@@ -78,9 +79,13 @@ class FisherEstimator:
             or ``"skip"``, which leaves it out and lists it in the importance's metadata.
         verify: Check that the gradients put together from what was captured are the parameters'
             gradients: in the ``"first"`` batch, in each (``True``) or not at all. It finds uses
-            that were missed and wrong rules. A wrong sample axis it does not find, since sums over
-            it come out the same; :func:`estimate_fisher` has the losses of single samples and
-            checks that, too. Waits for the device.
+            that were missed and wrong rules. And, where a parameter is used for the first time,
+            that the rows of what it meets are the samples: two more forward passes of the model
+            itself, in eval mode, without a backward pass, in which reversed samples must reverse
+            them. It finds experts that get as many rows as there are samples, and sequences as
+            long as the batch whose positions come first, but not where the model has no more to do
+            with samples than with positions, nor in packed batches; :func:`estimate_fisher` has the
+            losses of single samples, and finds these, too. Waits for the device.
         during_training: Allow :meth:`attach`.
         decay: What remains of sums and counts after each optimizer step (:meth:`step`), in (0, 1].
 
@@ -122,6 +127,7 @@ class FisherEstimator:
         self._decay = decay
         self._policy = Policy(unsupported)
         self._totals = Totals(model)
+        self._known_rows: set[str] = set()  # parameters whose inputs' rows are known to be samples
         self._observing: Observation | None = None
         self._attached: _Attachment | None = None
 
@@ -177,6 +183,12 @@ class FisherEstimator:
         factor = terms / loss_scale
         observation = self._begin(samples, lambda: self._totals.begin(factor))
         self._observing = observation
+
+        def check_rows(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+            if torch.is_grad_enabled() and not in_backward() and not is_unobserved():
+                self._check_rows(observation, args, kwargs)
+
+        hook = self._model.register_forward_hook(_Hook(check_rows), with_kwargs=True)
         try:
             with eagerly(), observation:
                 yield
@@ -193,6 +205,7 @@ class FisherEstimator:
             raise
         finally:
             self._observing = None
+            hook.remove()
             observation.close()
         self._totals.count(samples.count, samples.tokens if tokens is None else tokens)
 
@@ -350,6 +363,23 @@ class FisherEstimator:
         )
         observation.open()
         return observation
+
+    def _check_rows(self, observation: Observation, args: Any, kwargs: dict[str, Any]) -> None:
+        """Refuse parameters that meet, for the first time, rows that are not the samples."""
+        samples, used = observation.samples, observation.used()
+        if not self._verify or samples.offsets is not None or samples.count < 2:
+            return
+        if self._verify != "first" or not used <= self._known_rows:
+            observation.paused = True
+            wrong = not_samples(self._model, args, kwargs, samples.count, self._unsummed)
+            observation.paused = False
+            observation.refuse_rows(wrong)
+            self._known_rows |= used
+
+    def _unsummed(self, samples: Samples) -> Observation:
+        """Make an observation of a forward pass alone."""
+        policy = Policy(self._policy.mode, dict(self._policy.left), dict(self._policy.shared))
+        return Observation(trained(self._model), self._totals.sums, samples, policy)
 
 
 class _Batches:
@@ -630,7 +660,7 @@ class _Attachment:
         self._compiled, model._compiled_call_impl = model._compiled_call_impl, None
         self._hooks = [
             model.register_forward_pre_hook(_Hook(self._before), with_kwargs=True, prepend=True),
-            model.register_forward_hook(_Hook(self._after), always_call=True),
+            model.register_forward_hook(_Hook(self._after), with_kwargs=True, always_call=True),
             optimizer.register_step_pre_hook(self._stepping),
             optimizer.register_step_post_hook(self._stepped),
         ]
@@ -698,12 +728,21 @@ class _Attachment:
         batch = _Batch(observation, terms, whole)
         return batch
 
-    def _after(self, module: nn.Module, args: Any, output: Any) -> None:
+    def _after(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         batch = self._entered.pop() if self._entered else None
         if batch is None:
             return
         observation = batch.observation
         observation.leave()
+        try:
+            if output is not None or sys.exc_info()[1] is None:  # the forward pass did not fail
+                self._estimator._check_rows(observation, args, kwargs)
+        except BaseException:
+            self._open.remove(batch)
+            observation.close()
+            raise
+        finally:
+            self._eager.__exit__(None, None, None)
         observation.expect_backward()
         graph = observation.release()
         for tensor in nested.tensors(output):
@@ -712,7 +751,6 @@ class _Attachment:
                 observation.active = False
                 # A hook of the node, not of the tensor, which is the user's.
                 tensor.grad_fn.register_prehook(self._output_hook(batch, tensor, graph))
-        self._eager.__exit__(None, None, None)
 
     def _output_hook(
         self, batch: _Batch, output: Tensor, graph: Graph

@@ -42,6 +42,7 @@ from cl_optim.fisher.refusals import (
     names_of,
     no_rule,
     not_supported,
+    not_the_samples,
     unseen,
 )
 from cl_optim.fisher.rules import (
@@ -90,6 +91,9 @@ class Observation(TorchFunctionMode):
         closed: Whether the observation has ended.
         capturing: Whether a backward pass adds to the sums.
         failed: Whether a backward pass ended in an error here.
+        paused: Whether what is called is not of this batch.
+        witness: Is told of parameters, by name, and the input that they meet, with the number of
+            its feature dimensions.
     """
 
     def __init__(
@@ -146,6 +150,8 @@ class Observation(TorchFunctionMode):
         self.changed = False
         self.closed = False
         self.failed = False
+        self.paused = False
+        self.witness: Callable[[list[str], Tensor, int], None] | None = None
 
     # --- beginning and end ------------------------------------------------------------------------
 
@@ -170,6 +176,16 @@ class Observation(TorchFunctionMode):
         assert self._graph is not None
         graph, self._graph = self._graph, None
         return graph
+
+    def used(self) -> set[str]:
+        """The parameters that the forward pass used."""
+        return set(self._uses)
+
+    def refuse_rows(self, names: Sequence[str]) -> None:
+        """Leave out parameters that meet inputs whose rows are not the samples."""
+        known = [name for name in names if name not in self._policy.left]
+        if known:
+            self._leave_out(RefusedError(not_the_samples(known), known))
 
     def is_checked(self) -> bool:
         """Whether this batch checks itself."""
@@ -232,7 +248,7 @@ class Observation(TorchFunctionMode):
     ) -> Any:
         """Call ``func``, and tap its output if a watched parameter is among its arguments."""
         kwargs = kwargs or {}
-        if self.closed:
+        if self.closed or self.paused:
             return func(*args, **kwargs)
         if func is F.batch_norm:
             refuse_batch_statistics(*args, **kwargs)
@@ -256,6 +272,9 @@ class Observation(TorchFunctionMode):
             # Reentrant checkpointing runs it again in the backward pass.
             if func in RULES or func in ELEMENTWISE or func in EXPANSIONS:
                 self._count(found.values())
+            if func in RULES and self.witness is not None:
+                use = RULES[func](*args, **kwargs)
+                self._witness(found.values(), use.input, use.features)
             return func(*args, **kwargs)
         left = {key: s for key, s in found.items() if s.name in self._policy.left}
         if left:
@@ -368,6 +387,7 @@ class Observation(TorchFunctionMode):
             raise no_rule(names_of(missed), func)
         names = [source.name for source in sources if source is not None]
         self._check_samples(use.input.shape, use.features, names[0])
+        self._witness(found.values(), use.input, use.features)
         call = self._new_call(use.gradients, sources)
         if not self._own_pass and not self._makes:
             plain_args, plain_kwargs = args, kwargs  # autograd makes the parameters' gradients
@@ -407,6 +427,10 @@ class Observation(TorchFunctionMode):
         new_args, new_kwargs = (nested.replace(part, expanded) for part in (args, kwargs))
         result = func(*new_args, **new_kwargs)
         self.samples.see(result.shape)
+        for tensor in tensors:
+            if id(tensor) in found:
+                features = features_after_broadcast(tensor.shape, shape)
+                self._witness([found[id(tensor)]], result, features)
         if any(tensor.dim() == 0 for tensor in tensors):
             # A scalar takes part in type promotion less than what it was expanded to.
             result = result.to(_promoted(tensors))
@@ -573,6 +597,10 @@ class Observation(TorchFunctionMode):
     def _count(self, sources: Iterable[Source]) -> None:
         if not in_backward():
             self._uses.update(source.name for source in sources)
+
+    def _witness(self, sources: Iterable[Source], input: Tensor, features: int) -> None:
+        if self.witness is not None and self.samples.holds(input.shape, features):
+            self.witness(names_of(sources), input, features)
 
     def _check_samples(self, shape: Sequence[int], features: int, name: str) -> None:
         leading = shape[: len(shape) - features]

@@ -77,6 +77,16 @@ def no_rule(names: list[str], func: Callable[..., Any]) -> RefusedError:
     )
 
 
+def not_the_samples(names: Sequence[str]) -> ValueError:
+    """For inputs with as many rows as samples that are something else."""
+    return ValueError(
+        f"{listed(names)} met inputs whose rows are as many as the samples, but are not in reverse "
+        f"where the samples are: positions may come first, in sequences as long as the batch, rows "
+        f"of an expert may be as many by chance, or samples depend on one another. Let the leading "
+        f"dimension run over the samples, use estimate_fisher(..., unsupported='sign'), or {FREEZE}"
+    )
+
+
 def unseen(names: Sequence[str]) -> NotImplementedError:
     """For a gradient that no function accounts for."""
     return NotImplementedError(

@@ -83,8 +83,9 @@ class FisherEstimator:
             that the rows of what it meets are the samples: two more forward passes of the model
             itself, in eval mode, without a backward pass, in which reversed samples must reverse
             them. It finds experts that get as many rows as there are samples, and sequences as
-            long as the batch whose positions come first, but not where the model has no more to do
-            with samples than with positions, nor in packed batches; :func:`estimate_fisher` has the
+            long as the batch whose positions come first. It cannot be made of packed batches, or
+            where the model's first tensor does not begin with the samples, and does not tell
+            samples from positions where the model does not, either; :func:`estimate_fisher` has the
             losses of single samples, and finds these, too. Waits for the device.
         during_training: Allow :meth:`attach`.
         decay: What remains of sums and counts after each optimizer step (:meth:`step`), in (0, 1].
@@ -367,7 +368,10 @@ class FisherEstimator:
     def _check_rows(self, observation: Observation, args: Any, kwargs: dict[str, Any]) -> None:
         """Refuse parameters that meet, for the first time, rows that are not the samples."""
         samples, used = observation.samples, observation.used()
-        if not self._verify or samples.offsets is not None or samples.count < 2:
+        first = next((t for t in nested.tensors((args, kwargs)) if t.dim() > 0), None)
+        if samples.offsets is not None or first is None or len(first) != samples.count:
+            return  # there is nothing to reverse
+        if not self._verify or samples.count < 2:
             return
         if self._verify != "first" or not used <= self._known_rows:
             observation.paused = True

@@ -55,12 +55,17 @@ def slope_of(
     func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], tensor: Tensor
 ) -> Tensor:
     """The derivative of an elementwise function of one tensor."""
-    with torch.enable_grad():
+    keep = torch.autograd.graph.saved_tensors_hooks(_unchanged, _unchanged)
+    with torch.enable_grad(), keep:
         point = tensor.detach().requires_grad_()
         arguments = nested.map_tensors(lambda t: point if t is tensor else t, (args, kwargs))
         value = func(*arguments[0], **arguments[1])
         (slope,) = torch.autograd.grad(value.sum(), point)
     return slope
+
+
+def _unchanged(tensor: Tensor) -> Tensor:
+    return tensor
 
 
 def share_storage(tensor: Tensor, results: Iterable[Tensor]) -> bool:

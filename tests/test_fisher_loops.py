@@ -392,6 +392,21 @@ def test_a_sum_that_is_said_to_be_a_mean():
     assert_sums(fisher.finalize(), of_batches(model, [(x, y)]), 1e-5)
 
 
+def test_a_sum_in_observe():
+    model = Model()
+    ((x, y),) = batches(1)
+    fisher = FisherEstimator(model)
+    message = r"is a sum, not divided by 6: pass loss_terms=1\.$"
+    with pytest.raises(RuntimeError, match=message), fisher.observe(6, loss_scale=4.0):
+        (4.0 * F.cross_entropy(model(x), y, reduction="sum")).backward()
+    with pytest.raises(RuntimeError, match="make a new FisherEstimator"):
+        fisher.finalize()
+    fisher = FisherEstimator(model)
+    with fisher.observe(6, loss_terms=1):
+        F.cross_entropy(model(x), y, reduction="sum").backward()
+    assert_sums(fisher.finalize(), of_batches(model, [(x, y)]), 1e-5)
+
+
 @pytest.mark.parametrize("weight", [1.0, 0.3])
 def test_losses_that_are_what_they_are_said_to_be(weight):
     """Weighted; of two outputs; means over rows of a sample, or over other things than samples."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
@@ -20,7 +20,7 @@ from cl_optim.fisher import nested
 from cl_optim.fisher.alignment import not_samples
 from cl_optim.fisher.check import Check
 from cl_optim.fisher.language import loss_tokens
-from cl_optim.fisher.loss_scale import CrossEntropy, calling_scaler, find_cross_entropy
+from cl_optim.fisher.loss_scale import CrossEntropy, calling_scaler, watch
 from cl_optim.fisher.observation import Observation, in_backward
 from cl_optim.fisher.refusals import Policy
 from cl_optim.fisher.samples import Samples
@@ -30,6 +30,9 @@ from cl_optim.importance.unobserved import is_unobserved
 
 Verify: TypeAlias = Literal["first"] | bool
 Number: TypeAlias = int | float | Tensor
+# Cross entropy as it was found, what its loss is said to be divided by, and N if that is said to be
+# the number of samples.
+Claim: TypeAlias = tuple[CrossEntropy, Number, int | None]
 LossTerms: TypeAlias = (
     Literal["samples", "tokens"] | Number | Callable[[tuple[Any, ...], dict[str, Any]], Number]
 )
@@ -171,7 +174,8 @@ class FisherEstimator:
                 ``batch_size``; or the model's trained parameters are not what they were.
             NotImplementedError: A parameter is used in a way that is not supported.
             RuntimeError: No backward pass ran inside, or two did; or inside another ``observe()``;
-                or the self-check failed.
+                or the self-check failed; or ``loss_terms`` was left out, and the gradient of the
+                logits shows that cross entropy was not a mean over samples.
         """
         samples = _samples(batch_size, cu_seqlens)
         if tokens is not None:
@@ -185,15 +189,22 @@ class FisherEstimator:
         observation = self._begin(samples, lambda: self._totals.begin(factor))
         self._observing = observation
 
-        def check_rows(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
-            if torch.is_grad_enabled() and not in_backward() and not is_unobserved():
-                self._check_rows(observation, args, kwargs)
+        found: list[CrossEntropy] = []
 
-        hook = self._model.register_forward_hook(_Hook(check_rows), with_kwargs=True)
+        def check(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+            if not torch.is_grad_enabled() or in_backward() or is_unobserved():
+                return
+            self._check_rows(observation, args, kwargs)
+            if loss_terms is None and observation.is_checked():
+                for tensor in nested.tensors(output):
+                    watch(tensor, found)
+
+        hook = self._model.register_forward_hook(_Hook(check), with_kwargs=True)
         try:
             with eagerly(), observation:
                 yield
             observation.finish()
+            _refuse_contradiction([(each, terms, samples.count) for each in found], loss_scale)
         except CheckpointError as error:
             self._totals.broken |= observation.changed
             raise NotImplementedError(
@@ -653,7 +664,7 @@ class _Attachment:
         self._proven = False  # whether a step has shown what the loss is multiplied with
         self._read = False  # whether batches were added before
         self._undivided = 0  # since the last step, of which it is not known what divided their loss
-        self._claims: list[tuple[CrossEntropy, Number, int | None]] = []
+        self._claims: list[Claim] = []
         self._open: list[_Batch] = []
         self._entered: list[_Batch | None] = []
         self._eager: AbstractContextManager[object] = nullcontext()
@@ -753,24 +764,17 @@ class _Attachment:
             if tensor.grad_fn is not None:
                 # Until its backward pass comes here, what is recomputed is of another one.
                 observation.active = False
-                # A hook of the node, not of the tensor, which is the user's.
-                tensor.grad_fn.register_prehook(self._output_hook(batch, tensor, graph))
+                tensor.grad_fn.register_prehook(self._output_hook(batch, graph))
+                checked = observation.is_checked() or not self._proven
+                if checked and self._estimator._verify and isinstance(self._loss_terms, str):
+                    watch(tensor, batch.found)
 
     def _output_hook(
-        self, batch: _Batch, output: Tensor, graph: Graph
+        self, batch: _Batch, graph: Graph
     ) -> Callable[[Sequence[Tensor | None]], None]:
-        measured = self._estimator._verify and isinstance(self._loss_terms, str)
-        measured = measured and (not self._proven or batch.observation.is_checked())
-        logits, version = output.detach() if measured else None, output._version
-        number = output.output_nr
-
         def hook(grads: Sequence[Tensor | None], graph: Graph = graph) -> None:
-            if batch.observation.closed:
-                return
-            self._reach(batch)
-            grad = grads[number]
-            if logits is not None and grad is not None and logits._version == version:
-                batch.found += find_cross_entropy(logits, grad)
+            if not batch.observation.closed:
+                self._reach(batch)
 
         return hook
 
@@ -903,11 +907,8 @@ class _Attachment:
         claims, self._claims = self._claims, []
         if not claims:
             return
-        scale = 1.0 if self._scaler is None else float(self._scale())
-        for found, terms, samples in claims:
-            claimed = scale / (self._accumulation_steps or 1)
-            if wrong := found.contradiction(float(terms), claimed, samples):
-                raise RuntimeError(f"the loss that was backpropagated {wrong}.")
+        scale = 1.0 if self._scaler is None else self._scale()
+        _refuse_contradiction(claims, scale / (self._accumulation_steps or 1))
 
     def _stepped(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         self.finish()  # of a closure that the step has called
@@ -932,6 +933,13 @@ class _Attachment:
         if not self._proven and self._totals.seen() > self._batches:
             self._judge()
             self._read = True
+
+
+def _refuse_contradiction(claims: Iterable[Claim], scale: Number) -> None:
+    """Refuse a loss that is not divided by what it is said to be, if it is certain."""
+    for found, terms, samples in claims:
+        if wrong := found.contradiction(float(terms), float(scale), samples):
+            raise RuntimeError(f"the loss that was backpropagated {wrong}.")
 
 
 def _refuse_tracing() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from types import FrameType
 
@@ -82,7 +83,25 @@ def _close(a: float, b: float) -> bool:
     return abs(a - b) <= _TOLERANCE * abs(b)
 
 
-def find_cross_entropy(logits: Tensor, grad: Tensor) -> list[CrossEntropy]:
+def watch(output: Tensor, found: list[CrossEntropy]) -> None:
+    """Add what cross entropy makes of a tensor in its backward pass to ``found``.
+
+    A hook of its node is left, not of the tensor, which is the user's. One that has been changed in
+    place by then says nothing.
+    """
+    node, number, version = output.grad_fn, output.output_nr, output._version
+    logits = output.detach()
+
+    def hook(grads: Sequence[Tensor | None]) -> None:
+        grad = grads[number]
+        if grad is not None and logits._version == version:
+            found.extend(_find_cross_entropy(logits, grad))
+
+    if node is not None:
+        node.register_prehook(hook)
+
+
+def _find_cross_entropy(logits: Tensor, grad: Tensor) -> list[CrossEntropy]:
     """Measure what cross entropy may have made of logits, [..., C] or [N, C, ...]; on the device.
 
     Args:

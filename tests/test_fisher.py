@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from cl_optim.fisher import FisherEstimator, estimate_fisher
+from cl_optim.fisher.estimate import _log_once
 
 CLASSES = 5
 VOCABULARY = 13
@@ -684,6 +685,35 @@ def test_estimate(case, labels, dtype):
     assert importance.metadata["estimator"] == "estimate_fisher"
 
 
+AUTOMATIC = {
+    "100 classes": (lambda: (nn.Linear(4, 100), torch.randn(6, 4)), "exact", None),
+    "101 classes": (lambda: (nn.Linear(4, 101), torch.randn(6, 4)), "sample", "of 101 classes"),
+    "sequences": (lambda: transformer_case()[:2], "sample", "of sequences"),
+}
+
+
+@pytest.mark.parametrize("kind", AUTOMATIC)
+def test_labels_are_chosen(kind, caplog):
+    """Exact to 100 classes, else drawn as torch.manual_seed says, and that is said once."""
+    make, labels, said = AUTOMATIC[kind]
+    model, inputs = make()
+    _log_once.cache_clear()
+    found = []
+    for chosen in ("auto", labels, "auto"):
+        torch.manual_seed(3)
+        found.append(estimate_fisher(model, inputs.split(4), chosen))
+    for importance in found:
+        assert importance.metadata["labels"] == labels
+        for name, value in found[0].sums.items():
+            assert torch.equal(importance.sums[name], value)
+    assert [i.metadata.get("labels_chosen") for i in found] == ["auto", None, "auto"]
+    sentence = (
+        f"labels='auto' is labels='sample' for logits {said}: labels are drawn from the model, "
+        f"since labels='exact' is for [N, C] with at most 100 classes."
+    )
+    assert caplog.messages == ([] if said is None else [sentence])
+
+
 def test_closed_form():
     """Softmax regression: E_y[(∂ log p(y) / ∂W_ci)²] = x_i² p_c (1 − p_c), for one sample."""
     model, x = nn.Linear(4, 3).double(), torch.randn(6, 4).double()
@@ -843,7 +873,7 @@ NAN_BATCH = torch.full((4, 7), math.nan)
 @pytest.mark.parametrize(
     ("error", "message", "arguments"),
     [
-        (ValueError, "^labels must be one of .*'exact', 'sample'.* not 'mc'", {"labels": "mc"}),
+        (ValueError, "^labels must be one of .*'auto', 'exact'.* not 'mc'", {"labels": "mc"}),
         (
             TypeError,
             "^batches must be an iterable of batches, not a float32 tensor",

@@ -174,7 +174,17 @@ def test_bfloat16(kind):
 def test_exact_is_refused(kind):
     message = r"^labels='exact' is for logits \[N, C\] .*; use labels='sample'"
     with pytest.raises(ValueError, match=message):
-        estimate_fisher(make(kind), [{"input_ids": batch()[0]}])
+        estimate_fisher(make(kind), [{"input_ids": batch()[0]}], "exact")
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_the_shortest_call(kind):
+    importance = estimate_fisher(make(kind), [{"input_ids": batch()[0]}])
+    assert (importance.metadata["labels"], importance.metadata["labels_chosen"]) == (
+        "sample",
+        "auto",
+    )
+    assert all(value.isfinite().all() for value in importance.values())
 
 
 def test_a_class_for_each_text_is_refused():

@@ -170,7 +170,7 @@ def test_exact_is_the_limit_of_sample_and_the_mean_of_signs():
 
 def test_logits_reversal():
     model, (x, y) = mlp(), data()
-    for labels in (None, "empirical", "predicted"):
+    for labels in ("auto", "empirical", "predicted"):
         targets = model(x).argmax(-1) if labels == "predicted" else y
 
         def one(model: nn.Module, n: int, targets: Tensor = targets) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from cl_optim.fisher import nested
-from cl_optim.fisher.labels import IGNORED, MAX_EXACT_CLASSES, Labels
+from cl_optim.fisher.labels import IGNORED, MAX_EXACT_CLASSES, Labels, has_exact
 from cl_optim.fisher.language import decoder_inputs, next_token_targets
 
 _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
@@ -119,7 +119,7 @@ def check_logits(logits: object, samples: int, labels: Labels | None, where: str
             f"model(inputs) must return floating-point logits [{samples}, C] or [{samples}, T, C], "
             f"but returned {kind(logits)} in {where}."
         )
-    if labels == "exact" and (logits.dim() == 3 or logits.shape[-1] > MAX_EXACT_CLASSES):
+    if labels == "exact" and not has_exact(logits):
         raise ValueError(
             f"labels='exact' is for logits [N, C] with at most {MAX_EXACT_CLASSES} classes, not "
             f"{list(logits.shape)}; use labels='sample'."

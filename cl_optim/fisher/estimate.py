@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+import logging
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeAlias, get_args
 
 import torch
@@ -23,7 +25,15 @@ from cl_optim.fisher.estimator import (
     eagerly,
     trained,
 )
-from cl_optim.fisher.labels import IGNORED, LABELS, Labels, norm_seed, seeds
+from cl_optim.fisher.labels import (
+    IGNORED,
+    LABELS,
+    MAX_EXACT_CLASSES,
+    Labels,
+    has_exact,
+    norm_seed,
+    seeds,
+)
 from cl_optim.fisher.language import is_causal_lm
 from cl_optim.fisher.observation import Observation
 from cl_optim.fisher.refusals import FREEZE, Policy, RestartError
@@ -34,11 +44,13 @@ Kind: TypeAlias = Literal["fisher", "mas", "logits_reversal"]
 Loss: TypeAlias = Literal["auto", "cross_entropy", "causal_lm"]
 Unsupported: TypeAlias = Literal["error", "sign", "skip"]
 
+_LOGGER = logging.getLogger(__name__)
+
 
 def estimate_fisher(
     model: nn.Module,
     batches: Iterable[Any],
-    labels: Labels | None = None,
+    labels: Labels = "auto",
     max_samples: int | None = 500,
     per_sample_loss: Callable[[nn.Module, Any], Tensor] | None = None,
     *,
@@ -55,7 +67,10 @@ def estimate_fisher(
     :math:`F_i = \frac1N \sum_n E_y\left[(∂ \log p(y | x_n) / ∂θ_i)^2\right]`, exactly per sample.
     What y is, is ``labels``:
 
-    ``"exact"`` (default)
+    ``"auto"`` (default)
+        ``"exact"`` for up to 100 classes; for more, and for sequences, ``"sample"``, which is
+        logged once. The importance's metadata says which it was.
+    ``"exact"``
         The expectation over the model's own p(y | x): one backward pass per class, at most 100.
     ``"sample"``
         One label per sample (or token) drawn from the model: unbiased for ``"exact"``.
@@ -104,7 +119,8 @@ def estimate_fisher(
             random signs s_n, by a second forward and backward pass that nothing intercepts. It
             finds uses that were missed, wrong rules, samples that depend on one another, and
             tensors in which samples were looked for along a wrong dimension.
-        generator: Draws the labels of ``"sample"`` and the signs.
+        generator: Draws the labels of ``"sample"`` and the signs. Default: torch's own, so that
+            they follow ``torch.manual_seed``.
         progress: Show a progress bar. Default: if the standard error stream is a terminal.
 
     Raises:
@@ -119,7 +135,7 @@ def estimate_fisher(
         2026, arXiv:2603.18596 (EWC-DR).
     """
     check_model(model)
-    labels = _check_arguments(batches, labels, max_samples, per_sample_loss, loss, importance)
+    meant = _check_arguments(batches, labels, max_samples, per_sample_loss, loss, importance)
     if unsupported not in get_args(Unsupported):
         raise ValueError(
             f"unsupported must be one of {get_args(Unsupported)}, not {unsupported!r}."
@@ -133,7 +149,7 @@ def estimate_fisher(
     return estimate(
         model,
         batches,
-        Objective(labels, per_sample_loss, loss, importance, generator),
+        Objective(meant, per_sample_loss, loss, importance, generator),
         max_samples,
         Policy(unsupported),
         sign_draws,
@@ -152,6 +168,19 @@ class Objective:
     importance: Kind = "fisher"
     generator: torch.Generator | None = None
     by_probability: bool = False
+
+    def decided(self, logits: Tensor) -> Objective:
+        """The same, with the labels that ``"auto"`` means for these logits."""
+        if self.labels != "auto":
+            return self
+        if has_exact(logits):
+            return replace(self, labels="exact")
+        many = "of sequences" if logits.dim() == 3 else f"of {logits.shape[-1]} classes"
+        _log_once(
+            f"labels='auto' is labels='sample' for logits {many}: labels are drawn from the model, "
+            f"since labels='exact' is for [N, C] with at most {MAX_EXACT_CLASSES} classes."
+        )
+        return replace(self, labels="sample")
 
     def seeds(self, logits: Tensor, targets: Tensor | None) -> Iterator[Tensor]:
         """The gradients of the losses with respect to the logits, one for each backward pass."""
@@ -202,14 +231,21 @@ def estimate(
     metadata: dict[str, Any] = {
         "estimator": "estimate_fisher",
         "importance": objective.importance,
-        "labels": objective.labels,
+        "labels": one.labels,
         "loss": "per_sample_loss" if objective.per_sample_loss else one.loss,
         "max_samples": max_samples,
         "batches": batch_count,
     }
+    if objective.labels == "auto":
+        metadata["labels_chosen"] = "auto"
     if policy.mode == "sign" and policy.left:
         metadata["sign"] = {"draws": sign_draws, "parameters": dict(policy.left)}
     return totals.importance(model, policy, **metadata)
+
+
+@functools.cache
+def _log_once(sentence: str) -> None:
+    _LOGGER.warning(sentence)
 
 
 class _Pass:
@@ -236,6 +272,11 @@ class _Pass:
         self.loss = "causal_lm" if self._causal else "cross_entropy"
         self._spoilt = False  # whether the sums have a part of the batch that is being added
 
+    @property
+    def labels(self) -> Labels | None:
+        """Which labels are taken; since the first batch, no longer ``"auto"``."""
+        return self._objective.labels
+
     def add(self, batch: Any, limit: int | None, where: str) -> int:
         """Add at most ``limit`` samples of a batch; return how many."""
         while True:
@@ -259,8 +300,7 @@ class _Pass:
 
     def _add_labelled(self, batch: Any, limit: int | None, where: str) -> int:
         """With the loss −log p(y)."""
-        objective = self._objective
-        labelled = data.read(batch, self._model, objective.labels, self._causal, where)
+        labelled = data.read(batch, self._model, self._objective.labels, self._causal, where)
         samples = data.leading(labelled.inputs, where)
         kept = labelled.counted(samples)[:limit]
         labelled = labelled.take(kept, samples)
@@ -271,17 +311,19 @@ class _Pass:
 
         def run() -> Tensor:
             logits = labelled.logits(self._model)
-            return data.check_logits(logits, samples, objective.labels, where)
+            logits = data.check_logits(logits, samples, self._objective.labels, where)
+            self._objective = self._objective.decided(logits)
+            return logits
 
         def make_seeds(logits: Tensor) -> Iterator[Tensor]:
             nonlocal aligned
-            if objective.labels == "empirical":
+            empirical = self._objective.labels == "empirical"
+            if empirical:
                 data.check_targets(aligned, logits, where)
             elif aligned is not None and aligned.shape != logits.shape[:-1]:
                 aligned = None
-            empirical = objective.labels == "empirical"
             data.check_losses(logits, aligned if empirical else None, where)
-            return objective.seeds(logits, aligned)
+            return self._objective.seeds(logits, aligned)
 
         observed, logits = self._observe(run, make_seeds, samples, labelled.inputs, where)
         tokens = observed.tokens
@@ -460,7 +502,7 @@ def _failed(wrong: Mapping[str, float], where: str) -> ValueError:
 
 def _check_arguments(
     batches: object,
-    labels: Labels | None,
+    labels: Labels,
     max_samples: object,
     per_sample_loss: object,
     loss: object,
@@ -469,7 +511,7 @@ def _check_arguments(
     """Return the labels that are meant."""
     if isinstance(batches, (Tensor, Mapping)) or not isinstance(batches, Iterable):
         raise TypeError(f"batches must be an iterable of batches, not {data.kind(batches)}.")
-    if labels is not None and labels not in LABELS:
+    if labels not in LABELS:
         raise ValueError(f"labels must be one of {LABELS}, not {labels!r}.")
     if max_samples is not None:
         if not isinstance(max_samples, int) or isinstance(max_samples, bool):
@@ -488,19 +530,19 @@ def _check_arguments(
     if importance not in get_args(Kind):
         raise ValueError(f"importance must be one of {get_args(Kind)}, not {importance!r}.")
     if importance == "mas":
-        if labels is not None or per_sample_loss is not None:
+        if labels != "auto" or per_sample_loss is not None:
             raise ValueError("importance='mas' takes neither labels nor per_sample_loss.")
         return None
     if importance == "logits_reversal":
-        if labels not in (None, "empirical", "predicted") or per_sample_loss is not None:
+        if labels not in ("auto", "empirical", "predicted") or per_sample_loss is not None:
             raise ValueError(
                 "importance='logits_reversal' needs labels='empirical' or 'predicted', and no "
                 "per_sample_loss."
             )
-        return labels or "empirical"
+        return "empirical" if labels == "auto" else labels
     if per_sample_loss is not None and labels != "empirical":
-        raise ValueError(f"per_sample_loss needs labels='empirical', not {labels or 'exact'!r}.")
-    return labels or "exact"
+        raise ValueError(f"per_sample_loss needs labels='empirical', not {labels!r}.")
+    return labels
 
 
 # --- around the pass ------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from typing import Literal, TypeAlias, get_args
 import torch
 from torch import Tensor
 
-Labels: TypeAlias = Literal["exact", "sample", "predicted", "empirical"]
+Labels: TypeAlias = Literal["auto", "exact", "sample", "predicted", "empirical"]
 LABELS: tuple[str, ...] = get_args(Labels)
 
 # A target with this value is left out, as in torch.nn.functional.cross_entropy.
@@ -17,6 +17,11 @@ IGNORED = -100
 MAX_EXACT_CLASSES = 100
 # Rows of logits whose labels are drawn at once: drawing takes two more copies of them.
 _DRAWN_AT_ONCE = 512
+
+
+def has_exact(logits: Tensor) -> bool:
+    """Whether the expectation over all labels of these logits is taken."""
+    return logits.dim() == 2 and logits.shape[-1] <= MAX_EXACT_CLASSES
 
 
 def seeds(
@@ -35,7 +40,8 @@ def seeds(
     weighted by p_c.
 
     Args:
-        labels: ``"exact"`` (logits [N, C] only), ``"sample"``, ``"predicted"`` or ``"empirical"``.
+        labels: ``"exact"`` (logits [N, C] only), ``"sample"``, ``"predicted"`` or ``"empirical"``;
+            which of them ``"auto"`` is, has been decided.
         logits: [N, C] or [N, T, C].
         targets: int64 classes [N] or [N, T] for ``"empirical"``. For all others only those with
             value −100 are of interest: they have no loss.

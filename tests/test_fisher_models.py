@@ -2,6 +2,8 @@
 
 import copy
 import gc
+import inspect
+import re
 
 import pytest
 import torch
@@ -13,6 +15,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from cl_optim.fisher import FisherEstimator, estimate_fisher
+from cl_optim.fisher.language import _UNPREPARED as UNPREPARED
+from cl_optim.fisher.language import loss_tokens, predicts_next
 
 # Of the libraries' own making.
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
@@ -314,38 +318,310 @@ def test_gradient_checkpointing_of_transformers(kind, reentrant):
         assert largest_error(halved, expected) <= 1e-5
 
 
-# --- mixtures of experts --------------------------------------------------------------------------
+# --- the loss that a model computes ---------------------------------------------------------------
+
+LAYERS = {
+    f"{part}_{key}": value
+    for part in ("encoder", "decoder")
+    for key, value in (("layers", 1), ("attention_heads", 2), ("ffn_dim", 12))
+}
+SEQ2SEQ = {
+    "vocab_size": VOCABULARY, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+    "decoder_start_token_id": 3, "d_model": WIDTH, "dropout": 0.0, "init_std": 0.15,
+    "max_position_embeddings": 4 * LENGTH, **LAYERS,
+}  # fmt: skip
+BERT = {
+    "intermediate_size": 12, "max_position_embeddings": LENGTH, "hidden_dropout_prob": 0.0,
+    "attention_probs_dropout_prob": 0.0, **COMMON, **SMALL,
+}  # fmt: skip
+AUDIO = {
+    "num_feat_extract_layers": 2, "conv_dim": [8, 8], "conv_kernel": [3, 3], "conv_stride": [2, 2],
+    "num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2, "hidden_dropout": 0.0,
+    "feat_proj_dropout": 0.0, "attention_dropout": 0.0, "layerdrop": 0.0, "intermediate_size": 12,
+    **SMALL,
+}  # fmt: skip
+IMAGES = {"image_size": 8, "patch_size": 4, "intermediate_size": 12, **SMALL}
+PIXELS = {"pixel_values": (3, 8, 8)}
+
+
+def encoder_decoder() -> nn.Module:
+    """Its decoder alone is a causal language model. The first token that it is given is padding."""
+    whole = transformers.EncoderDecoderConfig.from_encoder_decoder_configs(
+        transformers.BertConfig(**BERT), transformers.BertConfig(**BERT),
+        pad_token_id=0, decoder_start_token_id=0,
+    )  # fmt: skip
+    return transformers.EncoderDecoderModel(whole)
+
+
+def vision_encoder_decoder() -> nn.Module:
+    """As TrOCR and captioning models are."""
+    whole = transformers.VisionEncoderDecoderConfig.from_encoder_decoder_configs(
+        transformers.ViTConfig(**IMAGES), transformers.GPT2Config(
+            n_layer=1, n_head=2, n_embd=WIDTH, n_positions=LENGTH, bos_token_id=0, eos_token_id=0,
+            add_cross_attention=True, **COMMON,
+        ), pad_token_id=0, decoder_start_token_id=1,
+    )  # fmt: skip
+    return transformers.VisionEncoderDecoderModel(whole)
+
+
+def speech_encoder_decoder() -> nn.Module:
+    whole = transformers.SpeechEncoderDecoderConfig.from_encoder_decoder_configs(
+        transformers.Wav2Vec2Config(**AUDIO), transformers.BertConfig(**BERT),
+        pad_token_id=0, decoder_start_token_id=1,
+    )  # fmt: skip
+    return transformers.SpeechEncoderDecoderModel(whole)
+
+
+def t5() -> nn.Module:
+    return transformers.T5ForConditionalGeneration(
+        transformers.T5Config(
+            vocab_size=VOCABULARY, d_model=WIDTH, d_kv=8, d_ff=12, num_layers=1, num_heads=2,
+            dropout_rate=0.0, decoder_start_token_id=0, pad_token_id=0,
+        )
+    )  # fmt: skip
+
+
+def fsmt() -> nn.Module:
+    """Given labels, it makes the decoder's inputs of the encoder's; without, it is not causal."""
+    sizes = {name: value for name, value in SEQ2SEQ.items() if name != "vocab_size"}
+    return transformers.FSMTForConditionalGeneration(
+        transformers.FSMTConfig(
+            langs=["en", "de"], src_vocab_size=VOCABULARY, tgt_vocab_size=VOCABULARY, **sizes
+        )
+    )
+
+
+def llava() -> nn.Module:
+    """Named as encoder-decoders are, but a causal language model."""
+    text = transformers.LlamaConfig(
+        num_key_value_heads=1, intermediate_size=12, bos_token_id=0, eos_token_id=0,
+        **COMMON, **SMALL,
+    )  # fmt: skip
+    return transformers.LlavaForConditionalGeneration(
+        transformers.LlavaConfig(
+            vision_config=transformers.CLIPVisionConfig(projection_dim=WIDTH, **IMAGES),
+            text_config=text, image_token_index=16, vision_feature_layer=-1,
+        )
+    )  # fmt: skip
+
+
+TRANSLATION = {"input_ids": 6}
+LABELLED = {
+    "encoder-decoder": (encoder_decoder, TRANSLATION),
+    "vision": (vision_encoder_decoder, PIXELS),
+    "speech": (speech_encoder_decoder, {"input_values": (64,)}),
+    "t5": (t5, TRANSLATION),
+    "fsmt": (fsmt, TRANSLATION),
+    "llava": (llava, {"input_ids": 5, **PIXELS}),
+    # without prepare_decoder_input_ids_from_labels
+    "whisper": (
+        lambda: transformers.WhisperForConditionalGeneration(
+            transformers.WhisperConfig(
+                num_mel_bins=4, max_source_positions=8, max_target_positions=LENGTH, **SEQ2SEQ
+            )
+        ),
+        {"input_features": (4, 16)},
+    ),
+    "m2m100": (
+        lambda: transformers.M2M100ForConditionalGeneration(
+            transformers.M2M100Config(encoder_layerdrop=0.0, decoder_layerdrop=0.0, **SEQ2SEQ)
+        ),
+        TRANSLATION,
+    ),
+    "blenderbot": (
+        lambda: transformers.BlenderbotForConditionalGeneration(
+            transformers.BlenderbotConfig(**SEQ2SEQ)
+        ),
+        TRANSLATION,
+    ),
+    # whose labels are not shifted
+    "bart-decoder": (
+        lambda: transformers.BartForCausalLM(transformers.BartConfig(**SEQ2SEQ)), {"input_ids": 5}
+    ),
+    "xlnet": (
+        lambda: transformers.XLNetLMHeadModel(
+            transformers.XLNetConfig(
+                d_model=WIDTH, n_layer=1, n_head=2, d_inner=12, dropout=0.0, **COMMON
+            )
+        ),
+        {"input_ids": 5},
+    ),
+}  # fmt: skip
+
+
+# Trained in the tests: the rest has uses that no rule covers.
+TRAINED = {
+    "fsmt": "embed_tokens",  # its layers see [T, N, D]
+    "speech": "^decoder",
+    "t5": "^(?!.*relative_attention_bias)",
+    "whisper": "^(?!.*embed_positions)",
+    "xlnet": "^lm_loss.bias",
+}
+
+
+def labelled(kind: str) -> tuple[nn.Module, dict[str, Tensor]]:
+    """A model, and a batch with labels [4, 5] of which some have no loss."""
+    make, shapes = LABELLED[kind]
+    model = make().eval()
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p.add_(torch.randn_like(p) * 0.1)
+            p.requires_grad_(re.search(TRAINED.get(kind, ""), name) is not None)
+    data = {
+        name: torch.randint(1, 16, (4, shape)) if isinstance(shape, int) else torch.randn(4, *shape)
+        for name, shape in shapes.items()
+    }
+    data["labels"] = torch.randint(1, 16, (4, 5))
+    data["labels"][1, 3:] = -100
+    if kind == "llava":
+        data["input_ids"][:, :4] = 16  # where the image is
+        data["labels"][1, 3:] = 7
+        data["labels"][1, :2] = -100
+    return model, data
+
+
+def own_loss(data: dict[str, Tensor], shifted: bool = False):
+    """What the model computes of one sample, as a sum over its tokens."""
+
+    def one(model: nn.Module, n: int) -> Tensor:
+        part = {
+            name: value[n : n + 1].to(model.dtype)
+            if value.is_floating_point()
+            else value[n : n + 1]
+            for name, value in data.items()
+        }
+        targets = part["labels"][:, 1:] if shifted else part["labels"]
+        if "FSMT" in type(model).__name__:  # its data collator does that
+            prepare = model.prepare_decoder_input_ids_from_labels
+            part["decoder_input_ids"] = prepare(part["labels"].clone())  # it changes them
+        return model(**part).loss * (targets != -100).sum()
+
+    return one
+
+
+@pytest.mark.parametrize("kind", LABELLED)
+def test_the_models_own_loss(kind):
+    model, data = labelled(kind)
+    shifted = kind == "llava"
+    # FSMT masks with a number that only float32 has.
+    expected = loop(model, own_loss(data, shifted), 4, double=kind != "fsmt")
+    importance = estimate_fisher(model, [data], "empirical")
+    assert largest_error(importance.sums, expected) <= 1e-4
+    assert importance.metadata["loss"] == ("causal_lm" if shifted else "cross_entropy")
+    counted = int((data["labels"][:, 1:] if shifted else data["labels"]).ne(-100).sum())
+    assert importance.tokens == counted
+    sampled = estimate_fisher(model, [data])
+    assert (sampled.samples, sampled.tokens) == (4, counted)
+    # What an attached estimator takes the model's mean to be over.
+    assert int(loss_tokens(model, (), data)) == counted
 
 
 @pytest.mark.parametrize("wrapped", [False, True])
 @pytest.mark.parametrize("length", [5, 6])
 def test_encoder_decoder(length, wrapped):
     """Not even where labels are as long as inputs does the decoder get the encoder's tokens."""
-    torch.manual_seed(0)
-    sizes = {
-        f"{part}_{key}": value
-        for part in ("encoder", "decoder")
-        for key, value in (("layers", 1), ("attention_heads", 2), ("ffn_dim", 12))
-    }
-    config = transformers.BartConfig(
-        vocab_size=VOCABULARY, pad_token_id=0, d_model=WIDTH, dropout=0.0, init_std=0.15,
-        max_position_embeddings=LENGTH, **sizes,
-    )  # fmt: skip
+    config = transformers.BartConfig(**SEQ2SEQ)
     model = transformers.BartForConditionalGeneration(config).eval()
     tokens, _ = batch()
     labels = torch.randint(1, VOCABULARY, (4, length))
     labels[1, 3:] = -100
-
-    def one(model: nn.Module, n: int) -> Tensor:
-        counted = (labels[n] != -100).sum()
-        return model(input_ids=tokens[n : n + 1], labels=labels[n : n + 1]).loss * counted
-
-    expected = loop(model, one, 4)
+    data = {"input_ids": tokens, "labels": labels}
+    expected = loop(model, own_loss(data), 4)
     observed = torch.nn.parallel.DataParallel(model) if wrapped else model
-    importance = estimate_fisher(observed, [{"input_ids": tokens, "labels": labels}], "empirical")
-    sums = {name.removeprefix("module."): total for name, total in importance.sums.items()}
-    assert largest_error(sums, expected) <= 1e-5
-    assert importance.tokens == (labels != -100).sum()
+    for given in (data, ({"input_ids": tokens}, labels)):
+        importance = estimate_fisher(observed, [given], "empirical")
+        sums = {name.removeprefix("module."): total for name, total in importance.sums.items()}
+        assert largest_error(sums, expected) <= 1e-5
+        assert importance.tokens == (labels != -100).sum()
+    message = r"^the decoder of an encoder-decoder is given the labels.* batch 0 does not name its"
+    with pytest.raises(ValueError, match=message):
+        estimate_fisher(observed, [(tokens, labels)], "empirical")
+
+
+@pytest.mark.parametrize(("kind", "asked"), [("gpt2", "causal_lm"), ("bert", "cross_entropy")])
+def test_another_loss_of_the_models_own(kind, asked):
+    """A model that computes something else of its labels is refused, unless it is asked for."""
+    model = make(kind)
+
+    def add(module: nn.Module, args, output) -> None:
+        if output.loss is not None:
+            output.loss = output.loss + 0.1  # as routers of experts do
+
+    model.register_forward_hook(add)
+    data = {"input_ids": batch()[0], "labels": batch()[0]}
+    message = f"^in batch 0, the loss that the model computes .* with loss='{asked}' is .*per_sampl"
+    for labels in ("empirical", "auto"):
+        with pytest.raises(ValueError, match=message):
+            estimate_fisher(model, [data], labels)
+        estimate_fisher(model, [data], labels, loss=asked)
+
+
+AUTO = transformers.models.auto.modeling_auto
+CLASSES = sorted(
+    {
+        name
+        for mapping in (
+            AUTO.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+            AUTO.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+            AUTO.MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES,
+            AUTO.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+            AUTO.MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+        )
+        for names in mapping.values()
+        for name in ([names] if isinstance(names, str) else names)
+    }
+    # These compute no loss.
+    - {
+        "Gemma4AssistantForCausalLM",
+        "Gemma4UnifiedAssistantForCausalLM",
+        "PI0ForConditionalGeneration",
+    }
+    - {"DiffusionGemmaForBlockDiffusion"}
+    # The logits of these are of codebooks, [N·K, T, V], and refused.
+    - {"DiaForConditionalGeneration", "MusicgenForCausalLM", "MusicgenMelodyForCausalLM"}
+)
+# The source of their forward does not say whether labels are shifted.
+DELEGATES = {
+    "BlipForConditionalGeneration": True, "Kosmos2ForConditionalGeneration": True,
+    "Kosmos2_5ForConditionalGeneration": True, "Pix2StructForConditionalGeneration": False,
+    "FlaubertWithLMHeadModel": False, "XLMWithLMHeadModel": False,
+    "ProphetNetForCausalLM": False, "ProphetNetForConditionalGeneration": False,
+    "GitForCausalLM": True,
+}  # fmt: skip
+
+
+def loss_type_of(cls: type) -> str | None:
+    """As the constructor finds it."""
+    assigned = re.search(r'self\.loss_type = "(\w+)"', inspect.getsource(cls.__init__))
+    known = transformers.loss.loss_utils.LOSS_MAPPING
+    if assigned or cls.__name__ in known:
+        return assigned[1] if assigned else cls.__name__
+    return next(iter(re.findall(f"({'|'.join(known)})", cls.__name__)), None)
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_every_class_of_transformers(name):
+    """Whether it shifts its labels is known, and its decoder is given them."""
+    cls = getattr(transformers, name)
+    code = re.sub(r'""".*?"""', "", inspect.getsource(cls.forward), flags=re.S)
+    kind, whole = loss_type_of(cls), cls.config_class.is_encoder_decoder
+    if re.search(r"is_encoder_decoder = False", inspect.getsource(cls.__init__)):
+        whole = False
+    if name in DELEGATES:
+        expected = DELEGATES[name]
+    elif "self.loss_function" in code:
+        computed = transformers.loss.loss_utils.LOSS_MAPPING[kind or "ForCausalLM"]
+        expected = computed.__name__ == "ForCausalLMLoss" and "shift_labels" not in code
+    else:
+        expected = bool(re.search(r"labels\[\.\.\., 1:\]", code))
+    assert predicts_next(name, kind, whole) == expected
+    if whole:
+        shifts = re.search(r"(shift_tokens_right|_shift_right|_from_labels)\(\s*labels", code)
+        its_own = name == "PPFormulaNetForConditionalGeneration"  # its input_ids are the decoder's
+        assert (shifts is None) == (name in UNPREPARED or its_own)
+
+
+# --- mixtures of experts --------------------------------------------------------------------------
 
 
 def test_mixture_of_experts():

@@ -8,11 +8,20 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cl_optim.fisher import nested
 from cl_optim.fisher.labels import IGNORED, MAX_EXACT_CLASSES, Labels, has_exact
-from cl_optim.fisher.language import decoder_inputs, next_token_targets
+from cl_optim.fisher.language import (
+    computes_loss,
+    is_encoder_decoder,
+    next_token_targets,
+    with_labels,
+)
+
+# How far rounding may take a model's own loss from ours; a shift moves it by more.
+_SAME_LOSS, _SAME_LOSS_COARSE = 1e-3, 2e-2
 
 _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
@@ -61,8 +70,14 @@ def read(batch: Any, model: nn.Module, labels: Labels | None, causal: bool, wher
     if named and targets is None and "labels" in inputs:
         targets = inputs["labels"]
         inputs = {key: value for key, value in inputs.items() if key != "labels"}
-        if isinstance(targets, Tensor) and "decoder_input_ids" not in inputs:
-            inputs |= decoder_inputs(model, targets)
+    if isinstance(targets, Tensor) and targets.dim() == 2 and is_encoder_decoder(model):
+        if not named:
+            raise ValueError(
+                f"the decoder of an encoder-decoder is given the labels, shifted by one, but "
+                f"{where} does not name its inputs; make it a mapping, {{'input_ids': …, "
+                f"'labels': …}}."
+            )
+        inputs = with_labels(model, inputs, targets)
     integers = isinstance(targets, Tensor) and targets.dtype in _INTEGERS
     aligned = targets.long() if isinstance(targets, Tensor) and integers else None
     if causal:
@@ -152,6 +167,41 @@ def check_losses(logits: Tensor, targets: Tensor | None, where: str) -> None:
         finite &= bool(torch.isfinite(chosen[targets != IGNORED]).all())
     if not finite:
         raise ValueError(f"the loss is not finite in {where}.")
+
+
+@torch.no_grad()
+def check_own_loss(batch: Batch, model: nn.Module, causal: bool, where: str) -> None:
+    """Refuse a model of transformers whose own loss of these labels is not the mean of −log p.
+
+    Nothing is said of models that compute no loss, nor of logits that targets are not aligned with.
+    """
+    targets = batch.targets
+    if not batch.named or targets is None or targets.dim() != 2 or not computes_loss(model):
+        return
+    labels = targets
+    if causal:  # as the model takes them
+        labels = torch.full_like(targets, IGNORED)
+        labels[:, 1:] = targets[:, :-1]
+    inputs = {**batch.inputs, "labels": labels}
+    if not _are_arguments(inputs, model) or not (targets != IGNORED).any():
+        return
+    output = model(**inputs)
+    loss, logits = (getattr(output, name, None) for name in ("loss", "logits"))
+    if not isinstance(loss, Tensor) or not isinstance(logits, Tensor):
+        return
+    if loss.dim() > 0 or logits.shape[:-1] != targets.shape:
+        return
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    own, ours = float(loss), float(F.cross_entropy(wide.flatten(0, 1), targets.flatten()))
+    tolerance = _SAME_LOSS if logits.dtype.itemsize >= 4 else _SAME_LOSS_COARSE
+    if abs(own - ours) > tolerance * max(abs(own), abs(ours)):
+        name = "causal_lm" if causal else "cross_entropy"
+        raise ValueError(
+            f"in {where}, the loss that the model computes of its labels is {own:.4g}, but the "
+            f"mean of −log p with loss={name!r} is {ours:.4g}: this is the Fisher information of "
+            f"another loss; if it is meant, say loss={name!r}, else pass the losses of its samples "
+            f"as per_sample_loss, with labels='empirical'."
+        )
 
 
 def kind(value: object) -> str:

@@ -6,7 +6,7 @@ import functools
 import logging
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeAlias, get_args
 
@@ -93,18 +93,19 @@ def estimate_fisher(
         batches: Yields ``(inputs, targets)``, or inputs alone where ``labels`` needs no targets; or
             mappings as transformers takes them, ``{"input_ids": …, "attention_mask": …,
             "labels": …}``, where a causal language model's labels default to its tokens, and an
-            encoder-decoder's decoder is given its labels, shifted by one. Inputs are what ``model``
-            takes: a tensor, or tensors in a tuple, list or mapping, with the samples along their
-            leading dimension; a mapping whose keys are arguments of the model's forward is passed
-            as arguments. Targets are classes, [N] or [N, T]. What has target −100 is left out in
-            every mode, and not counted. Batches are moved to the model's device.
+            encoder-decoder's decoder is given its labels, shifted by one as the model does. Inputs
+            are what ``model`` takes: a tensor, or tensors in a tuple, list or mapping, with the
+            samples along their leading dimension; a mapping whose keys are arguments of the model's
+            forward is passed as arguments. Targets are classes, [N] or [N, T]. What has target −100
+            is left out in every mode, and not counted. Batches are moved to the model's device.
         labels: As above.
         max_samples: Stop after exactly so many samples; ``None``: take all.
         per_sample_loss: ``per_sample_loss(model, batch)`` returns losses [N] for a whole batch, in
             place of −log p; for ``labels="empirical"`` only.
         loss: How logits and targets go together. ``"cross_entropy"``: aligned. ``"causal_lm"``: the
-            logits at t are about the token at t + 1. ``"auto"``: the latter for causal language
-            models of transformers.
+            logits at t are about the token at t + 1. ``"auto"``: the latter for those models of
+            transformers whose own loss is so; for their encoder-decoders, and for decoders whose
+            labels must be given shifted (``BartForCausalLM``), the former.
         importance: What is summed. ``"fisher"``. ``"mas"``: Σ_n ∣∂‖logits‖²/∂θ∣, Memory Aware
             Synapses, which needs no labels. ``"logits_reversal"``: the Fisher information of
             −logits with the data's labels (or ``"predicted"`` ones), EWC-DR: it does not vanish
@@ -118,7 +119,9 @@ def estimate_fisher(
             Σ_n s_n g_n, put together from what was captured, is the gradient of Σ_n s_n ℓ_n for
             random signs s_n, by a second forward and backward pass that nothing intercepts. It
             finds uses that were missed, wrong rules, samples that depend on one another, and
-            tensors in which samples were looked for along a wrong dimension.
+            tensors in which samples were looked for along a wrong dimension. With ``loss="auto"``,
+            a model of transformers that computes a loss of token labels must say of them what is
+            taken here, too.
         generator: Draws the labels of ``"sample"`` and the signs. Default: torch's own, so that
             they follow ``torch.manual_seed``.
         progress: Show a progress bar. Default: if the standard error stream is a terminal.
@@ -308,6 +311,9 @@ class _Pass:
         if samples == 0:
             return 0
         aligned = labelled.targets
+        if self._objective.loss == "auto" and self._is_verified():
+            with self._same_draws():
+                data.check_own_loss(labelled, self._model, self._causal, where)
 
         def run() -> Tensor:
             logits = labelled.logits(self._model)
@@ -377,7 +383,7 @@ class _Pass:
         for tensor in nested.tensors(inputs):
             samples.see(tensor.shape)
         check, first, signs = None, None, None
-        if self._verify is True or (self._verify == "first" and totals.batches == 0):
+        if self._is_verified():
             device = next(iter(parameters.values())).device
             # Not from the user's generator: labels are drawn alike whether it is checked or not.
             signs = _signs(count, device, torch.Generator().manual_seed(totals.batches))
@@ -429,8 +435,7 @@ class _Pass:
         where: str,
     ) -> Tensor:
         """Tell ``check`` the gradients of Σ_n s_n ℓ_n; return the outputs' gradient, unsigned."""
-        devices = {p.device for p in self._model.parameters() if p.device.type == "cuda"}
-        with torch.random.fork_rng([device.index for device in devices]):
+        with self._same_draws():
             outputs = run()
         if not outputs.requires_grad:
             raise ValueError(f"the loss does not depend on any trained parameter in {where}.")
@@ -444,6 +449,15 @@ class _Pass:
                 check.lower(name, parameter.dtype)
                 check.receive(name, grad)
         return seed
+
+    def _is_verified(self) -> bool:
+        """Whether the next batch is checked."""
+        return self._verify is True or (self._verify == "first" and self._totals.batches == 0)
+
+    def _same_draws(self) -> AbstractContextManager[None]:
+        """What is drawn within it is drawn again after it."""
+        devices = {p.device for p in self._model.parameters() if p.device.type == "cuda"}
+        return torch.random.fork_rng([device.index for device in devices])
 
     def _draw_signs(
         self,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,32 +12,76 @@ from torch import Tensor, nn
 from cl_optim.fisher import nested
 from cl_optim.fisher.labels import IGNORED
 
+# Models of transformers named like causal language models, whose own loss compares the logits at t
+# with the label at t: decoders of encoder-decoders, and some of the oldest.
+_ALIGNED = frozenset(
+    {f"{name}ForCausalLM" for name in (
+        "Bart", "BigBirdPegasus", "Blenderbot", "BlenderbotSmall", "CpmAnt", "MBart", "Marian",
+        "Mvp", "PLBart", "Pegasus", "ProphetNet", "TrOCR", "Whisper",
+    )}
+    | {"FlaubertWithLMHeadModel", "XLMWithLMHeadModel", "XLNetLMHeadModel"}
+)  # fmt: skip
+# Causal language models whose class is named in another way.
+_NEXT = (
+    *("LMHeadModel", "WithLMHead", "BertGenerationDecoder", "Text2Text"),
+    "NemotronH_Omni_Reasoning_V3",
+)
+# Encoder-decoders that, given labels, do not make the decoder's inputs of them.
+_UNPREPARED = frozenset({"FSMTForConditionalGeneration"})
+
 
 def is_causal_lm(model: nn.Module) -> bool:
     """Whether a model of transformers, perhaps wrapped, predicts the next token.
 
-    Its logits at position t are then about the label at t + 1.
+    Its logits at position t are then about the label at t + 1. That is for the whole to say: the
+    decoder of an encoder-decoder may be a causal language model, but is given its labels shifted.
     """
-    for module in model.modules():
-        name, kind = type(module).__name__, getattr(module, "loss_type", None)
-        if isinstance(kind, str):
-            return kind == "ForCausalLM"
-        if name.endswith(("ForCausalLM", "LMHeadModel")):
-            return True
-    return False
+    whole: Any = _outermost(model)
+    if whole is None:
+        names = (type(module).__name__ for module in model.modules())
+        return any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in names)
+    return predicts_next(type(whole).__name__, whole.loss_type, is_encoder_decoder(whole))
 
 
-def decoder_inputs(model: nn.Module, labels: Tensor) -> dict[str, Tensor]:
-    """What the decoder of an encoder-decoder of transformers is given with these labels.
+def predicts_next(name: str, loss_type: str | None, encoder_decoder: bool) -> bool:
+    """Whether the loss of a model of transformers, by its class, is of the next token."""
+    if encoder_decoder or name in _ALIGNED:
+        return False
+    if loss_type is None:  # what these compute then is the loss of a causal language model
+        return name.endswith(_NEXT)
+    return loss_type.endswith(("ForCausalLM", "ForConditionalGeneration"))
 
-    Without labels such a model makes it of something else: BART of the encoder's tokens. Empty for
-    any other model.
+
+def is_encoder_decoder(model: nn.Module) -> bool:
+    """Whether a model of transformers, perhaps wrapped, has a decoder with inputs of its own."""
+    whole: Any = _outermost(model)
+    return whole is not None and bool(whole.config.is_encoder_decoder)
+
+
+def _outermost(model: nn.Module) -> nn.Module | None:
+    """The model of transformers in what wraps it."""
+    return next((module for module in model.modules() if "loss_type" in vars(module)), None)
+
+
+def computes_loss(model: nn.Module) -> bool:
+    """Whether a model of transformers, perhaps wrapped, computes a loss of labels that it takes."""
+    whole = _outermost(model)
+    return whole is not None and "labels" in inspect.signature(whole.forward).parameters
+
+
+def with_labels(model: nn.Module, inputs: dict[str, Any], labels: Tensor) -> dict[str, Any]:
+    """The inputs of an encoder-decoder with its labels among them, as it is trained.
+
+    It then gives its decoder the labels, shifted by one in its own way; without them it would give
+    it something else: BART the encoder's tokens.
     """
-    for module in model.modules():
-        prepare = getattr(module, "prepare_decoder_input_ids_from_labels", None)
-        if prepare is not None:
-            return {"decoder_input_ids": prepare(labels)}
-    return {}
+    inputs = {**inputs, "labels": labels}
+    whole: Any = _outermost(model)
+    given = "decoder_input_ids" in inputs or "decoder_inputs_embeds" in inputs
+    if not given and type(whole).__name__ in _UNPREPARED:
+        prepared = whole.prepare_decoder_input_ids_from_labels(labels.clone())  # it changes them
+        inputs["decoder_input_ids"] = prepared
+    return inputs
 
 
 def loss_tokens(model: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> int | Tensor:

@@ -460,6 +460,83 @@ def test_unseen_use_in_its_own_pass(kind):
     assert all(p.grad is None for p in model.parameters())
 
 
+class Standardised(nn.Conv1d):
+    """As timm standardises weights: in any mode, with a batch_norm of the weight."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        flat = self.weight.view(1, self.out_channels, -1)
+        weight = F.batch_norm(flat, None, None, training=True, eps=1e-6).view_as(self.weight)
+        return F.conv1d(x, weight, self.bias)
+
+
+class Recurrent(nn.LSTM):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x)[0]
+
+
+def features(*first: nn.Module) -> nn.Module:
+    """Classes of inputs [4, 4, 6]."""
+    return nn.Sequential(*first, nn.Flatten(), nn.LazyLinear(3))
+
+
+REFUSED = {
+    "no rule": lambda: features(nn.ConvTranspose1d(4, 3, 2)),
+    "a batch_norm of a weight": lambda: features(Standardised(4, 3, 2)),
+    "several at once": lambda: features(Recurrent(6, 3, batch_first=True)),
+    "not supported": lambda: features(Uses(NO_RULE["alpha"][0], p=P(torch.randn(4)))),
+    "chosen rows": lambda: features(Uses(lambda m, x: x * m.linear.weight[[1, 3]].sum(0))),
+    "unseen": lambda: features(Uses(UNSEEN["alone"][0], p=P(torch.randn(4)))),
+    "beside a seen one": lambda: features(Uses(UNSEEN["beside a seen one"][0])),
+    "no samples": lambda: features(Uses(lambda m, x: x * F.linear(m.extra.v, m.extra.w),
+                                        v=P(torch.randn(4)), w=P(torch.randn(4, 4)))),
+    "rows of samples": lambda: Uses(lambda m, x: torch.cat(
+        [F.linear(x[:3], m.extra.w), F.linear(x[3:], m.extra.w)]), w=P(torch.randn(4, 4))),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_a_refusal_ends_in_its_remedy(kind):
+    """Each names the parameter, and random signs then find what a loop over samples does."""
+    model = REFUSED[kind]()
+    flat = kind in ("not supported", "chosen rows", "unseen", "beside a seen one", "no samples")
+    x = torch.randn((4, 4) if flat or isinstance(model, Uses) else (4, 4, 6))
+    model(x)  # how many features there are
+    freeze = "or freeze what should be left out with requires_grad_(False)."
+    with pytest.raises((NotImplementedError, ValueError), match=r"parameters? '") as refused:
+        estimate_fisher(model, [x])
+    sentence = str(refused.value)
+    assert sentence.endswith(f"; estimate it by random signs with unsupported='sign', {freeze}")
+    with pytest.raises(type(refused.value)) as refused, FisherEstimator(model).observe(4):
+        model(x).square().sum().backward()
+    how = "estimate_fisher(..., unsupported='sign')"
+    assert str(refused.value).endswith(f"; estimate it by random signs with {how}, {freeze}")
+    signed = estimate_fisher(
+        model, [x], "predicted", unsupported="sign", sign_draws=1000,
+        generator=torch.Generator().manual_seed(0),
+    )  # fmt: skip
+    expected = oracle(model, x, predicted_labels)
+    left = signed.metadata["sign"]["parameters"]
+    assert next(iter(left)) in sentence
+    for name, value in signed.sums.items():
+        if name in left:
+            assert abs(float(value.sum() / expected[name].sum()) - 1) < 0.1, name
+        else:
+            torch.testing.assert_close(value.double(), expected[name], rtol=1e-4, atol=1e-6)
+
+
+def test_the_remedy_for_magnitudes_and_packed_sequences():
+    """Random signs estimate squares, of samples with losses of their own."""
+    model = Uses(NO_RULE["chosen rows"][0])
+    message = r"'linear\.weight'.*; leave it out with unsupported='skip', or freeze what"
+    with pytest.raises(NotImplementedError, match=message):
+        estimate_fisher(model, [torch.randn(4, 4)], importance="mas")
+    with (
+        pytest.raises(NotImplementedError, match=r"'linear\.weight'.*takes one\); freeze what"),
+        FisherEstimator(model).observe(cu_seqlens=[0, 1, 4]),
+    ):
+        model(torch.randn(4, 4))
+
+
 @pytest.mark.parametrize(
     ("shape", "batch_size", "message"),
     [

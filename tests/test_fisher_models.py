@@ -174,6 +174,30 @@ def test_bfloat16(kind):
     assert_sums(importance, expected, 1e-2)
 
 
+def test_the_check_in_float64():
+    """A gradient that is zero, and parts that are computed in float32, are no failures of it."""
+    model = make("bert").double()  # softmax does not see a key's bias
+    tokens = torch.randint(1, VOCABULARY, (32, LENGTH))
+    data = [{"input_ids": tokens, "labels": tokens}]
+    estimate_fisher(model, data, "empirical")
+    with FisherEstimator(model).observe(32, loss_terms=tokens.numel()):
+        model(**data[0]).loss.backward()
+
+    config = transformers.MambaConfig(
+        vocab_size=VOCABULARY, hidden_size=WIDTH, state_size=4, num_hidden_layers=1, pad_token_id=0,
+        bos_token_id=0, eos_token_id=0,
+    )  # fmt: skip
+    mamba = transformers.MambaForCausalLM(config).double().eval()
+    tokens, _ = batch()
+    expected = sequences("mamba", mamba, tokens, torch.full((4,), 6))
+    signed = estimate_fisher(
+        mamba, [{"input_ids": tokens, "labels": tokens}], "empirical", unsupported="sign",
+        sign_draws=300, generator=torch.Generator().manual_seed(0),
+    )  # fmt: skip
+    for name, value in signed.sums.items():
+        assert abs(float(value.sum() / expected[name].sum()) - 1) < 0.2, name
+
+
 @pytest.mark.parametrize("kind", ["gpt2", "llama", "lora"])
 def test_exact_is_refused(kind):
     message = r"^labels='exact' is for logits \[N, C\] .*; use labels='sample'"

@@ -132,7 +132,8 @@ def check_logits(logits: object, samples: int, labels: Labels | None, where: str
     ):
         raise ValueError(
             f"model(inputs) must return floating-point logits [{samples}, C] or [{samples}, T, C], "
-            f"but returned {kind(logits)} in {where}."
+            f"but returned {kind(logits)} in {where}; for a model with other outputs, pass "
+            f"per_sample_loss with labels='empirical'."
         )
     if labels == "exact" and not has_exact(logits):
         raise ValueError(
@@ -166,7 +167,9 @@ def check_losses(logits: Tensor, targets: Tensor | None, where: str) -> None:
         chosen = logits.gather(-1, targets.clamp_min(0).unsqueeze(-1)).squeeze(-1)
         finite &= bool(torch.isfinite(chosen[targets != IGNORED]).all())
     if not finite:
-        raise ValueError(f"the loss is not finite in {where}.")
+        raise ValueError(
+            f"the loss is not finite in {where}; leave its sample out, or compute in a wider dtype."
+        )
 
 
 @torch.no_grad()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
@@ -9,8 +11,9 @@ from torch import Tensor
 # (a use that was missed or counted twice, a wrong sample axis) changes a gradient by its own size.
 _TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3}
 _COARSE = 0.1
-# A gradient that is zero but for rounding is compared with the model's largest.
-_FLOOR = {torch.float64: 1e-10, torch.float32: 1e-5}
+# A gradient that is zero but for rounding, as of a bias that softmax does not see, is compared with
+# the model's largest: tolerance times floor is well above the dtype's epsilon.
+_FLOOR = {torch.float64: 1e-5, torch.float32: 1e-5}
 _COARSE_FLOOR = 1e-2
 # Length of what is kept of a gradient.
 _WIDTH = 4096
@@ -36,6 +39,13 @@ class Check:
         self._received: dict[str, Tensor] = {}
         self._sizes: dict[str, Tensor] = {}
         self._dtypes: dict[str, torch.dtype] = {}
+        self._least = torch.float64
+
+    def see(self, tensors: Iterable[Tensor]) -> None:
+        """Take note of the dtypes that are computed in: a float64 model may have float32 parts."""
+        for tensor in tensors:
+            if tensor.is_floating_point() and tensor.requires_grad:
+                self._least = max(self._least, tensor.dtype, key=_epsilon)
 
     def capture(self, name: str, grad: Tensor, size: Tensor) -> None:
         """Take note of what was captured, and of √Σ_n ‖g_n‖²; several parts add.
@@ -51,9 +61,7 @@ class Check:
 
     def lower(self, name: str, dtype: torch.dtype) -> None:
         """Take note of a dtype that the parameter's gradient was computed in."""
-        known = self._dtypes.get(name)
-        if known is None or torch.finfo(dtype).eps > torch.finfo(known).eps:
-            self._dtypes[name] = dtype
+        self._dtypes[name] = max(self._dtypes.get(name, dtype), dtype, key=_epsilon)
 
     def finish(self) -> dict[str, float]:
         """Return the parameters whose gradients differ, and by how much of their size.
@@ -73,12 +81,18 @@ class Check:
         wrong = {}
         for name, (difference_norm, size) in norms.items():
             dtype = self._dtypes.get(name, torch.float32)
+            if dtype == torch.float64:
+                dtype = self._least
             floor = _FLOOR.get(dtype, _COARSE_FLOOR) * largest
             error = difference_norm / max(size, floor) if difference_norm else 0.0
             # A NaN is for others to complain about.
             if error > tolerance(dtype):
                 wrong[name] = error
         return wrong
+
+
+def _epsilon(dtype: torch.dtype) -> float:
+    return torch.finfo(dtype).eps
 
 
 def _add(sums: dict[str, Tensor], name: str, term: Tensor) -> None:

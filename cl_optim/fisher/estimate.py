@@ -224,7 +224,8 @@ def estimate(
             samples = one.add(batch, left, where)
             if totals.overflowed() and (names := totals.non_finite()):
                 raise ValueError(
-                    f"the gradient of parameter {names[0]!r} is not finite in {where}."
+                    f"the gradient of parameter {names[0]!r} is not finite in {where}; leave that "
+                    f"batch out, or compute in a wider dtype."
                 )
             advance(samples)
             if totals.samples == max_samples:
@@ -294,8 +295,8 @@ class _Pass:
                 earlier = self._totals.batches > 0
                 if earlier and (self._policy.mode == "sign" or self._spoilt):
                     raise NotImplementedError(
-                        f"{self._policy.left[found[0]]} It was first met in {where}, when it had "
-                        f"been taken to be supported; put such a batch first."
+                        f"{self._policy.left[found[0]]}; it was first met in {where}, when it had "
+                        f"been taken to be supported: put such a batch first."
                     ) from None
                 if self._spoilt:
                     for total in self._totals.sums.values():
@@ -357,7 +358,10 @@ class _Pass:
                     f"returned {data.kind(losses)} in {where}."
                 )
             if not torch.isfinite(losses).all():
-                raise ValueError(f"per_sample_loss returned a loss that is not finite in {where}.")
+                raise ValueError(
+                    f"per_sample_loss returned a loss that is not finite in {where}; leave its "
+                    f"sample out, or compute in a wider dtype."
+                )
             return losses
 
         def make_seeds(losses: Tensor) -> Iterator[Tensor]:
@@ -404,9 +408,7 @@ class _Pass:
             with eagerly(), observation:
                 outputs = run()
                 if not outputs.requires_grad:
-                    raise ValueError(
-                        f"the loss does not depend on any trained parameter in {where}."
-                    )
+                    raise _independent(where)
                 signed = self._policy.mode == "sign" and bool(self._policy.left)
                 several = self._objective.labels == "exact"
                 # Drawn labels must be those of the pass that it is compared with.
@@ -438,7 +440,7 @@ class _Pass:
         with self._same_draws():
             outputs = run()
         if not outputs.requires_grad:
-            raise ValueError(f"the loss does not depend on any trained parameter in {where}.")
+            raise _independent(where)
         seed = next(iter(make_seeds(outputs)))
         each = signs.to(seed).view(-1, *[1] * (seed.dim() - 1))
         _backward(outputs, seed.mul_(each), False)
@@ -498,6 +500,13 @@ def _backward(outputs: Tensor, seed: Tensor, retain_graph: bool) -> None:
     # autograd.grad would not go through reentrant activation checkpointing.
     with torch.autocast(outputs.device.type, enabled=False):
         torch.autograd.backward(outputs, seed.to(outputs.dtype), retain_graph=retain_graph)
+
+
+def _independent(where: str) -> ValueError:
+    return ValueError(
+        f"the loss does not depend on any trained parameter in {where}; give those that it is "
+        f"computed with requires_grad_(), and do not detach what they give."
+    )
 
 
 def _failed(wrong: Mapping[str, float], where: str) -> ValueError:

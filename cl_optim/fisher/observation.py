@@ -43,6 +43,7 @@ from cl_optim.fisher.refusals import (
     no_rule,
     not_supported,
     not_the_samples,
+    remedy,
     unseen,
 )
 from cl_optim.fisher.rules import (
@@ -250,8 +251,10 @@ class Observation(TorchFunctionMode):
         kwargs = kwargs or {}
         if self.closed or self.paused:
             return func(*args, **kwargs)
+        if self._check is not None:
+            self._check.see(nested.tensors((args, kwargs)))
         if func is F.batch_norm:
-            refuse_batch_statistics(*args, **kwargs)
+            refuse_batch_statistics(self.samples.offsets is not None, *args, **kwargs)
         if func in _BACKWARD:
             self.expect_backward()
             return func(*args, **kwargs)
@@ -366,7 +369,8 @@ class Observation(TorchFunctionMode):
     def _leave_out(self, refused: RefusedError) -> None:
         """Do with parameters that are used in an unsupported way what the policy says."""
         if self._policy.mode == "error":
-            raise refused.error from None
+            help_ = remedy(self._own_pass, self._magnitudes, self.samples.offsets is not None)
+            raise type(refused.error)(f"{refused}; {help_}") from None
         for name in refused.names:
             self._policy.left[name] = str(refused.error)
         if self._own_pass:
@@ -608,8 +612,8 @@ class Observation(TorchFunctionMode):
             raise RefusedError(
                 ValueError(
                     f"parameter {name!r} met an input of shape {list(shape)}, which has no "
-                    f"dimension for samples; the input must begin with batch_size = "
-                    f"{self.samples.count} samples."
+                    f"dimension for samples: it must begin with batch_size = "
+                    f"{self.samples.count} samples"
                 ),
                 [name],
             )
@@ -623,13 +627,12 @@ class Observation(TorchFunctionMode):
         if self.samples.offsets is not None:
             return (
                 f"parameter {name!r} met an input of shape {shape}, which does not begin with the "
-                f"{self.samples.offsets[-1]} tokens that cu_seqlens counts."
+                f"{self.samples.offsets[-1]} tokens that cu_seqlens counts"
             )
         return (
             f"parameter {name!r} met an input of shape {shape}, whose leading dimension is "
             f"{shape[0]}, but batch_size is {self.samples.count}: the leading dimension must run "
-            f"over the samples. (An expert of a mixture of experts sees rows of unknown samples: "
-            f"freeze it, or estimate it by random signs.)"
+            f"over the samples (an expert of a mixture of experts sees rows of unknown samples)"
         )
 
     def check_table(self) -> None:
@@ -656,7 +659,7 @@ class Observation(TorchFunctionMode):
         if torch.is_grad_enabled():
             raise NotImplementedError(
                 f"the backward pass that reached {listed(names)} has create_graph=True: squared "
-                f"gradients cannot be differentiated again."
+                f"gradients cannot be differentiated again; leave it out."
             )
         if not self._own_pass and not self._are_wanted(names):
             return nothing  # it is for the gradients of inputs alone

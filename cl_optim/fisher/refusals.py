@@ -33,11 +33,24 @@ class Policy:
 
 
 class RefusedError(Exception):
-    """A use that is not supported: the error to raise, and the parameters it is about."""
+    """A use that is not supported: the error to raise, and the parameters it is about.
+
+    The error says what is wrong; :func:`remedy` says what to do, and is added where it is raised.
+    """
 
     def __init__(self, error: Exception, names: Sequence[str]) -> None:
         super().__init__(str(error))
         self.error, self.names = error, list(dict.fromkeys(names))
+
+
+def remedy(own_pass: bool, magnitudes: bool, packed: bool) -> str:
+    """What helps where a use of a parameter is not supported."""
+    if packed:  # there are no losses of single samples
+        return FREEZE
+    if magnitudes:  # random signs give squares
+        return f"leave it out with unsupported='skip', or {FREEZE}"
+    how = "unsupported='sign'" if own_pass else "estimate_fisher(..., unsupported='sign')"
+    return f"estimate it by random signs with {how}, or {FREEZE}"
 
 
 def names_of(sources: Iterable[Source]) -> list[str]:
@@ -62,7 +75,7 @@ def not_supported(
     """For a function whose rule does not cover this call."""
     return NotImplementedError(
         f"{describe(func)} uses {listed(names_of(found.values()))} in a way that is not supported: "
-        f"{error}; {FREEZE}"
+        f"{error}"
     )
 
 
@@ -70,8 +83,8 @@ def no_rule(names: list[str], func: Callable[..., Any]) -> RefusedError:
     """For a function without a rule."""
     return RefusedError(
         NotImplementedError(
-            f"{describe(func)} uses {listed(names)}, and there is no rule for that; write one with "
-            f"cl_optim.register_fisher_rule, or {FREEZE}"
+            f"{describe(func)} uses {listed(names)}, and there is no rule for that "
+            f"(cl_optim.register_fisher_rule takes one)"
         ),
         names,
     )
@@ -93,5 +106,5 @@ def unseen(names: Sequence[str]) -> NotImplementedError:
     return NotImplementedError(
         f"{listed(names)} received a gradient from a use that was not seen (an autograd.Function, "
         f"a hook that replaces the gradient, a function called inside a checkpoint without a "
-        f"module); {FREEZE}"
+        f"module)"
     )

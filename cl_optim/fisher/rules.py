@@ -345,6 +345,7 @@ def batch_norm(
 
 
 def refuse_batch_statistics(
+    packed: bool,
     input: Tensor,
     running_mean: Tensor | None,
     running_var: Tensor | None,
@@ -354,11 +355,15 @@ def refuse_batch_statistics(
     *_: Any,
     **__: Any,
 ) -> None:
-    """Refuse a batch_norm that makes samples depend on one another."""
-    if training:
+    """Refuse a batch_norm that makes samples depend on one another.
+
+    What has a leading dimension of 1 and no running statistics has no samples to mix: a weight that
+    is standardised.
+    """
+    if training and (packed or running_mean is not None or len(input) > 1):
         raise ValueError(
             "batch_norm in training mode makes a sample's gradient depend on the whole batch; put "
-            "the BatchNorm modules in eval mode."
+            "the BatchNorm modules in eval mode, with track_running_stats=True."
         )
 
 

@@ -580,6 +580,36 @@ def test_another_loss_of_the_models_own(kind, asked):
         estimate_fisher(model, [data], labels, loss=asked)
 
 
+class Tagger(nn.Module):
+    """Classifies tokens by what the decoder of an encoder-decoder makes of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = transformers.BartModel(transformers.BartConfig(**SEQ2SEQ))
+        self.head = nn.Linear(WIDTH, 5)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        return self.head(self.body(input_ids).last_hidden_state)
+
+
+def test_an_encoder_decoder_as_part_of_another_model():
+    """Its labels are not its decoder's; MAS, which has none, asks for no loss, either."""
+    model = Tagger().eval()
+    tokens, labels = batch()[0], torch.randint(0, 5, (4, 6))
+
+    def one(model: nn.Module, n: int) -> Tensor:
+        return F.cross_entropy(model(tokens[n : n + 1])[0], labels[n], reduction="sum")
+
+    expected = loop(model, one, 4)
+    for given in ((tokens, labels), ({"input_ids": tokens}, labels)):
+        importance = estimate_fisher(model, [given], "empirical")
+        assert largest_error(importance.sums, expected) <= 1e-5
+    data = {"input_ids": tokens, "labels": tokens}
+    model = make("gpt2")
+    model.loss_function = lambda **_: tokens.double().mean()
+    assert estimate_fisher(model, [data], importance="mas").samples == 4
+
+
 AUTO = transformers.models.auto.modeling_auto
 CLASSES = sorted(
     {

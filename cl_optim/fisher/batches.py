@@ -15,7 +15,7 @@ from cl_optim.fisher import nested
 from cl_optim.fisher.labels import IGNORED, MAX_EXACT_CLASSES, Labels, has_exact
 from cl_optim.fisher.language import (
     computes_loss,
-    is_encoder_decoder,
+    decodes_labels,
     next_token_targets,
     with_labels,
 )
@@ -70,14 +70,16 @@ def read(batch: Any, model: nn.Module, labels: Labels | None, causal: bool, wher
     if named and targets is None and "labels" in inputs:
         targets = inputs["labels"]
         inputs = {key: value for key, value in inputs.items() if key != "labels"}
-    if isinstance(targets, Tensor) and targets.dim() == 2 and is_encoder_decoder(model):
+    if isinstance(targets, Tensor) and targets.dim() == 2 and decodes_labels(model):
         if not named:
             raise ValueError(
                 f"the decoder of an encoder-decoder is given the labels, shifted by one, but "
                 f"{where} does not name its inputs; make it a mapping, {{'input_ids': …, "
                 f"'labels': …}}."
             )
-        inputs = with_labels(model, inputs, targets)
+        given = with_labels(model, inputs, targets)
+        if _are_arguments(given, model):  # what wraps it may do that itself
+            inputs = given
     integers = isinstance(targets, Tensor) and targets.dtype in _INTEGERS
     aligned = targets.long() if isinstance(targets, Tensor) and integers else None
     if causal:

@@ -312,7 +312,7 @@ class _Pass:
         if samples == 0:
             return 0
         aligned = labelled.targets
-        if self._objective.loss == "auto" and self._is_verified():
+        if self._objective.loss == "auto" and self.labels is not None and self._is_verified():
             with self._same_draws():
                 data.check_own_loss(labelled, self._model, self._causal, where)
 

@@ -69,6 +69,11 @@ def computes_loss(model: nn.Module) -> bool:
     return whole is not None and "labels" in inspect.signature(whole.forward).parameters
 
 
+def decodes_labels(model: nn.Module) -> bool:
+    """Whether a model of transformers, perhaps wrapped, gives its decoder the labels it takes."""
+    return is_encoder_decoder(model) and computes_loss(model)
+
+
 def with_labels(model: nn.Module, inputs: dict[str, Any], labels: Tensor) -> dict[str, Any]:
     """The inputs of an encoder-decoder with its labels among them, as it is trained.
 

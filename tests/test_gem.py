@@ -749,10 +749,16 @@ class TestState:
         for i, rows in saved["gem"]["rows"].items():
             assert torch.equal(rows, before["gem"]["rows"][i])
 
-    def test_a_step_without_closures(self, model):
+    def without_closures(self, model: nn.Module, **options: object) -> GEM:
+        """Memories of a state dict whose names are unknown here."""
+        saved = GEM(torch.optim.SGD(model.parameters(), lr=0.1), **options)
+        self.remember(saved, model)
         optimizer = GEM(torch.optim.SGD(model.parameters(), lr=0.1))
-        self.remember(optimizer, model)
-        optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+        optimizer.load_state_dict(copy.deepcopy(saved.state_dict()))
+        return optimizer
+
+    def test_a_step_without_closures(self, model):
+        optimizer = self.without_closures(model)
         backward(model, 1)
         before = snapshot(optimizer)
         for k in range(3):
@@ -768,9 +774,7 @@ class TestState:
         optimizer.step()  # the last row is never recomputed, so it needs no closure
 
     def test_a_mean_without_closures(self, model):
-        optimizer = GEM(torch.optim.SGD(model.parameters(), lr=0.1), average=True)
-        self.remember(optimizer, model)
-        optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+        optimizer = self.without_closures(model, average=True)
         with pytest.raises(RuntimeError, match="'task 0' has no closure"):
             optimizer.remember("new", Memory(model, 9))
         optimizer.forget("task 0")
@@ -788,15 +792,64 @@ class TestState:
             torch.testing.assert_close(rows[0], (grads[0][i] + grads[1][i]) / 2)
 
     def test_attaching_does_not_recompute(self, model):
-        optimizer = GEM(torch.optim.SGD(model.parameters(), lr=0.1))
-        optimizer.remember("a", Memory(model, 1))
-        train(model, optimizer, 1)
-        optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+        optimizer = self.without_closures(model)
         memory = Memory(model, 2)
-        optimizer.remember("a", memory, refresh_every=2)
+        optimizer.remember("task 1", memory, refresh_every=2)
         assert memory.calls == 0
-        optimizer.remember("a", memory, refresh_every=2)
+        optimizer.remember("task 1", memory, refresh_every=2)
         assert memory.calls == 1
+
+    @pytest.mark.parametrize("average", [False, True])
+    @pytest.mark.parametrize("inner", INNER)
+    def test_a_load_leaves_the_closures(self, model, inner, average):
+        """A state dict that goes round in mid-training changes nothing, at no refresh's expense."""
+        twin = copy.deepcopy(model)
+        sides = []
+        for side in (model, twin):
+            optimizer = GEM(with_ewc(side, inner), average=average)
+            memories = [Memory(side, k) for k in range(3)]
+            for k, memory in enumerate(memories):
+                memory.y += 2.0
+                optimizer.remember(f"task {k}", memory, (2, 3, None)[k])
+            sides.append((optimizer, memories))
+        (optimizer, memories), (other, its) = sides
+        active = 0
+        for step in range(7):
+            other.load_state_dict(copy.deepcopy(other.state_dict()))
+            assert other.closures == {f"task {k}": (its[k], (2, 3, None)[k]) for k in range(3)}
+            train(model, optimizer, 1, seed=50 + step)
+            train(twin, other, 1, seed=50 + step)
+            active += optimizer.last_projection.active.sum().item()
+        assert active > 0
+        assert same(model, twin)
+        assert [memory.calls for memory in its] == [memory.calls for memory in memories]
+        assert max(memory.calls for memory in its) > 2
+        assert plain(other.state_dict()) == plain(optimizer.state_dict())
+
+    def test_what_is_loaded_and_what_stays(self, model):
+        """Row, age and interval are the state dict's, the closure is the one that is here."""
+        saved = GEM(torch.optim.SGD(model.parameters(), lr=0.1))
+        for name in "abc":
+            saved.remember(name, Memory(model, ord(name)), refresh_every=3)
+        train(model, saved, 2)
+        optimizer = GEM(torch.optim.SGD(model.parameters(), lr=0.1))
+        here = {name: Memory(model, ord(name)) for name in "dcb"}
+        for name, memory in here.items():
+            optimizer.remember(name, memory, refresh_every=7)
+        message = r"does not have are forgotten: d\. Call remember\(\) after the load"
+        with pytest.warns(UserWarning, match=message) as caught:
+            optimizer.load_state_dict(copy.deepcopy(saved.state_dict()))
+        assert [warning.filename for warning in caught] == [__file__]
+        assert optimizer.memories == ("a", "b", "c")
+        assert optimizer.closures == {"b": (here["b"], 3), "c": (here["c"], 3)}
+        assert plain(optimizer.state_dict()) == plain(saved.state_dict())
+        backward(model, 1)
+        with pytest.raises(RuntimeError, match="'a' has no closure"):
+            optimizer.step()
+        first = Memory(model, ord("a"))
+        optimizer.remember("a", first, refresh_every=3)
+        train(model, optimizer, 2)
+        assert [m.calls for m in (first, here["b"], here["c"], here["d"])] == [1, 2, 2, 1]
 
     @pytest.mark.parametrize("inner", ["sgd", "adamw-fused", "ewc-gradient"])
     def test_a_bare_optimizer_can_be_wrapped(self, model, inner):
@@ -804,9 +857,7 @@ class TestState:
         bare = INNER[inner](model.parameters())
         train(model, bare, 3)
         wrapped = GEM(INNER[inner](twin.parameters()), blocks="group")
-        wrapped.remember("to be replaced", Memory(twin, 1))
-        with pytest.warns(UserWarning, match="no memories: to be replaced are dropped"):
-            wrapped.load_state_dict(copy.deepcopy(bare.state_dict()))
+        wrapped.load_state_dict(copy.deepcopy(bare.state_dict()))
         assert wrapped.memories == ()
         assert wrapped.blocks == "group"
         twin.load_state_dict(model.state_dict())
@@ -1460,12 +1511,30 @@ def test_a_compiled_step_reports(model):
     assert optimizer.conflicts().item() == pytest.approx(1)
 
 
-def test_a_state_dict_without_memories_says_which_are_dropped(model):
-    optimizer = GEM(torch.optim.SGD(model.parameters(), lr=0.1))
-    optimizer.remember("a", Memory(model, 1))
-    with pytest.warns(UserWarning, match="the state dict has no memories: a are dropped"):
-        optimizer.load_state_dict(optimizer.optimizer.state_dict())
-    assert not optimizer.memories
+@pytest.mark.parametrize("average", [False, True])
+def test_a_bare_optimizers_state_dict_leaves_the_memories(average):
+    """Their rows are those of the weights that are loaded, but where they are stored once."""
+    model = make_model()
+    optimizer = GEM(torch.optim.SGD(model.parameters(), lr=0.1), average=average)
+    memories = {name: Memory(model, ord(name)) for name in "ab"}
+    optimizer.remember("a", memories["a"], refresh_every=100)
+    optimizer.remember("b", memories["b"], refresh_every=None)
+    old = memories["b"].gradient(list(model.parameters()))
+    calls = [memory.calls for memory in memories.values()]
+    optimizer.load_state_dict(torch.optim.SGD(model.parameters(), lr=0.5).state_dict())
+    model.load_state_dict(make_model(seed=1).state_dict())  # before or after the optimizer
+    assert optimizer.memories == ("a", "b")
+    assert optimizer.param_groups[0]["lr"] == 0.5
+    fresh = {name: memory.gradient(list(model.parameters())) for name, memory in memories.items()}
+    train(model, optimizer, 3)
+    new_calls = [memory.calls for memory in memories.values()]
+    assert new_calls == [calls[0] + 1, calls[1] + average]
+    for i, rows in optimizer.state_dict()["gem"]["rows"].items():
+        if average:
+            torch.testing.assert_close(rows[0], (fresh["a"][i] + fresh["b"][i]) / 2)
+        else:
+            assert torch.equal(rows[0], fresh["a"][i])
+            assert torch.equal(rows[1], old[i])
 
 
 def test_a_closure_that_forgets_its_own_memory(model):

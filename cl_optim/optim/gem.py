@@ -83,7 +83,7 @@ class _Memory:
     """A memory's entry; its row is in `_Rows`.
 
     Attributes:
-        closure: None after a load, until `remember` attaches one.
+        closure: None where only the row was loaded, until `remember` attaches one.
         refresh_every: Steps after which the row is computed anew; None: never.
         age: Steps taken since it was.
     """
@@ -400,7 +400,7 @@ class GEM(torch.optim.Optimizer):
 
     @property
     def closures(self) -> dict[str, tuple[Callable[[], object], int | None]]:
-        """By memory, what :meth:`remember` was given: to attach it again after a load."""
+        """By memory, what :meth:`remember` takes: to attach the same to a copy."""
         return {m.name: (m.closure, m.refresh_every) for m in self._memories if m.closure}
 
     @torch.no_grad()
@@ -414,10 +414,10 @@ class GEM(torch.optim.Optimizer):
         what the closure adds to theirs: where they are trained, by another optimizer, the closure
         must put theirs back itself. A :class:`cl_optim.FisherEstimator` does not count the samples.
 
-        A state dict holds rows and no closures. After a load, the first call with the name of a
-        loaded memory attaches the closure and leaves the row as it was saved, so that training goes
-        on as if it had never stopped. For a name that has a closure, the closure is replaced and
-        the row computed anew.
+        A state dict holds rows and no closures: a load leaves the closures that are here. For a
+        loaded memory without one, the first call with its name attaches the closure and leaves the
+        row as it was saved, so that training goes on as if it had never stopped. For a name that
+        has a closure, the closure is replaced and the row computed anew.
 
         Args:
             name: Of the memory.
@@ -843,9 +843,16 @@ class GEM(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state dict of a GEM, or of a bare optimizer like the wrapped one.
 
-        Options are loaded as hyperparameters are. Rows keep the dtype that they were saved in.
-        Memories wait for their closures (:meth:`remember`). A bare optimizer's state dict leaves
-        the options as they are, and no memories; a warning names those that are dropped.
+        Options are loaded as hyperparameters are, and the memories become those of the state dict:
+        their rows, in the dtype that they were saved in, how old these are and when they are
+        refreshed. A memory whose name has a closure here keeps it; another waits for one
+        (:meth:`remember`). One that is only here is forgotten, and a warning names it. Trainers
+        may therefore load a state dict at any time, as Accelerate's ``prepare()`` does.
+
+        A state dict without ``"gem"``, which is a bare optimizer's or has been through
+        ``torch.distributed.checkpoint.state_dict``, leaves options and memories as they are. The
+        next step computes the rows anew, but for those that are never refreshed.
+
         Parameters are matched as the wrapped optimizer matches them: by place, or
         (:class:`cl_optim.EWCAdamW`) by name.
 
@@ -863,24 +870,30 @@ class GEM(torch.optim.Optimizer):
                 state_dict = result
         self._check_groups(state_dict)
         inner = {key: value for key, value in state_dict.items() if key != "gem"}
+        loaded = None
         if "gem" in state_dict:
-            options, memories, rows, outdated = self._loaded(
-                state_dict["gem"], self._saved_places(state_dict)
-            )
-        else:
-            if self._memories:
-                warnings.warn(
-                    f"the state dict has no memories: {_listed(self.memories)} are dropped.",
-                    stacklevel=2,
-                )
-            options = {key: getattr(self, key) for key in _OPTIONS}
-            memories, rows, outdated = [], _Rows(self.memory_dtype), False
+            loaded = self._loaded(state_dict["gem"], self._saved_places(state_dict))
+            self._warn_of_forgotten(loaded[1])
         self.optimizer.load_state_dict(inner)
-        self._set_options(options)
-        self._memories, self._rows, self._mean_is_outdated = memories, rows, outdated
+        if loaded is not None:
+            options, self._memories, self._rows, self._mean_is_outdated = loaded
+            self._set_options(options)
+        else:
+            for memory in self._memories:  # the weights may be others now
+                memory.age = memory.refresh_every or memory.age
         self._solved = self._last = self._pending = None
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
+
+    def _warn_of_forgotten(self, loaded: Sequence[_Memory]) -> None:
+        names = {memory.name for memory in loaded}
+        forgotten = [name for name in self.memories if name not in names]
+        if forgotten:
+            warnings.warn(
+                f"memories that the state dict does not have are forgotten: {_listed(forgotten)}. "
+                "Call remember() after the load to keep one.",
+                stacklevel=3,
+            )
 
     def check_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Raise ValueError if :meth:`load_state_dict` would refuse the state dict.
@@ -938,9 +951,11 @@ class GEM(torch.optim.Optimizer):
             if key not in options:
                 raise ValueError(f"the state dict is truncated: its options have no {key!r}.")
         _check_options(options)
+        closures = {memory.name: memory.closure for memory in self._memories}
         try:
             memories = [
-                _Memory(m["name"], None, m["refresh_every"], m["age"]) for m in saved["memories"]
+                _Memory(m["name"], closures.get(m["name"]), m["refresh_every"], m["age"])
+                for m in saved["memories"]
             ]
         except KeyError as error:
             raise ValueError(f"the state dict is truncated: a memory has no {error}.") from None

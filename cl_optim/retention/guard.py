@@ -418,18 +418,18 @@ class RetentionGuard:
         return step
 
     def _restore(self, checkpoints: Checkpoints) -> int:
-        closures = self.optimizer.closures if isinstance(self.optimizer, GEM) else {}
+        """Go back; if that fails, what it has undone has neither history nor closures."""
         history = self.history
+        closures = self.optimizer.closures if isinstance(self.optimizer, GEM) else {}
         try:
             return checkpoints.restore()
         except BaseException:
             self.history = history
-            raise
-        finally:
-            if isinstance(self.optimizer, GEM):  # a state dict cannot hold them
+            if isinstance(self.optimizer, GEM):
                 lost = closures.keys() - self.optimizer.closures.keys()
                 for name in lost & set(self.optimizer.memories):
                     self.optimizer.remember(name, *closures[name])
+            raise
 
     def _raise_lambda(self) -> str:
         assert self._controller is not None  # the constructor saw to it

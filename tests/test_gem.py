@@ -13,7 +13,16 @@ import pytest
 import torch
 from gem_cases import problem, published
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
 from torch.nn import functional as F
+from torch.optim.optimizer import (
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
 
 from cl_optim import GEM, EWCAdamW
 from cl_optim.ops.nnqp import Status
@@ -1019,6 +1028,105 @@ class TestTorchOptimContract:
         train(model, optimizer, 2)
         assert order == ["before", "inner", "after"] * 2
 
+    @pytest.mark.parametrize("inner", ["adamw-foreach", "ewc-gradient"])
+    def test_global_hooks_are_called_once_for_each_step(self, model, inner):
+        """For the object whose step was called, with the gradient before its projection."""
+        calls = []
+        before = register_optimizer_step_pre_hook(
+            lambda optimizer, args, kwargs: calls.append(("before", optimizer, grad()))
+        )
+        after = register_optimizer_step_post_hook(
+            lambda optimizer, args, kwargs: calls.append(("after", optimizer, weights(model)))
+        )
+
+        def grad() -> list[Tensor]:
+            return [param.grad.clone() for param in model.parameters()]
+
+        optimizer = GEM(INNER[inner](model.parameters()))
+        try:
+            for memories in (0, 1):
+                backward(model, seed=memories)
+                raw, old = grad(), weights(model)
+                optimizer.step()
+                assert [(c[0], c[1] is optimizer) for c in calls] == [
+                    ("before", True), ("after", True),
+                ]  # fmt: skip
+                assert plain(calls[0][2]) == plain(raw)
+                assert plain(calls[1][2]) == plain(weights(model)) != plain(old)
+                calls.clear()
+                optimizer.remember("a", lambda: (-Memory(model, 1).loss()).backward())
+            optimizer.optimizer.step()  # on its own it has them again
+            assert [(c[0], c[1] is optimizer.optimizer) for c in calls] == [
+                ("before", True), ("after", True),
+            ]  # fmt: skip
+            calls.clear()
+            other = nn.Linear(2, 2)
+            inside = torch.optim.SGD(other.parameters(), lr=0.1)
+            handle = optimizer.optimizer.register_step_post_hook(lambda *_: inside.step())
+            train(model, optimizer, 1)
+            assert [c[1] for c in calls] == [optimizer, inside, inside, optimizer]
+            handle.remove()
+        finally:
+            before.remove()
+            after.remove()
+        calls.clear()
+        train(model, optimizer, 1)
+        assert calls == []
+
+    @pytest.mark.parametrize("inner", ["adamw-foreach", "ewc-gradient"])
+    def test_hooks_of_the_wrapped_optimizer_find_the_projected_gradient(self, model, inner):
+        """And what they make of it is what is stepped with."""
+        twin = copy.deepcopy(model)
+        optimizer, bare = GEM(INNER[inner](model.parameters())), INNER[inner](twin.parameters())
+        memory = Memory(model, 1)
+        optimizer.remember("a", lambda: (-memory.loss()).backward())
+        seen = []
+
+        def halve(inner: Optimizer, args: object, kwargs: object) -> None:
+            seen.append(flat([param.grad for param in model.parameters()]))
+            for param in model.parameters():
+                param.grad.mul_(0.5)
+
+        optimizer.optimizer.register_step_pre_hook(halve)
+        for step in range(3):
+            backward(model, seed=1)
+            for param in model.parameters():
+                param.grad.add_(step * 0.01)
+            row = -flat(memory.gradient(list(model.parameters()))).double()
+            g = flat([param.grad for param in model.parameters()]).double()
+            expected = g - min(0.0, (g @ row / (row @ row)).item()) * row
+            optimizer.step()
+            assert optimizer.conflicts() < -0.9
+            torch.testing.assert_close(seen[-1].double(), expected, rtol=0, atol=1e-6)
+            sizes = [param.numel() for param in twin.parameters()]
+            for param, half in zip(twin.parameters(), seen[-1].split(sizes), strict=True):
+                param.grad = 0.5 * half.view_as(param)
+            bare.step()
+            assert same(model, twin)
+
+    def test_schedulers_know_whether_a_step_was_taken(self, model):
+        optimizer = GEM(torch.optim.SGD(model.parameters(), lr=0.1))
+        optimizer.remember("a", Memory(model, 1))
+        scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1)
+        with pytest.warns(UserWarning, match="before `optimizer.step"):
+            scheduler.step()
+        scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1)
+        train(model, optimizer, 1)
+        scheduler.step()
+
+    def test_what_protects_is_reached_through_it(self, model):
+        optimizer = GEM(EWCAdamW(model.named_parameters(), lr=0.01, ewc_lambda=2.0))
+        optimizer.consolidate({n: torch.rand_like(p) for n, p in model.named_parameters()})
+        assert optimizer.freeze(0.5) == optimizer.optimizer.freeze(0.5) > 0
+        train(model, optimizer, 2)
+        assert optimizer.penalty() == optimizer.optimizer.penalty() > 0
+        assert [p.name for p in optimizer.protected()] == [n for n, _ in model.named_parameters()]
+        optimizer.unfreeze()
+        assert not any(p.frozen.any() for p in optimizer.optimizer.protected())
+        other = GEM(torch.optim.SGD(model.parameters()))
+        for name in ("consolidate", "freeze", "unfreeze", "penalty", "protected"):
+            assert not hasattr(other, name)
+
     def test_zero_grad(self, model):
         optimizer = GEM(torch.optim.SGD(model.parameters()))
         backward(model, 1)
@@ -1580,3 +1688,47 @@ def test_the_solver_begins_where_it_ended(monkeypatch):
     model[0].bias.grad = None
     optimizer.step()
     assert states[-1] is not states[-2]
+
+
+class TestDistributedCheckpoint:
+    """torch.distributed.checkpoint.state_dict begins the state by a step, and drops the rows."""
+
+    @pytest.mark.parametrize("lr", [0.01, torch.tensor(0.01)], ids=["float", "tensor"])
+    @pytest.mark.parametrize("inner", [torch.optim.SGD, torch.optim.AdamW, EWCAdamW])
+    def test_beginning_the_state_is_no_step(self, model, inner, lr):
+        optimizer = GEM(inner(model.parameters(), lr=lr, weight_decay=0.1))
+        memory = Memory(model, 1)
+        optimizer.remember("a", memory)
+        before, saved = weights(model), plain(optimizer.state_dict()["gem"])
+        get_optimizer_state_dict(model, optimizer)
+        assert bool(optimizer.state) == (inner is not torch.optim.SGD)
+        assert same(model, before)
+        assert memory.calls == 1
+        assert plain(optimizer.state_dict()["gem"]) == saved
+
+    def test_a_first_step_of_a_warm_up_is_projected(self, model):
+        """Its learning rate is 0, but its gradient goes into the moments."""
+        optimizer = GEM(torch.optim.AdamW(model.parameters(), lr=0.0))
+        memory = Memory(model, 1)
+        optimizer.remember("a", lambda: (-memory.loss()).backward())
+        memory()
+        optimizer.step()
+        assert optimizer.conflicts().item() == pytest.approx(-1)
+        assert (optimizer.state[model[0].weight]["exp_avg"] == 0).all()
+
+    @pytest.mark.parametrize("flatten", [False, True])
+    def test_the_memories_stay_through_a_resume(self, model, flatten):
+        options = StateDictOptions(flatten_optimizer_state_dict=flatten)
+        optimizer = GEM(torch.optim.AdamW(model.parameters(), lr=0.01))
+        optimizer.remember("a", Memory(model, 1))
+        train(model, optimizer, 3)
+        saved = copy.deepcopy(get_optimizer_state_dict(model, optimizer, options=options))
+        twin = make_model(seed=1)
+        resumed = GEM(torch.optim.AdamW(twin.parameters(), lr=0.5))
+        resumed.remember("a", Memory(twin, 1))
+        set_optimizer_state_dict(twin, resumed, saved, options=options)
+        twin.load_state_dict(model.state_dict())
+        for side, each in ((model, optimizer), (twin, resumed)):
+            train(side, each, 3, seed=50)
+        assert same(model, twin)
+        assert torch.equal(resumed.conflicts(), optimizer.conflicts())

@@ -7,7 +7,7 @@ import math
 import sys
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
-from typing import Any, Literal, NamedTuple, TypeAlias, overload
+from typing import Any, Literal, NamedTuple, TypeAlias, TypeVar, overload
 
 import torch
 from torch import Tensor
@@ -35,6 +35,8 @@ from cl_optim.optim.state import (
 ANCHORS = ("latest", "exact")
 _LOGGER = logging.getLogger(__name__)
 
+# What a closure returns is what its step returns: a number, as torch types it, or a tensor.
+_Loss = TypeVar("_Loss")
 _Projection: TypeAlias = tuple[Mapping[Tensor, Tensor], Mapping[Tensor, Tensor]]
 
 
@@ -234,10 +236,10 @@ class EWCAdamW(torch.optim.Optimizer):
     def step(self, closure: None = None) -> None: ...
 
     @overload
-    def step(self, closure: Callable[[], float]) -> float: ...
+    def step(self, closure: Callable[[], _Loss]) -> _Loss: ...
 
     @_disable_dynamo  # it hands addresses to the kernels
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+    def step(self, closure: Callable[[], _Loss] | None = None) -> _Loss | None:
         """Update every parameter that has a gradient.
 
         Args:

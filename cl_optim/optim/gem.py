@@ -9,12 +9,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from operator import is_
-from typing import Any, Literal, NamedTuple, overload
+from operator import attrgetter, is_
+from typing import Any, Literal, NamedTuple, TypeVar, overload
 
 import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from cl_optim.importance.unobserved import unobserved
 from cl_optim.ops import gram as gram_ops
@@ -44,6 +45,8 @@ _INVALID = (
     "NaN or Inf in the gradient or in a memory row, or a problem without a solution: the step was "
     "skipped (on_invalid='raise')."
 )
+
+_Loss = TypeVar("_Loss")  # what a closure returns, as for EWCAdamW
 
 
 class Projection(NamedTuple):
@@ -215,7 +218,11 @@ class GEM(torch.optim.Optimizer):
     All else is the wrapped optimizer's: ``param_groups``, ``state``, ``defaults`` and
     ``zero_grad()`` are its own, and learning-rate schedulers, hooks and ``torch.amp.GradScaler``
     take this object as they take any optimizer. Gradient clipping before the step sees g;
-    ``last_projection.projected_norm`` is what clipping after it would need.
+    ``last_projection.projected_norm`` is what clipping after it would need. Hooks of all
+    optimizers (``register_optimizer_step_pre_hook``) are called for this object, once a step; the
+    wrapped optimizer's own find the projected gradient in ``.grad``.
+    :meth:`cl_optim.EWCAdamW.consolidate`, ``freeze``, ``unfreeze``, ``penalty`` and ``protected``
+    of a wrapped EWCAdamW are methods of this object, too.
 
     What it guarantees is about the gradient. Momentum and Adam's preconditioning make another
     direction of it: ``track_update=True`` reports what the update itself does to each old loss.
@@ -232,7 +239,7 @@ class GEM(torch.optim.Optimizer):
     known to be. The wrapped optimizer finds out by itself where it supports this
     (``_step_supports_amp_scaling``: EWCAdamW, and torch's Adam, AdamW, Adagrad and SGD with
     ``fused=True``, SGD with momentum not before its second step); for others one number is read in
-    every step, unless ``on_invalid="raw"``.
+    every step, unless ``on_invalid="raw"``. (A first step with learning rate 0 is looked at, too.)
 
     Copies by ``copy.deepcopy`` and ``pickle``, like state dicts, hold the rows and not the
     closures, which belong to the model of the original: see :meth:`remember`.
@@ -353,6 +360,13 @@ class GEM(torch.optim.Optimizer):
     @defaults.setter
     def defaults(self, value: dict[str, Any]) -> None:
         self.optimizer.defaults = value
+
+    # Where that is an EWCAdamW; an AttributeError where it is not.
+    consolidate = property(attrgetter("optimizer.consolidate"))
+    freeze = property(attrgetter("optimizer.freeze"))
+    unfreeze = property(attrgetter("optimizer.unfreeze"))
+    penalty = property(attrgetter("optimizer.penalty"))
+    protected = property(attrgetter("optimizer.protected"))
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Reset all gradients, as the wrapped optimizer does it."""
@@ -612,11 +626,11 @@ class GEM(torch.optim.Optimizer):
     def step(self, closure: None = None) -> None: ...
 
     @overload
-    def step(self, closure: Callable[[], float]) -> float: ...
+    def step(self, closure: Callable[[], _Loss]) -> _Loss: ...
 
     @_disable_dynamo  # it keeps what it did for the reports
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+    def step(self, closure: Callable[[], _Loss] | None = None) -> _Loss | None:
         """Refresh the rows that are due, project the gradients, let the wrapped optimizer step.
 
         Parameters without a gradient take no part and do not move. Without memories, or without
@@ -641,13 +655,27 @@ class GEM(torch.optim.Optimizer):
             if grad is not None:
                 self._check_dense(param, grad)
         self._last = None
-        if not self._memories or all(grad is None for grad in grads):
-            self.optimizer.step()
+        if not self._memories or all(grad is None for grad in grads) or self._is_idle(grads):
+            with _inside_step(self.optimizer):
+                self.optimizer.step()
         else:
             self._rows.follow(params)
             self._refresh()
             self._projected_step(grads)
         return loss
+
+    def _is_idle(self, grads: Sequence[Tensor | None]) -> bool:
+        """Whether this is a step without gradient and learning rate that only begins the state.
+
+        torch.distributed.checkpoint takes one, which is no step of the training.
+        """
+        rates = [group.get("lr") for group in self.param_groups]
+        return (
+            not self.state
+            and all(not isinstance(lr, Tensor) or lr.is_cpu for lr in rates)
+            and all(lr is not None and lr == 0.0 for lr in rates)
+            and not any(grad is not None and grad.any() for grad in grads)
+        )
 
     def _projected_step(self, grads: Sequence[Tensor | None]) -> None:
         rows_have_changed = bool(self._rows.stale)
@@ -675,7 +703,8 @@ class GEM(torch.optim.Optimizer):
             take_step = self.optimizer.step
 
         before = [param.detach().clone() for param in params] if self.track_update else None
-        refused = self._take_step(take_step, invalid.any())
+        with _inside_step(self.optimizer):
+            refused = self._take_step(take_step, invalid.any())
         update_dot = None
         if before is not None:
             moved = [param.detach() - old for param, old in zip(params, before, strict=True)]
@@ -694,10 +723,17 @@ class GEM(torch.optim.Optimizer):
         return self._solved[1]
 
     def _is_fused(self) -> bool:
-        """Whether the wrapped optimizer adds the rows itself, which saves a pass over memory."""
-        return isinstance(self.optimizer, EWCAdamW) and all(
-            row.dtype != torch.float64 or param.dtype == torch.float64
-            for row, param in zip(self._rows.rows, self._rows.params, strict=True)
+        """Whether the wrapped optimizer adds the rows itself, which saves a pass over memory.
+
+        Not before hooks of its own, which are to find (and may change) the projected gradient.
+        """
+        return (
+            isinstance(self.optimizer, EWCAdamW)
+            and not self.optimizer._optimizer_step_pre_hooks
+            and all(
+                row.dtype != torch.float64 or param.dtype == torch.float64
+                for row, param in zip(self._rows.rows, self._rows.params, strict=True)
+            )
         )
 
     def _fused_step(
@@ -1011,6 +1047,35 @@ def _projection(
         projected_norm=square.clamp(min=0.0).sqrt(),
         update_dot=update_dot,
     )
+
+
+# Optimizers whose step is a part of a GEM's just now, by id.
+_inside: set[int] = set()
+
+
+class _Once:
+    """A global step hook that is not called again for a part of a GEM's step."""
+
+    def __init__(self, hook: Callable[..., Any]) -> None:
+        self._hook = hook
+
+    def __call__(self, optimizer: torch.optim.Optimizer, *args: Any) -> Any:
+        return None if id(optimizer) in _inside else self._hook(optimizer, *args)
+
+
+@contextmanager
+def _inside_step(optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """Let the wrapped optimizer's step have its own hooks: global ones are called for GEM's."""
+    hooks: Any
+    for hooks in (_global_optimizer_pre_hooks, _global_optimizer_post_hooks):
+        for key, hook in hooks.items():
+            if not isinstance(hook, _Once):
+                hooks[key] = _Once(hook)
+    _inside.add(id(optimizer))
+    try:
+        yield
+    finally:
+        _inside.discard(id(optimizer))
 
 
 @contextmanager

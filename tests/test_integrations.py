@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-from cl_optim import EWCAdamW
+from cl_optim import GEM, EWCAdamW
 from cl_optim.retention import Evaluation
 
 
@@ -47,6 +47,46 @@ def watched(stop_below=None):
     return [Evaluation("old", old), Evaluation("distance", distance, role="new")]
 
 
+class Witness:
+    """A GEM with a memory of a loss, and what its steps did: one for each trainer, and the loop.
+
+    Attributes:
+        refreshed: For each step whether the row was the loss's gradient at the weights before it.
+        conflicts: For each step the cosine of gradient and row, and whether the row was added.
+    """
+
+    REFRESH_EVERY = 2
+
+    def __init__(self, inner, model, loss):
+        self.gem = GEM(inner)
+        self.params = list(model.parameters())
+        self.loss = loss
+        self.gem.remember("old", lambda: loss().backward(), self.REFRESH_EVERY)
+        self.refreshed, self.conflicts = [], []
+
+    def before_step(self):
+        with torch.enable_grad():
+            self.fresh = torch.autograd.grad(self.loss(), self.params)
+
+    def after_step(self):
+        rows = self.gem.state_dict()["gem"]["rows"].values()
+        pairs = zip(rows, self.fresh, strict=True)
+        self.refreshed.append(all(torch.equal(row[0], grad) for row, grad in pairs))
+        active = self.gem.last_projection.active.item()
+        self.conflicts.append((self.gem.conflicts().item(), active))
+
+    def check(self, model, other, plain, steps):
+        """Compare with the plain loop, from the first of its steps that this has taken on."""
+        assert self.refreshed == [step % self.REFRESH_EVERY == 0 for step in steps]
+        assert self.conflicts == [plain.conflicts[step] for step in steps]
+        assert any(active for _, active in self.conflicts)
+        assert flatten(model.state_dict()) == flatten(other.state_dict())
+
+
+def protected_in_gem(model, loss, optimizer_of=protected):
+    return Witness(optimizer_of(model), model, loss)
+
+
 def values(guard):
     return [[(m.evaluation.name, m.value) for m in check.measured] for check in guard.history]
 
@@ -54,13 +94,13 @@ def values(guard):
 # --- Hugging Face ---------------------------------------------------------------------------------
 
 
-def tiny_gpt2():
+def tiny_gpt2(dropout=0.1):
     from transformers import GPT2Config, GPT2LMHeadModel
 
     torch.manual_seed(0)
     config = GPT2Config(
         vocab_size=32, n_positions=16, n_embd=16, n_layer=1, n_head=2, bos_token_id=0,
-        eos_token_id=0,
+        eos_token_id=0, resid_pdrop=dropout, embd_pdrop=dropout, attn_pdrop=dropout,
     )  # fmt: skip
     return GPT2LMHeadModel(config)
 
@@ -146,6 +186,129 @@ def test_huggingface_with_other_evaluations_is_a_sentence(tmp_path):
     trainer = huggingface_trainer(tmp_path, model, fresh(EWCAdamW, model), other)
     with pytest.raises(ValueError, match="resume with the evaluations that it was begun with"):
         trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+
+
+def huggingface_watch(witness):
+    from transformers import TrainerCallback
+
+    class Watch(TrainerCallback):
+        def on_pre_optimizer_step(self, *args, **kwargs):
+            witness.before_step()
+
+        def on_optimizer_step(self, *args, **kwargs):
+            witness.after_step()
+
+    return Watch()
+
+
+def old_texts(model):
+    tokens = torch.randint(0, 32, (4, 8), generator=torch.Generator().manual_seed(9))
+    return lambda: model(tokens, labels=tokens.flip(0)).loss
+
+
+def token_loss(outputs, labels, num_items_in_batch=None):
+    logits = outputs.logits[:, :-1].flatten(0, 1)
+    return F.cross_entropy(logits, labels[:, 1:].flatten(), reduction="sum") / num_items_in_batch
+
+
+def gem_trainer(folder, model, optimizers, callback, **options):
+    from torch.utils.data import SequentialSampler
+    from transformers import Trainer, TrainingArguments
+
+    class InOrder(Trainer):
+        def _get_train_sampler(self, *args):
+            return SequentialSampler(self.train_dataset)
+
+    arguments = TrainingArguments(
+        output_dir=str(folder), max_steps=6, save_steps=3, per_device_train_batch_size=2,
+        gradient_accumulation_steps=2, use_cpu=True, report_to=[], disable_tqdm=True,
+        dataloader_pin_memory=False, logging_strategy="no", max_grad_norm=0.5,
+    )  # fmt: skip
+    return InOrder(
+        model, arguments, train_dataset=new_texts(), compute_loss_func=token_loss,
+        optimizers=optimizers, callbacks=[callback], **options,
+    )  # fmt: skip
+
+
+def new_texts():
+    tokens = torch.randint(0, 32, (24, 8), generator=torch.Generator().manual_seed(1))
+    return [{"input_ids": row, "labels": row} for row in tokens]
+
+
+def halving(optimizer):
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.8**step)
+
+
+def plain_huggingface_loop(optimizer_of):
+    """What the Trainer of the tests below does, in six lines."""
+    model = tiny_gpt2(dropout=0.0)
+    witness = protected_in_gem(model, old_texts(model), optimizer_of)
+    scheduler = halving(witness.gem)
+    tokens = torch.stack([row["input_ids"] for row in new_texts()]).view(6, 2, 2, 8)
+    for parts in tokens:
+        for part in parts:
+            token_loss(model(part), part, num_items_in_batch=2 * 2 * 8).backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+        witness.before_step()
+        witness.gem.step()
+        witness.after_step()
+        scheduler.step()
+        witness.gem.zero_grad()
+    return model, witness
+
+
+@pytest.mark.parametrize("kind", ["ewc", "adamw"])
+def test_huggingface_trains_and_resumes_gem_as_a_plain_loop_does(tmp_path, kind):
+    def optimizer_of(model):
+        return protected(model) if kind == "ewc" else torch.optim.AdamW(model.parameters(), lr=1e-2)
+
+    expected, plain = plain_huggingface_loop(optimizer_of)
+    model = tiny_gpt2(dropout=0.0)
+    witness = protected_in_gem(model, old_texts(model), optimizer_of)
+    optimizers = witness.gem, halving(witness.gem)
+    gem_trainer(tmp_path, model, optimizers, huggingface_watch(witness)).train()
+    witness.check(model, expected, plain, range(6))
+
+    again = tiny_gpt2(dropout=0.0)
+    resumed = protected_in_gem(
+        again,
+        old_texts(again),
+        (lambda model: fresh(EWCAdamW, model)) if kind == "ewc" else optimizer_of,
+    )
+    optimizers = resumed.gem, halving(resumed.gem)
+    trainer = gem_trainer(tmp_path, again, optimizers, huggingface_watch(resumed))
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    resumed.check(again, expected, plain, range(3, 6))
+
+
+def test_huggingface_makes_the_gem_itself(tmp_path):
+    """The memory comes when training begins, after the checkpoint has been loaded."""
+    from transformers import TrainerCallback
+
+    class Factory:  # the Trainer calls an instance of what is no torch optimizer
+        def __call__(self, model, **options):
+            return GEM(torch.optim.AdamW(model.parameters(), **options), memory_strength=0.1)
+
+    def run(**resume):
+        model, conflicts = tiny_gpt2(dropout=0.0), []
+        loss = old_texts(model)
+
+        class Remember(TrainerCallback):
+            def on_train_begin(self, *args, optimizer, **kwargs):
+                optimizer.optimizer.remember("old", lambda: loss().backward(), refresh_every=2)
+
+            def on_optimizer_step(self, *args, optimizer, **kwargs):
+                conflicts.append(optimizer.optimizer.conflicts().item())
+
+        made = {"optimizer_cls_and_kwargs": (Factory, {"lr": 1e-2})}
+        gem_trainer(tmp_path, model, (None, None), Remember(), **made).train(**resume)
+        return model, conflicts
+
+    model, conflicts = run()
+    again, resumed = run(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    assert min(conflicts) < 0
+    assert resumed == conflicts[3:]
+    assert flatten(again.state_dict()) == flatten(model.state_dict())
 
 
 # --- Lightning ------------------------------------------------------------------------------------
@@ -234,6 +397,68 @@ def test_lightning_with_several_optimizers_is_a_sentence():
         RetentionCallback(watched()).on_train_start(SimpleNamespace(optimizers=[1, 2]), None)
 
 
+def opposite(net):
+    """An old task that the new one contradicts."""
+    x = torch.randn(6, 4, generator=torch.Generator().manual_seed(4))
+    y = torch.randint(0, 2, (6,), generator=torch.Generator().manual_seed(5))
+    return lambda: F.cross_entropy(net(x), y)
+
+
+def lightning_gem(optimizer_of):
+    """A module that makes a GEM, remembers and is watched."""
+
+    def gem_of(module):
+        module.witness = protected_in_gem(module, opposite(module.net), optimizer_of)
+        return module.witness.gem
+
+    module = lightning_module(gem_of)
+    module.net[2] = nn.Identity()  # Lightning does not restore random states
+    module.on_before_optimizer_step = lambda optimizer: module.witness.before_step()
+    return module
+
+
+def lightning_watch(module):
+    from lightning.pytorch import Callback
+
+    class Watch(Callback):
+        def on_train_batch_end(self, trainer, pl_module, *args):
+            if trainer.global_step > self.step:  # gradients are not being accumulated
+                self.step = trainer.global_step
+                module.witness.after_step()
+
+        def on_train_start(self, trainer, pl_module):
+            self.step = trainer.global_step
+
+    return Watch()
+
+
+def test_lightning_trains_and_resumes_gem_as_a_plain_loop_does(tmp_path):
+    """Its optimizers step with a closure, which computes the loss and its gradient."""
+    expected = lightning_gem(protected)
+    (gem,), (scheduler,) = expected.configure_optimizers()
+    torch.manual_seed(3)
+    x, y = torch.randn(24, 4), torch.randint(0, 2, (24,))
+    for _ in range(2):
+        for parts in zip(x.view(4, 2, 3, 4), y.view(4, 2, 3), strict=True):
+            for part in zip(*parts, strict=True):
+                (expected.training_step(part, 0) / 2).backward()
+            expected.witness.before_step()
+            gem.step()
+            expected.witness.after_step()
+            gem.zero_grad()
+        scheduler.step()
+
+    module = lightning_gem(protected)
+    lightning_fit(tmp_path, module, lightning_watch(module), epochs=2)
+    module.witness.check(module, expected, expected.witness, range(8))
+
+    again = lightning_gem(lambda module: fresh(EWCAdamW, module))
+    lightning_fit(
+        tmp_path, again, lightning_watch(again), epochs=2, resume=tmp_path / "epoch=0.ckpt"
+    )
+    again.witness.check(again, expected, expected.witness, range(4, 8))
+
+
 # --- Accelerate -----------------------------------------------------------------------------------
 
 
@@ -277,6 +502,144 @@ def test_accelerate_resumes_with_the_same_weights_and_guard(tmp_path):
     assert flatten(again[1].state_dict()) == flatten(model.state_dict())
     assert again[2].optimizer.penalty() == optimizer.optimizer.penalty() > 0
     assert values(again[3]) == values(guard)
+
+
+def accelerated_gem(optimizer_of, scaler=None):
+    """What is prepared; with a scaler, as it would be for float16, for which it wants a GPU."""
+    from accelerate import Accelerator
+    from accelerate.optimizer import AcceleratedOptimizer
+
+    torch.manual_seed(0)
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    witness = protected_in_gem(model, opposite(model), optimizer_of)
+    scheduler = halving(witness.gem)
+    if scaler is None:
+        model, optimizer, scheduler = accelerator.prepare(model, witness.gem, scheduler)
+    else:
+        optimizer = AcceleratedOptimizer(witness.gem, scaler=scaler)
+    return accelerator, model, optimizer, scheduler, witness
+
+
+def new_batches():
+    generator = torch.Generator().manual_seed(2)
+    x = torch.randn(16, 3, 4, generator=generator)
+    return list(zip(x, torch.randint(0, 2, (16, 3), generator=generator), strict=True))
+
+
+def accelerate_gem_train(run, batches):
+    accelerator, model, optimizer, scheduler, witness = run
+    for x, y in batches:
+        with accelerator.accumulate(model):
+            accelerator.backward(F.cross_entropy(model(x), y))
+            if accelerator.sync_gradients:
+                accelerator.clip_grad_norm_(model.parameters(), 0.5)
+                witness.before_step()
+            optimizer.step()
+            scheduler.step()
+            if accelerator.sync_gradients:
+                witness.after_step()
+            optimizer.zero_grad()
+
+
+def plain_gem_train(optimizer_of):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    witness = protected_in_gem(model, opposite(model), optimizer_of)
+    scheduler = halving(witness.gem)
+    for number, (x, y) in enumerate(new_batches()):
+        (F.cross_entropy(model(x), y) / 2).backward()
+        if number % 2:
+            nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+            witness.before_step()
+            witness.gem.step()
+            witness.after_step()
+            scheduler.step()
+            witness.gem.zero_grad()
+    return model, witness
+
+
+@pytest.mark.parametrize("kind", ["ewc", "adamw"])
+def test_accelerate_trains_and_resumes_gem_as_a_plain_loop_does(tmp_path, kind):
+    def optimizer_of(model):
+        return protected(model) if kind == "ewc" else torch.optim.AdamW(model.parameters(), lr=1e-2)
+
+    expected, plain = plain_gem_train(optimizer_of)
+    run = accelerated_gem(optimizer_of)
+    accelerate_gem_train(run, new_batches()[:8])
+    run[0].save_state(str(tmp_path), safe_serialization=True)
+    accelerate_gem_train(run, new_batches()[8:])
+    run[4].check(run[1], expected, plain, range(8))
+
+    again = accelerated_gem(
+        (lambda model: fresh(EWCAdamW, model)) if kind == "ewc" else optimizer_of
+    )
+    again[0].load_state(str(tmp_path))
+    accelerate_gem_train(again, new_batches()[8:])
+    again[4].check(again[1], expected, plain, range(4, 8))
+
+
+@pytest.mark.parametrize("kind", ["ewc", "adamw"])
+def test_accelerates_scaler_leaves_out_a_step_that_overflows(kind):
+    """A scale that is a power of two rounds nothing: the other steps are those without a scaler."""
+
+    def optimizer_of(model):
+        return protected(model) if kind == "ewc" else torch.optim.AdamW(model.parameters(), lr=1e-2)
+
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    _, model, optimizer, _, witness = accelerated_gem(optimizer_of, scaler)
+    expected = accelerated_gem(optimizer_of)[1]
+    plain = protected_in_gem(expected, opposite(expected), optimizer_of)
+    skipped = []
+    for number, (x, y) in enumerate(new_batches()[:6]):
+        factor = torch.inf if number == 2 else 1.0
+        scaler.scale(F.cross_entropy(model(x), y) * factor).backward()
+        scaler.unscale_(witness.gem)
+        if number != 2:
+            F.cross_entropy(expected(x), y).backward()
+            for each, its in ((witness, model), (plain, expected)):
+                nn.utils.clip_grad_norm_(its.parameters(), 0.5)
+                each.before_step()
+            plain.gem.step()
+            plain.after_step()
+        optimizer.step()
+        skipped.append(optimizer.step_was_skipped)
+        if number != 2:
+            witness.after_step()
+        optimizer.zero_grad()
+        plain.gem.zero_grad()
+    assert skipped == [number == 2 for number in range(6)]
+    assert scaler.get_scale() == 512.0
+    witness.check(model, expected, plain, range(5))
+
+
+def test_readme_ewc_adamw_in_trainers():
+    """What the README says of reaching the optimizer, of groups and of names."""
+    from accelerate import Accelerator
+
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    importance = {name: torch.rand_like(p) for name, p in model.named_parameters()}
+    # Accelerate wraps the optimizer, as Hugging Face's Trainer does in trainer.optimizer.
+    opt = EWCAdamW(model.named_parameters(), lr=1e-3)
+    model, opt = Accelerator(cpu=True).prepare(model, opt)
+    assert not hasattr(opt, "consolidate")
+    opt.optimizer.consolidate(importance)
+    assert len(list(opt.optimizer.protected())) == 4
+    # Groups without names.
+    decay, no_decay = [model[0].weight, model[2].weight], [model[0].bias, model[2].bias]
+    opt = EWCAdamW([{"params": decay}, {"params": no_decay, "weight_decay": 0.0}], lr=1e-3)
+    with pytest.raises(ValueError, match=r"or pass model=model to consolidate\(\)"):
+        opt.consolidate(importance)
+    opt.consolidate(importance, model=model)
+    for found, param in zip(opt.protected(), [*decay, *no_decay], strict=True):
+        name = next(name for name, p in model.named_parameters() if p is param)
+        assert found.param is param
+        assert torch.equal(found.importance, importance[name])
+    # Groups with names.
+    named = list(model.named_parameters())
+    opt = EWCAdamW([{"params": named[:2]}, {"params": named[2:], "lr": 1e-4}])
+    opt.consolidate(importance)
+    assert [found.name for found in opt.protected()] == [name for name, _ in named]
 
 
 # --- all ------------------------------------------------------------------------------------------

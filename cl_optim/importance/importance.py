@@ -6,7 +6,6 @@ import json
 import logging
 import math
 import os
-import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -20,6 +19,7 @@ from cl_optim.importance.errors import DamagedError
 from cl_optim.importance.files import whole
 from cl_optim.importance.names import listed, named_like
 from cl_optim.importance.statistics import Summaries, Summary
+from cl_optim.ops.warn import warn
 
 _FORMAT = "cl_optim.Importance/2"
 _UNSEALED_FORMAT = "cl_optim.Importance/1"
@@ -315,10 +315,9 @@ class Importance(_Means):
         if is_verified != (format_ == _FORMAT):
             raise DamagedError(f"the file {str(path)!r} is damaged: it has lost its checksums.")
         if not is_verified:
-            warnings.warn(
+            warn(
                 f"{str(path)!r} has no checksums: an earlier version wrote it, and damage would "
-                "not be noticed. Save it again to give it some.",
-                stacklevel=2,
+                "not be noticed. Save it again to give it some."
             )
         try:
             samples, tokens, metadata = (

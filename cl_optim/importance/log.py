@@ -8,7 +8,6 @@ import os
 import re
 import shutil
 import uuid
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -30,6 +29,7 @@ from cl_optim.importance.manifest import (
 )
 from cl_optim.importance.names import match_names, without_wrappers
 from cl_optim.importance.record import Anchors, Record, sums_of
+from cl_optim.ops.warn import warn
 
 if TYPE_CHECKING:
     from cl_optim.importance.tensorboard import ScalarWriter
@@ -403,10 +403,9 @@ class ImportanceLog:
 
 
 def _warn_of_unfinished(folder: Path) -> None:
-    warnings.warn(
+    warn(
         f"an unfinished record was found: its writer stopped before the end. It is not in the log, "
-        f"and lies in {folder}.",
-        stacklevel=5,
+        f"and lies in {folder}."
     )
 
 

@@ -14,7 +14,6 @@ import fcntl
 import json
 import os
 import time
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,6 +24,7 @@ import xxhash
 from cl_optim._version import __version__
 from cl_optim.importance.errors import DamagedError, LockedError, LogError
 from cl_optim.importance.files import temporary_folder, whole
+from cl_optim.ops.warn import warn
 
 FORMAT = "cl_optim.ImportanceLog"
 VERSION = 1
@@ -202,7 +202,7 @@ class Manifest:
                 "cannot be known. The next record writes it anew."
             )
         for remark in remarks:
-            warnings.warn(remark, stacklevel=4)
+            warn(remark)
 
 
 @contextmanager

@@ -6,7 +6,6 @@ import contextlib
 import math
 import time
 import uuid
-import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from datetime import datetime, timezone
@@ -20,6 +19,7 @@ from torch.utils.hooks import RemovableHandle
 
 from cl_optim.importance.manifest import sealed, unsealed
 from cl_optim.importance.statistics import layer_of
+from cl_optim.ops.warn import warn
 
 QUANTILES = (0.5, 0.95, 0.99)
 _SAMPLE = 2**14  # weights of a parameter that its quantiles are taken from
@@ -106,10 +106,9 @@ class Watch:
         try:
             self.write()
         except OSError as error:
-            warnings.warn(
+            warn(
                 f"watching ends at step {self._step}: {self._file.name} cannot be written: "
-                f"{error.strerror}.",
-                stacklevel=3,
+                f"{error.strerror}."
             )
             self._handle.remove()
 
@@ -198,7 +197,7 @@ def read(folder: Path) -> list[list[dict[str, Any]]]:
         entries = [unsealed(line) for line in lines]
         for number, (line, entry) in enumerate(zip(lines, entries, strict=True), start=1):
             if entry is None and (line.endswith(b"\n") or number < len(lines)):
-                warnings.warn(f"line {number} of {path} is damaged and left out.", stacklevel=3)
+                warn(f"line {number} of {path} is damaged and left out.")
         intact = [entry for entry in entries if entry is not None]
         if intact:
             watches.append(intact)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import functools
 import importlib
-import warnings
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from cl_optim.ops.warn import warn
 
 INSTALL_HINT = {
     "cpu": "reinstall with a C++17 compiler, and CL_OPTIM_REQUIRE=cpu to see what stops the build",
@@ -68,7 +69,7 @@ def explain(device_type: str) -> str:
 @functools.cache
 def warn_once(sentence: str) -> None:
     """Say a thing once: that something runs on its slower reference, and why."""
-    warnings.warn(sentence, stacklevel=4)
+    warn(sentence)
 
 
 def _load_cpu() -> Backend:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import math
 import sys
-import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, Literal, NamedTuple, TypeAlias, TypeVar, overload
 
@@ -17,6 +16,7 @@ from torch.optim.optimizer import ParamsT
 from cl_optim.importance import ImportanceLog
 from cl_optim.importance.names import compare_names, listed, match_names
 from cl_optim.ops import ewc_adamw as ops
+from cl_optim.ops.warn import warn
 from cl_optim.optim import protection
 from cl_optim.optim.balance import balancing_lambda
 from cl_optim.optim.launch import Batch, Plans, are_alike, gather
@@ -511,11 +511,10 @@ class EWCAdamW(torch.optim.Optimizer):
             for param in group["params"]
             if any(param is one for one in moving)
         ]
-        warnings.warn(
+        warn(
             f"parameter {listed(names)} did not require a gradient at the last consolidate(), and "
             "is trained now without protection: call consolidate() with its importance once it "
-            "requires one.",
-            stacklevel=4,
+            "requires one."
         )
 
     def _params(self) -> Iterator[Tensor]:
@@ -846,10 +845,9 @@ def _warn_of_rounded_anchors(
 ) -> None:
     rounded = sum(protection.rounds_anchors(param, groups[param]) for param in params)
     if rounded:
-        warnings.warn(
+        warn(
             f"anchor_dtype rounds the anchors of {rounded} parameters: the penalty pulls them "
-            "towards weights that are up to 0.4 % off.",
-            stacklevel=3,
+            "towards weights that are up to 0.4 % off."
         )
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,6 +19,7 @@ from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimize
 from cl_optim.importance.unobserved import unobserved
 from cl_optim.ops import gram as gram_ops
 from cl_optim.ops import nnqp
+from cl_optim.ops.warn import warn
 from cl_optim.optim.ewc_adamw import EWCAdamW, _name, is_dtensor
 from cl_optim.optim.state import in_order
 
@@ -925,10 +925,9 @@ class GEM(torch.optim.Optimizer):
         names = {memory.name for memory in loaded}
         forgotten = [name for name in self.memories if name not in names]
         if forgotten:
-            warnings.warn(
+            warn(
                 f"memories that the state dict does not have are forgotten: {_listed(forgotten)}. "
-                "Call remember() after the load to keep one.",
-                stacklevel=3,
+                "Call remember() after the load to keep one."
             )
 
     def check_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -7,7 +7,6 @@ import os
 import pickle
 import random
 import re
-import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -16,6 +15,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from cl_optim.ops.warn import warn
 from cl_optim.retention import sealed
 
 _FORMAT = "cl_optim.Checkpoint/2"
@@ -189,11 +189,10 @@ class Checkpoints:
                 content = self._read(step)
             except (OSError, ValueError, RuntimeError, pickle.UnpicklingError) as error:
                 reason = str(error).splitlines()[0].rstrip(".")
-                warnings.warn(
+                warn(
                     f"checkpoint {self.path(step)} cannot be read ({reason}); the one before it "
                     "is taken.",
                     CheckpointWarning,
-                    stacklevel=2,
                 )
                 continue
             self._apply(content)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal, get_args
@@ -12,6 +11,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import nn
 
+from cl_optim.ops.warn import warn
 from cl_optim.optim.gem import GEM
 from cl_optim.retention.checkpoint import Checkpoints, Stateful
 from cl_optim.retention.controller import LambdaController, largest_lambda
@@ -403,7 +403,7 @@ class RetentionGuard:
             done.append("training stopped")
         action = "; ".join(done) + "."
         if self._actions == ("warn",):
-            warnings.warn(f"step {check.step}: {action}", RetentionWarning, stacklevel=4)
+            warn(f"step {check.step}: {action}", RetentionWarning)
         return replace(check, action=action, rolled_back_to=back, stopped=self.stopped)
 
     def _roll_back(self) -> int:

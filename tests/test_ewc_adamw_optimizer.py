@@ -11,6 +11,11 @@ import pytest
 import torch
 from ewc_adamw_cases import OFF_DEFAULT, Problem, Setting, make_optimizer, make_params
 from torch import nn
+from torch.distributed import checkpoint as dcp
+from torch.distributed.checkpoint.state_dict import (
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
 
 from cl_optim import EWCAdamW
 from cl_optim.ops import library
@@ -662,6 +667,55 @@ class TestBadInput:
             optimizer.add_param_group({"params": [("bad", bad)]})
         optimizer.add_param_group({"params": [("other", nn.Parameter(torch.ones(1)))]})
         assert len(optimizer.param_groups) == 2
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled, unavailable or uninit")
+class TestDistributedCheckpoint:
+    """It loads what the optimizer has before: moments by a step that it takes, and no more."""
+
+    def saved(self, folder, model):
+        optimizer = EWCAdamW(model.named_parameters(), lr=0.01, ewc_lambda=2.0)
+        train(model, optimizer, 2)
+        optimizer.consolidate({n: torch.rand_like(p) for n, p in model.named_parameters()})
+        train(model, optimizer, 2)
+        state = {"optimizer": get_optimizer_state_dict(model, optimizer)}
+        dcp.save(state, checkpoint_id=folder, no_dist=True)
+        return optimizer
+
+    def load(self, folder, model, optimizer):
+        state = {"optimizer": get_optimizer_state_dict(model, optimizer)}
+        dcp.load(state, checkpoint_id=folder, no_dist=True)
+        set_optimizer_state_dict(model, optimizer, state["optimizer"])
+
+    def test_importance_that_finds_no_room_is_not_lost_in_silence(self, model, tmp_path):
+        self.saved(tmp_path, model)
+        other = copy.deepcopy(model)
+        optimizer = EWCAdamW(other.named_parameters())
+        with pytest.raises(ValueError, match=r"no 'importance'.* call consolidate\(None"):
+            self.load(tmp_path, other, optimizer)
+        assert list(optimizer.protected()) == []
+
+    def test_with_room_for_it_the_run_goes_on(self, model, tmp_path):
+        optimizer = self.saved(tmp_path, model)
+        other = copy.deepcopy(model)
+        resumed = EWCAdamW(other.named_parameters())
+        get_optimizer_state_dict(other, resumed)  # begins the moments
+        resumed.consolidate(None)
+        self.load(tmp_path, other, resumed)
+        for side, each in ((model, optimizer), (other, resumed)):
+            train(side, each, 3)
+        assert resumed.penalty() == optimizer.penalty() > 0
+        for a, b in zip(model.parameters(), other.parameters(), strict=True):
+            assert torch.equal(a, b)
+
+    @pytest.mark.parametrize("rounding", ["nearest", "stochastic", "kahan"])
+    def test_a_state_that_begins_leaves_the_weights(self, model, rounding):
+        model.bfloat16()
+        before = copy.deepcopy(model.state_dict())
+        optimizer = EWCAdamW(model.parameters(), weight_decay=0.1, rounding=rounding)
+        get_optimizer_state_dict(model, optimizer)
+        assert "exp_avg" in optimizer.state[next(model.parameters())]
+        assert all(torch.equal(v, before[name]) for name, v in model.state_dict().items())
 
 
 class TestWithoutTheExtension:

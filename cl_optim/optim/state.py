@@ -258,6 +258,15 @@ def check_state_dict(
         for key in _HYPERPARAMETERS:
             if key not in group:
                 raise ValueError(f"the state dict is truncated: its group {number} has no {key!r}.")
+    # What it had was some: F̂ is above 0.
+    protected = any("importance" in state for state in state_dict["state"].values())
+    if not protected and any(group.get("importance_mean", 0.0) > 0.0 for group in groups):
+        raise ValueError(
+            "the state dict is truncated: it is of consolidated weights, and has no 'importance'. "
+            "torch.distributed.checkpoint loads only what the optimizer has already: let it begin "
+            "the moments (get_optimizer_state_dict), call consolidate(None, anchors=...) with the "
+            "anchors of the run that was saved, then load."
+        )
     indices = [(index, group) for group in groups for index in group["params"]]
     params = [param for group in param_groups for param in group["params"]]
     for (index, group), param, name in zip(indices, params, names, strict=True):

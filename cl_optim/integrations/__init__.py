@@ -2,5 +2,6 @@
 
 ``EWCAdamW`` and ``GEM`` need no integration: they are torch optimizers, given to Hugging Face's
 Trainer as ``optimizers=(optimizer, None)``, returned by Lightning's ``configure_optimizers()``, and
-prepared by Accelerate.
+prepared by Accelerate. What Accelerate and the Trainer wrap them in (``trainer.optimizer``) has
+them as its ``.optimizer``: call ``consolidate()`` and ``remember()`` there.
 """

@@ -63,7 +63,7 @@ class FisherEstimator:
 
         fisher = FisherEstimator(model, during_training=True, decay=0.999)
         fisher.attach(optimizer)
-        ...                                             # train
+        train(model, optimizer, batches)
         importance = fisher.finalize()
 
     Observed are the parameters that require gradients when the estimator is made, where they are

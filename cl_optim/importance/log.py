@@ -64,9 +64,11 @@ class ImportanceLog:
         OSError: The folder cannot be made.
 
     Example:
-        >>> log = ImportanceLog("runs/support-bot")  # doctest: +SKIP
-        >>> log.record("task A", importance, model=model)  # doctest: +SKIP
-        >>> optimizer.consolidate(log)  # doctest: +SKIP
+        .. code-block:: python
+
+            log = ImportanceLog("runs/support-bot")
+            log.record("task A", importance, model=model)
+            optimizer.consolidate(log)
     """
 
     def __init__(self, path: str | os.PathLike[str], mode: Literal["a", "r"] = "a") -> None:

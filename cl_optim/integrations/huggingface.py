@@ -34,14 +34,16 @@ class RetentionCallback(TrainerCallback):
         guard: There once training has begun.
 
     Example:
-        >>> optimizer = cl_optim.EWCAdamW(model.named_parameters(), lr=1e-4, ewc_lambda=10.0)
-        >>> optimizer.consolidate(importance)
-        >>> callback = RetentionCallback([english], on_breach="stop", every=100)
-        >>> trainer = Trainer(
-        ...     model, args, train_dataset=data, optimizers=(optimizer, None), callbacks=[callback]
-        ... )
-        >>> trainer.train()
-        >>> print(callback.guard.report())
+        .. code-block:: python
+
+            optimizer = cl_optim.EWCAdamW(model.named_parameters(), lr=1e-4, ewc_lambda=10.0)
+            optimizer.consolidate(importance)
+            callback = RetentionCallback([english], on_breach="stop", every=100)
+            trainer = Trainer(
+                model, args, train_dataset=data, optimizers=(optimizer, None), callbacks=[callback]
+            )
+            trainer.train()
+            print(callback.guard.report())
     """
 
     def __init__(self, evaluations: Iterable[Evaluation], **options: Any) -> None:

@@ -26,9 +26,11 @@ class RetentionCallback(Callback):
         guard: There once training has begun.
 
     Example:
-        >>> callback = RetentionCallback([english], on_breach="stop", every=100)
-        >>> Trainer(callbacks=[callback], max_epochs=1).fit(module, loader)
-        >>> print(callback.guard.report())
+        .. code-block:: python
+
+            callback = RetentionCallback([english], on_breach="stop", every=100)
+            Trainer(callbacks=[callback], max_epochs=1).fit(module, loader)
+            print(callback.guard.report())
     """
 
     def __init__(self, evaluations: Iterable[Evaluation], **options: Any) -> None:

@@ -211,9 +211,9 @@ class GEM(torch.optim.Optimizer):
     Each task that is to be kept has a closure, which runs ``backward()`` on its samples::
 
         optimizer = cl_optim.GEM(torch.optim.AdamW(model.parameters(), fused=True))
-        ...                                             # train on task A
+        train(model, optimizer, task_a)
         optimizer.remember("A", lambda: loss(model(x_kept), y_kept).backward(), refresh_every=10)
-        ...                                             # train on task B, as before
+        train(model, optimizer, task_b)  # as before
 
     All else is the wrapped optimizer's: ``param_groups``, ``state``, ``defaults`` and
     ``zero_grad()`` are its own, and learning-rate schedulers, hooks and ``torch.amp.GradScaler``

@@ -105,11 +105,13 @@ class LoRAPenalty:
             has a wrong shape or value.
 
     Example:
-        >>> importance = cl_optim.estimate_fisher(model, batches, labels="sample")
-        >>> model = peft.get_peft_model(model, peft.LoraConfig())
-        >>> penalty = LoRAPenalty(model, importance, ewc_lambda=100.0)
-        >>> loss(model, batch).backward()
-        >>> penalty.backward()
+        .. code-block:: python
+
+            importance = cl_optim.estimate_fisher(model, batches, labels="sample")
+            model = peft.get_peft_model(model, peft.LoraConfig())
+            penalty = LoRAPenalty(model, importance, ewc_lambda=100.0)
+            loss(model, batch).backward()
+            penalty.backward()
 
     References:
         EWC-LoRA, arXiv:2602.17559; Hu et al. 2021, arXiv:2106.09685 (LoRA).

@@ -87,14 +87,16 @@ class RetentionGuard:
         TypeError: A part of a checkpoint lacks ``state_dict()`` or ``load_state_dict()``.
 
     Example:
-        >>> english = Evaluation("English", bits_per_byte, higher_is_better=False)
-        >>> guard = RetentionGuard(model, optimizer, [english], folder="runs/guard")
-        >>> guard.start()
-        >>> for batch in batches:
-        ...     train_step(batch)
-        ...     if guard.step():
-        ...         break
-        >>> print(guard.report())
+        .. code-block:: python
+
+            english = Evaluation("English", bits_per_byte, higher_is_better=False)
+            guard = RetentionGuard(model, optimizer, [english], folder="runs/guard")
+            guard.start()
+            for batch in batches:
+                train_step(batch)
+                if guard.step():
+                    break
+            print(guard.report())
     """
 
     def __init__(

@@ -30,9 +30,14 @@ class DataStream:
         ValueError: The loader has no batches, or ``epochs`` is not at least 1.
 
     Example:
-        >>> stream = DataStream(loader, epochs=3)
-        >>> guard = RetentionGuard(model, optimizer, evaluations, folder="runs/a", data=stream)
-        >>> for batch in stream: ...
+        .. code-block:: python
+
+            stream = DataStream(loader, epochs=3)
+            guard = RetentionGuard(model, optimizer, evaluations, folder="runs/a", data=stream)
+            guard.start()
+            for batch in stream:
+                train_step(batch)
+                guard.step()
     """
 
     def __init__(self, loader: DataLoader[Any], epochs: int | None = None) -> None:

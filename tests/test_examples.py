@@ -1,0 +1,108 @@
+"""Every example in a docstring, and every block of README, runs for the reader of it."""
+
+from __future__ import annotations
+
+import doctest
+import importlib
+import inspect
+import pkgutil
+import re
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import pytest
+from example_cases import classification, huggingface, language, lightning, readme
+
+import cl_optim
+
+pytestmark = [
+    # peft and Lightning call what transformers and torch have renamed.
+    pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated"),
+    pytest.mark.filterwarnings("ignore:.isinstance.treespec, LeafSpec."),
+]
+README = Path(__file__).parents[1] / "README.md"
+COMPILED = ("cl_optim._C", "cl_optim._C_cuda")
+MODULES = ["cl_optim"]
+for info in pkgutil.walk_packages(cl_optim.__path__, "cl_optim."):
+    if info.name not in COMPILED:
+        MODULES.append(info.name)
+BLOCK = re.compile(r"^( *)(?:\.\. code-block:: python|.*\w::)\n\n((?:\1    .*\n|\n)+)", re.M)
+
+
+def documented() -> dict[str, doctest.DocTest]:
+    """Everything of the package that has a docstring, by its full name."""
+    finder = doctest.DocTestFinder(exclude_empty=False)
+    found = {}
+    for name in MODULES:
+        found.update({t.name: t for t in finder.find(importlib.import_module(name), name)})
+    return {name: test for name, test in found.items() if test.docstring}
+
+
+def blocks(docstring: str) -> list[str]:
+    text = inspect.cleandoc(docstring) + "\n"
+    return [textwrap.dedent(match[2]) for match in BLOCK.finditer(text)]
+
+
+def readme_blocks() -> list[str]:
+    return re.findall(r"^```python\n(.*?)^```", README.read_text(), re.M | re.S)
+
+
+DOCUMENTED = documented()
+DOCTESTS = {name: test for name, test in DOCUMENTED.items() if test.examples}
+BLOCKS = {
+    f"{name}[{i}]": block
+    for name, test in DOCUMENTED.items()
+    for i, block in enumerate(blocks(test.docstring))
+}
+
+
+def scene(name: str, folder: Path) -> dict[str, Any]:
+    """What the reader of an example has; the names of its own module, first of all."""
+    if "huggingface" in name:
+        names = huggingface(folder)
+    elif "lightning" in name:
+        names = lightning(folder)
+    elif "LoRAPenalty" in name:
+        names = language()
+    else:
+        names = classification()
+    module = max((module for module in MODULES if name.startswith(module)), key=len)
+    return {**vars(importlib.import_module(module)), **names}
+
+
+@pytest.fixture(autouse=True)
+def in_an_empty_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.parametrize("name", DOCTESTS)
+def test_docstrings_show_what_is_printed(name, tmp_path):
+    test = DOCTESTS[name]
+    test.globs = scene(name, tmp_path)
+    runner = doctest.DocTestRunner(optionflags=doctest.NORMALIZE_WHITESPACE)
+    report: list[str] = []
+    runner.run(test, out=report.append)
+    assert not runner.failures, "".join(report)
+    assert runner.tries == len(test.examples), "an example was skipped"
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_blocks_of_docstrings_run(name, tmp_path):
+    exec(compile(BLOCKS[name], name, "exec"), scene(name, tmp_path))
+
+
+@pytest.mark.parametrize("index", range(len(readme_blocks())))
+def test_blocks_of_readme_run(index, tmp_path):
+    block = readme_blocks()[index]
+    exec(compile(block, f"README.md, block {index}", "exec"), readme(block, tmp_path))
+
+
+def test_all_are_found():
+    """None is missed since it is written another way."""
+    sources = Path(cl_optim.__file__).parent.rglob("*.py")
+    text = "\n".join(path.read_text() for path in sources)
+    assert sum(len(test.examples) for test in DOCTESTS.values()) == text.count(">>> ")
+    assert len(BLOCKS) == len(re.findall(r"^.*(?:code-block:: python|\w::)$", text, re.M))
+    assert "doctest: +SKIP" not in text
+    assert len(readme_blocks()) == README.read_text().count("```python") > 0

@@ -1,12 +1,15 @@
 """Each way of using a parameter, in training and in a pass of its own, against batches of one."""
 
 import copy
+import warnings
 
 import pytest
 import torch
 import torch.nn.functional as F
 from fisher_cases import assert_sums, loop
 from torch import Tensor, nn
+from torch.nn.utils import prune
+from torch.utils.checkpoint import checkpoint
 
 import cl_optim
 from cl_optim.fisher import FisherEstimator, UnsupportedUseError, Use, estimate_fisher
@@ -313,6 +316,213 @@ BARE = {
     "prelu by hand": (lambda m, x: torch.where(x > 0, x, m.p[0] * x), (1,)),
     "scaled twice": (lambda m, x: (x * m.p[0]).tanh() * m.p[0], (4,)),
 }
+
+
+def standardized(weight: Tensor) -> Tensor:
+    """As for weight standardisation, by hand: its mean is used twice."""
+    centred = weight - weight.mean((1, 2), keepdim=True)
+    return centred / (centred.square().mean((1, 2), keepdim=True) + 1e-3).sqrt()
+
+
+MASK = (torch.arange(28).view(7, 4) % 3 > 0).float()
+PLACES = torch.arange(10.0).view(1, 5, 2) / 10
+
+FUNCTIONS = {
+    "cosine head": (
+        lambda m, x: F.linear(F.normalize(x, dim=-1), F.normalize(m.p[0], dim=1)),
+        [(7, 4)],
+    ),
+    "normalised by hand": (
+        lambda m, x: F.linear(x, m.p[0] / m.p[0].norm(dim=1, keepdim=True)),
+        [(7, 4)],
+    ),
+    "of a view": (lambda m, x: F.linear(x, F.normalize(m.p[0].t()[1:], dim=1)), [(4, 7)]),
+    "standardised": (
+        lambda m, x: F.conv1d(x.mT, standardized(m.p[0]), padding=1).mT,
+        [(7, 4, 3)],
+    ),
+    "cat of biases": (
+        lambda m, x: F.linear(x, m.p[0], torch.cat([m.p[1], torch.zeros(2), m.p[2]])),
+        [(7, 4), (2,), (3,)],
+    ),
+    "stacked": (lambda m, x: F.linear(x, torch.stack([m.p[0], m.p[1].exp()])), [(4,), (4,)]),
+    "a product": (lambda m, x: F.linear(x, m.p[2] + 2 * m.p[0] @ m.p[1]), [(7, 2), (2, 4), (7, 4)]),
+    "masked": (lambda m, x: F.linear(x, m.p[0] * MASK), [(7, 4)]),
+    "mixed": (lambda m, x: sum(w * x**i for i, w in enumerate(m.p[0].softmax(0))), [(3,)]),
+    "rows in another order": (lambda m, x: F.linear(x, m.p[0][[2, 0, 0, 5]]), [(7, 4)]),
+    "a sum of squares": (lambda m, x: x + 0.1 * (m.p[0] ** 2).sum(), [(7,)]),
+    "overlapping": (lambda m, x: F.linear(x, m.p[0].unfold(0, 4, 2)), [(12,)]),
+    "network of constants": (
+        lambda m, x: x + F.linear(F.linear(PLACES.to(x), m.p[0]).tanh(), m.p[1]),
+        [(7, 2), (4, 7)],
+    ),
+    "a view of it": (lambda m, x: F.linear(x, F.normalize(m.p[0], dim=0)[1:4].exp()), [(7, 4)]),
+    "twice": (
+        lambda m, x: F.linear(F.linear(x, w := F.normalize(m.p[0], dim=1)).tanh(), w.t()),
+        [(7, 4)],
+    ),
+    "beside itself": (
+        lambda m, x: F.linear(x, m.p[0]).tanh() + F.linear(x, F.normalize(m.p[0], dim=1)),
+        [(7, 4)],
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", FUNCTIONS)
+def test_function_of_parameters(kind):
+    use, shapes = FUNCTIONS[kind]
+    check(Uses(use, *(randn(*shape) for shape in shapes)), torch.randn(N, 5, 4))
+
+
+def reparametrised(kind: str, layer: nn.Module) -> nn.Module:
+    if kind == "weight_norm, hook":
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            return nn.utils.weight_norm(layer, dim=1)
+    if kind == "weight_norm":
+        return nn.utils.parametrizations.weight_norm(layer, dim=0)
+    if kind == "spectral_norm":
+        return nn.utils.parametrizations.spectral_norm(layer)
+    return prune.random_unstructured(layer, "weight", amount=0.4)
+
+
+@pytest.mark.parametrize("kind", ["weight_norm, hook", "weight_norm", "spectral_norm", "pruned"])
+def test_reparametrised_module(kind):
+    torch.manual_seed(0)
+    convolution = reparametrised(kind, nn.Conv1d(4, 6, 3, groups=2)).eval()
+    linear = reparametrised(kind, nn.Linear(6, 7)).eval()
+    for p in (*convolution.parameters(), *linear.parameters()):
+        nn.init.normal_(p)  # as made, the norm of the weight is what it is divided by
+    with torch.no_grad():  # hooks keep the weight, which could not be copied with its history
+        convolution(torch.randn(N, 4, 5))
+        linear(torch.randn(N, 6))
+    model = Uses(lambda m, x: m.b(m.a(x.mT).mT.tanh()), a=convolution, b=linear)
+    check(model, torch.randn(N, 5, 4))
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_function_of_parameters_in_a_checkpoint(reentrant):
+    """The functions' own graphs are not recomputed, and are used more than once."""
+    layers = [nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)) for _ in range(2)]
+    body = nn.Sequential(layers[0], nn.Tanh(), layers[1], nn.Tanh(), layers[0])
+
+    def loss(model: nn.Module, x: Tensor) -> Tensor:
+        x = model.first(x)
+        if x.dtype == torch.float64:  # the loop
+            return model.body(x).tanh().flatten(1).sum(1)
+        y = checkpoint(model.body, x, use_reentrant=reentrant)
+        return y.tanh().flatten(1).sum(1)
+
+    check(Uses(None, body=body), torch.randn(N, 5, 4), loss)
+
+
+def test_function_of_parameters_is_called_once():
+    """In training and in a pass of its own: random numbers are drawn as they would be without."""
+
+    def loss(model: nn.Module, x: Tensor) -> Tensor:
+        torch.manual_seed(0)
+        y = F.linear(model.first(x), F.dropout(model.p[0], 0.4))
+        return (y * torch.rand(7)).flatten(1).sum(1)
+
+    check(Uses(None, randn(7, 4)), torch.randn(N, 5, 4), loss)
+
+
+UNSEEN_USES = {
+    "a function of it": (lambda m, x: Opaque.apply(x, F.normalize(m.p[0], dim=0)), None),
+    "beside a seen one": (
+        lambda m, x: x * (w := F.normalize(m.p[0], dim=0)) + Opaque.apply(x, w),
+        None,
+    ),
+    "a view of it": (lambda m, x: Opaque.apply(x, m.p[0][:4]), None),
+    "data": (
+        lambda m, x: F.bilinear(x.detach(), x.detach(), m.p[0].view(1, 4, 1).expand(4, 4, 4)),
+        r"bilinear uses parameter 'p\.0', and there is no rule",
+    ),
+}
+
+
+class Opaque(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, w):
+        ctx.save_for_backward(x, w)
+        return x * w
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, w = ctx.saved_tensors
+        return grad * w, (grad * x).flatten(0, 1).sum(0)
+
+
+@pytest.mark.parametrize("own_pass", [False, True])
+@pytest.mark.parametrize("kind", UNSEEN_USES)
+def test_unseen_use_of_what_was_made_of_a_parameter(kind, own_pass):
+    """Never silent, without the self-check either."""
+    use, message = UNSEEN_USES[kind]
+    message = message or r"^parameter 'p\.0' received a gradient from a use that was not seen"
+    model, x = Uses(use, randn(4)), torch.randn(N, 5, 4)
+    if own_pass:
+        with pytest.raises(NotImplementedError, match=message):
+            estimate_fisher(model, [x], "empirical", per_sample_loss=losses, verify=False)
+        return
+    fisher = FisherEstimator(model, verify=False)
+    with pytest.raises(NotImplementedError, match=message), fisher.observe(N):
+        losses(model, x).sum().backward()
+
+
+def test_parameters_changed_before_their_gradient():
+    model = Uses(lambda m, x: F.linear(x, F.normalize(m.p[0], dim=1)), randn(7, 4))
+    message = r"'p\.0' was changed in place between the forward and the backward pass"
+
+    def run() -> None:
+        loss = losses(model, torch.randn(N, 5, 4)).sum()
+        with torch.no_grad():
+            model.p[0].mul_(2)
+        loss.backward()
+
+    with pytest.raises(RuntimeError, match=message), FisherEstimator(model).observe(N):
+        run()
+
+
+@pytest.mark.parametrize("change", ["clamp_", "setitem"])
+def test_what_was_made_of_a_parameter_changed_in_place(change):
+    def use(model: nn.Module, x: Tensor) -> Tensor:
+        weight = model.p[0].clone()
+        if change == "setitem":
+            weight[0] = 0.0
+        else:
+            weight.clamp_(min=0.0)
+        return F.linear(x, weight)
+
+    model = Uses(use, randn(7, 4))
+    message = r"uses parameter 'p\.0' in a way that is not supported: it is changed in place"
+    with pytest.raises(NotImplementedError, match=message), FisherEstimator(model).observe(N):
+        model(torch.randn(N, 5, 4))
+
+
+def test_left_out_with_what_it_is_used_with():
+    """A weight whose scale has a use of its own that is not supported is left to random signs."""
+
+    def use(model: nn.Module, x: Tensor) -> Tensor:
+        y = F.linear(x, torch._weight_norm(model.p[0], model.p[1], 0))
+        return torch.logaddexp(y, model.p[1].squeeze(1))
+
+    model, x = Uses(use, randn(7, 4), randn(7, 1)), torch.randn(N, 5, 4)
+    expected = loop(model, lambda m, n: losses(m, x[n : n + 1].double())[0], N)
+    signed = estimate_fisher(
+        model, [x], "empirical", per_sample_loss=losses, unsupported="sign", sign_draws=400,
+        generator=torch.Generator().manual_seed(0),
+    )  # fmt: skip
+    assert set(signed.metadata["sign"]["parameters"]) == {"p.0", "p.1"}
+    for name in ("p.0", "p.1"):
+        assert abs(float(signed.sums[name].sum() / expected[name].sum()) - 1) < 0.2
+    skipped = estimate_fisher(model, [x], "empirical", per_sample_loss=losses, unsupported="skip")
+    assert set(skipped.metadata["skipped"]) >= {"p.1"}
+    fisher = FisherEstimator(model, unsupported="skip")
+    with fisher.observe(N, loss_terms=1):
+        losses(model, x).sum().backward()
+    importance = fisher.finalize()
+    for name, value in importance.sums.items():
+        torch.testing.assert_close(value.double(), expected[name], rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("kind", BARE)

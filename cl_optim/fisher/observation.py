@@ -32,6 +32,15 @@ from torch.utils.weak import WeakIdKeyDictionary
 from cl_optim.fisher import nested
 from cl_optim.fisher.attention import multi_head_attention
 from cl_optim.fisher.check import Check
+from cl_optim.fisher.functions import (
+    Link,
+    Points,
+    changes_in_place,
+    is_of_the_tensor,
+    part_of,
+    remake,
+    remaking,
+)
 from cl_optim.fisher.per_sample import Dense, Geometry, PerSample, combine
 from cl_optim.fisher.refusals import (
     FREEZE,
@@ -54,6 +63,7 @@ from cl_optim.fisher.rules import (
     RESHAPES,
     RULES,
     UNARY,
+    VIEWS,
     UnsupportedUseError,
     check_embedding,
     expand_gradient,
@@ -62,7 +72,15 @@ from cl_optim.fisher.rules import (
     rows,
 )
 from cl_optim.fisher.samples import Samples
-from cl_optim.fisher.sources import Source, itself, scaled, share_storage, slope_of, within
+from cl_optim.fisher.sources import (
+    Source,
+    itself,
+    scaled,
+    share_storage,
+    slope_of,
+    then,
+    within,
+)
 from cl_optim.fisher.taps import Call, Expand, Graph, Tap
 
 DECOMPOSED: dict[Callable[..., Any], Callable[..., Any]] = {
@@ -125,16 +143,24 @@ class Observation(TorchFunctionMode):
         # Without gradients of parameters, this is what makes the graph reach back to each use.
         device = next(iter(parameters.values())).device
         self._anchor = torch.empty(0, device=device, requires_grad=True) if own_pass else None
+        self._points = Points(parameters)
         self._sources = {
-            id(parameter): Source(name, itself, int(parameter.storage_offset()), direct=True)
+            id(parameter): Source(
+                {name: itself},
+                int(parameter.storage_offset()),
+                functools.partial(self._points.__getitem__, name),
+                direct=True,
+            )
             for name, parameter in parameters.items()
         }
         self._stand_ins: dict[str, Tensor] = {}
         self._derived: Any = WeakIdKeyDictionary()  # views of parameters, and functions of them
+        self._derived_stand_ins: Any = WeakIdKeyDictionary()
         self._hooks: list[RemovableHandle] = []
         self._module_hooks: list[RemovableHandle] = []
-        self._seen_grads: dict[str, Tensor] = {}
+        self._seen_grads: dict[str | int, Tensor] = {}
         self._unseen: list[str] = []
+        self._doubt: Exception | None = None
         # How often each parameter was used outside a backward pass: recomputation does not count.
         # What was used once is squared as soon as its gradient comes, else all uses are waited for.
         self._uses: Counter[str] = Counter()
@@ -171,6 +197,7 @@ class Observation(TorchFunctionMode):
         self._seen_grads, self._stand_ins, self._waiting = {}, {}, {}
         self._sources = {}
         self._derived.clear()
+        self._derived_stand_ins.clear()
 
     def release(self) -> Graph:
         """Let the graph alone keep this alive, and what else holds what is returned."""
@@ -279,8 +306,9 @@ class Observation(TorchFunctionMode):
                 use = RULES[func](*args, **kwargs)
                 self._witness(found.values(), use.input, use.features)
             return func(*args, **kwargs)
-        left = {key: s for key, s in found.items() if s.name in self._policy.left}
+        left = {k: s for k, s in found.items() if not self._policy.left.keys().isdisjoint(s.names)}
         if left:
+            self._leave_out_whole(left.values())
             args, kwargs = self._without(args, kwargs, left)
             found = {key: s for key, s in found.items() if key not in left}
             if not found:
@@ -317,14 +345,15 @@ class Observation(TorchFunctionMode):
         self, args: tuple[Any, ...], kwargs: dict[str, Any], found: Mapping[int, Source]
     ) -> tuple[tuple[Any, ...], dict[str, Any], dict[int, Source]]:
         """Put something in each parameter's place whose gradient is only that of uses seen here."""
-        stand_ins = {key: self._stand_in(s.name) for key, s in found.items() if s.direct}
-        if stand_ins:
-            args, kwargs = nested.replace(args, stand_ins), nested.replace(kwargs, stand_ins)
-        return (
-            args,
-            kwargs,
-            {id(stand_ins[k]) if k in stand_ins else k: s for k, s in found.items()},
-        )
+        stand_ins = {
+            id(tensor): self._stand_in(source.name)
+            if source.direct
+            else self._derived_stand_in(tensor)
+            for tensor in nested.tensors((args, kwargs))
+            if (source := found.get(id(tensor))) is not None
+        }
+        args, kwargs = nested.replace(args, stand_ins), nested.replace(kwargs, stand_ins)
+        return args, kwargs, {id(stand_ins[key]): source for key, source in found.items()}
 
     def _stand_in(self, name: str) -> Tensor:
         if name not in self._stand_ins:
@@ -341,6 +370,10 @@ class Observation(TorchFunctionMode):
             self._sources[id(stand_in)] = self._sources[id(parameter)]
         return self._stand_ins[name]
 
+    def _derived_stand_in(self, tensor: Tensor) -> Tensor:
+        """The same for a tensor that was made of parameters; see :meth:`_derive`."""
+        return self._derived_stand_ins.get(tensor, tensor)  # type: ignore[no-any-return]
+
     def _call(
         self,
         func: Callable[..., Any],
@@ -350,6 +383,10 @@ class Observation(TorchFunctionMode):
     ) -> Any:
         """Call ``func`` with watched tensors, in the way that it uses them."""
         try:
+            if changes_in_place(func, kwargs) and args and id(args[0]) in found:
+                if not found[id(args[0])].direct:
+                    raise UnsupportedUseError("it is changed in place")
+                return func(*args, **kwargs)  # refused by torch, but for initialisation
             if func is F.embedding and (shared := self._shared_lookup(func, args, kwargs, found)):
                 return shared[0]
             if func in RULES:
@@ -360,9 +397,13 @@ class Observation(TorchFunctionMode):
                 return expanded[0]
             return self._without_rule(func, args, kwargs, found)
         except UnsupportedUseError as error:
-            refused = RefusedError(not_supported(found, func, error), names_of(found.values()))
+            names = names_of(found.values())
+            meets = _meets_others(args, kwargs, found)
+            refused = RefusedError(not_supported(found, func, error), names, of_data=meets)
         except RefusedError as error:
             refused = error
+        if not refused.of_data and (made := self._function(func, args, kwargs, found, refused)):
+            return made[0]
         self._leave_out(refused)
         return func(*args, **kwargs)
 
@@ -375,6 +416,15 @@ class Observation(TorchFunctionMode):
             self._policy.left[name] = str(refused.error)
         if self._own_pass:
             raise RestartError from None
+
+    def _leave_out_whole(self, left: Iterable[Source]) -> None:
+        """Leave out what is used together with parameters that are left out, in one tensor."""
+        for source in left:
+            known = [name for name in source.names if name in self._policy.left]
+            others = [name for name in source.names if name not in self._policy.left]
+            if others:
+                error = NotImplementedError(self._policy.left[known[0]])
+                self._leave_out(RefusedError(error, others))
 
     def _by_rule(
         self,
@@ -389,8 +439,8 @@ class Observation(TorchFunctionMode):
         missed = [source for source in found.values() if source not in sources]
         if missed:
             raise no_rule(names_of(missed), func)
-        names = [source.name for source in sources if source is not None]
-        self._check_samples(use.input.shape, use.features, names[0])
+        name = names_of(found.values())[0]
+        self._check_samples(use.input.shape, use.features, name, by_rule=True)
         self._witness(found.values(), use.input, use.features)
         call = self._new_call(use.gradients, sources)
         if not self._own_pass and not self._makes:
@@ -503,12 +553,15 @@ class Observation(TorchFunctionMode):
         length, width = table.shape
         dtype = self._sums[source.name].dtype
 
-        def pull(inner: PerSample) -> PerSample:
+        def step(inner: PerSample) -> PerSample:
             grads = inner.dense(0, count, dtype).reshape(count, -1, width)
             each = indices.reshape(1, -1).expand(count, -1)
-            return source.pull(rows(Samples(count), each, grads, length, padding))
+            return rows(Samples(count), each, grads, length, padding)
 
-        self._derive(looked_up, Source(source.name, pull, int(looked_up.storage_offset())))
+        make = remaking(func, args, kwargs, found)
+        start = int(looked_up.storage_offset())
+        pulls = then(source.pulls, step)
+        self._derive(looked_up, Source(pulls, start, make, doubt=source.doubt))
         return (looked_up,)
 
     def _without_rule(
@@ -519,6 +572,12 @@ class Observation(TorchFunctionMode):
         found: dict[int, Source],
     ) -> Any:
         """Call ``func``; what it makes of one parameter alone may be watched in its place."""
+        if not (func in UNARY or func in VIEWS or is_of_the_tensor(func)):
+            made = self._function(
+                func, args, kwargs, found, no_rule(names_of(found.values()), func)
+            )
+            if made:
+                return made[0]
         result = func(*args, **kwargs)
         results = list(nested.tensors(result))
         if not any(t.requires_grad and id(t) not in found for t in results):
@@ -526,37 +585,100 @@ class Observation(TorchFunctionMode):
         if len(found) == 1:
             ((key, source),) = found.items()
             tensor = next(t for t in nested.tensors((args, kwargs)) if id(t) == key)
-            if share_storage(tensor, results) and self._derive_views(tensor, source, results):
+            make = remaking(func, args, kwargs, found)
+            if share_storage(tensor, results) and self._derive_views(tensor, source, results, make):
                 return result
             alone = func in CASTS or not _meets_others(args, kwargs, found)
             if func in UNARY and alone and result.shape == tensor.shape:
-                pull = source.pull
+                pulls = source.pulls
                 if func not in CASTS:
-                    pull = scaled(pull, slope_of(func, args, kwargs, tensor))
-                self._derive(result, Source(source.name, pull, int(result.storage_offset())))
+                    pulls = scaled(pulls, slope_of(func, args, kwargs, tensor))
+                self._derive(
+                    result, Source(pulls, int(result.storage_offset()), make, doubt=source.doubt)
+                )
                 return result
         if self._leads_to(results, args, kwargs, found):
             raise no_rule(names_of(found.values()), func)
         return result
 
-    def _derive(self, tensor: Tensor, source: Source) -> None:
-        if tensor.requires_grad:
-            self._derived[tensor] = source
+    def _function(
+        self,
+        func: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        found: Mapping[int, Source],
+        refused: RefusedError,
+    ) -> tuple[Any] | None:
+        """What ``func`` makes of parameters alone, watched in their place; None if it does not.
 
-    def _derive_views(self, tensor: Tensor, source: Source, views: Sequence[Tensor]) -> bool:
+        What else takes part may be data, too, if that needs no gradient. Then the result is no
+        parameter, and will not be used as one: see :meth:`_receive_derived`.
+        """
+        others = [t for t in nested.tensors((args, kwargs)) if id(t) not in found]
+        if any(t.requires_grad for t in others) or changes_in_place(func, kwargs):
+            return None
+        names = tuple(names_of(found.values()))
+        doubts = [source.doubt for source in found.values() if source.doubt is not None]
+        doubt = next(iter(doubts), refused.error if others else None)
+
+        def watch(made: Tensor) -> Tensor:
+            if not made.requires_grad:
+                return made
+            if self._own_pass:
+                linked = made.detach().requires_grad_()
+            else:
+                stand_ins = [self._stand_in(name) for name in names]
+                points = [self._points[name] for name in names]
+                linked = Link.apply(lambda: made, points, *stand_ins)
+            pulls = self._points.pulls(made, names)
+            start = int(linked.storage_offset())
+            self._derive(linked, Source(pulls, start, lambda: made, doubt=doubt))
+            return linked
+
+        return (nested.map_tensors(watch, remake(func, args, kwargs, found)),)
+
+    def _derive(self, tensor: Tensor, source: Source) -> None:
+        """Watch a tensor that was made of parameters.
+
+        In training it, too, has a stand-in: what reaches the tensor, but not its stand-in, is a
+        gradient of a use that was not seen. In a pass of its own, nothing may reach it.
+        """
+        if not tensor.requires_grad:
+            return
+        self._derived[tensor] = source
+        key = len(self._hooks)
+        receive = functools.partial(self._receive_derived, key, source.names, source.doubt)
+        if not self._own_pass:
+            stand_in = tensor.view_as(tensor)
+            record = functools.partial(self._seen_grads.__setitem__, key)
+            stand_in.register_hook(record)  # type: ignore[no-untyped-call]
+            self._derived[stand_in] = source
+            self._derived_stand_ins[tensor] = stand_in
+        self._hooks.append(tensor.register_hook(receive))  # type: ignore[no-untyped-call]
+
+    def _derive_views(
+        self,
+        tensor: Tensor,
+        source: Source,
+        views: Sequence[Tensor],
+        make: Callable[[], Any],
+    ) -> bool:
         """Watch views of a tensor, if it is laid out so that its sums can be viewed likewise."""
-        shape, pull = source.base or (tuple(tensor.shape), source.pull)
+        shape, pulls = source.base or (tuple(tensor.shape), source.pulls)
         if source.base is None and not tensor.is_contiguous():
             return False
         start = source.start if source.base else int(tensor.storage_offset())
-        for view in views:
-            geometry = Geometry(
-                tuple(view.shape), view.stride(), int(view.storage_offset()) - start
-            )
-            if not geometry.is_injective():
-                return False
-            pulled = within(pull, geometry, shape)
-            self._derive(view, Source(source.name, pulled, start, base=(shape, pull)))
+        geometries = [
+            Geometry(tuple(view.shape), view.stride(), int(view.storage_offset()) - start)
+            for view in views
+        ]
+        if not all(geometry.is_injective() for geometry in geometries):
+            return False
+        for i, (view, geometry) in enumerate(zip(views, geometries, strict=True)):
+            pulled = within(pulls, geometry, shape)
+            whole = (shape, pulls)
+            made = Source(pulled, start, part_of(make, i), base=whole, doubt=source.doubt)
+            self._derive(view, made)
         return True
 
     def _leads_to(
@@ -589,10 +711,10 @@ class Observation(TorchFunctionMode):
         sources: tuple[Source | None, ...],
     ) -> Call:
         used = [source for source in sources if source is not None]
-        for source in used:
-            if source.name in self._squared and not self._own_pass and not in_backward():
+        for name in names_of(used):
+            if name in self._squared and not self._own_pass and not in_backward():
                 raise NotImplementedError(
-                    f"parameter {source.name!r} is used again after its gradient was squared; each "
+                    f"parameter {name!r} is used again after its gradient was squared; each "
                     f"forward pass with a backward pass of its own needs an observe() of its own."
                 )
         self._count(used)
@@ -600,13 +722,15 @@ class Observation(TorchFunctionMode):
 
     def _count(self, sources: Iterable[Source]) -> None:
         if not in_backward():
-            self._uses.update(source.name for source in sources)
+            self._uses.update(name for source in sources for name in source.names)
 
     def _witness(self, sources: Iterable[Source], input: Tensor, features: int) -> None:
         if self.witness is not None and self.samples.holds(input.shape, features):
             self.witness(names_of(sources), input, features)
 
-    def _check_samples(self, shape: Sequence[int], features: int, name: str) -> None:
+    def _check_samples(
+        self, shape: Sequence[int], features: int, name: str, by_rule: bool = False
+    ) -> None:
         leading = shape[: len(shape) - features]
         if not leading:
             raise RefusedError(
@@ -616,9 +740,12 @@ class Observation(TorchFunctionMode):
                     f"{self.samples.count} samples"
                 ),
                 [name],
+                of_data=by_rule,
             )
         if not self.samples.holds(shape, features):
-            raise RefusedError(ValueError(self._where_samples_are_not(list(shape), name)), [name])
+            error = ValueError(self._where_samples_are_not(list(shape), name))
+            packed = self.samples.offsets is not None
+            raise RefusedError(error, [name], of_data=packed or leading[0] != 1)
         self.samples.record(shape, features)
         self.samples.see(shape)
         self.check_table()
@@ -705,28 +832,37 @@ class Observation(TorchFunctionMode):
         return not nodes or any(torch._C._will_engine_execute_node(node) for node in nodes)
 
     def _add(self, source: Source, grad: PerSample | Tensor, call: Call) -> Tensor | None:
-        """Square one use's gradients, or wait for the parameter's other uses."""
-        name = source.name
+        """Square one use's gradients, or wait for the parameters' other uses.
+
+        Returns:
+            Σ_n g_n of the tensor that was used, where it is made here.
+        """
         use = grad if isinstance(grad, PerSample) else Dense(grad)
-        dtype = self._sums[name].dtype
-        if name in self._policy.left:
-            return use.sum(dtype) if call.made else None
-        self.changed = True
-        pulled = source.pull(use)
-        if call.recomputed and not source.direct:
-            self._late.add(name)  # the uses of views cannot be counted without gradients
-        total = None
-        if self._uses[name] == 1 and name not in self._late and source.direct and call.made:
-            total = torch.zeros(use.shape, dtype=dtype, device=self._sums[name].device)
-            self._square(name, pulled, total)
+        if source.direct and self._is_only_use(source.name, call):
+            name = source.name
+            sums = self._sums[name]
+            total = torch.zeros(use.shape, dtype=sums.dtype, device=sums.device)
+            self.changed = True
+            self._square(name, use, total)
             return total
-        if call.made:
-            total = use.sum(dtype)
+        for name, pull in source.pulls.items():
+            if name not in self._policy.left:
+                self._wait(name, pull(use), late=call.recomputed and not source.direct)
+        return use.sum(self._sums[source.name].dtype) if call.made else None
+
+    def _is_only_use(self, name: str, call: Call) -> bool:
+        known = self._uses[name] == 1 and name not in self._late
+        return known and call.made and name not in self._policy.left
+
+    def _wait(self, name: str, use: PerSample, late: bool) -> None:
+        """Square what was gathered of a parameter when its last use has come."""
+        self.changed = True
+        if late:
+            self._late.add(name)  # the uses of views cannot be counted without gradients
         waiting = self._waiting.setdefault(name, [])
-        waiting.append(pulled)
+        waiting.append(use)
         if len(waiting) >= self._uses[name] and name not in self._late:
             self._square(name, combine(self._waiting.pop(name)))
-        return total
 
     def _square(self, name: str, grads: PerSample, total: Tensor | None = None) -> None:
         sums = self._sums[name]
@@ -758,6 +894,20 @@ class Observation(TorchFunctionMode):
         if self._check is not None:
             self._check.receive(name, grad)
 
+    def _receive_derived(
+        self, key: int, names: Sequence[str], doubt: Exception | None, grad: Tensor
+    ) -> None:
+        """A gradient of a tensor that was made of parameters: that of its stand-in, or unseen."""
+        seen = self._seen_grads.pop(key, None)
+        if not self._policy.left.keys().isdisjoint(names):
+            return
+        if self._own_pass:
+            if self.capturing:
+                self._leave_out(RefusedError(doubt or unseen(names), names))
+        elif seen is None or seen.data_ptr() != grad.data_ptr():
+            self._unseen.extend(names)
+            self._doubt = self._doubt or doubt
+
     def settle(self) -> None:
         """End a backward pass: square what waited for uses that had no gradient."""
         with torch.no_grad():
@@ -784,7 +934,7 @@ class Observation(TorchFunctionMode):
         """
         self.settle()
         if self._unseen:
-            self._leave_out(RefusedError(unseen(self._unseen), self._unseen))
+            self._leave_out(RefusedError(self._doubt or unseen(self._unseen), self._unseen))
         if not self.changed:
             raise RuntimeError(
                 "no gradient reached a watched parameter inside observe(): run the forward and "

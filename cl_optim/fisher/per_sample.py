@@ -65,10 +65,13 @@ class PerSample(ABC):
 
     def _parts(self, dtype: torch.dtype) -> Iterator[Tensor]:
         """The gradients in chunks of samples; each may be overwritten."""
-        size = max(1, math.prod(self.shape) * dtype.itemsize)
-        step = max(1, CHUNK_BYTES // size)
+        step = max(1, CHUNK_BYTES // max(1, self._size() * dtype.itemsize))
         for start in range(0, self.samples, step):
             yield self.dense(start, min(start + step, self.samples), dtype)
+
+    def _size(self) -> int:
+        """Elements formed for each sample."""
+        return math.prod(self.shape)
 
 
 class Dense(PerSample):
@@ -466,6 +469,37 @@ class ScaledBy(PerSample):
     def sum(self, dtype: torch.dtype, weights: Tensor | None = None) -> Tensor:
         """See :class:`PerSample`."""
         return self.inner.sum(dtype, weights) * self.slope.to(dtype)
+
+
+class FunctionOf(PerSample):
+    """Of a tensor of which some function was used.
+
+    Args:
+        inner: The gradients with respect to what the function returned.
+        pull: Turns one of those into one with respect to the tensor.
+        shape: The tensor's.
+    """
+
+    def __init__(
+        self, inner: PerSample, pull: Callable[[Tensor], Tensor], shape: Sequence[int]
+    ) -> None:
+        self.inner, self.pull = inner, pull
+        self.samples, self.shape = inner.samples, tuple(shape)
+
+    def dense(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
+        """See :class:`PerSample`."""
+        parts = self.inner.dense(start, stop, dtype)
+        pulled = parts.new_zeros((stop - start, *self.shape))
+        for one, part in zip(pulled, parts, strict=True):
+            one.copy_(self.pull(part))
+        return pulled
+
+    def sum(self, dtype: torch.dtype, weights: Tensor | None = None) -> Tensor:
+        """See :class:`PerSample`."""
+        return self.pull(self.inner.sum(dtype, weights)).to(dtype)
+
+    def _size(self) -> int:
+        return max(math.prod(self.shape), math.prod(self.inner.shape))
 
 
 # --- a tensor that is used several times ----------------------------------------------------------

@@ -33,14 +33,19 @@ class Policy:
 
 
 class RefusedError(Exception):
-    """A use that is not supported: the error to raise, and the parameters it is about.
+    """A use that is not supported.
 
     The error says what is wrong; :func:`remedy` says what to do, and is added where it is raised.
+
+    Args:
+        error: What to raise.
+        names: The parameters it is about.
+        of_data: Whether what else took part must be taken to be data.
     """
 
-    def __init__(self, error: Exception, names: Sequence[str]) -> None:
+    def __init__(self, error: Exception, names: Sequence[str], of_data: bool = False) -> None:
         super().__init__(str(error))
-        self.error, self.names = error, list(dict.fromkeys(names))
+        self.error, self.names, self.of_data = error, list(dict.fromkeys(names)), of_data
 
 
 def remedy(own_pass: bool, magnitudes: bool, packed: bool) -> str:
@@ -55,7 +60,7 @@ def remedy(own_pass: bool, magnitudes: bool, packed: bool) -> str:
 
 def names_of(sources: Iterable[Source]) -> list[str]:
     """The parameters' names, each once."""
-    return list(dict.fromkeys(source.name for source in sources))
+    return list(dict.fromkeys(name for source in sources for name in source.names))
 
 
 def listed(names: Iterable[str]) -> str:

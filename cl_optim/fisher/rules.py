@@ -459,6 +459,15 @@ UNARY = ELEMENTWISE | _named(
 # Those of them whose derivative is 1.
 CASTS = _named("to", "type_as", "float", "double", "half", "bfloat16", "clone", "contiguous")
 
+# What returns views, if it can; a view of a parameter keeps the form that its gradients have.
+VIEWS = _named(
+    *("view", "reshape", "flatten", "unflatten", "view_as", "reshape_as", "t", "transpose"),
+    *("permute", "movedim", "moveaxis", "swapaxes", "swapdims", "adjoint", "chunk", "split"),
+    *("split_with_sizes", "tensor_split", "unsafe_chunk", "unsafe_split", "hsplit", "vsplit"),
+    *("unbind", "select", "narrow", "unsqueeze", "squeeze", "diagonal", "as_strided", "ravel"),
+    *("__getitem__", "expand", "expand_as", "broadcast_to", "detach"),
+) | {Tensor.T.__get__, Tensor.mT.__get__, Tensor.H.__get__, Tensor.mH.__get__}  # type: ignore[attr-defined]
+
 # What may put samples and tokens into one dimension.
 RESHAPES = _named("view", "reshape", "flatten", "view_as", "reshape_as")
 

@@ -1,10 +1,10 @@
-"""What watched tensors are: parameters, views of them, and elementwise functions of them."""
+"""What watched tensors are: parameters, views of them, and functions of them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -12,43 +12,64 @@ from torch import Tensor
 from cl_optim.fisher import nested
 from cl_optim.fisher.per_sample import Geometry, PerSample, ScaledBy, ViewOf
 
+# For each parameter that a tensor was made of, by name: turns per-sample gradients of the tensor
+# into those of the parameter.
+Pulls: TypeAlias = Mapping[str, Callable[[PerSample], PerSample]]
+
 
 @dataclass(frozen=True)
 class Source:
-    """What a watched tensor is: a parameter, a view of one, or an elementwise function of one.
+    """What a watched tensor is: a parameter, a view of one, or a function of one or several.
 
     Attributes:
-        name: The parameter's.
-        pull: Turns per-sample gradients of this tensor into those of the parameter.
+        pulls: Of each of the parameters.
         start: Where the tensor that this is a view of begins in its storage.
-        base: Shape and ``pull`` of the tensor that this is a view of; ``None`` if it is no view.
+        remake: Makes the tensor once more, of the parameters' points (:class:`Points`).
+        base: Shape and ``pulls`` of the tensor that this is a view of; ``None`` if it is no view.
         direct: Whether this is the parameter itself.
+        doubt: What to say if the tensor turns out not to be used as a parameter is.
     """
 
-    name: str
-    pull: Callable[[PerSample], PerSample]
+    pulls: Pulls
     start: int
-    base: tuple[tuple[int, ...], Callable[[PerSample], PerSample]] | None = None
+    remake: Callable[[], Tensor]
+    base: tuple[tuple[int, ...], Pulls] | None = None
     direct: bool = False
+    doubt: Exception | None = None
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The parameters'."""
+        return tuple(self.pulls)
+
+    @property
+    def name(self) -> str:
+        """The parameter's, or that of the first."""
+        return next(iter(self.pulls))
 
 
 def itself(grads: PerSample) -> PerSample:
-    """The ``pull`` of a parameter, and of a cast of it."""
+    """The pull of a parameter, and of a cast of it."""
     return grads
 
 
-def within(
-    pull: Callable[[PerSample], PerSample], geometry: Geometry, shape: Sequence[int]
-) -> Callable[[PerSample], PerSample]:
-    """The ``pull`` of a view."""
-    return lambda grads: pull(ViewOf(grads, geometry, shape))
+def then(pulls: Pulls, step: Callable[[PerSample], PerSample]) -> Pulls:
+    """The pulls of what was made of a tensor, whose own gradients are ``step`` of those."""
+
+    def after(pull: Callable[[PerSample], PerSample]) -> Callable[[PerSample], PerSample]:
+        return lambda grads: pull(step(grads))
+
+    return {name: after(pull) for name, pull in pulls.items()}
 
 
-def scaled(
-    pull: Callable[[PerSample], PerSample], slope: Tensor
-) -> Callable[[PerSample], PerSample]:
-    """The ``pull`` of an elementwise function with that derivative."""
-    return lambda grads: pull(ScaledBy(grads, slope))
+def within(pulls: Pulls, geometry: Geometry, shape: Sequence[int]) -> Pulls:
+    """The pulls of a view."""
+    return then(pulls, lambda grads: ViewOf(grads, geometry, shape))
+
+
+def scaled(pulls: Pulls, slope: Tensor) -> Pulls:
+    """The pulls of an elementwise function with that derivative."""
+    return then(pulls, lambda grads: ScaledBy(grads, slope))
 
 
 def slope_of(

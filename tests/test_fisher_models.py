@@ -678,6 +678,31 @@ def test_every_class_of_transformers(name):
 # --- mixtures of experts --------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("length", [6, 5, 4])
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_relative_attention_bias(attention, length):
+    """Batches of as many samples as there are tokens included: here [T, T] begins with N."""
+    config = transformers.T5Config(
+        vocab_size=VOCABULARY, d_model=WIDTH, d_kv=8, d_ff=12, num_layers=2, num_heads=2,
+        dropout_rate=0.0, decoder_start_token_id=0, pad_token_id=0,
+        relative_attention_num_buckets=8, relative_attention_max_distance=6,
+        attn_implementation=attention,
+    )  # fmt: skip
+    model = transformers.T5ForConditionalGeneration(config).eval()
+    tokens, labels = torch.randint(1, VOCABULARY, (4, length)), torch.randint(1, VOCABULARY, (4, 5))
+
+    def one(model: nn.Module, n: int) -> Tensor:
+        return model(input_ids=tokens[n : n + 1], labels=labels[n : n + 1]).loss * 5
+
+    expected = loop(model, one, 4)
+    importance = estimate_fisher(model, [{"input_ids": tokens, "labels": labels}], "empirical")
+    assert largest_error(importance.sums, expected) <= 1e-5
+    fisher = FisherEstimator(model, verify=False)
+    with fisher.observe(4, loss_terms=20):
+        model(input_ids=tokens, labels=labels).loss.backward()
+    assert largest_error(fisher.finalize().sums, expected) <= 1e-5
+
+
 def test_mixture_of_experts():
     """Experts see rows of unknown samples: refused, or estimated by random signs, or left out."""
     config = transformers.MixtralConfig(

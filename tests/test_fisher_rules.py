@@ -717,6 +717,75 @@ def test_a_table_by_sample():
     check(Conditional(), torch.tensor([2, 0, 2]))
 
 
+class Relative(nn.Module):
+    """Attention with a bias for each distance, looked up for all samples at once."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.token, self.bias = nn.Embedding(9, 8), nn.Embedding(11, 2)
+        self.qkv, self.kind = nn.Linear(8, 24), kind
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        q, k, v = self.qkv(self.token(tokens)).unflatten(-1, (3, 2, 4)).permute(2, 0, 3, 1, 4)
+        length = tokens.shape[1]
+        distance = torch.arange(length)[None] - torch.arange(length)[:, None] + 5
+        if self.kind == "swin":
+            bias = self.bias.weight[distance.view(-1)].view(length, length, 2).permute(2, 0, 1)
+            return (((q @ k.mT) + bias.unsqueeze(0)).softmax(-1) @ v).transpose(1, 2).flatten(2)
+        bias = self.bias(distance).permute(2, 0, 1).unsqueeze(0)
+        if self.kind == "t5":
+            return ((q @ k.mT + bias).softmax(-1) @ v).transpose(1, 2).flatten(2)
+        causal = torch.ones(1, 1, length, length, dtype=torch.bool).tril()
+        bias = torch.where(causal, bias, -1e4)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias).transpose(1, 2).flatten(2)
+
+
+@pytest.mark.parametrize("length", [3, 5, 6])  # as long as the batch; a multiple of it
+@pytest.mark.parametrize("kind", ["t5", "swin", "sdpa"])
+def test_relative_positions(kind, length):
+    check(Relative(kind), torch.randint(0, 9, (N, length)))
+
+
+class Bag(nn.Module):
+    """Tokens whose embeddings are viewed in some way at once."""
+
+    def __init__(self, view) -> None:
+        super().__init__()
+        self.token, self.head, self.view = nn.Embedding(9, 4), nn.Linear(4, 2), view
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.view(self.token(tokens))
+        assert x.size(-1) == 4
+        return self.head(x).view(len(tokens), -1)
+
+
+@pytest.mark.parametrize(
+    "view", [lambda x: x, lambda x: x[:, -1], lambda x: x.flatten(0, 1), lambda x: x.sum(1)]
+)
+def test_as_many_tokens_as_samples(view):
+    """[N, N] indices of tokens are no pairs of positions."""
+    check(Bag(view), torch.randint(0, 9, (N, N)))
+
+
+def test_as_many_tokens_as_samples_in_attention():
+    """Which swaps [N, T] at once, and back."""
+    check(nn.Sequential(nn.Embedding(9, 8), Block(batch_first=True)), torch.randint(0, 9, (N, N)))
+
+
+def test_table_by_index():
+    """As an embedding: of samples, of positions, and with one number for each row."""
+    labels = torch.tensor([2, -1, 2])
+
+    def loss(model: nn.Module, pair: Tensor) -> Tensor:
+        y = model.first(pair[:, 1:].to(model.first.weight.dtype)).unsqueeze(1)
+        chosen = labels[pair[:, 0].long()]
+        y = (y * model.p[0][chosen].unsqueeze(1) + model.p[1][[0, 3, 3, 1, -1]]).tanh()
+        return (y * model.p[2][chosen].view(-1, 1, 1)).flatten(1).sum(1)
+
+    x = torch.cat([torch.arange(3.0).unsqueeze(1), torch.randn(N, 4)], 1)
+    check(Uses(None, randn(5, 4), randn(6, 4), randn(7)), x, loss)
+
+
 def test_large_table_stays_sparse():
     """Nothing of size N × V × D is formed: here that would be 26 GB."""
     table = nn.Embedding(400_000, 4)

@@ -12,6 +12,7 @@ gradients of it.
 from __future__ import annotations
 
 import functools
+import math
 import threading
 import weakref
 from collections import Counter
@@ -68,6 +69,8 @@ from cl_optim.fisher.rules import (
     check_embedding,
     expand_gradient,
     features_after_broadcast,
+    is_lookup,
+    lookup,
     refuse_batch_statistics,
     rows,
 )
@@ -86,6 +89,24 @@ from cl_optim.fisher.taps import Call, Expand, Graph, Tap
 DECOMPOSED: dict[Callable[..., Any], Callable[..., Any]] = {
     F.multi_head_attention_forward: multi_head_attention,
 }
+
+
+class Undecided:
+    """Something looked up once, and how to look it up for each sample instead."""
+
+    def __init__(self, name: str, make: Callable[[], Tensor]) -> None:
+        self.name, self._make = name, make
+        self._made: Tensor | None = None
+
+    def by_sample(self) -> Tensor:
+        """Look it up, the first time."""
+        if self._made is None:
+            self._made = self._make()
+        return self._made
+
+    def then(self, view: Callable[[Tensor], Tensor]) -> Undecided:
+        """A view of it."""
+        return Undecided(self.name, lambda: view(self.by_sample()))
 
 
 class Observation(TorchFunctionMode):
@@ -170,6 +191,8 @@ class Observation(TorchFunctionMode):
         # A table looked up with one index per sample, if there is one: the indices may be positions
         # if sequences are as long as the batch.
         self._table: str | None = None
+        # What was looked up with [N, T] or [T, T] indices, of tokens or of relative positions.
+        self._undecided: Any = WeakIdKeyDictionary()
         self._graph: Graph | None = Graph()
         self._graph_seen = weakref.ref(self._graph)
         self.active = True
@@ -198,6 +221,7 @@ class Observation(TorchFunctionMode):
         self._sources = {}
         self._derived.clear()
         self._derived_stand_ins.clear()
+        self._undecided.clear()
 
     def release(self) -> Graph:
         """Let the graph alone keep this alive, and what else holds what is returned."""
@@ -286,14 +310,18 @@ class Observation(TorchFunctionMode):
             self.expect_backward()
             return func(*args, **kwargs)
         found = self._find((args, kwargs))
+        if self._undecided and found and not _reads_a_property(func):
+            args, kwargs = self._decide(func, args, kwargs)
+            found = self._find((args, kwargs))
         if func in RESHAPES and args and isinstance(args[0], Tensor):
             self.samples.see(args[0].shape)  # what samples and tokens are flattened from
         if not found or _reads_a_property(func):
             return func(*args, **kwargs)
-        if func in DECOMPOSED:
+        decomposed = lookup if is_lookup(func, args) else DECOMPOSED.get(func)
+        if decomposed is not None:
             try:
                 with self:
-                    return DECOMPOSED[func](*args, **kwargs)
+                    return decomposed(*args, **kwargs)
             except UnsupportedUseError as error:
                 names = names_of(found.values())
                 self._leave_out(RefusedError(not_supported(found, func, error), names))
@@ -387,6 +415,8 @@ class Observation(TorchFunctionMode):
                 if not found[id(args[0])].direct:
                     raise UnsupportedUseError("it is changed in place")
                 return func(*args, **kwargs)  # refused by torch, but for initialisation
+            if func is F.scaled_dot_product_attention:
+                return self._attention_with_bias(func, args, kwargs, found)
             if func is F.embedding and (shared := self._shared_lookup(func, args, kwargs, found)):
                 return shared[0]
             if func in RULES:
@@ -499,6 +529,23 @@ class Observation(TorchFunctionMode):
         expanded: Tensor = Expand.apply(given, self._anchor, self, call, tuple(shape))
         return expanded
 
+    def _attention_with_bias(
+        self,
+        func: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        found: dict[int, Source],
+    ) -> Any:
+        """A bias of the scores is expanded to the scores' shape."""
+        names = ("query", "key", "value", "attn_mask")
+        bound = dict(zip(names, args, strict=False)) | kwargs
+        mask, query, key = bound.get("attn_mask"), bound["query"], bound["key"]
+        if mask is None or found.keys() != {id(mask)}:
+            return self._without_rule(func, args, kwargs, found)
+        shape = (*query.shape[:-1], key.shape[-2])
+        expanded = {id(mask): self._expand(mask, found[id(mask)], shape)}
+        return func(*nested.replace(args, expanded), **nested.replace(kwargs, expanded))
+
     def _expansion(
         self,
         func: Callable[..., Any],
@@ -532,17 +579,22 @@ class Observation(TorchFunctionMode):
         if source is None:
             return None
         shape, count = indices.shape, self.samples.count
-        ambiguous = (
-            self.samples.offsets is None and len(shape) == 1 and shape[0] == count and count > 1
+        shared = not self.samples.holds(shape, 0)
+        known = self._policy.shared.get(source.name)
+        unsure = (
+            self.samples.offsets is None
+            and count > 1
+            and not shared
+            and _may_be_positions(shape, count)
         )
-        if ambiguous and source.name in self._policy.shared:
-            shared = self._policy.shared[source.name]
+        if not unsure:
+            self._policy.shared[source.name] = shared
+        elif known is not None and (len(shape) > 1 or shape[0] == count):
+            shared = known
+        elif len(shape) == 1 and shape[0] == count:
+            self._table = source.name
         else:
-            shared = not self.samples.holds(shape, 0)
-            if ambiguous:
-                self._table = source.name
-            else:
-                self._policy.shared[source.name] = shared
+            shared = True  # unless it is used in another way: see _decide
         if not shared:
             return None
         options = {k: v for k, v in kwargs.items() if k not in ("input", "weight", "padding_idx")}
@@ -562,7 +614,48 @@ class Observation(TorchFunctionMode):
         start = int(looked_up.storage_offset())
         pulls = then(source.pulls, step)
         self._derive(looked_up, Source(pulls, start, make, doubt=source.doubt))
+        if unsure and known is None:
+            by_sample = functools.partial(self._by_rule, func, args, kwargs, found)
+            self._leave_undecided(looked_up, Undecided(source.name, by_sample))
         return (looked_up,)
+
+    def _leave_undecided(self, tensor: Tensor, how: Undecided) -> None:
+        for one in (tensor, self._derived_stand_in(tensor)):
+            self._undecided[one] = how
+
+    def _decide(
+        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """What is used as activations are was looked up for each sample.
+
+        The samples of [N, T] tokens lead, and stay where they are. Of [T, T] relative positions the
+        dimensions are first moved behind others: see :meth:`_decide_view`.
+        """
+        if func in VIEWS or getattr(func, "__name__", "") in _METADATA:
+            return args, kwargs
+        by_sample = {}
+        for tensor in nested.tensors((args, kwargs)):
+            if (how := self._undecided.get(tensor)) is not None:
+                self._policy.shared[how.name] = False
+                by_sample[id(tensor)] = how.by_sample()
+        return nested.replace(args, by_sample), nested.replace(kwargs, by_sample)
+
+    def _decide_view(
+        self, tensor: Tensor, views: Sequence[Tensor], make: Callable[[Tensor], Any]
+    ) -> None:
+        """A view that moves the first dimension shows that it is not that of the samples."""
+        how = self._undecided.get(tensor)
+        if how is None:
+            return
+        if any(_moves_the_first_dimension(tensor, view) for view in views):
+            self._policy.shared[how.name] = True
+            for other in [one for one, way in self._undecided.items() if way.name == how.name]:
+                del self._undecided[other]
+            return
+        for i, view in enumerate(views):
+            self._leave_undecided(
+                view, how.then(lambda made, i=i: list(nested.tensors(make(made)))[i])
+            )
 
     def _without_rule(
         self,
@@ -573,10 +666,8 @@ class Observation(TorchFunctionMode):
     ) -> Any:
         """Call ``func``; what it makes of one parameter alone may be watched in its place."""
         if not (func in UNARY or func in VIEWS or is_of_the_tensor(func)):
-            made = self._function(
-                func, args, kwargs, found, no_rule(names_of(found.values()), func)
-            )
-            if made:
+            refused = no_rule(names_of(found.values()), func)
+            if made := self._function(func, args, kwargs, found, refused):
                 return made[0]
         result = func(*args, **kwargs)
         results = list(nested.tensors(result))
@@ -587,15 +678,17 @@ class Observation(TorchFunctionMode):
             tensor = next(t for t in nested.tensors((args, kwargs)) if id(t) == key)
             make = remaking(func, args, kwargs, found)
             if share_storage(tensor, results) and self._derive_views(tensor, source, results, make):
+                self._decide_view(
+                    tensor, results, functools.partial(_call_of, func, args, kwargs, tensor)
+                )
                 return result
             alone = func in CASTS or not _meets_others(args, kwargs, found)
             if func in UNARY and alone and result.shape == tensor.shape:
                 pulls = source.pulls
                 if func not in CASTS:
                     pulls = scaled(pulls, slope_of(func, args, kwargs, tensor))
-                self._derive(
-                    result, Source(pulls, int(result.storage_offset()), make, doubt=source.doubt)
-                )
+                start = int(result.storage_offset())
+                self._derive(result, Source(pulls, start, make, doubt=source.doubt))
                 return result
         if self._leads_to(results, args, kwargs, found):
             raise no_rule(names_of(found.values()), func)
@@ -958,6 +1051,42 @@ _TRANSPOSES = {Tensor.T.__get__, Tensor.mT.__get__, Tensor.H.__get__, Tensor.mH.
 _LOWERED = {F.linear, torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm} | {
     torch.addmm, Tensor.addmm, F.conv1d, F.conv2d, F.conv3d,
 }  # fmt: skip
+
+
+# Methods that tell what a tensor is like, and use none of its values.
+_METADATA = {"dim", "size", "numel", "stride", "__len__", "is_floating_point", "is_contiguous"} | {
+    "ndimension", "nelement", "element_size", "storage_offset", "data_ptr", "get_device",
+}  # fmt: skip
+
+
+def _moves_the_first_dimension(tensor: Tensor, view: Tensor) -> bool:
+    """Whether the first dimension of a tensor does not come first any more in a view of it."""
+    if view.dim() == 0 or view.shape[0] == 1:
+        return True
+    kept = view.shape[0] == tensor.shape[0] and view.stride(0) == tensor.stride(0)
+    regrouped = view.numel() == tensor.numel() and view.is_contiguous()
+    # [N, T, ...] as [T, N, ...], as nn.MultiheadAttention has it, tells nothing yet.
+    swapped = view.dim() > 1 and view.stride() == tensor.transpose(0, 1).stride()
+    return not (kept or regrouped or swapped)
+
+
+def _may_be_positions(indices: Sequence[int], count: int) -> bool:
+    """Whether indices of that shape may be [T] or [T, T], perhaps flattened, and not samples'."""
+    if len(indices) > 1:
+        return indices[0] == indices[1]
+    return indices[0] == count or math.isqrt(indices[0]) ** 2 == indices[0]
+
+
+def _call_of(
+    func: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    old: Tensor,
+    new: Tensor,
+) -> Any:
+    """Call ``func`` with ``new`` in place of ``old``."""
+    other = {id(old): new}
+    return func(*nested.replace(args, other), **nested.replace(kwargs, other))
 
 
 def _reads_a_property(func: Callable[..., Any]) -> bool:

@@ -227,6 +227,23 @@ def embedding(
     return Use(input, 0, (weight,), (input,), gradients)
 
 
+def is_lookup(func: Callable[..., Any], args: tuple[Any, ...]) -> bool:
+    """Whether it is ``table[indices]`` with a tensor of integers."""
+    if func is not Tensor.__getitem__ or not isinstance(args[1], Tensor):
+        return False
+    table, indices = args
+    integers = not indices.is_floating_point() and indices.dtype not in (torch.bool, torch.uint8)
+    return table.dim() in (1, 2) and indices.dim() > 0 and integers
+
+
+def lookup(table: Tensor, indices: Tensor) -> Tensor:
+    """``table[indices]`` as an embedding."""
+    indices = indices.long() % len(table)  # they may count from the end
+    if table.dim() == 1:
+        return F.embedding(indices, table.unsqueeze(1)).squeeze(-1)
+    return F.embedding(indices, table)
+
+
 # --- normalisation --------------------------------------------------------------------------------
 
 # x̂ is computed anew: inverting (output − bias) / weight breaks where the weight is 0.

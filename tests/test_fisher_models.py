@@ -703,39 +703,84 @@ def test_relative_attention_bias(attention, length):
     assert largest_error(fisher.finalize().sums, expected) <= 1e-5
 
 
-def test_mixture_of_experts():
-    """Experts see rows of unknown samples: refused, or estimated by random signs, or left out."""
+def mixtral(experts: str) -> nn.Module:
+    """Each expert: a gate and an up projection in one, and a down projection."""
     config = transformers.MixtralConfig(
         num_key_value_heads=1, intermediate_size=12, num_local_experts=3, num_experts_per_tok=2,
-        experts_implementation="eager", **COMMON, **SMALL,
+        experts_implementation=experts, **COMMON, **SMALL,
     )  # fmt: skip
-    model = transformers.MixtralForCausalLM(config).eval()
+    return transformers.MixtralForCausalLM(config)
+
+
+def qwen2_moe(experts: str) -> nn.Module:
+    """Beside an expert that all tokens share."""
+    config = transformers.Qwen2MoeConfig(
+        num_key_value_heads=1, intermediate_size=12, moe_intermediate_size=12, num_experts=3,
+        num_experts_per_tok=2, shared_expert_intermediate_size=20, experts_implementation=experts,
+        **COMMON, **SMALL,
+    )  # fmt: skip
+    return transformers.Qwen2MoeForCausalLM(config)
+
+
+def gpt_oss(experts: str) -> nn.Module:
+    """Experts with biases, and matrices the other way round."""
+    config = transformers.GptOssConfig(
+        num_key_value_heads=1, intermediate_size=12, num_local_experts=3, num_experts_per_tok=2,
+        head_dim=16, experts_implementation=experts, **COMMON, **SMALL,
+    )  # fmt: skip
+    return transformers.GptOssForCausalLM(config)
+
+
+def spread(model: nn.Module) -> nn.Module:
+    """With biases other than 0."""
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn(p.shape, generator=generator) * 0.1)
+    return model.eval()
+
+
+# The second and third have as many rows as there are samples, times a number of tokens.
+@pytest.mark.parametrize("shape", [(4, 6), (3, 4), (6, 3)])
+@pytest.mark.parametrize("experts", ["eager", "grouped_mm", "batched_mm"])
+@pytest.mark.parametrize("make", [mixtral, qwen2_moe, gpt_oss])
+def test_mixture_of_experts(make, experts, shape):
+    """Rows keep their samples through the router's sort and back."""
+    torch.manual_seed(0)
+    model = spread(make(experts))
+    plain = make("eager").eval()
+    plain.load_state_dict(model.state_dict())
+    samples, length = shape
+    tokens = torch.randint(1, VOCABULARY, shape)
+
+    def one(model: nn.Module, n: int) -> Tensor:
+        part = tokens[n : n + 1]
+        return target_loss("gpt2", model(input_ids=part).logits, part)
+
+    # grouped_mm has no float64, and the norms round to float32.
+    expected = loop(plain, one, samples, double=False)
+    importance = estimate_fisher(model, [{"input_ids": tokens, "labels": tokens}], "empirical")
+    assert largest_error(importance.sums, expected) <= 2e-5
+    for verify in (True, False):
+        fisher = FisherEstimator(model, verify=verify)
+        with fisher.observe(samples, loss_terms=samples * (length - 1)):
+            model(input_ids=tokens, labels=tokens).loss.backward()
+        assert largest_error(fisher.finalize().sums, expected) <= 2e-5
+
+
+@pytest.mark.parametrize("experts", ["eager", "grouped_mm", "batched_mm"])
+def test_mixture_of_experts_in_a_checkpoint(experts):
+    torch.manual_seed(0)
+    model = spread(mixtral(experts)).train()
     tokens, _ = batch()
-    data = [{"input_ids": tokens, "labels": tokens}]
-    message = (
-        r"experts\.gate_up_proj' met an input of shape .*mixture of experts sees rows of unknown"
-    )
-    with pytest.raises(ValueError, match=message):
-        estimate_fisher(model, data, "empirical")
-    skipped = estimate_fisher(model, data, "empirical", unsupported="skip")
-    names = {
-        f"model.layers.{i}.mlp.experts.{w}" for i in (0, 1) for w in ("gate_up_proj", "down_proj")
-    }
-    assert set(skipped.metadata["skipped"]) == names
-    assert names.isdisjoint(skipped)
-    signed = estimate_fisher(
-        model, data, "empirical", unsupported="sign", sign_draws=300,
-        generator=torch.Generator().manual_seed(0),
-    )  # fmt: skip
-    assert set(signed.metadata["sign"]["parameters"]) == names
-    assert signed.metadata["sign"]["draws"] == 300
-    expected = sequences("mixtral", model, tokens, torch.full((4,), 6))
-    assert set(signed) == set(expected)
-    for name, value in signed.sums.items():
-        if name in names:
-            assert abs(float(value.sum() / expected[name].sum()) - 1) < 0.2
-        else:
-            torch.testing.assert_close(value, skipped.sums[name])
+    with_them, without = FisherEstimator(model), FisherEstimator(model)
+    with without.observe(4):
+        model(input_ids=tokens, labels=tokens, use_cache=False).loss.backward()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    with with_them.observe(4):
+        model(input_ids=tokens, labels=tokens, use_cache=False).loss.backward()
+    expected = {name: value.double() for name, value in without.finalize().sums.items()}
+    assert largest_error(with_them.finalize().sums, expected) <= 1e-5
 
 
 # --- memory ---------------------------------------------------------------------------------------

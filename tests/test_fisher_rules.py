@@ -796,6 +796,162 @@ def test_large_table_stays_sparse():
     assert fisher.finalize().sums["weight"].count_nonzero() > 0
 
 
+# --- rows of several samples ---------------------------------------------------------------------
+
+
+class Routed(nn.Module):
+    """Two experts of a mixture, of which each token has one; written in some way."""
+
+    def __init__(self, use) -> None:
+        super().__init__()
+        self.first, self.router = nn.Linear(4, 4), nn.Linear(4, 2)
+        self.experts = nn.ModuleList(
+            nn.Sequential(nn.Linear(4, 6), nn.GELU(), nn.Linear(6, 4)) for _ in range(2)
+        )
+        self.w, self.v = randn(2, 4, 6), randn(2, 6, 4)
+        self.use = use
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        scores = self.router(x.flatten(0, 1)).softmax(-1)
+        return self.use(self, x.flatten(0, 1), scores).view_as(x) + x
+
+
+def by_index_select(m: nn.Module, x: Tensor, scores: Tensor) -> Tensor:
+    out = torch.zeros_like(x)
+    for e, expert in enumerate(m.experts):
+        rows = (scores.argmax(-1) == e).nonzero().squeeze(1)
+        y = expert(x.index_select(0, rows)) * scores.index_select(0, rows)[:, e : e + 1]
+        out.index_add_(0, rows, y)
+    return out
+
+
+def by_index(m: nn.Module, x: Tensor, scores: Tensor) -> Tensor:
+    """As in transformers 4."""
+    out = torch.zeros_like(x)
+    for e, expert in enumerate(m.experts):
+        (top_x,) = torch.where(scores.argmax(-1) == e)
+        chosen = x[None, top_x].reshape(-1, 4)
+        y = expert(chosen) * scores[top_x, e, None]
+        out = out.index_add(0, top_x, y)
+    return out
+
+
+def by_mask(m: nn.Module, x: Tensor, scores: Tensor) -> Tensor:
+    out = torch.zeros_like(x)
+    for e, expert in enumerate(m.experts):
+        mask = scores.argmax(-1) == e
+        out[mask] = expert(x[mask]) * scores[mask][:, e].unsqueeze(-1)
+    return out
+
+
+def by_capacity(m: nn.Module, x: Tensor, scores: Tensor) -> Tensor:
+    """Into a buffer of as many rows as there are tokens, for each expert a part."""
+    order = scores.argmax(-1).argsort()
+    half = len(order) // 2
+    buffer = torch.zeros(2, half, 4).to(x)
+    buffer[torch.arange(2 * half) // half, torch.arange(2 * half) % half] = x[order[: 2 * half]]
+    y = torch.bmm(torch.bmm(buffer, m.w).tanh(), m.v).flatten(0, 1)
+    out = torch.zeros_like(x)
+    return out.index_add(0, order[: 2 * half], y)
+
+
+def for_all(m: nn.Module, x: Tensor, scores: Tensor) -> Tensor:
+    """Each expert has all tokens, weighted by its scores before it."""
+    each = x.repeat(2, 1) * scores.t().reshape(-1, 1)
+    y = torch.bmm(torch.bmm(each.view(2, -1, 4), m.w).tanh(), m.v)
+    return y.sum(0)
+
+
+def expanded(m: nn.Module, x: Tensor, scores: Tensor) -> Tensor:
+    y = (x.unsqueeze(0).expand(2, -1, -1) @ m.w).tanh() @ m.v
+    return (y * scores.t().unsqueeze(-1)).sum(0)
+
+
+@pytest.mark.parametrize("length", [2, 3, 4, 5])
+@pytest.mark.parametrize(
+    "use", [by_index_select, by_index, by_mask, by_capacity, for_all, expanded]
+)
+def test_experts(use, length):
+    """Lengths at which some expert has as many rows as there are samples, too."""
+    torch.manual_seed(length)
+    model, x = Routed(use), torch.randn(N, length, 4)
+    if use is by_capacity:  # which rows an expert has depends on the batch
+        check_losses_apart(model, x)
+    else:
+        check(model, x)
+
+
+def check_losses_apart(model: nn.Module, x: Tensor) -> None:
+    """Where a sample cannot be had alone: against the gradient of each one's loss in the batch."""
+    named = dict(model.named_parameters())
+    expected = {name: torch.zeros(p.shape, dtype=torch.float64) for name, p in named.items()}
+    wide = copy.deepcopy(model).double()
+    for n in range(len(x)):
+        wide.zero_grad()
+        losses(wide, x.double())[n].backward()
+        for name, p in wide.named_parameters():
+            if p.grad is not None:
+                expected[name] += p.grad**2
+    fisher = FisherEstimator(model, verify=False)
+    with fisher.observe(len(x), loss_terms=1):
+        losses(model, x).sum().backward()
+    assert_sums(fisher.finalize(), expected, 1e-5)
+    importance = estimate_fisher(model, [x], "empirical", per_sample_loss=losses)
+    assert_sums(importance, expected, 1e-5)
+
+
+def test_gathered_rows():
+    """One token of each sample, and those that are masked, as in heads of language models."""
+    place = torch.tensor([4, 0, 2])
+    mask = torch.tensor([[1, 0, 1, 1, 0], [0, 0, 1, 0, 0], [0, 1, 1, 1, 1]], dtype=torch.bool)
+
+    def loss(model: nn.Module, x: Tensor, n: slice = slice(None)) -> Tensor:
+        y = model.first(x)
+        pooled = model.p[0] * y[torch.arange(len(y)), place[n]]
+        rows = F.layer_norm(y[mask[n]] @ model.p[1], (4,), model.p[2])
+        sample = torch.arange(len(y)).unsqueeze(1).expand_as(mask[n])[mask[n]]
+        ends = torch.zeros(len(y), 4).to(y).index_add(0, sample, rows.tanh())
+        return (pooled.tanh() * ends).sum(1)
+
+    model, x = Uses(None, randn(4), randn(4, 4), randn(4)), torch.randn(N, 5, 4)
+    expected = loop(model, lambda m, n: loss(m, x[n : n + 1].double(), slice(n, n + 1))[0], N)
+    fisher = FisherEstimator(model)
+    with fisher.observe(N, loss_terms=1):
+        loss(model, x).sum().backward()
+    assert_sums(fisher.finalize(), expected, 1e-5)
+    assert_sums(estimate_fisher(model, [x], "empirical", per_sample_loss=loss), expected, 1e-5)
+
+
+def test_mixed_samples():
+    """Each sample with part of another: they remain samples, and convolutions have them, too."""
+
+    model, x = Uses(None, c=nn.Conv1d(4, 4, 3)), torch.randn(N, 5, 4)
+    model.use = lambda m, y: m.c(y.mT).mT
+    fisher = FisherEstimator(model)
+    with fisher.observe(N, loss_terms=1):
+        y = 0.7 * x + 0.3 * x[torch.tensor([2, 0, 1])]
+        losses(model, y).sum().backward()
+    expected = loop(model, lambda m, n: losses(m, y[n : n + 1].double())[0], N)
+    assert_sums(fisher.finalize(), expected, 1e-5)
+
+
+@pytest.mark.parametrize(
+    "move",
+    [lambda x: x[[2, 0, 1]].transpose(0, 1), lambda x: x.gather(0, torch.ones_like(x).long())],
+)
+def test_rows_of_unknown_samples_are_refused(move):
+    """Even where their number would suit."""
+    model, x = Uses(lambda m, x: F.linear(move(x), m.p[0]), randn(2, 4)), torch.randn(N, N, 4)
+    message = r"'p\.0' met rows of shape \[3, 3, 4\] .*not known; freeze .* unsupported='sign'\.$"
+    with pytest.raises(ValueError, match=message), FisherEstimator(model).observe(N):
+        model(x)
+    skipped = estimate_fisher(
+        model, [x], "empirical", per_sample_loss=losses, unsupported="skip", verify=False
+    )
+    assert set(skipped.metadata["skipped"]) == {"p.0"}
+
+
 # --- packed batches -------------------------------------------------------------------------------
 
 

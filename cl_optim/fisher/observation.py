@@ -42,7 +42,8 @@ from cl_optim.fisher.functions import (
     remake,
     remaking,
 )
-from cl_optim.fisher.per_sample import Dense, Geometry, PerSample, combine
+from cl_optim.fisher.gathered import Gathered, Tracker
+from cl_optim.fisher.per_sample import Dense, Entries, Experts, Geometry, PerSample, combine
 from cl_optim.fisher.refusals import (
     FREEZE,
     Policy,
@@ -54,6 +55,7 @@ from cl_optim.fisher.refusals import (
     not_supported,
     not_the_samples,
     remedy,
+    unknown_rows,
     unseen,
 )
 from cl_optim.fisher.rules import (
@@ -66,9 +68,12 @@ from cl_optim.fisher.rules import (
     UNARY,
     VIEWS,
     UnsupportedUseError,
+    Use,
+    batched,
     check_embedding,
     expand_gradient,
     features_after_broadcast,
+    is_choice_of_matrices,
     is_lookup,
     lookup,
     refuse_batch_statistics,
@@ -193,6 +198,7 @@ class Observation(TorchFunctionMode):
         self._table: str | None = None
         # What was looked up with [N, T] or [T, T] indices, of tokens or of relative positions.
         self._undecided: Any = WeakIdKeyDictionary()
+        self._rows = Tracker(samples, lambda tensor: bool(self._find([tensor])))
         self._graph: Graph | None = Graph()
         self._graph_seen = weakref.ref(self._graph)
         self.active = True
@@ -222,6 +228,7 @@ class Observation(TorchFunctionMode):
         self._derived.clear()
         self._derived_stand_ins.clear()
         self._undecided.clear()
+        self._rows.clear()
 
     def release(self) -> Graph:
         """Let the graph alone keep this alive, and what else holds what is returned."""
@@ -304,6 +311,13 @@ class Observation(TorchFunctionMode):
             return func(*args, **kwargs)
         if self._check is not None:
             self._check.see(nested.tensors((args, kwargs)))
+        result = self._handle(func, args, kwargs)
+        self._rows.follow(func, args, kwargs, result)
+        return result
+
+    def _handle(
+        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
         if func is F.batch_norm:
             refuse_batch_statistics(self.samples.offsets is not None, *args, **kwargs)
         if func in _BACKWARD:
@@ -317,7 +331,7 @@ class Observation(TorchFunctionMode):
             self.samples.see(args[0].shape)  # what samples and tokens are flattened from
         if not found or _reads_a_property(func):
             return func(*args, **kwargs)
-        decomposed = lookup if is_lookup(func, args) else DECOMPOSED.get(func)
+        decomposed = lookup if found and is_lookup(func, args) else DECOMPOSED.get(func)
         if decomposed is not None:
             try:
                 with self:
@@ -419,6 +433,8 @@ class Observation(TorchFunctionMode):
                 return self._attention_with_bias(func, args, kwargs, found)
             if func is F.embedding and (shared := self._shared_lookup(func, args, kwargs, found)):
                 return shared[0]
+            if func in BATCHED and (product := self._batched(func, args, kwargs, found)):
+                return product[0]
             if func in RULES:
                 return self._by_rule(func, args, kwargs, found)
             if func in ELEMENTWISE and _meets_others(args, kwargs, found):
@@ -469,10 +485,55 @@ class Observation(TorchFunctionMode):
         missed = [source for source in found.values() if source not in sources]
         if missed:
             raise no_rule(names_of(missed), func)
+        return self._apply(func, args, kwargs, found, use, sources)
+
+    def _batched(
+        self,
+        func: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        found: dict[int, Source],
+    ) -> tuple[Tensor] | None:
+        """A matrix for each expert, or for each row, times rows of known samples."""
+        factors = list(nested.tensors((args, kwargs)))
+        if len(found) != 1 or [factor.dim() for factor in factors] != [3, 3]:
+            return None
+        transposed = id(factors[0]) in found
+        weight, input = factors if transposed else factors[::-1]
+        source = found[id(weight)]
+        known = self._rows.of(iter([input]))
+        if known is None and not source.direct and self.samples.holds(input.shape, 2):
+            rows = 1  # one matrix for each row
+        elif (
+            known is None
+            or known[0] is None
+            or known[0].dim() > 2
+            or (transposed and known[0].dim() > 1)
+        ):
+            raise RefusedError(
+                ValueError(unknown_rows(list(input.shape), source.name)), [source.name]
+            )
+        else:
+            rows = known[0].dim()
+        use = batched(input, weight, transposed, rows)
+        args, kwargs = _as_autocast_would(func, args, kwargs, found)
+        return (self._apply(func, args, kwargs, found, use, (source,)),)
+
+    def _apply(
+        self,
+        func: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        found: dict[int, Source],
+        use: Use,
+        sources: tuple[Source | None, ...],
+    ) -> Tensor:
+        """Call ``func``, and tap its output."""
         name = names_of(found.values())[0]
-        self._check_samples(use.input.shape, use.features, name, by_rule=True)
+        shape = use.input.shape
+        samples = self._samples_of([use.input], shape, use.features, name, by_rule=True)
         self._witness(found.values(), use.input, use.features)
-        call = self._new_call(use.gradients, sources)
+        call = self._new_call(use.gradients, sources, samples)
         if not self._own_pass and not self._makes:
             plain_args, plain_kwargs = args, kwargs  # autograd makes the parameters' gradients
         else:
@@ -504,7 +565,7 @@ class Observation(TorchFunctionMode):
             raise UnsupportedUseError("it is changed in place")
         shape = torch.broadcast_shapes(*(t.shape for t in tensors))  # type: ignore[no-untyped-call]
         expanded = {
-            id(tensor): self._expand(tensor, found[id(tensor)], shape)
+            id(tensor): self._expand(tensor, found[id(tensor)], shape, tensors)
             for tensor in tensors
             if id(tensor) in found
         }
@@ -520,11 +581,21 @@ class Observation(TorchFunctionMode):
             result = result.to(_promoted(tensors))
         return result
 
-    def _expand(self, tensor: Tensor, source: Source, shape: Sequence[int]) -> Tensor:
+    def _expand(
+        self,
+        tensor: Tensor,
+        source: Source,
+        shape: Sequence[int],
+        beside: Sequence[Tensor] = (),
+    ) -> Tensor:
         features = features_after_broadcast(tensor.shape, shape)
-        self._check_samples(shape, features, source.name)
-        gradients = functools.partial(_expand_gradient, shape=tuple(tensor.shape))
-        call = self._new_call(gradients, (source,))
+        rows = [other for other in beside if other.shape == torch.Size(shape)]
+        if tensor.shape == torch.Size(shape) and tensor.dim() == 2 and self._rows.of(iter(rows)):
+            gradients, features = each_row, 1
+        else:
+            gradients = functools.partial(_expand_gradient, shape=tuple(tensor.shape))
+        samples = self._samples_of(rows, shape, features, source.name)
+        call = self._new_call(gradients, (source,), samples)
         given = tensor.detach() if self._own_pass else tensor
         expanded: Tensor = Expand.apply(given, self._anchor, self, call, tuple(shape))
         return expanded
@@ -579,6 +650,8 @@ class Observation(TorchFunctionMode):
         if source is None:
             return None
         shape, count = indices.shape, self.samples.count
+        if self._rows.of(iter([indices])) is not None:
+            return None
         shared = not self.samples.holds(shape, 0)
         known = self._policy.shared.get(source.name)
         unsure = (
@@ -606,6 +679,8 @@ class Observation(TorchFunctionMode):
         dtype = self._sums[source.name].dtype
 
         def step(inner: PerSample) -> PerSample:
+            if isinstance(inner, Entries) and indices.dim() == 1 and padding is None:
+                return inner.of(indices.long(), length)
             grads = inner.dense(0, count, dtype).reshape(count, -1, width)
             each = indices.reshape(1, -1).expand(count, -1)
             return rows(Samples(count), each, grads, length, padding)
@@ -665,6 +740,8 @@ class Observation(TorchFunctionMode):
         found: dict[int, Source],
     ) -> Any:
         """Call ``func``; what it makes of one parameter alone may be watched in its place."""
+        if is_choice_of_matrices(func, args) and id(args[0]) in found:
+            return self._chosen(func, args, found)
         if not (func in UNARY or func in VIEWS or is_of_the_tensor(func)):
             refused = no_rule(names_of(found.values()), func)
             if made := self._function(func, args, kwargs, found, refused):
@@ -693,6 +770,24 @@ class Observation(TorchFunctionMode):
         if self._leads_to(results, args, kwargs, found):
             raise no_rule(names_of(found.values()), func)
         return result
+
+    def _chosen(
+        self, func: Callable[..., Any], args: tuple[Any, ...], found: dict[int, Source]
+    ) -> Tensor:
+        """Of the matrices of several experts, one for each row."""
+        matrices, indices = args
+        source, experts = found[id(matrices)], len(matrices)
+        chosen: Tensor = func(*args)
+
+        def step(inner: PerSample) -> PerSample:
+            if not isinstance(inner, Experts):
+                raise UnsupportedUseError("matrices chosen for each row must be used by bmm")
+            return inner.of(indices.long() % experts, experts)
+
+        make = remaking(func, args, {}, found)
+        pulls = then(source.pulls, step)
+        self._derive(chosen, Source(pulls, int(chosen.storage_offset()), make, doubt=source.doubt))
+        return chosen
 
     def _function(
         self,
@@ -802,6 +897,7 @@ class Observation(TorchFunctionMode):
         self,
         gradients: Callable[..., Sequence[PerSample | Tensor | None]],
         sources: tuple[Source | None, ...],
+        samples: Samples,
     ) -> Call:
         used = [source for source in sources if source is not None]
         for name in names_of(used):
@@ -811,15 +907,37 @@ class Observation(TorchFunctionMode):
                     f"forward pass with a backward pass of its own needs an observe() of its own."
                 )
         self._count(used)
-        return Call(gradients, sources, self._makes, in_backward(), graph=self._graph)
+        return Call(gradients, sources, self._makes, in_backward(), samples, graph=self._graph)
 
     def _count(self, sources: Iterable[Source]) -> None:
         if not in_backward():
             self._uses.update(name for source in sources for name in source.names)
 
     def _witness(self, sources: Iterable[Source], input: Tensor, features: int) -> None:
-        if self.witness is not None and self.samples.holds(input.shape, features):
+        if (
+            self.witness is not None
+            and self._rows.of(iter([input])) is None
+            and self.samples.holds(input.shape, features)
+        ):
             self.witness(names_of(sources), input, features)
+
+    def _samples_of(
+        self,
+        tensors: Sequence[Tensor],
+        shape: Sequence[int],
+        features: int,
+        name: str,
+        by_rule: bool = False,
+    ) -> Samples:
+        """Where the samples are in something of that shape, which was made of those tensors."""
+        known = self._rows.of(iter(tensors))
+        if known is None:
+            self._check_samples(shape, features, name, by_rule)
+            return self.samples
+        (sample,) = known
+        if sample is None or sample.dim() > len(shape) - features:
+            raise RefusedError(ValueError(unknown_rows(list(shape), name)), [name], of_data=True)
+        return Gathered(self.samples.count, sample)
 
     def _check_samples(
         self, shape: Sequence[int], features: int, name: str, by_rule: bool = False
@@ -852,7 +970,8 @@ class Observation(TorchFunctionMode):
         return (
             f"parameter {name!r} met an input of shape {shape}, whose leading dimension is "
             f"{shape[0]}, but batch_size is {self.samples.count}: the leading dimension must run "
-            f"over the samples (an expert of a mixture of experts sees rows of unknown samples)"
+            f"over the samples (rows of unknown samples, as some mixtures of experts make them, are "
+            f"not supported)"
         )
 
     def check_table(self) -> None:
@@ -905,7 +1024,7 @@ class Observation(TorchFunctionMode):
         # Backward may be called under autocast, which would round the factors once more.
         with torch.no_grad(), torch.autocast(grad_output.device.type, enabled=False):
             try:
-                gradients = call.gradients(self.samples, grad_output, *saved)
+                gradients = call.gradients(call.samples, grad_output, *saved)
             except UnsupportedUseError as error:
                 raise NotImplementedError(f"{error} ({listed(names)}); {FREEZE}") from None
             if self._check is not None:
@@ -1053,6 +1172,9 @@ _LOWERED = {F.linear, torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, 
 }  # fmt: skip
 
 
+# Products of two stacks of matrices.
+BATCHED = {torch.bmm, Tensor.bmm, torch.matmul, Tensor.matmul, Tensor.__matmul__}
+
 # Methods that tell what a tensor is like, and use none of its values.
 _METADATA = {"dim", "size", "numel", "stride", "__len__", "is_floating_point", "is_contiguous"} | {
     "ndimension", "nelement", "element_size", "storage_offset", "data_ptr", "get_device",
@@ -1134,6 +1256,12 @@ def _promoted(tensors: Sequence[Tensor]) -> torch.dtype:
     dtypes = [torch.result_type(floats[0], tensor) for tensor in floats]
     dimensioned = [t.dtype for t in floats if t.dim() > 0 and t.is_floating_point()]
     return functools.reduce(torch.promote_types, dimensioned or dtypes)
+
+
+def each_row(samples: Samples, grad: Tensor) -> tuple[PerSample]:
+    """Of something [R, D] that was used by rows of several samples, one by one."""
+    rows = torch.arange(len(grad), device=grad.device)
+    return (Entries(rows, samples.of_each(grad, 1), grad, samples.count, len(grad)),)
 
 
 def _expand_gradient(samples: Samples, grad: Tensor, *, shape: Sequence[int]) -> tuple[PerSample]:

@@ -270,6 +270,123 @@ class OuterAndRows(PerSample):
         return self.outer.sum(dtype, weights) + self.rows.sum(dtype, weights)
 
 
+class Experts(PerSample):
+    """Of matrices [E, in, out], one for each expert: each maps some of the samples' rows.
+
+    Args:
+        inputs: [R, in].
+        grads: Of what the matrices put out, [R, out].
+        expert: Of each row, int64 [R]; E for rows that no expert maps.
+        sample: Of each row, int64 [R].
+        samples: N.
+        experts: E.
+    """
+
+    def __init__(
+        self,
+        inputs: Tensor,
+        grads: Tensor,
+        expert: Tensor,
+        sample: Tensor,
+        samples: int,
+        experts: int,
+    ) -> None:
+        self.inputs, self.grads = inputs, grads
+        self.expert, self.sample = expert, sample
+        self.samples, self.experts = samples, experts
+        self.shape = (experts, inputs.shape[1], grads.shape[1])
+
+    def of(self, indices: Tensor, experts: int) -> Experts:
+        """Return the gradients of E matrices, of which these are the ones at ``indices``."""
+        expert = indices[self.expert]
+        return Experts(self.inputs, self.grads, expert, self.sample, self.samples, experts)
+
+    def _each(self) -> Iterator[tuple[int, Outer]]:
+        """Each expert that has rows, and its gradients, transposed: [in, out]."""
+        order = (self.expert * self.samples + self.sample).argsort(stable=True)
+        counts = torch.bincount(self.expert, minlength=self.experts)[: self.experts]
+        samples = torch.arange(self.samples + 1, device=order.device)
+        start = 0
+        for expert, count in enumerate(counts.tolist()):
+            if count:
+                rows = order[start : start + count]
+                cu_seqlens = torch.searchsorted(self.sample[rows], samples).to(torch.int32)
+                a, b = self.inputs[rows], self.grads[rows]
+                yield (
+                    expert,
+                    Outer(b, a, self.samples, cu_seqlens, _padding(self.sample[rows], cu_seqlens)),
+                )
+            start += count
+
+    def dense(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
+        """See :class:`PerSample`."""
+        whole = torch.zeros((stop - start, *self.shape), dtype=dtype, device=self.grads.device)
+        for expert, outer in self._each():
+            whole[:, expert] = outer.dense(start, stop, dtype)
+        return whole
+
+    def add_squares_(self, out: Tensor, total: Tensor | None = None) -> None:
+        """See :class:`PerSample`."""
+        for expert, outer in self._each():
+            outer.add_squares_(out[expert], None if total is None else total[expert])
+
+    def add_magnitudes_(self, out: Tensor) -> None:
+        """See :class:`PerSample`."""
+        for expert, outer in self._each():
+            outer.add_magnitudes_(out[expert])
+
+    def sum(self, dtype: torch.dtype, weights: Tensor | None = None) -> Tensor:
+        """See :class:`PerSample`."""
+        total = torch.zeros(self.shape, dtype=dtype, device=self.grads.device)
+        for expert, outer in self._each():
+            total[expert] = outer.sum(dtype, weights)
+        return total
+
+
+def _padding(sample: Tensor, cu_seqlens: Tensor) -> Callable[[Tensor], Tensor]:
+    """What makes [N, most rows, ...] of rows that are sorted by sample; waits for the device."""
+
+    def pad(parts: Tensor) -> Tensor:
+        position = torch.arange(len(parts), device=parts.device) - cu_seqlens.long()[sample]
+        longest = int(cu_seqlens.diff().max())
+        padded = parts.new_zeros((len(cu_seqlens) - 1, longest, *parts.shape[1:]))
+        return padded.index_put_((sample, position), parts)
+
+    return pad
+
+
+class Entries(PerSample):
+    """Of a table [V, *row], some rows of which were used, each by one sample.
+
+    Args:
+        indices: Of each use, int64 [R].
+        sample: Of each use, int64 [R].
+        grads: [R, *row].
+        samples: N.
+        table: V.
+    """
+
+    def __init__(
+        self, indices: Tensor, sample: Tensor, grads: Tensor, samples: int, table: int
+    ) -> None:
+        self.indices, self.sample, self.grads = indices, sample, grads
+        self.samples, self.shape = samples, (table, *grads.shape[1:])
+
+    def of(self, indices: Tensor, table: int) -> Entries:
+        """Return the gradients of a table, of which this is what is at ``indices``."""
+        chosen = indices[self.indices]
+        return Entries(chosen, self.sample, self.grads, self.samples, table)
+
+    def dense(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
+        """See :class:`PerSample`."""
+        inside = (self.sample >= start) & (self.sample < stop)
+        places = (self.sample - start) * self.shape[0] + self.indices
+        spare = (stop - start) * self.shape[0]  # of the other samples
+        flat = self.grads.new_zeros((spare + 1, *self.shape[1:]), dtype=dtype)
+        flat.index_add_(0, torch.where(inside, places, spare), self.grads.to(dtype))
+        return flat[:-1].view(stop - start, *self.shape)
+
+
 @dataclass(frozen=True)
 class Convolution:
     """The geometry of a convolution in one, two or three dimensions."""

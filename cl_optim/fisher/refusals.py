@@ -106,6 +106,14 @@ def not_the_samples(names: Sequence[str]) -> ValueError:
     )
 
 
+def unknown_rows(shape: list[int], name: str) -> str:
+    """For rows that come from several samples, of which it is not known which."""
+    return (
+        f"parameter {name!r} met rows of shape {shape} that were gathered from several samples, "
+        f"and which row is of which sample is not known"
+    )
+
+
 def unseen(names: Sequence[str]) -> NotImplementedError:
     """For a gradient that no function accounts for."""
     return NotImplementedError(

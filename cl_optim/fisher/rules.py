@@ -14,7 +14,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cl_optim.fisher.per_sample import Convolution, Convolved, Dense, Outer, PerSample, Rows
+from cl_optim.fisher.per_sample import (
+    Convolution,
+    Convolved,
+    Dense,
+    Experts,
+    Outer,
+    PerSample,
+    Rows,
+)
 from cl_optim.fisher.samples import Samples
 
 Gradients: TypeAlias = Sequence["PerSample | Tensor | None"]
@@ -100,6 +108,17 @@ def _rule(*functions: Callable[..., Any]) -> Callable[[Rule], Rule]:
     return register
 
 
+def named(*names: str) -> set[Callable[..., Any]]:
+    """The functions and methods of torch that have one of these names."""
+    found: set[Callable[..., Any]] = set()
+    for name in names:
+        for home in (torch, Tensor, F):
+            function = getattr(home, name, None)
+            if callable(function):
+                found.add(function)
+    return found
+
+
 def _if_trained(tensor: Tensor, parameter: Tensor | None) -> Tensor | None:
     """What only the gradient of ``parameter`` needs: not kept for a frozen one."""
     return tensor if parameter is not None and parameter.requires_grad else None
@@ -148,6 +167,55 @@ def matmul(input: Tensor, other: Tensor, **options: Any) -> Use:
         return (_outer(samples, grad, input),)
 
     return Use(input, 1, (other,), (input,), gradients)
+
+
+@_rule(*named("_grouped_mm", "grouped_mm"))
+def grouped_mm(
+    mat_a: Tensor,
+    mat_b: Tensor,
+    offs: Tensor | None = None,
+    bias: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> Use:
+    """``torch.nn.functional.grouped_mm``: rows sorted by expert, times that expert's matrix.
+
+    Where an expert's rows begin has to be known on the host, which waits for the device.
+    """
+    if offs is None or mat_a.dim() != 2 or mat_b.dim() != 3 or bias is not None:
+        raise UnsupportedUseError("only [S, in] times [E, in, out] with offs, without bias, is")
+
+    def gradients(samples: Samples, grad: Tensor, input: Tensor, offs: Tensor) -> Gradients:
+        rows = torch.arange(len(input), device=input.device)
+        expert = torch.searchsorted(offs.long(), rows, right=True)
+        sample = samples.of_each(input, 1)
+        return (Experts(input, grad, expert, sample, samples.count, len(offs)),)
+
+    return Use(mat_a, 1, (mat_b,), (mat_a, offs), gradients)
+
+
+def batched(input: Tensor, weight: Tensor, transposed: bool, rows: int) -> Use:
+    """``bmm(input, weight)``, or if ``transposed`` the rows times the weight from the left.
+
+    Args:
+        input: [E, T, in], or, if transposed, [E, in, T].
+        weight: [E, in, out], or, if transposed, [E, out, in].
+        transposed: Whether the weight is the first factor.
+        rows: How many leading dimensions of ``input`` run over rows whose samples are known.
+    """
+
+    def gradients(samples: Samples, grad: Tensor, input: Tensor) -> Gradients:
+        if transposed:
+            input, grad = input.mT, grad.mT  # [E, T, in], [E, T, out]
+        count, tokens = input.shape[:2]
+        expert = torch.arange(count, device=input.device).repeat_interleave(tokens)
+        sample = samples.of_each(input, input.dim() - rows) if rows == 2 else None
+        if sample is None:
+            sample = samples.of_each(input[:, 0], 1).repeat_interleave(tokens)
+        left, right = (grad, input) if transposed else (input, grad)
+        factors = (left.flatten(0, 1), right.flatten(0, 1))
+        return (Experts(*factors, expert, sample.reshape(-1), samples.count, count),)
+
+    return Use(input, input.dim() - rows, (weight,), (input,), gradients)
 
 
 @_rule(torch.addmm, Tensor.addmm)
@@ -199,7 +267,7 @@ def rows(
 ) -> Rows:
     """Gradients of a table from those of what was looked up; ``padding_idx`` has none."""
     indices, grads = samples.split(indices), samples.split(grads, 1)
-    if samples.offsets is not None:  # what pads has no gradient
+    if samples.packed:  # what pads has no gradient
         indices, grads = samples.pad(indices), samples.pad(grads)
     if padding_idx is not None:
         padding = indices == padding_idx % table
@@ -234,6 +302,15 @@ def is_lookup(func: Callable[..., Any], args: tuple[Any, ...]) -> bool:
     table, indices = args
     integers = not indices.is_floating_point() and indices.dtype not in (torch.bool, torch.uint8)
     return table.dim() in (1, 2) and indices.dim() > 0 and integers
+
+
+def is_choice_of_matrices(func: Callable[..., Any], args: tuple[Any, ...]) -> bool:
+    """Whether it is ``matrices[indices]`` with a tensor of integers [R]."""
+    if func is not Tensor.__getitem__ or not isinstance(args[1], Tensor):
+        return False
+    matrices, indices = args
+    integers = not indices.is_floating_point() and indices.dtype not in (torch.bool, torch.uint8)
+    return matrices.dim() == 3 and indices.dim() == 1 and integers
 
 
 def lookup(table: Tensor, indices: Tensor) -> Tensor:
@@ -388,7 +465,7 @@ def refuse_batch_statistics(
 
 
 def _refuse_packed(samples: Samples, function: str) -> None:
-    if samples.offsets is not None:
+    if samples.packed:
         raise UnsupportedUseError(f"{function} cannot tell the samples of a packed batch apart")
 
 
@@ -440,20 +517,9 @@ def convolution(
 # --- parameters that are added, multiplied, ... ---------------------------------------------------
 
 
-def _named(*names: str) -> set[Callable[..., Any]]:
-    """The functions and methods of torch that have one of these names."""
-    found: set[Callable[..., Any]] = set()
-    for name in names:
-        for home in (torch, Tensor, F):
-            function = getattr(home, name, None)
-            if callable(function):
-                found.add(function)
-    return found
-
-
 # Elementwise, with broadcasting: a parameter that takes part is expanded to the output's shape
 # first, and its per-sample gradients are sums over parts of the gradient of that.
-ELEMENTWISE = _named(
+ELEMENTWISE = named(
     *("add", "add_", "sub", "sub_", "rsub", "subtract", "mul", "mul_", "multiply", "div", "div_"),
     *("divide", "true_divide", "where", "maximum", "minimum", "lerp", "addcmul", "pow", "atan2"),
     *("__add__", "__radd__", "__iadd__", "__sub__", "__rsub__", "__isub__", "__mul__", "__rmul__"),
@@ -462,22 +528,22 @@ ELEMENTWISE = _named(
 )
 
 # Those of them that change their first argument.
-IN_PLACE = _named("add_", "sub_", "mul_", "div_", "__iadd__", "__isub__", "__imul__") | _named(
+IN_PLACE = named("add_", "sub_", "mul_", "div_", "__iadd__", "__isub__", "__imul__") | named(
     "__itruediv__"
 )
 
 # Functions of each element alone: what they make of a parameter may be used in its place.
-UNARY = ELEMENTWISE | _named(
+UNARY = ELEMENTWISE | named(
     *("exp", "log", "sqrt", "rsqrt", "square", "neg", "abs", "sigmoid", "tanh", "softplus", "relu"),
     *("reciprocal", "clamp", "clamp_min", "clamp_max", "negative", "__neg__", "exp2", "log1p"),
     *("expm1", "elu", "gelu", "silu", "to", "type_as", "float", "double", "half", "bfloat16"),
     *("clone", "contiguous", "detach_copy"),
 )
 # Those of them whose derivative is 1.
-CASTS = _named("to", "type_as", "float", "double", "half", "bfloat16", "clone", "contiguous")
+CASTS = named("to", "type_as", "float", "double", "half", "bfloat16", "clone", "contiguous")
 
 # What returns views, if it can; a view of a parameter keeps the form that its gradients have.
-VIEWS = _named(
+VIEWS = named(
     *("view", "reshape", "flatten", "unflatten", "view_as", "reshape_as", "t", "transpose"),
     *("permute", "movedim", "moveaxis", "swapaxes", "swapdims", "adjoint", "chunk", "split"),
     *("split_with_sizes", "tensor_split", "unsafe_chunk", "unsafe_split", "hsplit", "vsplit"),
@@ -486,10 +552,10 @@ VIEWS = _named(
 ) | {Tensor.T.__get__, Tensor.mT.__get__, Tensor.H.__get__, Tensor.mH.__get__}  # type: ignore[attr-defined]
 
 # What may put samples and tokens into one dimension.
-RESHAPES = _named("view", "reshape", "flatten", "view_as", "reshape_as")
+RESHAPES = named("view", "reshape", "flatten", "view_as", "reshape_as")
 
 # Copies along a new leading dimension, as of a class token: each sample's copy has its gradient.
-EXPANSIONS = _named("expand", "expand_as", "broadcast_to", "repeat", "tile")
+EXPANSIONS = named("expand", "expand_as", "broadcast_to", "repeat", "tile")
 
 
 def expand_gradient(samples: Samples, grad: Tensor, shape: Sequence[int]) -> Dense:

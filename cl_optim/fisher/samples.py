@@ -39,6 +39,22 @@ class Samples:
         if self.offsets is not None:
             self.tokens = self.offsets[-1]
 
+    @property
+    def packed(self) -> bool:
+        """Whether all tokens follow one another, instead of having a dimension of their own."""
+        return self.offsets is not None
+
+    def of_rows(self, shape: Sequence[int], device: torch.device) -> Tensor:
+        """Which sample each row is of, for a tensor of that shape that :meth:`holds` the samples.
+
+        Its own shape is that of the dimensions that the samples are in: [N], [N·T], [1, ΣT], ...
+        """
+        if self.offsets is not None:
+            sample = self._layout(self.offsets[-1], device)[1]
+            return sample if shape[0] == self.offsets[-1] else sample.unsqueeze(0)
+        sample = torch.arange(self.count, device=device)
+        return sample.repeat_interleave(shape[0] // max(1, self.count))
+
     def see(self, shape: Sequence[int]) -> None:
         """Learn how many tokens or positions a sample may have from the shape of a tensor."""
         if self.offsets is not None or len(shape) < 2 or self.count == 0:
@@ -86,6 +102,13 @@ class Samples:
         _, sample, _ = self._layout(len(parts), tensor.device)
         sums = parts.new_zeros((self.count, *parts.shape[1:]), dtype=dtype or tensor.dtype)
         return sums.index_add_(0, sample, parts.to(sums.dtype))
+
+    def of_each(self, tensor: Tensor, features: int) -> Tensor:
+        """Which sample each row of [..., *features] is of, [rows]."""
+        leading = tensor.shape[: tensor.dim() - features]
+        sample = self.of_rows(leading, tensor.device)
+        repeat = math.prod(leading) // max(1, sample.numel())
+        return sample.reshape(-1).repeat_interleave(repeat)
 
     def pad(self, parts: Tensor) -> Tensor:
         """Packed [ΣT, *features] as [N, longest T, *features], with zeros after each sample."""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from cl_optim.fisher.per_sample import PerSample
+from cl_optim.fisher.samples import Samples
 from cl_optim.fisher.sources import Source
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ class Call:
     sources: tuple[Source | None, ...]
     made: bool  # whether the parameters' own gradients are made here, or by autograd
     recomputed: bool  # in a backward pass, by activation checkpointing
+    samples: Samples
     done: bool = False
     graph: Graph | None = None  # of a forward pass that the graph alone keeps alive
 

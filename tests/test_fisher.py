@@ -379,7 +379,6 @@ def test_a_parameter_changed_in_place():
         (nn.Conv1d(4, 4, 1), (4, 5), "conv1d uses .*must have 3 dimensions, the first for sam"),
         (nn.BatchNorm1d(4), (3, 4), "batch_norm in training mode"),
         (nn.BatchNorm1d(4, affine=False), (3, 4), "batch_norm in training mode"),
-        (nn.LSTM(4, 4, batch_first=True), (3, 5, 4), r"lstm uses parameters '0\.weight_ih_l0'"),
         (nn.Bilinear(4, 4, 2), (3, 4), r"bilinear uses parameters '0\.weight', '0\.bias'"),
     ],
 )  # fmt: skip

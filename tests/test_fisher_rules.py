@@ -266,6 +266,92 @@ def test_transformer_encoder(training, padded):
     assert_sums(fisher.finalize(), expected, 1e-5)
 
 
+RECURRENT = {
+    "LSTM": (nn.LSTM, {}),
+    "LSTM, all options": (nn.LSTM, {"num_layers": 2, "bidirectional": True, "batch_first": True}),
+    "LSTM, no bias": (nn.LSTM, {"bias": False, "num_layers": 2, "batch_first": True}),
+    "GRU": (nn.GRU, {}),
+    "GRU, all options": (nn.GRU, {"num_layers": 2, "bidirectional": True, "batch_first": True}),
+    "RNN": (nn.RNN, {"bidirectional": True}),
+    "RNN, relu": (nn.RNN, {"nonlinearity": "relu", "num_layers": 3, "batch_first": True}),
+}
+
+
+class Recurrent(nn.Module):
+    """A recurrent network whose first states are given, or not, and whose last ones are used."""
+
+    def __init__(self, kind: str, given: bool) -> None:
+        super().__init__()
+        make, options = RECURRENT[kind]
+        self.first, self.rnn = nn.Linear(4, 3), make(3, 6, **options)
+        directions = 2 if self.rnn.bidirectional else 1
+        self.sizes = self.rnn.num_layers * directions, 6
+        self.state = nn.Linear(4, self.sizes[0] * 6) if given else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.first(x) if self.rnn.batch_first else self.first(x).transpose(0, 1)
+        if self.state is None:
+            out, last = self.rnn(y)
+        else:
+            h = self.state(x[:, 0]).unflatten(-1, self.sizes).transpose(0, 1)
+            out, last = self.rnn(y, (h, h.tanh()) if isinstance(self.rnn, nn.LSTM) else h)
+        out = out if self.rnn.batch_first else out.transpose(0, 1)
+        ends = last[0] * last[1] if isinstance(last, tuple) else last
+        return out.flatten(1).sum(1, keepdim=True) * ends.transpose(0, 1).flatten(1)
+
+
+@pytest.mark.parametrize("given", [False, True])
+@pytest.mark.parametrize("kind", RECURRENT)
+def test_recurrent(kind, given):
+    """N samples of 5 steps: no two dimensions are equal."""
+    model = Recurrent(kind, given)
+    x = torch.randn(N, 5, 4)
+    with FisherEstimator(model).observe(N):
+        found = model(x)
+        found.sum().backward()
+    torch.testing.assert_close(found, model(x), rtol=1e-5, atol=1e-6)
+    check(model, 0.5 * x)
+
+
+@pytest.mark.parametrize("cell", [nn.LSTMCell, nn.GRUCell, nn.RNNCell])
+def test_recurrent_cell(cell):
+    def steps(m: nn.Module, x: Tensor) -> Tensor:
+        state = None
+        for y in x.unbind(1):
+            state = m.cell(y, state)
+        return state[1] if isinstance(state, tuple) else state
+
+    check(Uses(steps, cell=cell(4, 6)), torch.randn(N, 5, 4))
+
+
+@pytest.mark.filterwarnings("ignore:dropout option adds dropout")
+def test_recurrent_dropout():
+    """Between layers, not after the last one; only in training."""
+    model = nn.LSTM(4, 6, num_layers=3, dropout=1.0, batch_first=True)
+    x = torch.randn(N, 5, 4)
+    for training in (True, False):
+        expected = model.train(training)(x)[0]
+        with FisherEstimator(model).observe(N):
+            found = model(x)[0]
+            found.sum().backward()
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+    assert not torch.allclose(expected, model.train()(x)[0])
+
+
+def test_recurrent_is_refused():
+    for module, of, message in (
+        (nn.LSTM(4, 6, proj_size=3), lambda x: x, "proj_size is not supported"),
+        (nn.GRU(4, 6), nn.utils.rnn.pack_sequence, "a PackedSequence is not supported; pad it"),
+    ):
+        x = torch.randn(5, N, 4, requires_grad=True)
+        given = of([x[:, 0], x[:3, 1]]) if of is nn.utils.rnn.pack_sequence else x
+        with (
+            pytest.raises(NotImplementedError, match=message),
+            FisherEstimator(module).observe(N),
+        ):
+            module(given)
+
+
 # --- bare parameters, views, functions of parameters ----------------------------------------------
 
 

@@ -44,6 +44,7 @@ from cl_optim.fisher.functions import (
 )
 from cl_optim.fisher.gathered import Gathered, Tracker
 from cl_optim.fisher.per_sample import Dense, Entries, Experts, Geometry, PerSample, combine
+from cl_optim.fisher.recurrent import RECURRENT
 from cl_optim.fisher.refusals import (
     FREEZE,
     Policy,
@@ -93,6 +94,7 @@ from cl_optim.fisher.taps import Call, Expand, Graph, Tap
 
 DECOMPOSED: dict[Callable[..., Any], Callable[..., Any]] = {
     F.multi_head_attention_forward: multi_head_attention,
+    **RECURRENT,
 }
 
 

@@ -121,6 +121,33 @@ def test_convolution(kind):
     check(Spatial(first, copy.deepcopy(layer)), torch.randn(N, *shape))
 
 
+TRANSPOSED = {
+    "1-d": (nn.ConvTranspose1d(4, 6, 3), (4, 5)),
+    "stride, padding": (nn.ConvTranspose2d(4, 6, (3, 2), (2, 3), (1, 0), bias=False), (4, 5, 7)),
+    "output_padding": (
+        nn.ConvTranspose2d(4, 6, 3, stride=(2, 3), padding=1, output_padding=(1, 2), groups=2),
+        (4, 5, 7),
+    ),
+    "more of it than stride": (
+        nn.ConvTranspose1d(4, 6, 3, stride=2, output_padding=3, dilation=4, groups=2),
+        (4, 5),
+    ),
+    "3-d": (
+        nn.ConvTranspose3d(
+            4, 2, (2, 3, 2), stride=(1, 2, 1), padding=(0, 1, 2), dilation=(1, 1, 3)
+        ),
+        (4, 3, 5, 6),
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", TRANSPOSED)
+def test_transposed_convolution(kind):
+    layer, shape = TRANSPOSED[kind]
+    first = getattr(nn, f"Conv{len(shape) - 1}d")(4, 4, 1)
+    check(Spatial(first, copy.deepcopy(layer)), torch.randn(N, *shape))
+
+
 def test_convolution_in_chunks(monkeypatch):
     """As it would be if the windows of one sample filled a chunk."""
     monkeypatch.setattr("cl_optim.fisher.per_sample.CHUNK_BYTES", 1)

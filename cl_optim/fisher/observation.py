@@ -1170,7 +1170,8 @@ _BACKWARD = {Tensor.backward, torch.autograd.backward, torch.autograd.grad}
 _TRANSPOSES = {Tensor.T.__get__, Tensor.mT.__get__, Tensor.H.__get__, Tensor.mH.__get__}  # type: ignore[attr-defined]
 # What autocast computes in a lower precision.
 _LOWERED = {F.linear, torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm} | {
-    torch.addmm, Tensor.addmm, F.conv1d, F.conv2d, F.conv3d,
+    torch.addmm, Tensor.addmm, F.conv1d, F.conv2d, F.conv3d, torch.bmm, Tensor.bmm,
+    F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d,
 }  # fmt: skip
 
 

@@ -514,6 +514,46 @@ def convolution(
     return Use(input, input.dim() - 1, (weight, bias), saved, gradients)
 
 
+@_rule(F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
+def transposed_convolution(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] = 0,
+    output_padding: int | Sequence[int] = 0,
+    groups: int = 1,
+    dilation: int | Sequence[int] = 1,
+) -> Use:
+    """``conv_transpose1d`` to ``3d``: a convolution whose input and output change places."""
+    spatial = weight.dim() - 2
+    if input.dim() != weight.dim():
+        raise UnsupportedUseError(
+            f"its input must have {weight.dim()} dimensions, the first for samples, not "
+            f"{input.dim()}"
+        )
+    # Without what output_padding adds, each position of the input has a window in the output.
+    added = zip(_repeated(padding, spatial), _repeated(output_padding, spatial), strict=True)
+    geometry = Convolution(
+        tuple(weight.shape[2:]),
+        _repeated(stride, spatial),
+        tuple((p, p - more) for p, more in added),
+        _repeated(dilation, spatial),
+        groups,
+    )
+    bias_trained = bias is not None and bias.requires_grad
+
+    def gradients(samples: Samples, grad: Tensor, input: Tensor | None) -> Gradients:
+        _refuse_packed(samples, "a convolution")
+        weights = None if input is None else Convolved(grad, input, geometry, samples.count)
+        if not bias_trained:
+            return weights, None
+        return weights, samples.sum(grad.flatten(2).sum(2, dtype=_wide(grad)), 1)
+
+    saved = (_if_trained(input, weight),)
+    return Use(input, input.dim() - 1, (weight, bias), saved, gradients)
+
+
 # --- parameters that are added, multiplied, ... ---------------------------------------------------
 
 

@@ -198,6 +198,84 @@ def test_rms_norm(shape, eps):
     check(Uses(lambda m, x: m.norm(x), norm=norm), torch.randn(N, 3, 4), tolerance=tolerance)
 
 
+@pytest.mark.parametrize("shape", [(4,), (4, 5), (4, 5, 2)])
+@pytest.mark.parametrize("count", [1, 4])
+def test_prelu(count, shape):
+    prelu = nn.PReLU(count)
+    nn.init.normal_(prelu.weight)
+    first = {1: nn.Linear(4, 4), 2: nn.Conv1d(4, 4, 1), 3: nn.Conv2d(4, 4, 1)}[len(shape)]
+    check(nn.Sequential(first, prelu), torch.randn(N, *shape))
+    if len(shape) == 2 and count == 1:
+        check(Uses(lambda m, x: m.a(x), a=prelu), torch.randn(N, 5, 4))
+
+
+EINSUMS = {
+    "bti,io->bto": (4, 7),
+    "bti,oi->bto": (7, 4),
+    "...i,oi->...o": (7, 4),
+    "bti,ihd->bhtd": (4, 2, 3),
+    "bti,hid->bthd": (2, 4, 3),
+    "bti,i->bti": (4,),
+    "bti,i->bt": (4,),
+    "bti,ti->bt": (5, 4),
+    "bti,tio->bto": (5, 4, 7),
+    "bti,ito->bto": (4, 5, 7),
+    "bti,to": (5, 7),
+    "bti,sij->bj": (2, 4, 3),
+    "bti,eio->ebto": (2, 4, 7),
+    "bti,c->bcti": (7,),
+}
+
+
+@pytest.mark.parametrize("swapped", [False, True])
+@pytest.mark.parametrize("equation", EINSUMS)
+def test_einsum(equation, swapped):
+    terms, arrow, output = equation.partition("->")
+    a, b = terms.split(",")
+    turned = f"{b},{a}{arrow}{output}"
+
+    def use(m: nn.Module, x: Tensor) -> Tensor:
+        y = torch.einsum(turned, [m.p[0], x]) if swapped else torch.einsum(equation, x, m.p[0])
+        return y.transpose(0, 1) if output[:1] == "e" else y
+
+    model = Uses(use, randn(*EINSUMS[equation]))
+    if not output:  # sorted: b, i, o
+        assert model(torch.randn(N, 5, 4)).shape == (N, 4, 7)
+    x = torch.randn(N, 5, 4)
+    with FisherEstimator(model).observe(N):
+        found = model(x)
+        found.sum().backward()
+    torch.testing.assert_close(found, model(x), rtol=1e-5, atol=1e-5)
+    check(model, x)
+
+
+def test_einsum_of_experts():
+    def use(m: nn.Module, x: Tensor) -> Tensor:
+        each = x.flatten(0, 1).unsqueeze(0).expand(2, -1, -1)
+        return torch.einsum("eti,eio->teo", each, m.p[0]).unflatten(0, (-1, 5))
+
+    check(Uses(use, randn(2, 4, 7)), torch.randn(N, 5, 4))
+
+
+def test_einsum_is_refused():
+    for equation, shape, message in (
+        ("bti,bo->tio", (N, 7), "the first dimension of what it meets has to be the samples'"),
+        ("btt,to->bto", (4, 7), "a label that an operand has twice"),
+    ):
+        model = Uses(lambda m, x, e=equation: torch.einsum(e, x, m.p[0]), randn(*shape))
+        with (
+            pytest.raises(NotImplementedError, match=message),
+            FisherEstimator(model).observe(N),
+        ):
+            model(torch.randn(N, 4, 4))
+    model = Uses(lambda m, x: torch.einsum("eti,eio->eto", x, m.p[0]), randn(N, 4, 7))
+    with (
+        pytest.raises(ValueError, match=r"'p\.0' met rows of shape \[3, 5, 4\].* not known"),
+        FisherEstimator(model).observe(N),
+    ):
+        model(torch.randn(N, 5, 4))
+
+
 class Block(nn.Module):
     def __init__(self, **options) -> None:
         super().__init__()
@@ -897,6 +975,43 @@ def test_table_by_index():
 
     x = torch.cat([torch.arange(3.0).unsqueeze(1), torch.randn(N, 4)], 1)
     check(Uses(None, randn(5, 4), randn(6, 4), randn(7)), x, loss)
+
+
+class Bags(nn.Module):
+    """Bags of words, each followed by a linear layer; as [N, L] or one after another."""
+
+    def __init__(self, flat: bool, last: bool, weighted: bool, **options) -> None:
+        super().__init__()
+        self.table = nn.EmbeddingBag(9, 4, include_last_offset=last, **options)
+        self.head, self.flat, self.last, self.weighted = nn.Linear(4, 3), flat, last, weighted
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Of each row of tokens, those that are not −1."""
+        weights = (0.3 + tokens.to(self.head.weight.dtype) / 5) if self.weighted else None
+        if self.flat:
+            kept = tokens >= 0
+            offsets = F.pad(kept.sum(1).cumsum(0), (1, 0))
+            offsets = offsets if self.last else offsets[:-1]
+            weights = None if weights is None else weights[kept]
+            return self.head(self.table(tokens[kept], offsets, weights))
+        return self.head(self.table(tokens.clamp_min(0), per_sample_weights=weights))
+
+
+@pytest.mark.parametrize("flat", [False, True])
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("padding_idx", [None, -2])
+@pytest.mark.parametrize("mode", ["sum", "mean", "max", "weighted"])
+def test_embedding_bag(mode, padding_idx, last, flat):
+    """With an empty bag, words that are there twice, and a bag of padding."""
+    options = {"mode": "sum" if mode == "weighted" else mode, "padding_idx": padding_idx}
+    model = Bags(flat, last, mode == "weighted", **options)
+    tokens = torch.tensor([[1, 7, 1, 5, 3], [-1, -1, -1, -1, -1], [7, 7, -1, -1, -1]])
+    tokens = torch.cat([tokens, torch.tensor([[0, 8, 7, -1, -1]])])
+    with FisherEstimator(model).observe(4):
+        found = model(tokens)
+        found.sum().backward()
+    torch.testing.assert_close(found, model(tokens))
+    check(model, tokens)
 
 
 def test_large_table_stays_sparse():

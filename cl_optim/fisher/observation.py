@@ -17,6 +17,7 @@ import threading
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -72,6 +73,8 @@ from cl_optim.fisher.rules import (
     Use,
     batched,
     check_embedding,
+    einsum,
+    embedding_bag,
     expand_gradient,
     features_after_broadcast,
     is_choice_of_matrices,
@@ -94,6 +97,7 @@ from cl_optim.fisher.taps import Call, Expand, Graph, Tap
 
 DECOMPOSED: dict[Callable[..., Any], Callable[..., Any]] = {
     F.multi_head_attention_forward: multi_head_attention,
+    F.embedding_bag: embedding_bag,
     **RECURRENT,
 }
 
@@ -314,7 +318,8 @@ class Observation(TorchFunctionMode):
         if self._check is not None:
             self._check.see(nested.tensors((args, kwargs)))
         result = self._handle(func, args, kwargs)
-        self._rows.follow(func, args, kwargs, result)
+        if func not in DECOMPOSED:
+            self._rows.follow(func, args, kwargs, result)
         return result
 
     def _handle(
@@ -437,6 +442,9 @@ class Observation(TorchFunctionMode):
                 return shared[0]
             if func in BATCHED and (product := self._batched(func, args, kwargs, found)):
                 return product[0]
+            if func is torch.functional.einsum and _meets_others(args, kwargs, found):
+                with self:
+                    return einsum(*args, is_weight=lambda tensor: id(tensor) in found)
             if func in RULES:
                 return self._by_rule(func, args, kwargs, found)
             if func in ELEMENTWISE and _meets_others(args, kwargs, found):
@@ -497,6 +505,7 @@ class Observation(TorchFunctionMode):
         found: dict[int, Source],
     ) -> tuple[Tensor] | None:
         """A matrix for each expert, or for each row, times rows of known samples."""
+        args, kwargs = _as_autocast_would(func, args, kwargs, found)
         factors = list(nested.tensors((args, kwargs)))
         if len(found) != 1 or [factor.dim() for factor in factors] != [3, 3]:
             return None
@@ -504,7 +513,7 @@ class Observation(TorchFunctionMode):
         weight, input = factors if transposed else factors[::-1]
         source = found[id(weight)]
         known = self._rows.of(iter([input]))
-        if known is None and not source.direct and self.samples.holds(input.shape, 2):
+        if known is None and source.each_row and self.samples.holds(input.shape, 2):
             rows = 1  # one matrix for each row
         elif (
             known is None
@@ -518,7 +527,6 @@ class Observation(TorchFunctionMode):
         else:
             rows = known[0].dim()
         use = batched(input, weight, transposed, rows)
-        args, kwargs = _as_autocast_would(func, args, kwargs, found)
         return (self._apply(func, args, kwargs, found, use, (source,)),)
 
     def _apply(
@@ -788,7 +796,8 @@ class Observation(TorchFunctionMode):
 
         make = remaking(func, args, {}, found)
         pulls = then(source.pulls, step)
-        self._derive(chosen, Source(pulls, int(chosen.storage_offset()), make, doubt=source.doubt))
+        start = int(chosen.storage_offset())
+        self._derive(chosen, Source(pulls, start, make, doubt=source.doubt, each_row=True))
         return chosen
 
     def _function(
@@ -864,11 +873,14 @@ class Observation(TorchFunctionMode):
         ]
         if not all(geometry.is_injective() for geometry in geometries):
             return False
+        whole = (shape, pulls)
         for i, (view, geometry) in enumerate(zip(views, geometries, strict=True)):
             pulled = within(pulls, geometry, shape)
-            whole = (shape, pulls)
-            made = Source(pulled, start, part_of(make, i), base=whole, doubt=source.doubt)
-            self._derive(view, made)
+            made = part_of(make, i)
+            self._derive(
+                view,
+                replace(source, pulls=pulled, start=start, remake=made, base=whole, direct=False),
+            )
         return True
 
     def _leads_to(

@@ -6,6 +6,7 @@ To support another function, write a rule for it and pass it to :func:`register_
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -169,6 +170,91 @@ def matmul(input: Tensor, other: Tensor, **options: Any) -> Use:
     return Use(input, 1, (other,), (input,), gradients)
 
 
+def einsum(equation: Any, *operands: Any, is_weight: Callable[[Tensor], bool]) -> Tensor:
+    """``torch.einsum`` of data and a weight, as linear maps, products and permutations.
+
+    With labels as ``bthd,ehd->bthe``: h runs over several weights [e, d], d is summed over.
+    """
+    if len(operands) == 1 and isinstance(operands[0], (list, tuple)):
+        operands = tuple(operands[0])
+    if not isinstance(equation, str) or len(operands) != 2:
+        raise UnsupportedUseError("only an equation of two operands is supported")
+    terms, output = _labels(equation, [operand.dim() for operand in operands])
+    first = 0 if is_weight(operands[0]) else 1
+    (weight, w), (x, a) = ((operands[i], terms[i]) for i in (first, 1 - first))
+    if is_weight(x):
+        raise UnsupportedUseError("both operands depend on parameters, and one on data, too")
+    for labels in (a, w):
+        if len(set(labels)) < len(labels):
+            raise UnsupportedUseError("a label that an operand has twice is not supported")
+    x, a = _summed(x, a, w + output)
+    weight, w = _summed(weight, w, a + output)
+    summed = [i for i in w if i not in output]
+    shared = [i for i in w if i in a and i in output]
+    new = [i for i in w if i not in a]
+    tokens = [i for i in a if i not in w]
+    sizes = {**dict(zip(w, weight.shape, strict=True)), **dict(zip(a, x.shape, strict=True))}
+    if a and a[0] not in tokens:
+        if a[0] in summed or shared != [a[0]]:
+            raise UnsupportedUseError("the first dimension of what it meets has to be the samples'")
+        left = _ordered(x, a, shared + tokens + summed)
+        left = left.reshape(sizes[a[0]], -1, _product(sizes, summed))
+        right = _ordered(weight, w, shared + summed + new)
+        right = right.reshape(sizes[a[0]], left.shape[2], _product(sizes, new))
+        made_of = shared + tokens + new
+        product = torch.bmm(left, right).reshape([sizes[i] for i in made_of])
+        return _ordered(product, made_of, output)
+    if not summed and not new:
+        product = _ordered(x, a, tokens + shared) * _ordered(weight, w, shared)
+        return _ordered(product, tokens + shared, output)
+    x = _ordered(x, a, tokens + shared + summed)
+    x = x.reshape(*(sizes[i] for i in tokens), -1, _product(sizes, summed))
+    if w[: len(shared)] == shared and w == shared + summed + new:
+        stack = weight.reshape(-1, _product(sizes, summed), _product(sizes, new))
+        products = [x[..., i, :] @ matrix for i, matrix in enumerate(stack.unbind(0))]
+    else:
+        stack = _ordered(weight, w, shared + new + summed)
+        stack = stack.reshape(-1, _product(sizes, new), _product(sizes, summed))
+        products = [F.linear(x[..., i, :], matrix) for i, matrix in enumerate(stack.unbind(0))]
+    product = torch.stack(products, -2) if shared else products[0]
+    made_of = tokens + shared + new
+    return _ordered(product.reshape([sizes[i] for i in made_of]), made_of, output)
+
+
+def _labels(equation: str, dimensions: Sequence[int]) -> tuple[list[list[str]], list[str]]:
+    """Of the operands and of the output; those that ``...`` stands for are numbers."""
+    inputs, arrow, output = equation.replace(" ", "").partition("->")
+    terms = []
+    for term, dimension in zip(inputs.split(","), dimensions, strict=True):
+        before, dots, after = term.partition("...")
+        more = dimension - len(before) - len(after) if dots else 0
+        terms.append([*before, *(str(i) for i in range(-more, 0)), *after])
+    numbers = sorted({i for term in terms for i in term if len(i) > 1}, key=int)
+    if not arrow:
+        letters = [i for term in terms for i in term if len(i) == 1]
+        once = sorted(i for i in set(letters) if letters.count(i) == 1)
+        return terms, numbers + once
+    before, dots, after = output.partition("...")
+    return terms, [*before, *(numbers if dots else []), *after]
+
+
+def _summed(tensor: Tensor, labels: list[str], kept: Sequence[str]) -> tuple[Tensor, list[str]]:
+    """Without the dimensions that only this tensor has, and the output has not."""
+    alone = [i for i, label in enumerate(labels) if label not in kept]
+    if not alone:
+        return tensor, labels
+    return tensor.sum(alone), [label for label in labels if label in kept]
+
+
+def _ordered(tensor: Tensor, labels: list[str], order: list[str]) -> Tensor:
+    """With its dimensions in that order."""
+    return tensor if labels == order else tensor.permute([labels.index(i) for i in order])
+
+
+def _product(sizes: dict[str, int], labels: list[str]) -> int:
+    return math.prod(sizes[i] for i in labels)
+
+
 @_rule(*named("_grouped_mm", "grouped_mm"))
 def grouped_mm(
     mat_a: Tensor,
@@ -293,6 +379,48 @@ def embedding(
         return (rows(samples, input, grad, table, padding_idx),)
 
     return Use(input, 0, (weight,), (input,), gradients)
+
+
+def embedding_bag(
+    input: Tensor,
+    weight: Tensor,
+    offsets: Tensor | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2.0,
+    scale_grad_by_freq: bool = False,
+    mode: str = "mean",
+    sparse: bool = False,
+    per_sample_weights: Tensor | None = None,
+    include_last_offset: bool = False,
+    padding_idx: int | None = None,
+) -> Tensor:
+    """``torch.nn.functional.embedding_bag`` as an embedding [B, L, D] and what is made of it.
+
+    Bags that are given by offsets are padded, for which the host waits for the longest.
+    """
+    check_embedding(max_norm, scale_grad_by_freq, sparse)
+    kept = torch.ones_like(input, dtype=torch.bool)
+    if input.dim() == 1:
+        assert offsets is not None
+        ends = offsets[1:] if include_last_offset else F.pad(offsets[1:], (0, 1), value=len(input))
+        lengths = ends - offsets[: len(ends)]
+        kept = torch.arange(max(1, int(lengths.max())), device=input.device) < lengths.unsqueeze(1)
+        input = torch.zeros_like(kept, dtype=input.dtype).masked_scatter(kept, input)
+        if per_sample_weights is not None:
+            spread = torch.zeros_like(kept, dtype=per_sample_weights.dtype)
+            per_sample_weights = spread.masked_scatter(kept, per_sample_weights)
+    if padding_idx is not None:
+        kept = kept & (input != padding_idx % len(weight))
+    looked_up = F.embedding(input, weight)
+    if mode == "max":
+        looked_up = looked_up.masked_fill(~kept.unsqueeze(-1), -math.inf)
+        return torch.where(kept.any(1, keepdim=True), looked_up.max(1).values, 0.0)
+    share = kept.to(looked_up.dtype)
+    if mode == "mean":
+        share = share / share.sum(1, keepdim=True).clamp_min(1.0)
+    if per_sample_weights is not None:
+        share = share * per_sample_weights
+    return (looked_up * share.unsqueeze(-1)).sum(1)
 
 
 def is_lookup(func: Callable[..., Any], args: tuple[Any, ...]) -> bool:
@@ -461,12 +589,35 @@ def refuse_batch_statistics(
         )
 
 
+@_rule(*named("prelu"))
+def prelu(input: Tensor, weight: Tensor) -> Use:
+    """``torch.nn.functional.prelu``: one slope, or one for each channel."""
+    channels = weight.numel() > 1
+
+    def gradients(samples: Samples, grad: Tensor, input: Tensor) -> Gradients:
+        slopes = grad * input.clamp(max=0)
+        if not channels:
+            return (samples.sum(slopes, 0, _wide(grad)).unsqueeze(1),)
+        return (samples.sum(_channels_last(slopes), 1, _wide(grad)),)
+
+    if channels and input.dim() > 2:  # [N, C, ...]: positions are no tokens
+
+        def of_images(samples: Samples, grad: Tensor, input: Tensor) -> Gradients:
+            _refuse_packed(samples, "prelu")
+            return gradients(samples, grad, input)
+
+        return Use(input, input.dim() - 1, (weight,), (input,), of_images)
+    return Use(input, int(channels), (weight,), (input,), gradients)
+
+
 # --- convolutions ---------------------------------------------------------------------------------
 
 
 def _refuse_packed(samples: Samples, function: str) -> None:
     if samples.packed:
-        raise UnsupportedUseError(f"{function} cannot tell the samples of a packed batch apart")
+        raise UnsupportedUseError(
+            f"{function} cannot tell the samples of a packed batch, or of gathered rows, apart"
+        )
 
 
 def _repeated(value: int | Sequence[int], dimensions: int) -> tuple[int, ...]:

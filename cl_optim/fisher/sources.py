@@ -28,6 +28,7 @@ class Source:
         base: Shape and ``pulls`` of the tensor that this is a view of; ``None`` if it is no view.
         direct: Whether this is the parameter itself.
         doubt: What to say if the tensor turns out not to be used as a parameter is.
+        each_row: Whether it is one matrix for each row of something else.
     """
 
     pulls: Pulls
@@ -36,6 +37,7 @@ class Source:
     base: tuple[tuple[int, ...], Pulls] | None = None
     direct: bool = False
     doubt: Exception | None = None
+    each_row: bool = False
 
     @property
     def names(self) -> tuple[str, ...]:

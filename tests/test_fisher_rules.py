@@ -257,6 +257,40 @@ def test_einsum_of_experts():
     check(Uses(use, randn(2, 4, 7)), torch.randn(N, 5, 4))
 
 
+class Twice(nn.Module):
+    def __init__(self, use) -> None:
+        super().__init__()
+        self.use, self.w = use, randn(1, 4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.use(self, x).tanh()
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda m, x: torch.einsum("bti,io->bto", x, m.w[0]),
+        lambda m, x: torch.einsum("bti,eio->bto", x, m.w),
+        lambda m, x: (x.flatten(0, 1)[torch.arange(len(x) * 5)].unsqueeze(0) @ m.w).view_as(x),
+    ],
+)
+def test_products_in_checkpoints(use, reentrant):
+    """Uses that only the recomputation sees are added up before the square."""
+    block = Twice(use)
+
+    def loss(model: nn.Module, x: Tensor) -> Tensor:
+        y = model.first(x)
+        for _ in range(2):
+            if y.dtype == torch.float64:  # the loop
+                y = model.block(y)
+            else:
+                y = checkpoint(model.block, y, use_reentrant=reentrant)
+        return y.flatten(1).sum(1)
+
+    check(Uses(None, block=block), torch.randn(N, 5, 4), loss)
+
+
 def test_einsum_is_refused():
     for equation, shape, message in (
         ("bti,bo->tio", (N, 7), "the first dimension of what it meets has to be the samples'"),
@@ -1127,6 +1161,32 @@ def check_losses_apart(model: nn.Module, x: Tensor) -> None:
     assert_sums(fisher.finalize(), expected, 1e-5)
     importance = estimate_fisher(model, [x], "empirical", per_sample_loss=losses)
     assert_sums(importance, expected, 1e-5)
+
+
+def chosen(m: nn.Module, x: Tensor, scores: Tensor) -> Tensor:
+    """A matrix for each row, in the order of the experts."""
+    expert, order = scores.argmax(-1).sort()
+    y = torch.bmm(x[order].unsqueeze(1), m.w[expert]).tanh()
+    v = m.v[expert]
+    y = (v.mT @ y.mT).squeeze(-1) * v[:, 0] * F.normalize(m.w[:, :, 0], dim=1)[expert]
+    return torch.zeros_like(x).index_add(0, order, y)
+
+
+@pytest.mark.parametrize("use", [for_all, chosen])
+def test_experts_in_other_sums(use, monkeypatch):
+    """Σ|g|, and Σg² where a sample's gradients fill a chunk."""
+    model, x = Routed(use).eval(), torch.randn(N, 5, 4)
+    monkeypatch.setattr("cl_optim.fisher.per_sample.CHUNK_BYTES", 1)
+    check(model, x)
+    wide = copy.deepcopy(model).double()
+    named = dict(wide.named_parameters())
+    expected = {name: torch.zeros_like(p) for name, p in named.items()}
+    for n in range(N):
+        loss = wide(x[n : n + 1].double()).square().sum()
+        grads = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
+        for name, g in zip(named, grads, strict=True):
+            expected[name] += 0.0 if g is None else g.abs()
+    assert_sums(estimate_fisher(model, [x], importance="mas"), expected, 1e-5)
 
 
 def test_gathered_rows():

@@ -177,8 +177,8 @@ class Tracker:
             return self._indexed(args[0], index)
         if name == "index_select":
             dim = kwargs.get("dim", args[1] if len(args) > 1 else None)
-            index = kwargs.get("index", args[2] if len(args) > 2 else None)
-            return self._indexed(args[0], (index,)) if dim in (0, -args[0].dim()) else None
+            rows = kwargs.get("index", args[2] if len(args) > 2 else None)
+            return self._indexed(args[0], (rows,)) if dim in (0, -args[0].dim()) else None
         if name == "repeat_interleave" and isinstance(args[0], Tensor) and args[0].dim() > 1:
             repeats = kwargs.get("repeats", args[1] if len(args) > 1 else None)
             dim = kwargs.get("dim", args[2] if len(args) > 2 else None)

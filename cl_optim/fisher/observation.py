@@ -44,7 +44,15 @@ from cl_optim.fisher.functions import (
     remaking,
 )
 from cl_optim.fisher.gathered import Gathered, Tracker
-from cl_optim.fisher.per_sample import Dense, Entries, Experts, Geometry, PerSample, combine
+from cl_optim.fisher.per_sample import (
+    Dense,
+    Entries,
+    FunctionOf,
+    Geometry,
+    PerSample,
+    as_experts,
+    combine,
+)
 from cl_optim.fisher.recurrent import RECURRENT
 from cl_optim.fisher.refusals import (
     FREEZE,
@@ -349,7 +357,7 @@ class Observation(TorchFunctionMode):
                 return func(*args, **kwargs)
         if not torch.is_grad_enabled():
             # Reentrant checkpointing runs it again in the backward pass.
-            if func in RULES or func in ELEMENTWISE or func in EXPANSIONS:
+            if func in RULES or func in ELEMENTWISE or func in EXPANSIONS or func in PRODUCTS:
                 self._count(found.values())
             if func in RULES and self.witness is not None:
                 use = RULES[func](*args, **kwargs)
@@ -786,13 +794,18 @@ class Observation(TorchFunctionMode):
     ) -> Tensor:
         """Of the matrices of several experts, one for each row."""
         matrices, indices = args
-        source, experts = found[id(matrices)], len(matrices)
+        source, experts, matrices_shape = found[id(matrices)], len(matrices), matrices.shape
         chosen: Tensor = func(*args)
 
         def step(inner: PerSample) -> PerSample:
-            if not isinstance(inner, Experts):
-                raise UnsupportedUseError("matrices chosen for each row must be used by bmm")
-            return inner.of(indices.long() % experts, experts)
+            of = indices.long() % experts
+            if (products := as_experts(inner)) is not None:
+                return products.of(of, experts)
+
+            def pull(grad: Tensor) -> Tensor:
+                return grad.new_zeros(experts, *grad.shape[1:]).index_add_(0, of, grad)
+
+            return FunctionOf(inner, pull, matrices_shape)
 
         make = remaking(func, args, {}, found)
         pulls = then(source.pulls, step)
@@ -1189,6 +1202,8 @@ _LOWERED = {F.linear, torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, 
 
 # Products of two stacks of matrices.
 BATCHED = {torch.bmm, Tensor.bmm, torch.matmul, Tensor.matmul, Tensor.__matmul__}
+
+PRODUCTS = BATCHED | {torch.functional.einsum}
 
 # Methods that tell what a tensor is like, and use none of its values.
 _METADATA = {"dim", "size", "numel", "stride", "__len__", "is_floating_point", "is_contiguous"} | {

@@ -296,6 +296,11 @@ class Experts(PerSample):
         self.samples, self.experts = samples, experts
         self.shape = (experts, inputs.shape[1], grads.shape[1])
 
+    def transposed(self) -> Experts:
+        """Return the gradients of the transposed matrices."""
+        swapped = self.grads, self.inputs
+        return Experts(*swapped, self.expert, self.sample, self.samples, self.experts)
+
     def of(self, indices: Tensor, experts: int) -> Experts:
         """Return the gradients of E matrices, of which these are the ones at ``indices``."""
         expert = indices[self.expert]
@@ -560,6 +565,18 @@ class ViewOf(PerSample):
         whole = part.new_zeros(self.shape)
         self.geometry.of(whole).copy_(part)
         return whole
+
+
+def as_experts(grads: PerSample) -> Experts | None:
+    """Return gradients of a stack of matrices, which may have been used transposed, as Experts."""
+    if isinstance(grads, Experts):
+        return grads
+    if isinstance(grads, ViewOf) and isinstance(grads.inner, Experts):
+        count, rows, columns = grads.shape
+        transposed = Geometry((count, columns, rows), (rows * columns, 1, columns), 0)
+        if grads.geometry == transposed:
+            return grads.inner.transposed()
+    return None
 
 
 class ScaledBy(PerSample):

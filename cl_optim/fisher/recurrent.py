@@ -90,7 +90,8 @@ def _direction(
     step: Step, x: Tensor, state: State, weights: Sequence[Tensor], reverse: bool
 ) -> tuple[Tensor, State]:
     """One layer in one direction: its outputs [N, T, hidden] and its last state."""
-    w_ih, w_hh, b_ih, b_hh = weights if len(weights) == 4 else (*weights, None, None)
+    w_ih, w_hh, *biases = weights
+    b_ih, b_hh = biases or (None, None)
     if w_hh.shape[1] != state[0].shape[-1]:
         raise UnsupportedUseError("proj_size is not supported")
     gates = F.linear(x, w_ih, b_ih).unbind(1)

@@ -1086,7 +1086,8 @@ class Observation(TorchFunctionMode):
             return total
         for name, pull in source.pulls.items():
             if name not in self._policy.left:
-                self._wait(name, pull(use), late=call.recomputed and not source.direct)
+                counted = source.direct and self._uses[name] > 0
+                self._wait(name, pull(use), late=call.recomputed and not counted)
         return use.sum(self._sums[source.name].dtype) if call.made else None
 
     def _is_only_use(self, name: str, call: Call) -> bool:
@@ -1203,7 +1204,7 @@ _LOWERED = {F.linear, torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, 
 # Products of two stacks of matrices.
 BATCHED = {torch.bmm, Tensor.bmm, torch.matmul, Tensor.matmul, Tensor.__matmul__}
 
-PRODUCTS = BATCHED | {torch.functional.einsum}
+PRODUCTS = BATCHED | {torch.functional.einsum, F.scaled_dot_product_attention}
 
 # Methods that tell what a tensor is like, and use none of its values.
 _METADATA = {"dim", "size", "numel", "stride", "__len__", "is_floating_point", "is_contiguous"} | {

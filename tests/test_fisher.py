@@ -447,35 +447,19 @@ def test_unseen_use_in_its_own_pass(kind):
     assert all(p.grad is None for p in model.parameters())
 
 
-class Standardised(nn.Conv1d):
-    """As timm standardises weights: in any mode, with a batch_norm of the weight."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        flat = self.weight.view(1, self.out_channels, -1)
-        weight = F.batch_norm(flat, None, None, training=True, eps=1e-6).view_as(self.weight)
-        return F.conv1d(x, weight, self.bias)
-
-
-class Recurrent(nn.LSTM):
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x)[0]
-
-
 def features(*first: nn.Module) -> nn.Module:
-    """Classes of inputs [4, 4, 6]."""
+    """Classes of inputs [4, 4]."""
     return nn.Sequential(*first, nn.Flatten(), nn.LazyLinear(3))
 
 
 REFUSED = {
-    "no rule": lambda: features(nn.ConvTranspose1d(4, 3, 2)),
-    "a batch_norm of a weight": lambda: features(Standardised(4, 3, 2)),
-    "several at once": lambda: features(Recurrent(6, 3, batch_first=True)),
+    "no rule": lambda: features(Uses(lambda m, x: torch.cdist(x, m.extra.w),
+                                     w=P(torch.randn(4, 4)))),
+    "several at once": lambda: features(Uses(lambda m, x: F.bilinear(x, x, m.extra.w, m.extra.p),
+                                             w=P(torch.randn(4, 4, 4)), p=P(torch.randn(4)))),
     "not supported": lambda: features(Uses(NO_RULE["alpha"][0], p=P(torch.randn(4)))),
-    "chosen rows": lambda: features(Uses(lambda m, x: x * m.linear.weight[[1, 3]].sum(0))),
     "unseen": lambda: features(Uses(UNSEEN["alone"][0], p=P(torch.randn(4)))),
     "beside a seen one": lambda: features(Uses(UNSEEN["beside a seen one"][0])),
-    "no samples": lambda: features(Uses(lambda m, x: x * F.linear(m.extra.v, m.extra.w),
-                                        v=P(torch.randn(4)), w=P(torch.randn(4, 4)))),
     "rows of samples": lambda: Uses(lambda m, x: torch.cat(
         [F.linear(x[:3], m.extra.w), F.linear(x[3:], m.extra.w)]), w=P(torch.randn(4, 4))),
 }  # fmt: skip
@@ -485,8 +469,7 @@ REFUSED = {
 def test_a_refusal_ends_in_its_remedy(kind):
     """Each names the parameter, and random signs then find what a loop over samples does."""
     model = REFUSED[kind]()
-    flat = kind in ("not supported", "chosen rows", "unseen", "beside a seen one", "no samples")
-    x = torch.randn((4, 4) if flat or isinstance(model, Uses) else (4, 4, 6))
+    x = torch.randn(4, 4)
     model(x)  # how many features there are
     freeze = "or freeze what should be left out with requires_grad_(False)."
     with pytest.raises((NotImplementedError, ValueError), match=r"parameters? '") as refused:
@@ -511,9 +494,24 @@ def test_a_refusal_ends_in_its_remedy(kind):
             torch.testing.assert_close(value.double(), expected[name], rtol=1e-4, atol=1e-6)
 
 
+class Standardised(nn.Conv1d):
+    """As timm standardises weights: in any mode, with a batch_norm of the weight."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        flat = self.weight.view(1, self.out_channels, -1)
+        weight = F.batch_norm(flat, None, None, training=True, eps=1e-6).view_as(self.weight)
+        return F.conv1d(x, weight, self.bias)
+
+
+def test_a_batch_norm_of_a_weight():
+    model, x = nn.Sequential(Standardised(4, 3, 2), nn.Flatten()), torch.randn(5, 4, 6)
+    importance = estimate_fisher(model, [x], "predicted")
+    assert_sums(importance, oracle(model, x, predicted_labels), 1e-5)
+
+
 def test_the_remedy_for_magnitudes_and_packed_sequences():
     """Random signs estimate squares, of samples with losses of their own."""
-    model = Uses(NO_RULE["chosen rows"][0])
+    model = Uses(lambda m, x: torch.cdist(x, m.linear.weight))
     message = r"'linear\.weight'.*; leave it out with unsupported='skip', or freeze what"
     with pytest.raises(NotImplementedError, match=message):
         estimate_fisher(model, [torch.randn(4, 4)], importance="mas")

@@ -19,7 +19,7 @@ CLASSES, COUNT = 5, 6
 class Experts(nn.Module):
     """Tokens [N, T, D]; each goes to the one of three experts whose feature is the largest."""
 
-    def __init__(self, aligned: bool) -> None:
+    def __init__(self) -> None:
         super().__init__()
         self.first, self.head = nn.Linear(4, 4), nn.Linear(4, CLASSES)
         self.experts = nn.ModuleList(nn.Linear(4, 4) for _ in range(3))
@@ -76,15 +76,13 @@ class Scaled(nn.Module):
 
 
 CASES = {
-    "experts": (Experts, "experts.0.weight"),
     "time-major": (TimeMajor, "first.weight"),
     "scaled": (Scaled, "scale"),
 }
 
 
-def data(case: str, aligned: bool) -> tuple[Tensor, Tensor]:
-    x = routed(aligned) if case == "experts" else torch.randn(COUNT, COUNT, 4)
-    return x, torch.randint(0, CLASSES, (COUNT,))
+def data() -> tuple[Tensor, Tensor]:
+    return torch.randn(COUNT, COUNT, 4), torch.randint(0, CLASSES, (COUNT,))
 
 
 def fisher_of(model: nn.Module, x: Tensor, y: Tensor, how: str, **arguments) -> FisherEstimator:
@@ -104,7 +102,7 @@ def fisher_of(model: nn.Module, x: Tensor, y: Tensor, how: str, **arguments) -> 
 @pytest.mark.parametrize("case", CASES)
 def test_rows_that_are_not_samples(case, how):
     make, name = CASES[case]
-    model, (x, y) = make(aligned=False), data(case, aligned=False)
+    model, (x, y) = make(aligned=False), data()
     message = rf"parameters? '{name}'.* met inputs whose rows .* requires_grad_\(False\)\.$"
     with pytest.raises(ValueError, match=message):
         fisher_of(model, x, y, how)
@@ -126,14 +124,22 @@ def test_rows_that_are_not_samples(case, how):
 @pytest.mark.parametrize("case", CASES)
 def test_rows_that_are_samples(case, how):
     make, _ = CASES[case]
-    model, (x, y) = make(aligned=True), data(case, aligned=True)
+    model, (x, y) = make(aligned=True), data()
+    assert_sums(fisher_of(model, x, y, how).finalize(), oracle(model, x, data_labels(y)), 1e-5)
+
+
+@pytest.mark.parametrize("how", ["observe", "attach"])
+@pytest.mark.parametrize("aligned", [False, True])
+def test_rows_of_experts_are_followed(aligned, how):
+    """They are as many as the samples, and of others."""
+    model, x, y = Experts(), routed(aligned), torch.randint(0, CLASSES, (COUNT,))
     assert_sums(fisher_of(model, x, y, how).finalize(), oracle(model, x, data_labels(y)), 1e-5)
 
 
 @pytest.mark.parametrize("how", ["observe", "attach"])
 def test_inside_reentrant_checkpoints(how):
     """There the parameters are met without gradients."""
-    model, (x, y) = TimeMajor(aligned=True, checkpointed=True), data("time-major", aligned=True)
+    model, (x, y) = TimeMajor(aligned=True, checkpointed=True), data()
     plain = TimeMajor(aligned=True)
     plain.load_state_dict(model.state_dict())
     assert_sums(fisher_of(model, x, y, how).finalize(), oracle(plain, x, data_labels(y)), 1e-5)
@@ -153,11 +159,11 @@ class Reversed(TimeMajor):
 
 
 class Late(nn.Module):
-    """An expert that is used from the second batch on."""
+    """A layer that is used later, with positions in front."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.first, self.expert, self.head = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, CLASSES)
+        self.first, self.late, self.head = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, CLASSES)
         self.used = False
         self.register_buffer("calls", torch.zeros(()))
         self.noise = nn.Dropout(0.5)
@@ -166,17 +172,14 @@ class Late(nn.Module):
         self.calls += 1
         tokens = self.noise(self.first(x))
         if self.used:
-            flat = tokens.flatten(0, 1)
-            chosen = x.flatten(0, 1)[:, 0].argsort()[: len(x)]
-            flat = flat.index_add(0, chosen, self.expert(flat[chosen]))
-            tokens = flat.view_as(x)
+            tokens = self.late(tokens.transpose(0, 1)).transpose(0, 1)
         return self.head(tokens.mean(1))
 
 
 @pytest.mark.parametrize("how", ["observe", "attach"])
 def test_the_check_costs_once(how):
     """Two forward passes where parameters are met first; nothing of them is left."""
-    model, (x, y) = Late(), data("experts", aligned=False)
+    model, (x, y) = Late(), data()
     plain = copy.deepcopy(model)
     ran: list[bool] = []
     model.first.register_forward_hook(lambda *args: ran.append(model.training))
@@ -208,7 +211,7 @@ def test_the_check_costs_once(how):
     assert model.calls == 2
     assert model.training
     model.used = True
-    with pytest.raises(ValueError, match=r"parameters 'expert\.weight', 'expert\.bias' met inputs"):
+    with pytest.raises(ValueError, match=r"parameters 'late\.weight', 'late\.bias' met inputs"):
         step()
 
 

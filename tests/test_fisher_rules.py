@@ -1231,7 +1231,7 @@ def test_mixed_samples():
 def test_rows_of_unknown_samples_are_refused(move):
     """Even where their number would suit."""
     model, x = Uses(lambda m, x: F.linear(move(x), m.p[0]), randn(2, 4)), torch.randn(N, N, 4)
-    message = r"'p\.0' met rows of shape \[3, 3, 4\] .*not known; freeze .* unsupported='sign'\.$"
+    message = r"'p\.0' met rows of shape \[3, 3, 4\] .*not known; estimate .*False\)\.$"
     with pytest.raises(ValueError, match=message), FisherEstimator(model).observe(N):
         model(x)
     skipped = estimate_fisher(

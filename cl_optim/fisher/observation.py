@@ -194,6 +194,7 @@ class Observation(TorchFunctionMode):
             for name, parameter in parameters.items()
         }
         self._stand_ins: dict[str, Tensor] = {}
+        self._nodes: dict[str, Any] = {}
         self._derived: Any = WeakIdKeyDictionary()  # views of parameters, and functions of them
         self._derived_stand_ins: Any = WeakIdKeyDictionary()
         self._hooks: list[RemovableHandle] = []
@@ -237,7 +238,7 @@ class Observation(TorchFunctionMode):
         self.closed = True
         self._check = None
         self._hooks, self._module_hooks = [], []
-        self._seen_grads, self._stand_ins, self._waiting = {}, {}, {}
+        self._seen_grads, self._stand_ins, self._nodes, self._waiting = {}, {}, {}, {}
         self._sources = {}
         self._derived.clear()
         self._derived_stand_ins.clear()
@@ -423,6 +424,8 @@ class Observation(TorchFunctionMode):
                 record = functools.partial(self._seen_grads.__setitem__, name)
                 stand_in.register_hook(record)  # type: ignore[no-untyped-call]
             self._stand_ins[name] = stand_in
+            # A view's grad_fn is made anew where its base is changed in place.
+            self._nodes[name] = stand_in.grad_fn
             # A cast that changes nothing returns it.
             self._sources[id(stand_in)] = self._sources[id(parameter)]
         return self._stand_ins[name]
@@ -997,8 +1000,8 @@ class Observation(TorchFunctionMode):
         return (
             f"parameter {name!r} met an input of shape {shape}, whose leading dimension is "
             f"{shape[0]}, but batch_size is {self.samples.count}: the leading dimension must run "
-            f"over the samples (rows of unknown samples, as some mixtures of experts make them, are "
-            f"not supported)"
+            f"over the samples (rows of unknown samples, as some mixtures of experts make them, "
+            f"are not supported)"
         )
 
     def check_table(self) -> None:
@@ -1066,8 +1069,7 @@ class Observation(TorchFunctionMode):
 
     def _are_wanted(self, names: Iterable[str]) -> bool:
         """Whether the backward pass that runs computes gradients of these parameters."""
-        tensors = [self._stand_ins[name] for name in names if name in self._stand_ins]
-        nodes = [tensor.grad_fn for tensor in tensors if tensor.grad_fn is not None]
+        nodes = [node for name in names if (node := self._nodes.get(name)) is not None]
         return not nodes or any(torch._C._will_engine_execute_node(node) for node in nodes)
 
     def _add(self, source: Source, grad: PerSample | Tensor, call: Call) -> Tensor | None:

@@ -1,6 +1,7 @@
 // Launch plans: the step for the same parameters and state again and again, without handing a
 // tensor to an operator, which takes longer than updating a small one. Tensors are read through
-// DLPack's C interface, some 40 ns each.
+// DLPack's C interface, some 40 ns each. Between that and the step's end no other thread may free
+// their memory: see take_step().
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -11,6 +12,7 @@
 
 #include <algorithm>
 #include <array>
+#include <cstring>
 #include <optional>
 #include <string>
 #include <tuple>
@@ -46,6 +48,93 @@ inline std::optional<DLTensor> look(PyObject* tensor) {
   return std::nullopt;
 }
 
+// Whether torch sees a tensor's elements negated (Tensor.is_neg()), which DLPack does not tell. To
+// ask torch takes longer than all else that is done for a tensor, and lets go of the GIL. The bit is
+// in the last word of torch's object, behind the sizes that it holds of up to five dimensions; where
+// exactly is found out from tensors with and without it.
+class NegativeBit {
+ public:
+  static constexpr int kMostDims = 5;
+
+  static const NegativeBit& instance() {
+    static const NegativeBit found = find();
+    return found;
+  }
+
+  bool is_known() const { return mask_ != 0; }
+  // Of a tensor of kMostDims dimensions at most.
+  bool is_set(const DLTensor& tensor) const { return (word(tensor, index_) & mask_) != 0; }
+
+ private:
+  // Words from the sizes on: five sizes and five strides come first, the object ends after the last.
+  static constexpr int kFirst = 10, kEnd = 14;
+
+  static uint64_t word(const DLTensor& tensor, int index) {
+    uint64_t value;
+    std::memcpy(&value, reinterpret_cast<const char*>(tensor.shape) + 8 * index, sizeof(value));
+    return value;
+  }
+
+  // Not known unless a single bit tells all pairs of tensors apart.
+  static NegativeBit find() {
+    std::array<uint64_t, kEnd> masks;
+    masks.fill(~uint64_t{0});
+    const py::module_ torch = py::module_::import("torch");
+    for (const std::vector<int>& shape : {std::vector<int>{}, {3}, {0, 2}, {2, 3, 4, 5, 6}}) {
+      for (const char* dtype : {"float32", "bfloat16", "uint8"}) {
+        const py::object plain = torch.attr("ones")(shape, py::arg("dtype") = torch.attr(dtype));
+        const py::object negated = torch.attr("_neg_view")(plain);
+        const auto a = look(plain.ptr()), b = look(negated.ptr());
+        if (!a || !b) return {};
+        for (int i = kFirst; i < kEnd; ++i) {
+          const uint64_t differs = word(*a, i) ^ word(*b, i);
+          masks[i] &= (differs & (differs - 1)) == 0 ? differs & word(*b, i) : 0;
+        }
+      }
+    }
+    NegativeBit found;
+    for (int i = kFirst; i < kEnd; ++i) {
+      if (masks[i] == 0) continue;
+      if (found.is_known()) return {};
+      found.index_ = i;
+      found.mask_ = masks[i];
+    }
+    return found;
+  }
+
+  int index_ = 0;
+  uint64_t mask_ = 0;
+};
+
+inline bool is_negated(const DLTensor& tensor) { return NegativeBit::instance().is_set(tensor); }
+
+// Whether it is a tensor that no subclass gives another meaning, nor lets Python code look on.
+inline bool is_plain(PyObject* tensor) {
+  static const std::array<PyObject*, 4> known = [] {
+    const py::module_ torch = py::module_::import("torch");
+    const py::object type = torch.attr("Tensor"), parameter = torch.attr("nn").attr("Parameter");
+    return std::array{type.inc_ref().ptr(), parameter.inc_ref().ptr(),
+                      py::object(type.attr("__torch_dispatch__")).release().ptr(),
+                      py::object(parameter.attr("__torch_function__")).release().ptr()};
+  }();
+  const py::handle its_type(reinterpret_cast<PyObject*>(Py_TYPE(tensor)));
+  if (its_type.ptr() == known[0] || its_type.ptr() == known[1]) return true;
+  return py::isinstance(tensor, known[0]) &&
+         py::object(its_type.attr("__torch_dispatch__")).ptr() == known[2] &&
+         py::object(its_type.attr("__torch_function__")).ptr() == known[3];
+}
+
+// Keeps a tensor's memory, also where the tensor is given other memory (p.data = ...).
+inline py::object storage_of(PyObject* tensor) {
+  static PyObject* const method =
+      py::object(py::module_::import("torch").attr("Tensor").attr("untyped_storage"))
+          .release()
+          .ptr();
+  PyObject* storage = PyObject_CallOneArg(method, tensor);
+  if (storage == nullptr) throw py::error_already_set();
+  return py::reinterpret_steal<py::object>(storage);
+}
+
 inline void* address(const DLTensor& tensor) {
   return static_cast<char*>(tensor.data) + tensor.byte_offset;
 }
@@ -59,30 +148,6 @@ inline std::optional<ScalarKind> scalar_kind(DLDataType type) {
   if (type.code == kDLUInt && type.bits == 8) return ScalarKind::codes;
   return std::nullopt;
 }
-
-// Device, dtype, sizes and strides; not the strides of dimensions of one element.
-class Layout {
- public:
-  Layout() = default;
-  explicit Layout(const DLTensor& tensor) {
-    add(tensor.device.device_type);
-    add(tensor.device.device_id);
-    add(tensor.dtype.code << 16 | tensor.dtype.bits);
-    add(tensor.ndim);
-    for (int d = 0; d < tensor.ndim; ++d) {
-      add(tensor.shape[d]);
-      if (tensor.shape[d] != 1 && tensor.strides) add(tensor.strides[d]);
-    }
-  }
-
-  bool operator==(const Layout& other) const { return hash_ == other.hash_; }
-
- private:
-  // FNV-1a.
-  void add(int64_t value) { hash_ = (hash_ ^ static_cast<uint64_t>(value)) * 0x100000001b3u; }
-
-  uint64_t hash_ = 0xcbf29ce484222325u;
-};
 
 inline int64_t numel_of(const DLTensor& tensor) {
   int64_t numel = 1;
@@ -125,6 +190,41 @@ inline bool same_order(const DLTensor& a, const DLTensor& b) {
   return true;
 }
 
+inline bool operator==(const DLDevice& a, const DLDevice& b) {
+  return a.device_type == b.device_type && a.device_id == b.device_id;
+}
+
+inline bool operator==(const DLDataType& a, const DLDataType& b) {
+  return a.code == b.code && a.bits == b.bits && a.lanes == b.lanes;
+}
+
+inline bool is_alike(const DLTensor& a, const DLTensor& b) {
+  return a.device == b.device && a.dtype == b.dtype && same_order(a, b);
+}
+
+// What a tensor was, sizes and strides included.
+class Layout {
+ public:
+  Layout() = default;
+  explicit Layout(const DLTensor& tensor) : tensor_(tensor) {
+    for (int d = 0; d < tensor.ndim; ++d) {
+      sizes_[d] = tensor.shape[d];
+      strides_[d] = tensor.strides[d];
+    }
+  }
+
+  bool matches(const DLTensor& tensor) const {
+    DLTensor own = tensor_;
+    own.shape = const_cast<int64_t*>(sizes_.data());
+    own.strides = const_cast<int64_t*>(strides_.data());
+    return is_alike(tensor, own);
+  }
+
+ private:
+  DLTensor tensor_{};
+  std::array<int64_t, NegativeBit::kMostDims> sizes_{}, strides_{};
+};
+
 // Whether a dict has these very keys and values, in this order.
 inline bool same_items(const py::dict& dict, const std::vector<py::object>& items) {
   if (2 * static_cast<size_t>(PyDict_GET_SIZE(dict.ptr())) != items.size()) return false;
@@ -162,9 +262,69 @@ struct Launcher {
               const DeviceNumbers& numbers, void* workspace, void* stream, int device);
 };
 
+// What one plan's part of a step takes besides.
+struct Call {
+  py::list group;  // all parameters of the group
+  py::list memories;
+  py::list coefficients;
+  py::object workspace;  // a tensor or None, as the others
+  py::object lr;
+  py::object grad_scale;
+  py::object found_inf;
+  py::object sums;
+  EWCAdamWOptions options;
+
+  // Of a tuple in the order above, with a dict of options at its end.
+  explicit Call(const py::tuple& call)
+      : group(call[0]),
+        memories(call[1]),
+        coefficients(call[2]),
+        workspace(call[3]),
+        lr(call[4]),
+        grad_scale(call[5]),
+        found_inf(call[6]),
+        sums(call[7]) {
+    const auto number = [&](const char* name) { return call[8][name].cast<double>(); };
+    const auto flag = [&](const char* name) { return call[8][name].cast<bool>(); };
+    options = {number("lr"),
+               number("beta1"),
+               number("beta2"),
+               number("eps"),
+               number("weight_decay"),
+               number("ewc_lambda"),
+               number("damping"),
+               parse_penalty(call[8]["penalty"].cast<std::string>()),
+               flag("amsgrad"),
+               flag("maximize"),
+               flag("stochastic")};
+  }
+};
+
+// A part of a step, ready to be launched.
+struct Prepared {
+  std::vector<EWCAdamWTensor> tensors;
+  DeviceNumbers numbers{};
+  void* workspace = nullptr;
+  std::vector<py::object> kept;  // gradients and, of a long step, the storages of all tensors
+};
+
+// While it lives no garbage is collected: that would run other code amid what must not be disturbed.
+class NoCollection {
+ public:
+  NoCollection() : was_enabled_(PyGC_Disable() != 0) {}
+  ~NoCollection() {
+    if (was_enabled_) PyGC_Enable();
+  }
+  NoCollection(const NoCollection&) = delete;
+  NoCollection& operator=(const NoCollection&) = delete;
+
+ private:
+  bool was_enabled_;
+};
+
 // The step of some parameters of a group. It keeps their tensors, and is of use as long as these
 // are the ones that have a gradient and their state holds the same tensors in the same memory:
-// ready() looks.
+// prepare() looks.
 template <const Launcher& launcher>
 class Plan {
  public:
@@ -176,77 +336,81 @@ class Plan {
     for (const py::handle& param : group) {
       group_.push_back(py::reinterpret_borrow<py::object>(param));
     }
+    possible_ = NegativeBit::instance().is_known();
     for (size_t i = 0; i < members_.size(); ++i) {
       rows_.emplace_back();
       possible_ = possible_ && add(group_[members_[i]].ptr(), states[i], rows_.back());
     }
   }
 
-  // Whether the tensors are laid out so that a plan can be made.
+  // Whether the tensors are such that a plan can be made.
   bool possible() const { return possible_; }
 
-  // Reads anew where parameters and gradients are. If false, nothing has changed, and the step must
-  // be taken another way.
-  bool ready(const py::list& group, bool amsgrad, const py::list& memories,
-             const py::list& coefficients) {
-    if (!possible_ || group.size() != group_.size()) return false;
-    for (size_t i : skipped_) {
-      if (!is_same(group, i) || gradient(i).ptr() != Py_None) return false;
-    }
-    tensors_.clear();
-    for (size_t i = 0; i < members_.size(); ++i) {
-      const Row& row = rows_[i];
-      if (i + kAhead < members_.size()) prefetch(rows_[i + kAhead]);
-      if (!is_same(group, members_[i]) || !is_current(row)) return false;
-      const auto param = look(group_[members_[i]].ptr());
-      const py::object grad_object = gradient(members_[i]);
-      if (!param || !(Layout(*param) == row.layout) || grad_object.is_none()) return false;
-      const auto grad = look(grad_object.ptr());
-      if (!grad || !(Layout(*grad) == row.layout)) return false;
-      EWCAdamWTensor tensor = row.tensor;
-      tensor.param = address(*param);
-      tensor.grad = address(*grad);
-      if (tensor.numel != 0 && (!tensor.param || !tensor.grad)) return false;
-      if (amsgrad && tensor.numel != 0 && !tensor.max_exp_avg_sq) return false;
-      if (memories.size() != 0 && !add_rows(memories[i], coefficients[i], *param, tensor)) {
-        return false;
-      }
-      tensors_.push_back(tensor);
-    }
-    return true;
+  size_t workspace(bool sums) const {
+    std::vector<EWCAdamWTensor> tensors;
+    for (const Row& row : rows_) tensors.push_back(row.tensor);
+    return launcher.workspace(tensors, sums);
   }
 
-  size_t workspace(bool sums) const { return launcher.workspace(tensors_, sums); }
+  int64_t numel() const { return numel_; }
 
-  // Takes the step that ready() has prepared. The addresses of device numbers may be 0.
-  void run(uintptr_t workspace, uintptr_t lr_tensor, uintptr_t grad_scale, uintptr_t found_inf,
-           uintptr_t sums, double lr, double beta1, double beta2, double eps, double weight_decay,
-           double ewc_lambda, double damping, const std::string& penalty, bool amsgrad,
-           bool maximize, bool stochastic) {
-    const EWCAdamWOptions options{lr,           beta1,      beta2,     eps,
-                                  weight_decay, ewc_lambda, damping,   parse_penalty(penalty),
-                                  amsgrad,      maximize,   stochastic};
-    const DeviceNumbers numbers{
-        reinterpret_cast<const float*>(lr_tensor), reinterpret_cast<const float*>(grad_scale),
-        reinterpret_cast<const float*>(found_inf), reinterpret_cast<PenaltySums*>(sums)};
+  // Reads anew where everything is. If nothing is returned, nothing has changed, and the step must
+  // be taken another way. Runs no Python code.
+  std::optional<Prepared> prepare(const Call& call, bool keep_storages) const {
+    const size_t rows = call.memories.size();
+    if (!possible_ || call.group.size() != group_.size() || rows != call.coefficients.size() ||
+        (rows != 0 && rows != members_.size())) {
+      return std::nullopt;
+    }
+    for (size_t i : skipped_) {
+      if (!is_same(call.group, i) || gradient(i).ptr() != Py_None) return std::nullopt;
+    }
+    Prepared prepared;
+    prepared.tensors.reserve(members_.size());
+    prepared.kept.reserve(members_.size());
+    for (size_t i = 0; i < members_.size(); ++i) {
+      if (i + kAhead < members_.size()) prefetch(rows_[i + kAhead]);
+      if (!is_same(call.group, members_[i]) || !prepare(i, call, keep_storages, prepared)) {
+        return std::nullopt;
+      }
+    }
+    const bool fits = place(call.lr, kFloat, 1, prepared.numbers.lr) &&
+                      place(call.grad_scale, kFloat, 1, prepared.numbers.grad_scale) &&
+                      place(call.found_inf, kFloat, 1, prepared.numbers.found_inf) &&
+                      place(call.sums, kDouble, 2, prepared.numbers.sums);
+    if (!fits) return std::nullopt;
+    if (!call.workspace.is_none()) prepared.workspace = address(*look(call.workspace.ptr()));
+    return prepared;
+  }
+
+  void* stream() const {
     void* stream = nullptr;
     if (device_.device_type != kDLCPU &&
         dlpack().current_work_stream(device_.device_type, device_.device_id, &stream) != 0) {
       throw py::error_already_set();
     }
-    const py::gil_scoped_release release;
-    launcher.run(tensors_, options, numbers, reinterpret_cast<void*>(workspace), stream,
+    return stream;
+  }
+
+  void launch(const Prepared& prepared, const EWCAdamWOptions& options, void* stream) const {
+    if (prepared.tensors.empty()) return;
+    launcher.run(prepared.tensors, options, prepared.numbers, prepared.workspace, stream,
                  device_.device_id);
   }
 
  private:
   static constexpr size_t kAhead = 3;  // parameters
+  static constexpr DLDataType kFloat{kDLFloat, 32, 1}, kDouble{kDLFloat, 64, 1};
+
+  enum class Form { like_param, codes, number };
 
   // A tensor of a parameter's state. Its sizes lie within torch's object, where its address is.
   struct Place {
     PyObject* tensor;
     const void* address;
     const char* sizes;
+    DLDataType dtype;
+    Form form;
   };
 
   // A parameter's state: its dict, what was in it, and where.
@@ -269,13 +433,66 @@ class Plan {
     return py::reinterpret_steal<py::object>(grad);
   }
 
-  static bool is_current(const Row& row) {
+  // A look at what a kernel can read as it lies.
+  static std::optional<DLTensor> plain_look(PyObject* tensor) {
+    if (!is_plain(tensor)) return std::nullopt;
+    const auto seen = look(tensor);
+    if (!seen || seen->ndim > NegativeBit::kMostDims || is_negated(*seen)) return std::nullopt;
+    return seen;
+  }
+
+  bool prepare(size_t i, const Call& call, bool keep_storages, Prepared& prepared) const {
+    const Row& row = rows_[i];
+    PyObject* const param_object = group_[members_[i]].ptr();
+    const auto param = plain_look(param_object);
+    if (!param || !row.layout.matches(*param) || !is_current(row, *param)) return false;
+    py::object grad_object = gradient(members_[i]);
+    if (grad_object.is_none()) return false;
+    const auto grad = plain_look(grad_object.ptr());
+    if (!grad || !is_alike(*grad, *param)) return false;
+    EWCAdamWTensor tensor = row.tensor;
+    tensor.param = address(*param);
+    tensor.grad = address(*grad);
+    if (tensor.numel != 0 && (!tensor.param || !tensor.grad)) return false;
+    if (call.options.amsgrad && tensor.numel != 0 && !tensor.max_exp_avg_sq) return false;
+    const bool projected = call.memories.size() != 0;
+    if (projected && !add_rows(call.memories[i], call.coefficients[i], *param, tensor)) {
+      return false;
+    }
+    prepared.tensors.push_back(tensor);
+    if (keep_storages) {
+      prepared.kept.push_back(storage_of(param_object));
+      prepared.kept.push_back(storage_of(grad_object.ptr()));
+      for (const Place& place : row.places) prepared.kept.push_back(storage_of(place.tensor));
+      if (projected) prepared.kept.push_back(storage_of(py::object(call.memories[i]).ptr()));
+    }
+    prepared.kept.push_back(std::move(grad_object));
+    return true;
+  }
+
+  bool is_current(const Row& row, const DLTensor& param) const {
     if (!same_items(row.state, row.items)) return false;
     for (const Place& place : row.places) {
       const auto seen = look(place.tensor);
-      if (!seen || address(*seen) != place.address) return false;
+      if (!seen || address(*seen) != place.address || !(seen->dtype == place.dtype) ||
+          !fits(*seen, place.form, param) || is_negated(*seen)) {
+        return false;
+      }
     }
     return true;
+  }
+
+  bool fits(const DLTensor& seen, Form form, const DLTensor& param) const {
+    if (!(seen.device == device_) || seen.ndim > NegativeBit::kMostDims) return false;
+    switch (form) {
+      case Form::number:
+        return numel_of(seen) == 1;
+      case Form::codes:
+        return seen.ndim == 2 && seen.shape[0] == (numel_of(param) + kBlock - 1) / kBlock &&
+               seen.shape[1] == sizeof(PackedBlock) && is_contiguous(seen) && is_contiguous(param);
+      default:
+        return same_order(seen, param);
+    }
   }
 
   // After a model's forward and backward pass nothing of this is in the cache, and to find it out
@@ -289,45 +506,44 @@ class Plan {
   bool add(PyObject* object, const py::dict& state, Row& row) {
     row.state = state;
     row.items = items_of(state);
-    const auto param = look(object);
+    const auto param = plain_look(object);
     if (!param || !is_dense(*param)) return false;
     const auto kind = scalar_kind(param->dtype);
-    if (!kind) return false;
+    if (!kind || *kind == ScalarKind::codes) return false;
     if (rows_.size() == 1) device_ = param->device;
+    if (!(param->device == device_)) return false;
     row.layout = Layout(*param);
     EWCAdamWTensor& t = row.tensor;
     t.numel = numel_of(*param);
     t.param_kind = *kind;
-    ScalarKind step_kind{}, compensation_kind{};
+    numel_ += t.numel;
+    ScalarKind exp_avg_sq_kind{}, max_exp_avg_sq_kind{}, step_kind{}, compensation_kind{};
     void *exp_avg{}, *exp_avg_sq{}, *max_exp_avg_sq{}, *importance{}, *anchor{}, *compensation{},
         *step{};
     const std::array<std::tuple<const char*, void**, ScalarKind*>, 7> arrays{{
         {"exp_avg", &exp_avg, &t.moment_kind},
-        {"exp_avg_sq", &exp_avg_sq, &t.moment_kind},
-        {"max_exp_avg_sq", &max_exp_avg_sq, &t.moment_kind},
+        {"exp_avg_sq", &exp_avg_sq, &exp_avg_sq_kind},
+        {"max_exp_avg_sq", &max_exp_avg_sq, &max_exp_avg_sq_kind},
         {"importance", &importance, &t.importance_kind},
         {"anchor", &anchor, &t.anchor_kind},
         {"compensation", &compensation, &compensation_kind},
         {"step", &step, &step_kind},
     }};
-    for (const auto& [key, place, array_kind] : arrays) {
+    for (const auto& [key, array, array_kind] : arrays) {
       if (!state.contains(key)) continue;
       const py::object tensor = state[key];
-      const auto seen = look(tensor.ptr());
-      if (!seen || seen->device.device_type != device_.device_type ||
-          seen->device.device_id != device_.device_id) {
-        return false;
-      }
+      const auto seen = plain_look(tensor.ptr());
+      if (!seen) return false;
       const auto seen_kind = scalar_kind(seen->dtype);
       if (!seen_kind) return false;
-      const bool placed = place == &step ? numel_of(*seen) == 1
-                          : *seen_kind == ScalarKind::codes
-                              ? is_contiguous(*seen) && is_contiguous(*param)
-                              : same_order(*seen, *param);
-      if (!placed) return false;
+      const Form form = array == &step                    ? Form::number
+                        : *seen_kind == ScalarKind::codes ? Form::codes
+                                                          : Form::like_param;
+      if (!fits(*seen, form, *param)) return false;
       *array_kind = *seen_kind;
-      *place = address(*seen);
-      row.places.push_back({tensor.ptr(), *place, reinterpret_cast<const char*>(seen->shape)});
+      *array = address(*seen);
+      row.places.push_back({tensor.ptr(), *array, reinterpret_cast<const char*>(seen->shape),
+                            seen->dtype, form});
     }
     t.exp_avg = exp_avg;
     t.exp_avg_sq = exp_avg_sq;
@@ -336,22 +552,58 @@ class Plan {
     t.anchor = anchor;
     t.compensation = static_cast<BFloat16*>(compensation);
     t.step = static_cast<float*>(step);
-    return true;
+    const auto has = [&](const char* key) { return state.contains(key); };
+    return has("exp_avg") && has("exp_avg_sq") && has("step") &&
+           has("importance") == has("anchor") && step_kind == ScalarKind::float32 &&
+           exp_avg_sq_kind == t.moment_kind &&
+           (!has("max_exp_avg_sq") || max_exp_avg_sq_kind == t.moment_kind) &&
+           is_state_kind(t.moment_kind, *kind) &&
+           (!has("importance") || (is_state_kind(t.importance_kind, *kind) &&
+                                   is_anchor_kind(t.anchor_kind, *kind))) &&
+           (!has("compensation") || (compensation_kind == ScalarKind::bfloat16 &&
+                                     *kind == ScalarKind::bfloat16));
+  }
+
+  // As the operator has it (ewc_adamw_arguments.h).
+  static bool is_state_kind(ScalarKind kind, ScalarKind param) {
+    if (param == ScalarKind::float64) return kind == ScalarKind::float64;
+    return kind == ScalarKind::float32 || kind == ScalarKind::bfloat16 || kind == ScalarKind::codes;
+  }
+
+  static bool is_anchor_kind(ScalarKind kind, ScalarKind param) {
+    if (param == ScalarKind::float64) return kind == ScalarKind::float64;
+    return kind == ScalarKind::float32 || kind == ScalarKind::bfloat16 || kind == param;
   }
 
   // What GEM adds to the gradient: rows [t, ...] of the parameter's layout, float64 [t].
-  static bool add_rows(const py::handle& rows, const py::handle& coefficients,
-                       const DLTensor& param, EWCAdamWTensor& tensor) {
-    const auto seen = look(rows.ptr()), numbers = look(coefficients.ptr());
-    if (!seen || !numbers || seen->ndim != param.ndim + 1) return false;
+  bool add_rows(const py::handle& rows, const py::handle& coefficients, const DLTensor& param,
+                EWCAdamWTensor& tensor) const {
+    const auto seen = plain_look(rows.ptr());
+    if (!seen || !(seen->device == device_) || seen->ndim != param.ndim + 1) return false;
     DLTensor row = *seen;
     row.ndim -= 1;
     row.shape += 1;
     row.strides += 1;
     const auto kind = scalar_kind(seen->dtype);
-    if (!same_order(row, param) || !kind) return false;
-    tensor.memory = {address(*seen), static_cast<const double*>(address(*numbers)),
-                     seen->strides[0], static_cast<int>(seen->shape[0]), *kind};
+    if (!same_order(row, param) || !kind || *kind == ScalarKind::codes) return false;
+    if (*kind == ScalarKind::float64 && tensor.param_kind != ScalarKind::float64) return false;
+    const double* numbers = nullptr;
+    if (!place(coefficients, kDouble, seen->shape[0], numbers)) return false;
+    tensor.memory = {address(*seen), numbers, seen->strides[0], static_cast<int>(seen->shape[0]),
+                     *kind};
+    return true;
+  }
+
+  // Where so many numbers of a type begin; null for None.
+  template <typename T>
+  bool place(const py::handle& tensor, DLDataType dtype, int64_t count, T*& numbers) const {
+    if (tensor.is_none()) return true;
+    const auto seen = plain_look(tensor.ptr());
+    if (!seen || !(seen->device == device_) || !(seen->dtype == dtype) ||
+        numel_of(*seen) != count || !is_contiguous(*seen)) {
+      return false;
+    }
+    numbers = static_cast<T*>(address(*seen));
     return true;
   }
 
@@ -359,10 +611,43 @@ class Plan {
   std::vector<size_t> members_;
   std::vector<size_t> skipped_;
   std::vector<Row> rows_;
-  std::vector<EWCAdamWTensor> tensors_;
   DLDevice device_{};
+  int64_t numel_ = 0;
   bool possible_ = true;
 };
+
+// A step of fewer elements takes a few milliseconds at most, after which threads take turns anyway.
+constexpr int64_t kLongStep = 1 << 20;
+
+// Takes a step by all of the plans, if all of them may, and says whether they may. From the look at
+// the tensors on nothing else runs until the kernels are done with them or a long step has taken
+// hold of all storages: else a thread could free memory that is being written.
+template <const Launcher& launcher>
+bool take_step(const std::vector<const Plan<launcher>*>& plans, const py::list& arguments) {
+  std::vector<Call> calls;
+  for (const py::handle& call : arguments) calls.emplace_back(py::cast<py::tuple>(call));
+  int64_t numel = 0;
+  for (const auto* plan : plans) numel += plan->numel();
+  const bool is_long = numel >= kLongStep;
+
+  std::vector<Prepared> prepared;
+  std::vector<void*> streams;
+  {
+    const NoCollection undisturbed;
+    for (size_t i = 0; i < plans.size(); ++i) {
+      auto ready = plans[i]->prepare(calls[i], is_long);
+      if (!ready) return false;
+      prepared.push_back(std::move(*ready));
+      streams.push_back(plans[i]->stream());
+    }
+  }
+  std::optional<py::gil_scoped_release> release;
+  if (is_long) release.emplace();
+  for (size_t i = 0; i < plans.size(); ++i) {
+    plans[i]->launch(prepared[i], calls[i].options, streams[i]);
+  }
+  return true;
+}
 
 inline void bind_snapshot(py::module_& m) {
   py::class_<Snapshot>(m, "Snapshot", "What was in a dict.")
@@ -379,14 +664,11 @@ void bind_plan(py::module_& m) {
                     const std::vector<py::dict>&>(),
            py::arg("group"), py::arg("members"), py::arg("skipped"), py::arg("states"))
       .def_property_readonly("possible", &P::possible)
-      .def("ready", &P::ready, py::arg("group"), py::arg("amsgrad"), py::arg("memories"),
-           py::arg("coefficients"))
-      .def("workspace", &P::workspace, py::arg("sums"))
-      .def("run", &P::run, py::arg("workspace"), py::arg("lr_tensor"), py::arg("grad_scale"),
-           py::arg("found_inf"), py::arg("sums"), py::kw_only(), py::arg("lr"), py::arg("beta1"),
-           py::arg("beta2"), py::arg("eps"), py::arg("weight_decay"), py::arg("ewc_lambda"),
-           py::arg("damping"), py::arg("penalty"), py::arg("amsgrad"), py::arg("maximize"),
-           py::arg("stochastic"));
+      .def("workspace", &P::workspace, py::arg("sums"));
+  m.def("take_step", &take_step<launcher>, py::arg("plans"), py::arg("calls"),
+        "Take a step by all of the plans, each with a tuple of its group's parameters, memories, "
+        "coefficients, workspace, lr, grad_scale, found_inf, sums, and a dict of hyperparameters; "
+        "false where one of them cannot, and nothing has changed.");
 }
 
 }  // namespace cl_optim

@@ -78,12 +78,11 @@ def emulated_step(kernels: ModuleType, optimizer: EWCAdamW) -> None:
             assert plan.possible
             inputs = optimizer._inputs(batch)
             rows = list(inputs.memories), list(inputs.coefficients)
-            assert plan.ready(group["params"], group["amsgrad"], *rows)
             size = plan.workspace(inputs.sums is not None)
             workspace = torch.full((size,), 0xA5, dtype=torch.uint8)
-            numbers = (workspace, inputs.lr, inputs.grad_scale, inputs.found_inf, inputs.sums)
-            addresses = [0 if t is None else t.data_ptr() for t in numbers]
-            plan.run(*addresses, **vars(_hyperparameters(group)))
+            hyper = vars(_hyperparameters(group))
+            call = (group["params"], *rows, workspace, *inputs[2:], hyper)
+            assert kernels.take_step([plan], [call])
 
 
 class Pair:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -27,13 +27,15 @@ def device(request: pytest.FixtureRequest) -> str:
 def planned(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """One number for each planned launch: how many parameters took part."""
     launches: list[int] = []
-    run = ops.Plan.run
+    take_step = ops.take_step
 
-    def recorded(self: ops.Plan, *arguments: Any) -> None:
-        launches.append(len(self.params))
-        run(self, *arguments)
+    def recorded(calls: Sequence[ops.Call]) -> bool:
+        taken = take_step(calls)
+        if taken:
+            launches.extend(len(call.plan.params) for call in calls if call.plan.params)
+        return taken
 
-    monkeypatch.setattr(ops.Plan, "run", recorded)
+    monkeypatch.setattr(ops, "take_step", recorded)
     return launches
 
 

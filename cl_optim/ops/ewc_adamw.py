@@ -148,10 +148,10 @@ def fused(
 class Plan:
     """The compiled step for some parameters of a group, again and again.
 
-    Handing a tensor to an operator takes longer than updating a small one. What stays where it is
-    is therefore checked once and kept as addresses; before each step, :meth:`ready` looks whether
-    every tensor is still the same and in the same memory, and reads anew where gradients are and
-    how they are laid out. It keeps the tensors alive.
+    Handing a tensor to an operator takes longer than updating a small one. What stays as it is is
+    therefore checked once and kept as addresses; :func:`take_step` looks whether every tensor is
+    still the same, of the same layout and in the same memory, and reads anew where parameters and
+    gradients are. It keeps the tensors alive.
 
     Args:
         device: Where the tensors are.
@@ -172,25 +172,59 @@ class Plan:
     ) -> None:
         self.device = device
         self.params = [group[index] for index in members]
-        self._plan = library.extension(device.type).Plan(group, members, skipped, states)
+        self.compiled = library.extension(device.type).Plan(group, members, skipped, states)
 
     @property
     def possible(self) -> bool:
-        """Whether the tensors are laid out for it: dense, and state in its parameter's order."""
-        return bool(self._plan.possible)
+        """Whether the tensors are such that there is one: dense, state in its parameter's order."""
+        return bool(self.compiled.possible)
 
-    def ready(self, group: list[Tensor], amsgrad: bool, inputs: Inputs) -> bool:
-        """Whether :meth:`run` may take the next step of the group's parameters."""
-        rows = (list(inputs.memories), list(inputs.coefficients))
-        return bool(self._plan.ready(group, amsgrad, *rows))
+    def workspace(self, inputs: Inputs) -> Tensor | None:
+        """Memory that a step needs for the time being."""
+        size = self.compiled.workspace(inputs.sums is not None)
+        return torch.empty(size, dtype=torch.uint8, device=self.device) if size else None
 
-    def run(self, hyper: Hyperparameters, inputs: Inputs) -> None:
-        """Take the step for which it is ready."""
-        size = self._plan.workspace(inputs.sums is not None)
-        workspace = torch.empty(size, dtype=torch.uint8, device=self.device) if size else None
-        numbers = (workspace, inputs.lr, inputs.grad_scale, inputs.found_inf, inputs.sums)
-        self._plan.run(*(0 if t is None else t.data_ptr() for t in numbers), **vars(hyper))
-        _increment_versions(self.params)
+
+class Call(NamedTuple):
+    """What a planned step takes for one plan.
+
+    Attributes:
+        plan: The plan.
+        group: All parameters of its group, as they are now.
+        hyper: The group's hyperparameters.
+        inputs: What the step takes besides.
+    """
+
+    plan: Plan
+    group: list[Tensor]
+    hyper: Hyperparameters
+    inputs: Inputs
+
+
+def take_step(calls: Sequence[Call]) -> bool:
+    """Take a step by plans of one device type, if all of them may.
+
+    Returns:
+        Whether they may. If not, nothing has changed, and `fused` says what is wrong, or takes the
+        step where the kernels cannot read a tensor as it lies: lazily negated, in other strides.
+    """
+    arguments = [
+        (
+            group,
+            list(inputs.memories),
+            list(inputs.coefficients),
+            plan.workspace(inputs),
+            *inputs[2:],
+            vars(hyper),
+        )
+        for plan, group, hyper, inputs in calls
+    ]
+    extension = library.extension(calls[0].plan.device.type)
+    if not extension.take_step([call.plan.compiled for call in calls], arguments):
+        return False
+    for call in calls:
+        _increment_versions(call.plan.params)
+    return True
 
 
 def snapshot(state: dict[Any, Any]) -> Any:

@@ -275,8 +275,8 @@ class EWCAdamW(torch.optim.Optimizer):
             hyper, inputs = _hyperparameters(batch.group), self._inputs(batch)
             step(batch.params, batch.grads(), batch.lists(), hyper=hyper, inputs=inputs)
         # A plan is worth its making where steps are alike, and once where it is not possible.
-        alike = all(step is ops.fused for _, step in chosen) and are_alike(batches, self._batches)
-        if not alike:
+        compiled = bool(chosen) and all(step is ops.fused for _, step in chosen)
+        if not compiled or not are_alike(batches, self._batches):
             self._plans = None
         elif self._plans is None or self._plans.possible:
             self._plans = Plans(batches, self)
@@ -287,11 +287,11 @@ class EWCAdamW(torch.optim.Optimizer):
             return False
         chosen = [_choose(batch.group, batch.device) for batch in plans.batches]
         inputs = [self._inputs(batch) for batch in plans.batches]
-        if any(step is not ops.fused for _, step in chosen) or not plans.ready(self, inputs):
+        if any(step is not ops.fused for _, step in chosen):
             return False
-        for plan, batch, given in zip(plans.plans, plans.batches, inputs, strict=True):
-            plan.run(_hyperparameters(batch.group), given)
-        self._backend = chosen[-1][0] if chosen else self._backend
+        if not plans.step(self, _hyperparameters, inputs):
+            return False
+        self._backend = chosen[-1][0]
         return True
 
     def step_projected(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -75,7 +75,7 @@ class Plans:
     """The launch plans of all groups, for as long as the next step is like the last one.
 
     Args:
-        batches: The batches of the last step.
+        batches: The batches of the last step, one at least.
         optimizer: The optimizer.
     """
 
@@ -94,28 +94,47 @@ class Plans:
             place = next(i for i, group in enumerate(self._groups) if group is batch.group)
             self.plans.append(batch.plan(waiting[place]))
             waiting[place] = []
-        cpu = torch.device("cpu")
+        # Those of another group; all plans must be of one device type to be taken as one.
+        device = batches[0].device
         self._idle = [
-            (group, ops.Plan(cpu, group["params"], [], indices, []))
+            (group, ops.Plan(device, group["params"], [], indices, []))
             for group, indices in zip(self._groups, waiting, strict=True)
             if indices
         ]
-        self.possible = all(plan.possible for plan in self.plans)
-
-    def ready(self, optimizer: torch.optim.Optimizer, inputs: list[ops.Inputs]) -> bool:
-        """Whether all of them may take the next step."""
-        groups = optimizer.param_groups
-        return (
-            len(groups) == len(self._groups)
-            and all(here is there for here, there in zip(groups, self._groups, strict=True))
-            and [group["rounding"] for group in groups] == self._rounding
-            and self._state.matches(optimizer.state)
-            and all(plan.ready(group["params"], False, ops.NO_INPUTS) for group, plan in self._idle)
-            and all(
-                plan.ready(batch.group["params"], batch.group["amsgrad"], given)
-                for plan, batch, given in zip(self.plans, self.batches, inputs, strict=True)
-            )
+        self.possible = all(plan.possible for plan in self.plans) and all(
+            batch.device.type == device.type for batch in batches
         )
+
+    def step(
+        self,
+        optimizer: torch.optim.Optimizer,
+        hyper: Callable[[dict[str, Any]], ops.Hyperparameters],
+        inputs: list[ops.Inputs],
+    ) -> bool:
+        """Take the next step if all of the plans may; else nothing has changed.
+
+        Args:
+            optimizer: The optimizer.
+            hyper: Gives a group's hyperparameters.
+            inputs: What the step takes besides, by batch.
+        """
+        groups = optimizer.param_groups
+        if (
+            len(groups) != len(self._groups)
+            or not all(here is there for here, there in zip(groups, self._groups, strict=True))
+            or [group["rounding"] for group in groups] != self._rounding
+            or not self._state.matches(optimizer.state)
+        ):
+            return False
+        calls = [
+            ops.Call(plan, group["params"], hyper(group), ops.NO_INPUTS)
+            for group, plan in self._idle
+        ]
+        calls += [
+            ops.Call(plan, batch.group["params"], hyper(batch.group), given)
+            for plan, batch, given in zip(self.plans, self.batches, inputs, strict=True)
+        ]
+        return ops.take_step(calls)
 
 
 def are_alike(batches: list[Batch], others: list[Batch]) -> bool:

@@ -66,8 +66,9 @@ def ewc_adamw_(
         fused: ``True`` insists on the compiled kernel. ``None`` takes it if it is there.
 
     Raises:
-        ValueError: A hyperparameter is out of range.
-        RuntimeError: Shapes, dtypes or devices do not fit, or ``fused=True`` is not possible.
+        ValueError: A hyperparameter is out of range, or lengths, shapes, dtypes or devices do not
+            fit, or what is updated is lazily negated. Nothing has been written then.
+        RuntimeError: ``fused=True`` is not possible.
 
     Example:
         >>> import torch
@@ -91,10 +92,11 @@ def ewc_adamw_(
         amsgrad=bool(max_exp_avg_sqs),
         maximize=maximize,
     )
+    state = ewc_adamw.State(exp_avgs, exp_avg_sqs, max_exp_avg_sqs, importances, anchors, (), steps)
+    ewc_adamw.check(params, grads, state, hyper.amsgrad)
     if not params:
         return
     _, step = ewc_adamw.choose(params[0].device.type, use_foreach=foreach, use_fused=fused)
-    state = ewc_adamw.State(exp_avgs, exp_avg_sqs, max_exp_avg_sqs, importances, anchors, (), steps)
     step(params, grads, state, hyper)
 
 
@@ -181,6 +183,8 @@ def gem_project(
     for name, tensor in (("grad", grad), ("memory", memory)):
         if not tensor.is_floating_point():
             raise ValueError(f"{name} must be of a real floating-point dtype, not {tensor.dtype}.")
+        if tensor.layout is not torch.strided:
+            raise ValueError(f"{name} must be a dense tensor, not {tensor.layout}.")
     if grad.device != memory.device:
         raise ValueError(f"memory is on {memory.device}, but grad is on {grad.device}.")
     if not 0.0 <= memory_strength < math.inf:

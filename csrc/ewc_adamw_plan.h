@@ -49,9 +49,9 @@ inline std::optional<DLTensor> look(PyObject* tensor) {
 }
 
 // Whether torch sees a tensor's elements negated (Tensor.is_neg()), which DLPack does not tell. To
-// ask torch takes longer than all else that is done for a tensor, and lets go of the GIL. The bit is
-// in the last word of torch's object, behind the sizes that it holds of up to five dimensions; where
-// exactly is found out from tensors with and without it.
+// ask torch takes longer than all else that is done for a tensor, and lets go of the GIL. The bit
+// is in the last word of torch's object, behind the sizes that it holds of up to five dimensions;
+// where exactly is found out from tensors with and without it.
 class NegativeBit {
  public:
   static constexpr int kMostDims = 5;
@@ -66,7 +66,8 @@ class NegativeBit {
   bool is_set(const DLTensor& tensor) const { return (word(tensor, index_) & mask_) != 0; }
 
  private:
-  // Words from the sizes on: five sizes and five strides come first, the object ends after the last.
+  // Words from the sizes on: five sizes and five strides come first, the object ends after the
+  // last.
   static constexpr int kFirst = 10, kEnd = 14;
 
   static uint64_t word(const DLTensor& tensor, int index) {
@@ -286,16 +287,11 @@ struct Call {
         sums(call[7]) {
     const auto number = [&](const char* name) { return call[8][name].cast<double>(); };
     const auto flag = [&](const char* name) { return call[8][name].cast<bool>(); };
-    options = {number("lr"),
-               number("beta1"),
-               number("beta2"),
-               number("eps"),
-               number("weight_decay"),
-               number("ewc_lambda"),
-               number("damping"),
-               parse_penalty(call[8]["penalty"].cast<std::string>()),
-               flag("amsgrad"),
-               flag("maximize"),
+    options = {number("lr"),           number("beta1"),
+               number("beta2"),        number("eps"),
+               number("weight_decay"), number("ewc_lambda"),
+               number("damping"),      parse_penalty(call[8]["penalty"].cast<std::string>()),
+               flag("amsgrad"),        flag("maximize"),
                flag("stochastic")};
   }
 };
@@ -308,7 +304,8 @@ struct Prepared {
   std::vector<py::object> kept;  // gradients and, of a long step, the storages of all tensors
 };
 
-// While it lives no garbage is collected: that would run other code amid what must not be disturbed.
+// While it lives no garbage is collected: that would run other code amid what must not be
+// disturbed.
 class NoCollection {
  public:
   NoCollection() : was_enabled_(PyGC_Disable() != 0) {}
@@ -542,8 +539,8 @@ class Plan {
       if (!fits(*seen, form, *param)) return false;
       *array_kind = *seen_kind;
       *array = address(*seen);
-      row.places.push_back({tensor.ptr(), *array, reinterpret_cast<const char*>(seen->shape),
-                            seen->dtype, form});
+      row.places.push_back(
+          {tensor.ptr(), *array, reinterpret_cast<const char*>(seen->shape), seen->dtype, form});
     }
     t.exp_avg = exp_avg;
     t.exp_avg_sq = exp_avg_sq;
@@ -558,10 +555,10 @@ class Plan {
            exp_avg_sq_kind == t.moment_kind &&
            (!has("max_exp_avg_sq") || max_exp_avg_sq_kind == t.moment_kind) &&
            is_state_kind(t.moment_kind, *kind) &&
-           (!has("importance") || (is_state_kind(t.importance_kind, *kind) &&
-                                   is_anchor_kind(t.anchor_kind, *kind))) &&
-           (!has("compensation") || (compensation_kind == ScalarKind::bfloat16 &&
-                                     *kind == ScalarKind::bfloat16));
+           (!has("importance") ||
+            (is_state_kind(t.importance_kind, *kind) && is_anchor_kind(t.anchor_kind, *kind))) &&
+           (!has("compensation") ||
+            (compensation_kind == ScalarKind::bfloat16 && *kind == ScalarKind::bfloat16));
   }
 
   // As the operator has it (ewc_adamw_arguments.h).
@@ -588,7 +585,11 @@ class Plan {
     if (!same_order(row, param) || !kind || *kind == ScalarKind::codes) return false;
     if (*kind == ScalarKind::float64 && tensor.param_kind != ScalarKind::float64) return false;
     const double* numbers = nullptr;
-    if (!place(coefficients, kDouble, seen->shape[0], numbers)) return false;
+    const auto numbers_seen = look(coefficients.ptr());
+    if (!numbers_seen || numbers_seen->ndim != 1 ||
+        !place(coefficients, kDouble, seen->shape[0], numbers)) {
+      return false;
+    }
     tensor.memory = {address(*seen), numbers, seen->strides[0], static_cast<int>(seen->shape[0]),
                      *kind};
     return true;

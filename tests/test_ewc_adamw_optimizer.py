@@ -735,6 +735,17 @@ class TestWithoutTheExtension:
         assert len(caught) == 1
         assert optimizer.backend == "foreach"
 
+    def test_steps_without_any_gradient(self, model, monkeypatch):
+        def missing(device_type: str) -> None:
+            raise ModuleNotFoundError("No module named 'cl_optim._C'")
+
+        monkeypatch.setattr(library, "extension", missing)
+        optimizer = EWCAdamW(model.named_parameters(), foreach=True)
+        for _ in range(3):
+            optimizer.step()
+        train(model, optimizer, 3)
+        assert optimizer.backend == "foreach"
+
     def test_an_explicit_choice_is_kept(self, model):
         with pytest.raises(RuntimeError, match=r"fused=True is not possible: .* no compiler"):
             EWCAdamW(model.parameters(), fused=True)

@@ -237,6 +237,23 @@ def test_functional():
         F.gram(memory, grads[0])
 
 
+@pytest.mark.parametrize("side", ["memory", "grads", "both"])
+def test_lazy_negations(side):
+    memory, grads = make_lists(G, 3)
+    lazy_memory, lazy_grads = (
+        [torch._neg_view(-t) if side in (name, "both") else t.clone() for t in tensors]
+        for name, tensors in (("memory", memory), ("grads", grads))
+    )
+    for function in (gram.gram_per_tensor, gram.dots_per_tensor):
+        assert torch.equal(function(lazy_memory, lazy_grads), function(memory, grads))
+    v = torch.rand(1, 3, dtype=torch.float64)
+    gram.combine_(lazy_grads, lazy_memory, v, [0, 0])
+    gram.combine_(grads, memory, v, [0, 0])
+    for ours, expected in zip(lazy_grads, grads, strict=True):
+        assert torch.equal(ours, expected)
+        assert ours.is_neg() == (side != "memory")
+
+
 # --- the projection's sum -------------------------------------------------------------------------
 
 

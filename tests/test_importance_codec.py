@@ -239,3 +239,18 @@ class TestCompiled:
             torch.ops.cl_optim.log8_encode_(packed[:2], values)
         with pytest.raises(RuntimeError, match="values must be contiguous float32"):
             torch.ops.cl_optim.log8_decode_(values.double(), packed)
+
+
+def test_lazy_negations():
+    values = torch.rand(300)
+    lazy = torch._neg_view(-values)
+    random = torch.rand(300)
+    packed = codec.encode_log8(values)
+    assert torch.equal(codec.encode_log8(lazy), packed)
+    assert torch.equal(codec.encode_log8_reference(lazy), packed)
+    assert torch.equal(
+        codec.encode_signed(lazy, torch._neg_view(-random)), codec.encode_signed(values, random)
+    )
+    decoded = torch._neg_view(torch.zeros(300))
+    torch.ops.cl_optim.log8_decode_(decoded, packed)
+    assert torch.equal(decoded, codec.decode_log8(packed, values.shape))

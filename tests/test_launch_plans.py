@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
+import sys
+import threading
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -11,11 +14,13 @@ import pytest
 import torch
 from ewc_adamw_cases import OFF_DEFAULT, Problem, make_params
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from cl_optim import GEM, EWCAdamW
 from cl_optim.ops import ewc_adamw as ops
 
 SHAPES = [(5, 7), (300,), (), (0,), (4, 3, 2)]
+IMPLEMENTATIONS = [{"fused": True}, {"foreach": True}]
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
@@ -374,3 +379,333 @@ def test_memory_is_kept_while_it_is_needed(planned):
                 state[key] = torch.zeros_like(state[key])
     torch.empty(100_000).fill_(torch.nan)
     pair.step(3)
+
+
+# --- what a plan cannot read as it lies -----------------------------------------------------------
+
+
+def negated(tensor: Tensor) -> Tensor:
+    """The same numbers, as a view of their opposites that torch negates when it reads them."""
+    lazy = torch._neg_view((-tensor).contiguous(memory_format=torch.preserve_format))
+    assert lazy.is_neg()
+    assert torch.equal(lazy, tensor)
+    return lazy
+
+
+def test_where_torch_keeps_the_negative_bit_is_known(planned):
+    """Else there would be no plans: slower, and nothing else would tell."""
+    for shape in ((), (1,), (3, 2), (2, 1, 3, 1, 2)):
+        weight = nn.Parameter(torch.ones(shape))
+        optimizer = EWCAdamW([weight], fused=True)
+        for _ in range(3):
+            weight.grad = torch.ones(shape)
+            optimizer.step()
+    assert planned == [1] * 4
+
+
+def test_six_dimensions_are_not_planned(planned):
+    weight = nn.Parameter(torch.ones(1, 2, 1, 2, 1, 2))
+    optimizer = EWCAdamW([weight], fused=True)
+    for _ in range(4):
+        weight.grad = negated(torch.ones_like(weight))
+        optimizer.step()
+    assert planned == []
+    assert (weight < 1).all()
+
+
+def test_a_gradient_through_a_conjugate_descends(planned):
+    """Autograd leaves a gradient that is lazily negated."""
+    sides = [nn.Parameter(torch.ones(1)) for _ in range(2)]
+    optimizers = [EWCAdamW(sides[:1], lr=0.1, fused=True), EWCAdamW(sides[1:], lr=0.1)]
+    optimizers[1].param_groups[0]["foreach"] = True
+    for _ in range(12):
+        for p, optimizer in zip(sides, optimizers, strict=True):
+            optimizer.zero_grad()
+            z = torch.complex(torch.zeros(1), p)
+            (z.conj() + 2j).abs().square().sum().backward()
+            assert p.grad.is_neg()
+            optimizer.step()
+    assert sides[0] > 1.5  # the loss is (2 - p)²
+    torch.testing.assert_close(*sides)
+    assert planned == []
+    for _ in range(3):
+        sides[0].grad = sides[0].grad.resolve_neg()
+        optimizers[0].step()
+    assert len(planned) >= 1
+
+
+@pytest.mark.parametrize("shape", [(1,), (300,), (5, 7)])
+def test_negated_gradients_of_planned_steps(shape, planned):
+    sides = [nn.Parameter(torch.ones(shape)) for _ in range(2)]
+    optimizers = [
+        EWCAdamW([p], lr=0.1, **how) for p, how in zip(sides, IMPLEMENTATIONS, strict=True)
+    ]
+    for step in range(6):
+        grad = torch.full(shape, 1.0 + step)
+        for p, optimizer in zip(sides, optimizers, strict=True):
+            p.grad = negated(grad) if step > 3 else grad
+            optimizer.step()
+    assert planned == [1, 1]
+    torch.testing.assert_close(*sides)
+
+
+@pytest.mark.parametrize("in_place", [True, False])
+@pytest.mark.parametrize("key", ["importance", "anchor"])
+def test_negated_protection(key, in_place, planned):
+    pair = Pair()
+    pair.step(3)
+    before = len(planned)
+
+    def change(optimizer: EWCAdamW, params: list[Tensor]) -> None:
+        state = optimizer.state[params[1]]
+        if in_place and optimizer is pair.fused:  # the same object, at the same address
+            opposite = state[key]
+            opposite.neg_()
+            opposite.data = torch._neg_view(opposite.data)
+            assert opposite.is_neg()
+        else:
+            state[key] = negated(state[key])
+
+    pair.both(change)
+    pair.step(3)
+    # In the group of the other parameters there is nothing, but a step is planned as a whole.
+    assert len(planned) == before
+
+
+@pytest.mark.parametrize("in_place", [True, False])
+@pytest.mark.parametrize("key", ["exp_avg", "exp_avg_sq", "step"])
+def test_negated_state_is_refused(key, in_place):
+    pair = Pair()
+    pair.step(4)
+    problem, optimizer = pair.sides[0]
+    state = optimizer.state[problem.params[1]]
+    if in_place:
+        state[key].data = torch._neg_view(state[key].data)
+    else:
+        state[key] = negated(state[key])
+    problem.set_gradients(9, torch.float32)
+    unchanged(optimizer, problem.params, rf"{key}s\[1\] is written and must not be lazily negated")
+    state[key] = state[key].resolve_neg()
+    optimizer.step()
+
+
+@pytest.mark.parametrize("implementation", [{"fused": True}, {"foreach": True}], ids=str)
+def test_a_negated_parameter_is_refused(implementation):
+    weight = nn.Parameter(torch.ones(3))
+    optimizer = EWCAdamW([weight], **implementation)
+    for _ in range(4):
+        weight.grad = torch.ones(3)
+        optimizer.step()
+    with torch.no_grad():
+        weight.data = torch._neg_view(weight.data)  # at the same address
+    unchanged(optimizer, [weight], r"params\[0\] is written and must not be lazily negated")
+
+
+def unchanged(optimizer: EWCAdamW, params: list[Tensor], message: str, **rows: Any) -> None:
+    """The step is a ValueError and changes nothing."""
+    everything = [
+        *params,
+        *(t for p in params for t in optimizer.state[p].values() if isinstance(t, Tensor)),
+    ]
+    before = [t.detach().clone() for t in everything]
+    with pytest.raises(ValueError, match=message):
+        optimizer.step_projected(**rows) if rows else optimizer.step()
+    for tensor, old in zip(everything, before, strict=True):
+        assert torch.equal(tensor, old)
+
+
+@pytest.mark.parametrize("key", ["exp_avg", "exp_avg_sq", "importance", "anchor"])
+def test_state_transposed_in_place(key, planned):
+    """At the same address, by the same object: only the strides tell."""
+    sides = []
+    for implementation in IMPLEMENTATIONS:
+        torch.manual_seed(0)
+        weight = nn.Parameter(torch.randn(6, 6))
+        optimizer = EWCAdamW([("w", weight)], **{**OFF_DEFAULT, **implementation})
+        optimizer.consolidate({"w": torch.rand(6, 6)})
+        for step in range(8):
+            if step == 4:
+                optimizer.state[weight][key].t_()
+            weight.grad = torch.randn(6, 6)
+            optimizer.step()
+        sides.append(weight)
+    torch.testing.assert_close(*sides, rtol=1e-5, atol=1e-6)
+    assert planned == [1, 1]
+
+
+@pytest.mark.parametrize("key", ["exp_avg", "importance"])
+def test_state_of_another_dtype_at_the_same_address(key):
+    weight = nn.Parameter(torch.ones(300))
+    optimizer = EWCAdamW([("w", weight)], fused=True)
+    optimizer.consolidate(None)
+    for _ in range(4):
+        weight.grad = torch.ones(300)
+        optimizer.step()
+    state = optimizer.state[weight]
+    address = state[key].data_ptr()
+    state[key].data = state[key].data.view(torch.float16)[:300]
+    assert state[key].data_ptr() == address
+    with pytest.raises(RuntimeError, match=key):
+        optimizer.step()
+    state[key].data = state[key].data.view(torch.bfloat16)  # now the dtype is one that there is
+    expected = copy.deepcopy(optimizer)
+    expected.param_groups[0].update(fused=False, foreach=True)
+    if key == "importance":
+        optimizer.step()
+        expected_weight = expected.param_groups[0]["params"][0]
+        expected_weight.grad = torch.ones(300)
+        expected.step()
+        torch.testing.assert_close(weight, expected_weight)
+
+
+BAD_ROWS: dict[str, tuple[Callable[[Tensor, Tensor], tuple[Any, Any]], str]] = {
+    "few numbers": (lambda rows, v: (rows, v[:1]), "one for each row"),
+    "float32 numbers": (lambda rows, v: (rows, v.float()), "contiguous float64"),
+    "numbers with gaps": (lambda rows, v: (rows, v.repeat(2)[::2]), "contiguous float64"),
+    "no numbers": (lambda rows, v: (rows, None), "one for each row"),
+    "two dimensions": (lambda rows, v: (rows, v[None]), "one for each row"),
+    "float64 rows": (lambda rows, v: (rows.double(), v), "may be float64 only where"),
+    "integer rows": (lambda rows, v: (rows.byte(), v), "must be float32, float64"),
+    "other device": (lambda rows, v: (rows.to("meta"), v), "must be on the device of"),
+    "fewer columns": (lambda rows, v: (rows[:, :4], v), "shape and strides"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_ROWS)
+def test_a_planned_projection_checks_as_the_operator_does(case, planned):
+    weight = nn.Parameter(torch.ones(5))
+    optimizer = EWCAdamW([weight], fused=True)
+    rows, v = torch.ones(2, 5), torch.tensor([0.5, 0.25], dtype=torch.float64)
+    weight.grad = torch.ones(5)
+    for _ in range(4):
+        optimizer.step_projected({weight: rows}, {weight: v})
+    assert planned == [1, 1]
+    change, message = BAD_ROWS[case]
+    bad_rows, bad_v = change(rows, v)
+    coefficients = {} if bad_v is None else {weight: bad_v}
+    unchanged(optimizer, [weight], message, memories={weight: bad_rows}, coefficients=coefficients)
+    assert planned == [1, 1]
+
+
+def test_negated_rows_and_numbers(planned):
+    sides = [nn.Parameter(torch.ones(5)) for _ in range(2)]
+    optimizers = [EWCAdamW([p], **how) for p, how in zip(sides, IMPLEMENTATIONS, strict=True)]
+    for step in range(8):
+        for p, optimizer in zip(sides, optimizers, strict=True):
+            rows, v = torch.arange(10.0).view(2, 5), torch.tensor([0.5, -0.25]).double()
+            p.grad = torch.ones(5)
+            if step > 3:
+                rows, v = (negated(rows), v) if step % 2 else (rows, negated(v))
+            optimizer.step_projected({p: rows}, {p: v})
+    torch.testing.assert_close(*sides)
+    assert planned == [1, 1]
+
+
+def test_subclasses_that_do_what_they_like_are_not_planned(planned):
+    class Loud(torch.Tensor):
+        @classmethod
+        def __torch_function__(cls, function, types, args=(), kwargs=None):
+            return super().__torch_function__(function, types, args, kwargs or {})
+
+    class Named(nn.Parameter):
+        pass
+
+    for make, count in ((lambda t: t.as_subclass(Loud).requires_grad_(), 0), (Named, 2)):
+        weight = make(torch.ones(3))
+        optimizer = EWCAdamW([weight], fused=True)
+        planned.clear()
+        for _ in range(4):
+            weight.grad = torch.ones(3)
+            optimizer.step()
+        assert len(planned) == count
+        assert (weight < 1).all()
+
+
+# --- memory that another thread drops -------------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", ["grad = None", "grad.data =", "data =", "state.data ="])
+def test_memory_is_kept_until_the_step_is_over(how, planned):
+    """What another thread drops amid the kernels is freed when they are done with it."""
+    weight = nn.Parameter(torch.zeros(2**23))
+    optimizer = EWCAdamW([weight], fused=True)
+    for _ in range(3):
+        weight.grad = torch.ones_like(weight)
+        optimizer.step()
+    state = optimizer.state[weight]
+    dropped: dict[str, Callable[[], Tensor]] = {
+        "grad = None": lambda: weight.grad,
+        "grad.data =": lambda: weight.grad,
+        "data =": lambda: weight.data,
+        "state.data =": lambda: state["exp_avg"],
+    }
+    storage = StorageWeakRef(dropped[how]().untyped_storage())
+    count = int(state["step"])
+    other = torch.zeros(1)
+    stepping, freed_early = True, None
+
+    def drop() -> None:
+        nonlocal freed_early
+        while state["step"].item() == count:  # the kernels begin with it
+            pass
+        if how == "grad = None":
+            weight.grad = None
+        elif how == "grad.data =":
+            weight.grad.data = other
+        elif how == "data =":
+            weight.data = other
+        else:
+            state["exp_avg"].data = other
+        if stepping:
+            freed_early = storage.expired()
+
+    thread = threading.Thread(target=drop)
+    thread.start()
+    optimizer.step()
+    stepping = False
+    thread.join()
+    assert planned[-1] == 1
+    assert freed_early is False  # and not None: it was during the step
+    assert storage.expired()
+
+
+def test_a_short_step_is_not_interrupted(planned):
+    """No other thread runs between the look at the tensors and the step's end."""
+    weights = [nn.Parameter(torch.zeros(64)) for _ in range(50)]
+    optimizer = EWCAdamW(weights, fused=True)
+    stop = threading.Event()
+
+    def churn() -> None:
+        while not stop.is_set():
+            for weight in weights:
+                weight.grad = torch.ones(64)
+                weight.data = weight.data
+
+    thread = threading.Thread(target=churn)
+    interval = sys.getswitchinterval()
+    for weight in weights:
+        weight.grad = torch.ones(64)
+    sys.setswitchinterval(1e-6)
+    thread.start()
+    try:
+        for _ in range(300):
+            optimizer.step()
+    finally:
+        stop.set()
+        thread.join()
+        sys.setswitchinterval(interval)
+    assert len(planned) > 200
+    assert all(weight.isfinite().all() and (weight < 0).all() for weight in weights)
+
+
+def test_the_gradients_of_a_step_are_not_kept(planned):
+    weight = nn.Parameter(torch.zeros(2**20))
+    optimizer = EWCAdamW([weight], fused=True)
+    for _ in range(4):
+        weight.grad = torch.ones_like(weight)
+        optimizer.step()
+    storages = [StorageWeakRef(t.untyped_storage()) for t in (weight.grad, weight.data)]
+    weight.grad = None
+    weight.data = torch.zeros(1)
+    assert all(storage.expired() for storage in storages)
+    assert gc.isenabled()

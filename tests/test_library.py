@@ -105,6 +105,85 @@ def test_the_operator_checks_before_it_writes(index, change, message):
         assert all(torch.equal(a, b) for a, b in zip(tensors, old, strict=True))
 
 
+FUNCTIONAL = ["params", "grads", "exp_avgs", "exp_avg_sqs", "importances", "anchors", "steps"]
+
+
+@pytest.mark.parametrize("implementation", ["fused", "foreach"])
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("grads", lambda g: g[:1], "grads must hold 2 tensors, not 1"),
+        ("exp_avgs", lambda m: m[:1], "exp_avgs must hold 2 tensors, not 1"),
+        ("anchors", lambda _: [], "anchors must hold 2 tensors, not 0"),
+        ("steps", lambda s: s[:1], "steps must hold 2 tensors, not 1"),
+        ("max_exp_avg_sqs", lambda m: m[:1], "max_exp_avg_sqs must hold 2 tensors, not 1"),
+        (
+            "params",
+            lambda p: [p[0], p[1].int()],
+            r"params\[1\] must be float32, .* not torch.int32",
+        ),
+        (
+            "params",
+            lambda p: [p[0], p[1].to("meta")],
+            r"params\[1\] is on meta, but params\[0\] is",
+        ),
+        ("grads", lambda g: [g[0].t(), g[1]], r"grads\[0\] must have the shape of params\[0\]"),
+        ("grads", lambda g: [g[0], g[1].half()], r"grads\[1\] must be float32, not torch.float16"),
+        ("grads", lambda g: [g[0].to_sparse(), g[1]], r"grads\[0\] must be a dense tensor"),
+        ("grads", lambda g: [g[0], g[1].to("meta")], r"grads\[1\] must be on the device of params"),
+        ("exp_avgs", lambda m: [m[0], m[1][:4]], r"exp_avgs\[1\] must have the shape of"),
+        ("exp_avgs", lambda m: [m[0], m[1].double()], r"exp_avgs\[1\] must be float32 or bfloat16"),
+        (
+            "exp_avg_sqs",
+            lambda m: [m[0].bfloat16(), m[1]],
+            r"exp_avg_sqs\[0\] must be float32, not",
+        ),
+        ("importances", lambda f: [f[0][:2], f[1]], r"importances\[0\] must have the shape of"),
+        (
+            "importances",
+            lambda f: [torch.zeros(2, 260, dtype=torch.uint8), f[1]],
+            r"importances\[0\] must be 260 bytes for each 256 elements of params\[0\]",
+        ),
+        (
+            "anchors",
+            lambda a: [a[0], a[1].half()],
+            r"anchors\[1\] must be float32 or bfloat16, not",
+        ),
+        ("steps", lambda s: [s[0], torch.tensor(2)], r"steps\[1\] must be one float32 number"),
+        ("steps", lambda s: [s[0], torch.zeros(2)], r"steps\[1\] must be one float32 number"),
+        ("params", lambda p: [torch._neg_view(p[0]), p[1]], r"params\[0\] is written and must not"),
+        ("exp_avgs", lambda m: [m[0], torch._neg_view(m[1])], r"exp_avgs\[1\] is written and must"),
+    ],
+)
+def test_the_functional_step_checks_before_it_writes(name, change, message, implementation):
+    args = arguments()
+    lists = dict(zip(FUNCTIONAL, [*args[:4], *args[5:7], args[8]], strict=True))
+    lists["max_exp_avg_sqs"] = args[4]
+    before = {key: [t.clone() for t in tensors] for key, tensors in lists.items()}
+    bad = {**lists, name: change(lists[name])}
+    with pytest.raises(ValueError, match=f"^{message}"):
+        F.ewc_adamw_(**bad, lr=0.1, **{implementation: True})
+    for key, tensors in lists.items():
+        assert all(torch.equal(a, b) for a, b in zip(tensors, before[key], strict=True))
+    F.ewc_adamw_(**lists, lr=0.1, **{implementation: True})
+
+
+@pytest.mark.parametrize("implementation", ["fused", "foreach"])
+@pytest.mark.parametrize("name", ["grads", "importances", "anchors"])
+def test_what_is_only_read_may_be_lazily_negated(name, implementation):
+    results = []
+    for lazy in (False, True):
+        torch.manual_seed(0)
+        args = arguments()
+        lists = dict(zip(FUNCTIONAL, [*args[:4], *args[5:7], args[8]], strict=True))
+        if lazy:
+            lists[name] = [torch._neg_view(-t) for t in lists[name]]
+        F.ewc_adamw_(**lists, lr=0.1, ewc_lambda=0.7, **{implementation: True})
+        results.append(lists["params"])
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b)
+
+
 def test_functional_bad_input():
     args = arguments(amsgrad=False)[:9]
     del args[7], args[4]

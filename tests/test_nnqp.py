@@ -260,11 +260,33 @@ def test_bad_input():
             functional.nnqp(*arguments)
     with pytest.raises(ValueError, match=r"gram_error must be in \[0, 1\), not 1.0"):
         functional.nnqp(gram, linear, gram_error=1.0)
-    with pytest.raises(RuntimeError, match=r"state must be contiguous float64 \[B, t, t \+ 1\]"):
+    with pytest.raises(ValueError, match=r"state must be contiguous float64 \[B, t, t \+ 1\]"):
         functional.nnqp(gram, linear, state=torch.zeros(2, 3, 3))
 
 
 # --- the operator ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda state: state[:, :, :-1],
+        lambda state: state.float(),
+        lambda state: state.to("meta"),
+        lambda state: state.mT.contiguous().mT,
+        torch._neg_view,
+    ],
+)
+def test_a_state_that_does_not_fit_is_refused(change):
+    gram, linear = torch.eye(3).double()[None], -torch.ones(1, 3).double()
+    state = nnqp.new_state(1, 3)
+    with pytest.raises(
+        ValueError, match=r"^state must be contiguous float64 .*: \[1, 3, 4\] on cpu"
+    ):
+        nnqp.nnqp(gram, linear, state=change(state))
+    assert not state.any()
+    lazy = torch._neg_view(-gram), torch._neg_view(-linear)
+    assert torch.equal(nnqp.nnqp(*lazy, state=state).v, nnqp.nnqp(gram, linear).v)
 
 
 def test_opcheck():

@@ -202,6 +202,19 @@ def test_bad_cu_seqlens(message, inputs, cu_seqlens):
     assert (out == 0).all()
 
 
+def test_lazy_negations():
+    a, b = torch.randn(4, 3, 5), torch.randn(4, 3, 2)
+    expected = squared_grad_sum_(torch.zeros(2, 5), a, b, total := torch.zeros(2, 5))
+    lazy = torch._neg_view(-a), torch._neg_view(-b)
+    ours = squared_grad_sum_(torch.zeros(2, 5), *lazy, sums := torch.zeros(2, 5))
+    assert torch.equal(ours, expected)
+    assert torch.equal(sums, total)
+    negated = torch._neg_view(torch.zeros(2, 5))
+    for name, results in (("out", (negated, a, b)), ("weight_grad", (ours, a, b, negated))):
+        with pytest.raises(ValueError, match=f"^{name} is written and must not be lazily negated"):
+            squared_grad_sum_(*results)
+
+
 def test_sums_that_share_memory_are_refused():
     a, b = torch.zeros(3, 2, 5), torch.zeros(3, 2, 4)
     with pytest.raises(ValueError, match=r"^out must not be expanded"):

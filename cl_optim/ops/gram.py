@@ -194,16 +194,17 @@ def in_one_order(memory: Sequence[Tensor], grads: Sequence[Tensor]) -> Lists:
     """Rows that are dense, and gradients in the same order of dimensions.
 
     Rows are read as they lie, whatever the order. A gradient in another order is copied, which
-    costs less than to copy t rows; rows with gaps are copied too.
+    costs less than to copy t rows; rows with gaps are copied too, and so is what is lazily negated.
 
     Returns:
         The arguments, with copies where they were needed.
     """
     rows_in_order, grads_in_order = [], []
     for rows, grad in zip(memory, grads, strict=True):
+        rows, grad = rows.resolve_neg(), grad.resolve_neg()
         strides = rows.stride()[1:]
         if strides != grad.stride() or not grad.is_contiguous():
-            if not _is_dense(grad.shape, strides):
+            if not is_dense(grad.shape, strides):
                 rows = rows.contiguous()
                 strides = rows.stride()[1:]
             if not _same_order(grad.shape, grad.stride(), strides):
@@ -213,7 +214,8 @@ def in_one_order(memory: Sequence[Tensor], grads: Sequence[Tensor]) -> Lists:
     return rows_in_order, grads_in_order
 
 
-def _is_dense(shape: Sequence[int], strides: Sequence[int]) -> bool:
+def is_dense(shape: Sequence[int], strides: Sequence[int]) -> bool:
+    """Whether a tensor fills its memory without gaps, in whatever order of dimensions."""
     if 0 in shape:
         return True
     expected = 1

@@ -36,7 +36,7 @@ def add_histogram_(counts: Tensor, totals: Tensor, values: Tensor) -> None:
 
 def add_histogram_reference_(counts: Tensor, totals: Tensor, values: Tensor) -> None:
     """The same in plain PyTorch."""
-    for chunk in torch.split(values.detach().view(-1), _CHUNK):
+    for chunk in torch.split(values.detach().resolve_neg().view(-1), _CHUNK):
         if chunk.numel():
             counts += torch.bincount(bins(chunk), minlength=BINS)
             totals[0] = torch.maximum(totals[0], chunk.max())

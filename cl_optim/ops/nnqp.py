@@ -77,7 +77,9 @@ def tolerance(gram_error: float) -> float:
     return 8.0 * max(EPSILON, gram_error)
 
 
-def check(gram: Tensor, linear: Tensor, lower: float, gram_error: float) -> None:
+def check(
+    gram: Tensor, linear: Tensor, lower: float, gram_error: float, state: Tensor | None = None
+) -> None:
     """Refuse what is not a batch of problems.
 
     Raises:
@@ -98,6 +100,19 @@ def check(gram: Tensor, linear: Tensor, lower: float, gram_error: float) -> None
         raise ValueError(f"lower must be finite and at least 0, not {lower}.")
     if not 0.0 <= gram_error < 1.0:
         raise ValueError(f"gram_error must be in [0, 1), not {gram_error}.")
+    shape = (*gram.shape[:2], gram.shape[1] + 1)
+    if state is not None and (
+        state.shape != shape
+        or state.dtype != torch.float64
+        or state.device != gram.device
+        or not state.is_contiguous()
+        or state.is_neg()
+    ):
+        raise ValueError(
+            "state must be contiguous float64 [B, t, t + 1] beside gram, as new_state() makes it: "
+            f"{list(shape)} on {gram.device}, not {state.dtype} {list(state.shape)} on "
+            f"{state.device}."
+        )
 
 
 @torch.no_grad()
@@ -225,7 +240,7 @@ def compiled(
         max_pivots: Eliminations before the method begins again from another guess (ADMM); 0 for a
             number that has always been enough.
     """
-    check(gram, linear, lower, gram_error)
+    check(gram, linear, lower, gram_error, state)
     solved = torch.ops.cl_optim.nnqp(
         gram.double().contiguous(),
         linear.double().contiguous(),

@@ -85,7 +85,7 @@ def squared_grad_sum_(
     from cl_optim.ops import squared_grad_triton
 
     dtype = torch.promote_types(inputs.dtype, grad_outputs.dtype)
-    inputs, grad_outputs = inputs.to(dtype), grad_outputs.to(dtype)
+    inputs, grad_outputs = inputs.to(dtype).resolve_neg(), grad_outputs.to(dtype).resolve_neg()
     squared_grad_triton.squared_grad_sum_(out, inputs, grad_outputs, weight_grad, cu_seqlens)
     written = [out] if weight_grad is None else [out, weight_grad]
     # Writes through raw pointers pass autograd's version counters by.
@@ -233,6 +233,10 @@ def _check_result(
         raise ValueError(f"{name} must be {names}, not {tensor.dtype}.")
     if any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), shape, strict=True)):
         raise ValueError(f"{name} must not be expanded: its elements share memory.")
+    if tensor.is_neg():
+        raise ValueError(
+            f"{name} is written and must not be lazily negated: pass {name}.resolve_neg()."
+        )
 
 
 def _check_cu_seqlens(cu_seqlens: Tensor, rows: int) -> None:

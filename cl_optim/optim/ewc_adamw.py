@@ -246,7 +246,8 @@ class EWCAdamW(torch.optim.Optimizer):
             closure: Evaluates the model again and returns the loss, which is returned.
 
         Raises:
-            ValueError: A hyperparameter of a group is out of range.
+            ValueError: A hyperparameter of a group is out of range, or a tensor of the state, a
+                gradient or a memory row does not fit its parameter.
             RuntimeError: A gradient is sparse, or a parameter was cast to a dtype that its state
                 does not fit. Nothing has been updated then.
         """
@@ -271,9 +272,13 @@ class EWCAdamW(torch.optim.Optimizer):
             _refuse_misfits(batch)
         self._clear_sums(kept={self._sums_key(batch) for batch in batches if batch.is_protected})
         chosen = [_choose(batch.group, batch.device) for batch in batches]
-        for batch, (self._backend, step) in zip(batches, chosen, strict=True):
-            hyper, inputs = _hyperparameters(batch.group), self._inputs(batch)
-            step(batch.params, batch.grads(), batch.lists(), hyper=hyper, inputs=inputs)
+        inputs = [self._inputs(batch) for batch in batches]
+        for batch, given in zip(batches, inputs, strict=True):
+            amsgrad = batch.group["amsgrad"]
+            ops.check(batch.params, batch.grads(), batch.lists(), amsgrad, given)
+        for batch, given, (self._backend, step) in zip(batches, inputs, chosen, strict=True):
+            hyper = _hyperparameters(batch.group)
+            step(batch.params, batch.grads(), batch.lists(), hyper=hyper, inputs=given)
         # A plan is worth its making where steps are alike, and once where it is not possible.
         compiled = bool(chosen) and all(step is ops.fused for _, step in chosen)
         if not compiled or not are_alike(batches, self._batches):

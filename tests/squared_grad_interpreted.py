@@ -5,6 +5,8 @@ test_squared_grad_triton.py runs this file in a process of its own, with TRITON_
 
 from __future__ import annotations
 
+from itertools import product
+
 import numpy as np
 import pytest
 import torch
@@ -63,6 +65,33 @@ def test_each_configuration(config):
 @pytest.mark.parametrize("config", CONFIGS["tf32"], ids=str)
 def test_configurations_for_float32(config):
     check(Case(9, 70, 136, 72, processors=8), config)
+
+
+def rows(shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
+    """Columns of a wider matrix."""
+    return torch.ones(shape[0], shape[1] + 3, dtype=dtype)[:, 1:-2]
+
+
+def columns(shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
+    """Rows of a wider matrix, transposed."""
+    return rows(shape[::-1], dtype).mT
+
+
+def every_second(shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
+    """Not next to each other in either direction."""
+    return torch.ones(2 * shape[0], 2 * shape[1], dtype=dtype)[::2, ::2]
+
+
+@pytest.mark.parametrize("weight_grad", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("layouts", [*product([rows, columns, every_second], repeat=2)])
+def test_results_of_any_strides(layouts, weight_grad):
+    _, a, b, _, _ = arguments(Case(9, 70, 140, 72, torch.bfloat16))
+    shape = torch.Size((72, 140))
+    out, total = layouts[0](shape, torch.float32), layouts[1](shape, weight_grad)
+    kernels.squared_grad_sum_(out, a, b, total, processors=7)
+    squares, grad = expected(a, b)
+    assert_near(out, squares + 1, 2e-6)
+    assert_near(total, grad + 1, max(2e-6, torch.finfo(weight_grad).eps / 2))
 
 
 def test_sequences_are_read_in_chunks(monkeypatch):

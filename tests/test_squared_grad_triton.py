@@ -18,36 +18,12 @@ from cl_optim import functional as F
 from cl_optim.ops import squared_grad
 
 pytest.importorskip("triton", reason="torch for the CPU alone comes without Triton")
-import triton
 
 from cl_optim.ops import squared_grad_triton as kernels
 
 HERE = Path(__file__).parent
 
-# Bytes of registers that a kernel may keep in local memory, by architecture and by the start of its
-# name; 0 for all others. Where sums are transposed, addresses of single elements spill when they
-# are stored. On sm_80 the main loop spills a little; on sm_90 and sm_100 it never does.
-SPILLS = {
-    80: {
-        "bf16 128x128x64 4 stages transposed": 1500,
-        "bf16 128x128x64": 100,
-        "bf16 128x128x32": 50,
-        "fp16 128x128x64": 150,
-    },
-    90: {
-        "bf16 128x128x64 4 stages transposed": 1700,
-        "bf16 128x128x64 4 stages descriptors": 32,
-        "bf16 128x128x64 3 stages descriptors": 32,
-        "fp16 128x128x64": 16,
-    },
-    100: {
-        "bf16 128x128x64 4 stages transposed": 1300,
-        "bf16 128x128x64": 32,
-        "fp32 128x128x32": 32,
-    },
-}
-# Spilled in addition where Triton is an earlier one.
-MORE = 0 if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 8) else 256
+SPILLS = 128  # bytes of registers that any kernel may keep in local memory
 SHARED_MEMORY = {80: 163, 90: 227, 100: 227}  # KiB that one program may take
 
 
@@ -70,16 +46,14 @@ def test_interpreted():
     assert "skipped" not in printed
 
 
-@pytest.mark.parametrize("architecture", SPILLS)
+@pytest.mark.parametrize("architecture", SHARED_MEMORY)
 def test_compiles_within_the_spill_budget(architecture, tmp_path):
-    """Every configuration, in bfloat16 or float32; the other arguments' choices once each."""
+    """Every configuration, with rows of any length; the other arguments' choices once each."""
     script = str(HERE / "triton_compilation.py")
     cache = str(tmp_path)
     printed = python(script, str(architecture), TRITON_CACHE_DIR=cache, TRITON_INTERPRET="0")
     for name, made in json.loads(printed).items():
-        budgets = SPILLS[architecture].items()
-        budget = next((most for start, most in budgets if name.startswith(start)), 0)
-        assert made["spilled"] <= budget + MORE, name
+        assert made["spilled"] <= SPILLS, (name, made)
         assert not made["serialized"], name
         # Loads that are not pipelined take no more than a block of tokens.
         assert made["pipelined"] <= made["shared"] <= SHARED_MEMORY[architecture] * 1024, name
@@ -92,10 +66,13 @@ FEATURES = st.sampled_from([1, 16, 63, 64, 65, 127, 128, 129, 768, 50257])
     precision=st.sampled_from(list(kernels.CONFIGS)),
     features=st.tuples(FEATURES, FEATURES),
     tokens=st.none() | st.integers(1, 4096),
+    capability=st.integers(8, 12),
     descriptors=st.booleans(),
 )
-def test_the_choice_is_in_the_table(precision, features, tokens, descriptors):
-    config = kernels.choose(precision, *features, tokens, descriptors=descriptors)
+def test_the_choice_is_in_the_table(precision, features, tokens, capability, descriptors):
+    config = kernels.choose(
+        precision, *features, tokens, capability=capability, descriptors=descriptors
+    )
     assert config in kernels.CONFIGS[precision]
     assert not config.descriptors or descriptors
 

@@ -20,7 +20,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from cl_optim.ops import squared_grad_triton as kernels
-from cl_optim.ops.squared_grad_triton import CONFIGS, Config
+from cl_optim.ops.squared_grad_triton import CONFIGS, Config, choose
 
 
 @dataclass(frozen=True)
@@ -32,35 +32,41 @@ class Case:
     precision: str = "ieee"
     weight_grad: str | None = "fp32"
     packed: bool = False
-    transposed: bool = False  # out and weight_grad
+    odd: bool = False  # rows of the results, which are not whole multiples of 16 bytes then
     one_feature: bool = False  # which Triton makes a constant when it launches the kernel
 
     def __str__(self) -> str:
         tile = "x".join(map(str, list(asdict(self.config).values())[:3]))
         parts = [self.dtype, tile, f"{self.config.stages} stages"]
         parts += ["descriptors"] * self.config.descriptors + ["packed"] * self.packed
-        parts += ["transposed"] * self.transposed + ["one feature"] * self.one_feature
+        parts += ["odd"] * self.odd + ["one feature"] * self.one_feature
         parts += [f"weight_grad {self.weight_grad}"] * (self.weight_grad != "fp32")
         parts += [self.precision] * (self.dtype == "fp32")
         return " ".join(parts)
 
 
 def cases(architecture: int) -> list[Case]:
-    """Each configuration once, and each other choice once: together they cover the source.
+    """Each configuration with the least and the most to keep, and each other choice once.
 
     Fewer stages are the same code with less shared memory: compiled for one architecture alone.
     """
     half = [c for c in CONFIGS["half"] if architecture == 90 or c.stages == 4]
     half = [c for c in half if architecture >= 90 or not c.descriptors]
     largest = half[0]
+    packed = choose("half", 1024, 1024, None, capability=architecture // 10, descriptors=False)
     return [
         *(Case(config, "bf16") for config in half),
-        Case(largest, "fp16", packed=True),
+        *(Case(config, "bf16", weight_grad="bf16", odd=True) for config in half),
         Case(largest, "bf16", weight_grad=None),
-        Case(largest, "bf16", weight_grad="bf16", transposed=True),
+        Case(largest, "bf16", weight_grad="bf16"),
+        Case(largest, "bf16", odd=True),
+        Case(packed, "fp16", packed=True),
+        Case(packed, "fp16", packed=True, odd=True),
         Case(half[-1], "fp16", one_feature=True),
         *(Case(config, "fp32", "tf32") for config in CONFIGS["tf32"]),
+        *(Case(config, "fp32", "tf32", packed=True, odd=True) for config in CONFIGS["tf32"]),
         *(Case(config, "fp32", "ieee", packed=True) for config in CONFIGS["ieee"]),
+        *(Case(config, "fp32", "ieee", "bf16", odd=True) for config in CONFIGS["ieee"]),
     ]
 
 
@@ -74,8 +80,6 @@ def signature(case: Case) -> tuple[dict[str, str], dict[str, Any]]:
         "DESCRIPTORS": config.descriptors,
         "PRECISION": case.precision,
     }
-    unit = "out" if case.transposed else "in"
-    constants |= dict.fromkeys((f"out_stride_{unit}", f"weight_grad_stride_{unit}"), 1)
     if case.one_feature:
         constants |= {"out_features": 1, "in_features": 1}
     if not case.packed:
@@ -108,7 +112,7 @@ def compiled(
     divisible = [
         index
         for index, (name, kind) in enumerate(types.items())
-        if kind.startswith("*") or (even and name.endswith(("features", "_out", "_in")))
+        if kind.startswith("*") or (even and name.endswith(("features", "_stride")))
     ]
     attributes = {(index,): [["tt.divisibility", 16]] for index in divisible}
     source = ASTSource(kernel, types, constants, attributes)
@@ -132,9 +136,7 @@ def main() -> None:
     results = {}
     for case in cases(architecture):
         options = kernels.launch_options(case.config)
-        made = compiled(
-            kernels._accumulate, *signature(case), not case.transposed, options, architecture
-        )
+        made = compiled(kernels._accumulate, *signature(case), not case.odd, options, architecture)
         results[str(case)] = made | {"pipelined": pipelined(case)}
     made = compiled(*reduction(), False, kernels._FUSION, architecture)
     results["reduction"] = made | {"pipelined": 0}

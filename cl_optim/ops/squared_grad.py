@@ -47,10 +47,12 @@ def squared_grad_sum_(
     by a Triton kernel, at T > 1: a per-sample product never leaves the registers, and the host
     does not wait. Beside the arguments it needs at most 64 KiB of partial sums per multiprocessor
     and result, and a copy of ``inputs`` or ``grad_outputs`` where rows are not whole multiples of
-    16 bytes. Everything else is summed by plain PyTorch, which needs one tensor of ``out``'s shape
-    or one bounded chunk: float64, T = 1 (which is ``(b²)ᵀ(a²)``), other devices, and, with one
-    warning, a GPU that the kernel cannot run on. :func:`cl_optim.ops.squared_grad.backend` tells
-    which. Either way a call's additions have a fixed order.
+    16 bytes; and float32 tensors of the results' shape where these have stride 1 neither both
+    along rows nor both along columns. Everything else is summed by plain PyTorch, which needs one
+    tensor of ``out``'s shape or one bounded chunk: float64, T = 1 (which is ``(b²)ᵀ(a²)``), other
+    devices, and, with one warning, a GPU that the kernel cannot run on.
+    :func:`cl_optim.ops.squared_grad.backend` tells which. Either way a call's additions have a
+    fixed order.
 
     Args:
         out: [out, in], float32, or float64 (required for float64 data).

@@ -19,6 +19,8 @@ order. There are no atomic operations: a GPU gives the same bits for the same ca
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -52,6 +54,11 @@ class Config:
     descriptors: bool = False
 
 
+# What a tile is chosen for. A tile of m × n does 2mn FLOPs a token for 2(m + n) bytes of bfloat16:
+# 64 FLOPs a byte for 128 × 128, 43 for 128 × 64, 32 for 64 × 64. So the largest one is taken where
+# the result fills it: measured fastest on an H100, elsewhere estimated from this. On compute
+# capability 8 the factors of a product pass through registers, too: for packed sequences, whose
+# bounds the loop keeps as well, 32 tokens at once fit, for the same FLOPs a byte, and 64 spill.
 _LARGE = Config(128, 128, 64, warps=8, stages=4)
 _LARGE_DESCRIPTORS = Config(128, 128, 64, warps=8, stages=4, descriptors=True)
 _LARGE_SHORT = Config(128, 128, 32, warps=8, stages=4)
@@ -83,6 +90,7 @@ _SHARE_BLOCKS = 8  # blocks of tokens for which a program of its own is worth a 
 _TILE_GROUP = tl.constexpr(8)  # rows of tiles that run together and share the second-level cache
 _SEQUENCE_CHUNK = tl.constexpr(1024)  # lengths of sequences read at once
 _REDUCE_ROWS = 16
+_COLUMNS_AT_ONCE = tl.constexpr(32)  # of a tile that is added to the result
 # Said outright, since leaving it to Triton 3.9 draws a warning about what 3.10 will do.
 _FUSION = {"enable_fp_fusion": True}
 
@@ -93,6 +101,7 @@ def choose(
     in_features: int,
     tokens: int | None,
     *,
+    capability: int,
     descriptors: bool,
 ) -> Config:
     """The configuration for a shape: one of ``CONFIGS[precision]``.
@@ -102,6 +111,7 @@ def choose(
         out_features: Rows of the result.
         in_features: Columns of the result.
         tokens: Tokens per sample; ``None`` for packed sequences.
+        capability: The GPU's compute capability, without what follows the point.
         descriptors: Whether GPU and tensors allow tensor descriptors.
     """
     narrow_out, narrow_in = out_features <= 64, in_features <= 64
@@ -116,7 +126,7 @@ def choose(
     if narrow_in:
         return _NARROW_IN
     if tokens is None:
-        return _LARGE
+        return _LARGE if capability >= 9 else _LARGE_SHORT
     if tokens <= _LARGE_SHORT.block_tokens:
         return _LARGE_SHORT
     return _LARGE_DESCRIPTORS if descriptors and tokens >= _DESCRIPTOR_TOKENS else _LARGE
@@ -186,6 +196,11 @@ def squared_grad_sum_(
     """
     if inputs.numel() == 0 or grad_outputs.numel() == 0:
         return out
+    if not _in_rows(out, weight_grad):
+        sum_ = functools.partial(
+            squared_grad_sum_, cu_seqlens=cu_seqlens, config=config, processors=processors
+        )
+        return _sum_in_rows_(sum_, out, inputs, grad_outputs, weight_grad)
     rows, tokens = inputs.shape[:-1].numel(), inputs.shape[-2]
     if rows >= 2**31:
         raise ValueError(f"inputs must have fewer than 2**31 rows on a GPU, not {rows}.")
@@ -201,13 +216,15 @@ def squared_grad_sum_(
         a_vectors, b_vectors = (0, *a_vectors), (0, *b_vectors)
     precision = _precision(inputs.dtype)
     if config is None:
-        descriptors = (
-            _has_descriptors(inputs.device)
-            and cu_seqlens is None
-            and min(*a_vectors, *b_vectors) > 0
-        )
+        capability = _capability(inputs.device)
+        descriptors = capability >= 9 and cu_seqlens is None and min(*a_vectors, *b_vectors) > 0
         config = choose(
-            precision, out_features, in_features, tokens_of_each, descriptors=descriptors
+            precision,
+            out_features,
+            in_features,
+            tokens_of_each,
+            capability=capability,
+            descriptors=descriptors,
         )
     if processors is None:
         properties = torch.cuda.get_device_properties(inputs.device)
@@ -230,8 +247,8 @@ def squared_grad_sum_(
     if config.descriptors:
         a = TensorDescriptor.from_tensor(inputs, [1, config.block_tokens, config.block_in])
         b = TensorDescriptor.from_tensor(grad_outputs, [1, config.block_tokens, config.block_out])
-    out_strides = out.stride()
-    weight_grad_strides = (0, 0) if weight_grad is None else weight_grad.stride()
+    out_stride = out.stride(0)
+    weight_grad_stride = 0 if weight_grad is None else weight_grad.stride(0)
     with torch.cuda.device_of(out):
         _accumulate[(plan.programs,)](
             out,
@@ -246,8 +263,8 @@ def squared_grad_sum_(
             in_features,
             *a_vectors,
             *b_vectors,
-            *out_strides,
-            *weight_grad_strides,
+            out_stride,
+            weight_grad_stride,
             plan.whole,
             plan.shares,
             BLOCK_OUT=config.block_out,
@@ -264,8 +281,8 @@ def squared_grad_sum_(
                 workspace,
                 out_features,
                 in_features,
-                *out_strides,
-                *weight_grad_strides,
+                out_stride,
+                weight_grad_stride,
                 plan.whole,
                 plan.shares,
                 BLOCK_OUT=config.block_out,
@@ -273,6 +290,35 @@ def squared_grad_sum_(
                 ROWS=_REDUCE_ROWS,
                 **_FUSION,
             )
+    return out
+
+
+def _in_rows(out: Tensor, weight_grad: Tensor | None) -> bool:
+    """Whether neighbours in a row of the results are neighbours in memory, as the kernel needs it.
+
+    It adds to 16 bytes at once then; addresses of single elements would fill a thread's registers.
+    """
+    results = (out,) if weight_grad is None else (out, weight_grad)
+    return all(result.stride(1) == 1 or result.shape[1] == 1 for result in results)
+
+
+def _sum_in_rows_(
+    sum_: Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor],
+    out: Tensor,
+    inputs: Tensor,
+    grad_outputs: Tensor,
+    weight_grad: Tensor | None,
+) -> Tensor:
+    """Sum the transposes, at no cost, where these are in rows; else into new tensors, then add."""
+    out_t, weight_grad_t = out.mT, None if weight_grad is None else weight_grad.mT
+    if _in_rows(out_t, weight_grad_t):
+        sum_(out_t, grad_outputs, inputs, weight_grad_t)
+        return out
+    squares = torch.zeros_like(out, memory_format=torch.contiguous_format)
+    grad = None if weight_grad is None else torch.zeros_like(squares)
+    out += sum_(squares, inputs, grad_outputs, grad)
+    if weight_grad is not None and grad is not None:
+        weight_grad += grad
     return out
 
 
@@ -287,8 +333,10 @@ def _precision(dtype: torch.dtype) -> Precision:
     return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
-def _has_descriptors(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+def _capability(device: torch.device) -> int:
+    if device.type != "cuda":  # the interpreter, which loads no tensor descriptors
+        return 8
+    return torch.cuda.get_device_capability(device)[0]
 
 
 def _with_aligned_rows(tensor: Tensor) -> Tensor:
@@ -372,11 +420,26 @@ def _share(share, shares, samples, tokens, cu_seqlens, BLOCK_TOKENS: tl.constexp
 
 
 @triton.jit
-def _add_to(pointer, stride_out, stride_in, rows, columns, inside, values):
-    """Add a tile to a matrix, in float32, rounded once."""
-    offsets = rows.to(tl.int64) * stride_out + columns.to(tl.int64) * stride_in
-    total = tl.load(pointer + offsets, mask=inside).to(tl.float32) + values
-    tl.store(pointer + offsets, total.to(pointer.dtype.element_ty), mask=inside)
+def _add_to(matrix, stride, first_row, first_column, out_features, in_features, values):
+    """Add a tile to a matrix of rows, in float32, rounded once.
+
+    A few columns at a time: the addresses of a whole tile, and what lies there, would not fit into
+    the registers beside the sums.
+    """
+    if values.shape[1] > _COLUMNS_AT_ONCE:
+        halves = values.reshape(values.shape[0], 2, values.shape[1] // 2).permute(0, 2, 1)
+        left, right = halves.split()
+        middle = first_column + left.shape[1]
+        _add_to(matrix, stride, first_row, first_column, out_features, in_features, left)
+        _add_to(matrix, stride, first_row, middle, out_features, in_features, right)
+    else:
+        row = tl.arange(0, values.shape[0])[:, None]
+        column = tl.arange(0, values.shape[1])[None, :]
+        inside = (row < out_features - first_row) & (column < in_features - first_column)
+        place = matrix + (first_row.to(tl.int64) * stride + first_column)
+        place += row.to(tl.int64) * stride + column
+        total = tl.load(place, mask=inside).to(tl.float32) + values
+        tl.store(place, total.to(matrix.dtype.element_ty), mask=inside)
 
 
 # Sizes that change from batch to batch must not make Triton compile a kernel for each.
@@ -412,10 +475,8 @@ def _accumulate(
     grads_sample_vectors,
     grads_token_vectors,
     grads_vectors,
-    out_stride_out,
-    out_stride_in,
-    weight_grad_stride_out,
-    weight_grad_stride_in,
+    out_stride,
+    weight_grad_stride,
     whole,
     shares,
     BLOCK_OUT: tl.constexpr,
@@ -480,12 +541,11 @@ def _accumulate(
         end = tl.where(is_last, next_end, end)
 
     if is_whole:
-        inside = (rows < out_features) & (columns < in_features)
-        _add_to(out, out_stride_out, out_stride_in, rows, columns, inside, squares)
+        _add_to(out, out_stride, first_row, first_column, out_features, in_features, squares)
         if weight_grad is not None:
             _add_to(
-                weight_grad, weight_grad_stride_out, weight_grad_stride_in,
-                rows, columns, inside, grad,
+                weight_grad, weight_grad_stride,
+                first_row, first_column, out_features, in_features, grad,
             )  # fmt: skip
     elif workspace is not None:
         results: tl.constexpr = 1 if weight_grad is None else 2
@@ -503,10 +563,8 @@ def _reduce(
     workspace,
     out_features,
     in_features,
-    out_stride_out,
-    out_stride_in,
-    weight_grad_stride_out,
-    weight_grad_stride_in,
+    out_stride,
+    weight_grad_stride,
     whole,
     shares,
     BLOCK_OUT: tl.constexpr,
@@ -528,11 +586,10 @@ def _reduce(
         if weight_grad is not None:
             grad += tl.load(slot + BLOCK_OUT * BLOCK_IN + place)
         slot += results * BLOCK_OUT * BLOCK_IN
-    rows, columns = first_row + row, first_column + column
-    inside = (rows < out_features) & (columns < in_features)
-    _add_to(out, out_stride_out, out_stride_in, rows, columns, inside, squares)
+    first_row += part * ROWS
+    _add_to(out, out_stride, first_row, first_column, out_features, in_features, squares)
     if weight_grad is not None:
         _add_to(
-            weight_grad, weight_grad_stride_out, weight_grad_stride_in,
-            rows, columns, inside, grad,
+            weight_grad, weight_grad_stride,
+            first_row, first_column, out_features, in_features, grad,
         )  # fmt: skip

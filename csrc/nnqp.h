@@ -118,15 +118,22 @@ class NNQPSolver {
   // Solves the problem. `state`, if any, is what an earlier call left for the same Q, or zeros: the
   // tableau, [size, size], and a flag per row, kInactive or kActive. It is replaced by this call's.
   CL_OPTIM_TEAM void solve(double* v, int8_t* status_out, double* gap_out, double* state) {
-    const NNQPStatus status = run(state);
+    NNQPStatus status = run(state);
     const bool none = status == NNQPStatus::inactive;
     const bool invalid = status == NNQPStatus::invalid;
     double gap = 0.0;
+    bool finite = true;
     for (int i = team_.rank(); i < size_; i += team_.size()) {
       v[i] = none ? 0.0 : invalid ? NAN : options_.lower + scale_[i] * x_[i];
-      if (!none && !invalid) gap += x_[i] * w_[i];
+      if (none || invalid) continue;
+      gap += x_[i] * w_[i];
+      finite = finite && std::isfinite(v[i]) && std::isfinite(margin_[i]);
     }
     gap = team_.sum(gap);
+    // Beyond float64's range nothing is certified.
+    if (team_.any(!finite) || !std::isfinite(gap)) {
+      if (!none && !invalid) status = NNQPStatus::unconverged;
+    }
     if (team_.rank() == 0) {
       *status_out = static_cast<int8_t>(status);
       *gap_out = invalid ? NAN : gap;

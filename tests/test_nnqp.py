@@ -225,6 +225,28 @@ def test_nan_and_inf_flag_their_problem_only(solver):
     assert gap[1].isnan()
 
 
+@pytest.mark.parametrize("solver", [nnqp.compiled, nnqp.reference])
+@pytest.mark.parametrize("size", [1, 3])
+def test_a_certificate_beyond_float64_certifies_nothing(solver, size):
+    """Q is small and c is not, so that x, its products with w, or v itself overflow."""
+    gram = torch.eye(size, dtype=torch.float64).repeat(4, 1, 1)
+    linear = -torch.ones(4, size, dtype=torch.float64)
+    gram[1] *= 1e-300
+    linear[1] *= 1e300  # v = 1e600
+    gram[2] += 0.3
+    linear[2] *= 1e300
+    gram[2, 0] *= 1e-3
+    gram[2, :, 0] *= 1e-3
+    gram[3] *= 1e300
+    linear[3] *= 1e300  # v = 1
+    v, status, gap = solver(gram, linear)
+    assert status[[0, 3]].tolist() == [Status.SOLVED] * 2
+    torch.testing.assert_close(v[[0, 3]], torch.ones(2, size, dtype=torch.float64))
+    assert status[1] == Status.UNCONVERGED
+    for k in range(4):
+        assert status[k] < 0 or (v[k].isfinite().all() and gap[k].isfinite())
+
+
 def test_a_zero_row_with_a_product_is_invalid():
     gram, linear = torch.zeros(2, 1, 1), torch.tensor([[-1.0], [0.0]])
     for solver in (nnqp.compiled, nnqp.reference):

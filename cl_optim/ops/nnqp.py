@@ -39,7 +39,7 @@ class Status(IntEnum):
     INACTIVE = 2
     """No c_k is negative, and v = 0: nothing to project (``only_violated``)."""
     UNCONVERGED = -1
-    """The certificate was not reached."""
+    """The certificate was not reached, or is not finite: numbers left float64's range."""
     INVALID = -2
     """NaN or Inf in Q or c, a negative square, or a zero row with c_k < 0; v is NaN."""
 
@@ -179,6 +179,8 @@ def _solve(
         active[entering] = True
         while True:
             solution = _on_support(q, c_shifted, active)
+            if not solution.isfinite().all():
+                return torch.full_like(c, math.nan), Status.UNCONVERGED, math.nan
             if (solution[active] > 0).all():
                 break
             # Go as far as the bound allows, and leave the set there.
@@ -191,7 +193,10 @@ def _solve(
         x = solution
         blocked[:] = False
     w = c_shifted + q @ x
-    return lower + scale * x, status, float(x @ w)
+    v, gap = lower + scale * x, x @ w
+    if not all(certified.isfinite().all() for certified in (v, slack, gap)):
+        status = Status.UNCONVERGED
+    return v, status, float(gap)
 
 
 def _pivot(q: Tensor, active: Tensor, row: int) -> float:

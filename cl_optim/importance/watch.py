@@ -19,6 +19,7 @@ from torch.utils.hooks import RemovableHandle
 
 from cl_optim.importance.manifest import sealed, unsealed
 from cl_optim.importance.statistics import layer_of
+from cl_optim.ops.ewc_adamw import penalty_sums
 from cl_optim.ops.warn import warn
 
 QUANTILES = (0.5, 0.95, 0.99)
@@ -156,15 +157,12 @@ def _protecting(optimizer: Any) -> ProtectingOptimizer:
 @torch.no_grad()
 def _layers(protected: Iterable[ProtectedParameter]) -> dict[str, dict[str, Any]]:
     """Layer → penalty λ Σ F Δ², drift ‖Δ‖, quantiles of F from evenly spaced weights."""
-    penalties: dict[str, list[Tensor]] = defaultdict(list)
-    squares: dict[str, list[Tensor]] = defaultdict(list)
+    sums: dict[str, list[Tensor]] = defaultdict(list)
     samples: dict[str, list[Tensor]] = defaultdict(list)
     for one in protected:
         layer = layer_of(one.name or "")
-        delta = (one.param - one.anchor).to(one.importance.dtype)
-        pulled = (one.importance * delta.square()).masked_fill(one.frozen, 0.0)
-        penalties[layer].append(pulled.sum() * one.ewc_lambda)
-        squares[layer].append(delta.square().sum())
+        penalty, square = penalty_sums(one.param, one.importance, one.frozen, one.anchor)
+        sums[layer].append(torch.stack([one.ewc_lambda * penalty, square]))
         flat = one.importance.reshape(-1)
         samples[layer].append(flat[:: max(1, flat.numel() // _SAMPLE)].float())
     rows = []
@@ -172,8 +170,8 @@ def _layers(protected: Iterable[ProtectedParameter]) -> dict[str, dict[str, Any]
         ranked = torch.cat(values).sort().values
         places = [round(q * (len(ranked) - 1)) for q in QUANTILES] if len(ranked) else []
         quantiles = ranked[places] if places else ranked.new_zeros(len(QUANTILES))
-        penalty, square = torch.stack(penalties[layer]).sum(), torch.stack(squares[layer]).sum()
-        rows.append(torch.stack([penalty.double(), square.sqrt().double(), *quantiles.double()]))
+        penalty, square = torch.stack(sums[layer]).sum(0)
+        rows.append(torch.stack([penalty, square.sqrt(), *quantiles.double()]))
     if not rows:
         return {}
     fetched = [

@@ -25,6 +25,8 @@ from cl_optim.ops.gram import DTYPES, combine_, is_dense
 Penalty: TypeAlias = Literal["gradient", "decoupled", "proximal"]
 PENALTIES: tuple[str, ...] = get_args(Penalty)
 
+_PIECE = 2**22  # weights whose penalty is summed at once
+
 
 def state_dtype(param: Tensor) -> torch.dtype:
     """The dtype of a parameter's arithmetic, and of its state unless that is to be narrower."""
@@ -574,12 +576,33 @@ def _sums(
 ) -> Tensor:
     if not importances:
         return torch.zeros(2, dtype=torch.float64)
-    penalties, drifts = [], []
-    for weight, importance, keeps, anchor in zip(theta, importances, frozen, anchors, strict=True):
-        squares = (weight.double() - anchor.double()).square()
-        penalties.append((importance.masked_fill(keeps, 0.0).double() * squares).sum())
-        drifts.append(squares.sum())
-    return torch.stack([lambda_ * torch.stack(penalties).sum(), torch.stack(drifts).sum()])
+    each = map(penalty_sums, theta, importances, frozen, anchors)
+    penalty, drift = torch.stack(list(each)).sum(0)
+    return torch.stack([lambda_ * penalty, drift])
+
+
+def penalty_sums(weight: Tensor, importance: Tensor, frozen: Tensor, anchor: Tensor) -> Tensor:
+    """Sum F (θ − θ*)² over the weights that are not frozen, and (θ − θ*)² over all.
+
+    In float64, which a product of float32 numbers cannot overflow; a piece at a time, so that no
+    copy of the whole is as wide.
+
+    Args:
+        weight: θ, of any shape and real floating-point dtype, as the others.
+        importance: F.
+        frozen: Bool.
+        anchor: θ*.
+
+    Returns:
+        float64 [2], on the weights' device.
+    """
+    sums = torch.zeros(2, dtype=torch.float64, device=weight.device)
+    flat = (tensor.reshape(-1) for tensor in (weight, importance, frozen, anchor))
+    for theta, f, keeps, theta_star in zip(*(torch.split(t, _PIECE) for t in flat), strict=True):
+        squares = (theta.double() - theta_star.double()).square()
+        penalty = (f.double() * squares).masked_fill(keeps, 0.0).sum()
+        sums = sums + torch.stack([penalty, squares.sum()])
+    return sums
 
 
 def _saved(tensors: TensorList) -> list[Tensor]:

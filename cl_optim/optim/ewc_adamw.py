@@ -642,17 +642,15 @@ class EWCAdamW(torch.optim.Optimizer):
         """The penalty at the current weights, Σ_groups λ Σ F (θ − θ*)², frozen ones left out.
 
         Returns:
-            A detached 0-dim float32 tensor (float64 where a parameter is) on the first parameter's
-            device; 0 before the first :meth:`consolidate`.
+            A detached 0-dim float64 tensor, which nothing overflows that float32 parameters can
+            have, on the first parameter's device; 0 before the first :meth:`consolidate`.
         """
-        terms = []
+        total = torch.zeros((), dtype=torch.float64, device=next(self._params()).device)
         for _, param, importance, frozen, anchor, ewc_lambda in self.protected():
-            drift = weight_of(param, self.state[param]) - anchor
-            squares = importance.masked_fill(frozen, 0.0) * drift.square()
-            terms.append(squares.sum().mul(ewc_lambda))
-        if not terms:
-            return torch.zeros((), device=next(self._params()).device)
-        return torch.stack([term.to(terms[0].device) for term in terms]).sum()
+            weight = weight_of(param, self.state[param])
+            sums = ops.penalty_sums(weight, importance, frozen, anchor)
+            total += (ewc_lambda * sums[0]).to(total.device)
+        return total
 
     @torch.no_grad()
     def suggest_lambda(self, drift: float = 0.01) -> float:

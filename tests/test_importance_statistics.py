@@ -264,3 +264,61 @@ def test_a_cut_is_where_sorting_finds_it(numbers: list[float], data: st.DataObje
     ordered = values.sort(descending=True).values
     assert threshold == ordered[count - 1]
     assert ties == (ordered[:count] == threshold).sum()
+
+
+@settings(deadline=None)
+@given(st.lists(st.floats(0, allow_infinity=False), min_size=1), st.data())
+def test_a_cut_of_float64_is_where_sorting_finds_it(numbers: list[float], data: st.DataObject):
+    """Beside float32 tensors, too."""
+    count = data.draw(st.integers(1, len(numbers)))
+    values = torch.tensor(numbers, dtype=torch.float64).abs()
+    pieces = {str(number): piece for number, piece in enumerate(torch.split(values, 3))}
+    for name in list(pieces)[1::2]:
+        pieces[name] = pieces[name].clamp(max=3e38).float()
+    threshold, ties = statistics.cut(pieces, count)
+    values = torch.cat([piece.double() for piece in pieces.values()])
+    ordered = values.sort(descending=True, stable=True)
+    assert threshold == ordered.values[count - 1]
+    assert ties == (ordered.values[:count] == threshold).sum()
+    masks = statistics.top_masks(pieces, count / len(numbers))
+    found = torch.cat(list(masks.values())).nonzero()[:, 0]
+    assert torch.equal(found, ordered.indices[:count].sort().values)
+
+
+BEYOND = 2.0**700  # a power of two: what float32 holds is the same but for it
+
+
+def test_ranks_and_overlap_beyond_float32(importance):
+    doubles = {name: value.double() for name, value in importance.items()}
+    huge = Importance({name: value * BEYOND for name, value in doubles.items()}, samples=1)
+    expected = importance.top(0.2)
+    for name, mask in huge.top(0.2).items():
+        assert torch.equal(mask, expected[name])
+    assert huge.quantile(0.7) == importance.quantile(0.7) * BEYOND
+    other = {name: value.flip(0) for name, value in doubles.items()}
+    expected = importance.overlap({name: value.float() for name, value in other.items()})
+    for factor in (BEYOND, 1 / BEYOND):
+        scaled = {name: value * factor for name, value in other.items()}
+        assert huge.overlap(scaled) == pytest.approx(expected, rel=1e-9)
+
+
+def test_statistics_refuse_what_their_bins_do_not_hold(importance):
+    doubles = {name: value.double() for name, value in importance.items()}
+    huge = Importance({name: value * BEYOND for name, value in doubles.items()}, samples=1)
+    with pytest.raises(ValueError, match=r"must be below 3.4e38 .*Importance.normalize\(\)"):
+        huge.per_layer()
+    found = huge.normalize().per_layer()
+    for layer, summary in importance.normalize().per_layer().items():
+        assert found[layer].mean == pytest.approx(summary.mean, rel=1e-6)
+        assert found[layer].quantiles == pytest.approx(summary.quantiles, rel=0.01)
+
+
+def test_normalize_near_the_limit_of_float64():
+    values = torch.full((100,), 1e308, dtype=torch.float64)
+    assert (Importance({"a": values}, 1).normalize()["a"] - 1).abs().max() < 1e-12
+
+
+def test_large_float64_sums_of_many_samples_have_a_mean_in_float32():
+    summaries = statistics.Summaries()
+    summaries.add("a.weight", torch.full((4,), 1e40, dtype=torch.float64), divisor=1e4)
+    assert summaries.whole().mean == pytest.approx(1e36, rel=1e-6)

@@ -202,6 +202,25 @@ class TestFreeze:
             with pytest.raises(ValueError, match=r"fraction must be in \[0, 1\]"):
                 optimizer.freeze(fraction)
 
+    @pytest.mark.parametrize("scale", [1e-200, 1.0, 1e200])
+    def test_float64_importance_is_ranked_in_float64(self, scale):
+        """Beyond float32, and closer together than float32 tells apart."""
+        wide = nn.Parameter(torch.randn(3, 400, dtype=torch.float64))
+        narrow = nn.Parameter(torch.randn(300))
+        torch.manual_seed(5)
+        importance = {
+            "wide": (1 + 1e-9 * torch.randperm(1200).double().view(3, 400)) * scale,
+            "narrow": torch.rand(300),
+        }
+        optimizer = EWCAdamW([("wide", wide), ("narrow", narrow)])
+        optimizer.consolidate(importance)
+        assert optimizer.freeze(0.2) == 300
+        every = torch.cat([value.double().reshape(-1) for value in importance.values()])
+        expected = torch.zeros(1500, dtype=torch.bool)
+        expected[every.argsort(descending=True)[:300]] = True
+        found = torch.cat([each.frozen.reshape(-1) for each in optimizer.protected()])
+        assert torch.equal(found, expected)
+
 
 class TestDamping:
     def test_adams_own_step_is_divided(self, implementation):
@@ -255,6 +274,14 @@ class TestDamping:
                 results.append(problem.params[0].detach())
             assert torch.equal(*results)
 
+    def test_the_mean_of_float64_importance_near_its_limit(self):
+        weight = nn.Parameter(torch.zeros(100, dtype=torch.float64))
+        optimizer = EWCAdamW([("w", weight)], importance_damping=1.0)
+        optimizer.consolidate({"w": torch.full((100,), 1e308, dtype=torch.float64)})
+        optimizer.freeze({"w": torch.arange(100) < 50})
+        optimizer.consolidate({"w": torch.zeros(100, dtype=torch.float64)})
+        assert optimizer.param_groups[0]["importance_mean"] == pytest.approx(1e308)
+
 
 class TestTracking:
     @pytest.mark.parametrize("importance_dtype", IMPORTANCE)
@@ -296,6 +323,24 @@ class TestTracking:
                 for group in optimizer.param_groups
             ]
         ).detach()
+
+    def test_a_penalty_beyond_float32(self, implementation):
+        """F Δ², and Δ² alone."""
+        param = nn.Parameter(torch.zeros(6_000, 1000))
+        options = {"track_penalty": True, "lr": 0.0, "ewc_lambda": 3.0, **implementation}
+        optimizer = EWCAdamW([("w", param)], **options)
+        optimizer.consolidate({"w": torch.full((6_000, 1000), 1e30)})
+        with torch.no_grad():
+            param.fill_(1e25)
+        param.grad = torch.zeros_like(param)
+        penalty, drift = optimizer.penalty(), self.drift(optimizer)
+        optimizer.step()
+        expected = (
+            3 * param.numel() * torch.tensor(1e30).double() * torch.tensor(1e25).double() ** 2
+        )
+        torch.testing.assert_close(penalty, expected, rtol=1e-12, atol=0.0)
+        torch.testing.assert_close(optimizer.last_penalty, expected, rtol=1e-12, atol=0.0)
+        torch.testing.assert_close(optimizer.last_drift, drift, rtol=1e-12, atol=0.0)
 
     def test_the_same_numbers_with_any_number_of_threads(self):
         start = Problem.of(make_params([(300_000,), (999,)], torch.float32))

@@ -128,7 +128,8 @@ class TopK(Codec):
     def encoder(self, values: Mapping[str, Tensor]) -> Callable[[Tensor], Parts]:
         """An encoder with one threshold for all."""
         total = sum(value.numel() for value in values.values())
-        threshold = cut(values, math.ceil(self.fraction * total)).value
+        # Rounded like the values: what is not below it stays so.
+        threshold = float(np.float32(cut(values, math.ceil(self.fraction * total)).value))
         return lambda value: self._encode(value, threshold)
 
     def encode(self, values: Tensor) -> Parts:

@@ -215,9 +215,7 @@ class Importance(_Means):
             ValueError: All of it is 0.
         """
         weights = sum(value.numel() for value in self.values())
-        mean = sum(value.sum(dtype=torch.float64).item() for value in self.values()) / (
-            max(weights, 1)
-        )
+        mean = sum(statistics.sum_over(value, max(weights, 1)) for value in self.values())
         if not mean > 0:
             raise ValueError("an importance that is 0 everywhere cannot be normalized.")
         # In float64: float32 may hold neither the mean nor its inverse.

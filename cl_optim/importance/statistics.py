@@ -30,11 +30,24 @@ _CHUNK = 2**20  # as much as stays in a cache
 
 def flat_float32(values: Tensor) -> Tensor:
     """The values as a float32 vector on the CPU; a view where they are that already."""
-    return values.detach().reshape(-1).to("cpu", torch.float32)
+    return _flat(values).to(torch.float32)
+
+
+def _flat(values: Tensor) -> Tensor:
+    """The values as a vector on the CPU, float64 ones as they are, all others in float32."""
+    dtype = torch.float64 if values.dtype == torch.float64 else torch.float32
+    return values.detach().reshape(-1).to("cpu", dtype)
+
+
+def sum_over(values: Tensor, divisor: float) -> float:
+    """Σ values / divisor in float64, which the sum of large float64 values alone would leave."""
+    if values.dtype == torch.float64:
+        return (values / divisor).sum().item()
+    return values.sum(dtype=torch.float64).item() / divisor
 
 
 class Histogram:
-    """How many values lie in each bin; values must be finite and ≥ 0.
+    """How many values lie in each bin; values must be finite in float32 and ≥ 0.
 
     Attributes:
         counts: int64 [32768].
@@ -53,8 +66,17 @@ class Histogram:
         return histogram
 
     def add(self, values: Tensor) -> None:
-        """Count the values of a tensor of any shape, dtype and device."""
+        """Count the values of a tensor of any shape, dtype and device.
+
+        Raises:
+            ValueError: A value is not finite in float32. The histogram must not be used then.
+        """
         add_histogram_(self.counts, self._totals, flat_float32(values).contiguous())
+        if math.isinf(self.largest):
+            raise ValueError(
+                "importance must be below 3.4e38 for a histogram, whose bins are those of float32: "
+                "Importance.normalize() scales it."
+            )
 
     def __iadd__(self, other: Histogram) -> Histogram:
         self.counts += other.counts
@@ -160,7 +182,7 @@ class Summaries:
     def add(self, name: str, values: Tensor, divisor: float = 1) -> None:
         """Add a parameter's importance, which is ``values / divisor``."""
         histogram = self._histograms[layer_of(name)]
-        for chunk in torch.split(flat_float32(values), _CHUNK):
+        for chunk in torch.split(_flat(values), _CHUNK):
             histogram.add(chunk if divisor == 1 else chunk / divisor)
 
     def layers(self) -> dict[str, Summary]:
@@ -198,7 +220,9 @@ class Cut(NamedTuple):
 
 
 def cut(values: Mapping[str, Tensor], count: int) -> Cut:
-    """Where the ``count`` largest of all values end; ranks are those of float32.
+    """Where the ``count`` largest of all values end.
+
+    Ranks are those of float32; where a tensor is float64, those of float64.
 
     Args:
         values: Finite and ≥ 0.
@@ -206,13 +230,40 @@ def cut(values: Mapping[str, Tensor], count: int) -> Cut:
     """
     if count == 0:
         return Cut(math.inf, 0)
-    upper, count = _place(Histogram.of(values.values()).counts, count)
+    histogram = Histogram()
+    for value in values.values():
+        if value.dtype == torch.float64:
+            return _cut_float64(values, count)
+        histogram.add(value)
+    upper, count = _place(histogram.counts, count)
     lower = torch.zeros(2**16, dtype=torch.int64)
-    for piece in _pieces(values):
+    for piece in _pieces(values, torch.float32):
         lower += torch.bincount(_lower_bits(piece, upper), minlength=2**16)
     place, ties = _place(lower, count)
     bits = torch.tensor(upper << 16 | place, dtype=torch.int32)
     return Cut(bits.view(torch.float32).item(), ties)
+
+
+def _cut_float64(values: Mapping[str, Tensor], count: int) -> Cut:
+    """`cut`, 16 bits after 16 bits of a float64, the upper ones first."""
+    prefix = 0
+    for shift in (48, 32, 16, 0):
+        counts = torch.zeros(2**16, dtype=torch.int64)
+        for piece in _pieces(values, torch.float64):
+            bits = piece.view(torch.int64) & (2**63 - 1)  # without the sign that a zero may have
+            if shift < 48:
+                bits = bits[bits >> (shift + 16) == prefix]
+            counts += torch.bincount(bits >> shift & 0xFFFF, minlength=2**16)
+        place, count = _place(counts, count)
+        prefix = prefix << 16 | place
+    bits = torch.tensor(prefix, dtype=torch.int64)
+    return Cut(bits.view(torch.float64).item(), count)
+
+
+def comparable(values: Tensor, threshold: float) -> Tensor:
+    """The values in a dtype that has the threshold, which torch would round to theirs."""
+    is_exact = torch.tensor(threshold, dtype=values.dtype).item() == threshold
+    return values if is_exact else values.double()
 
 
 def _place(counts: Tensor, count: int) -> tuple[int, int]:
@@ -222,9 +273,10 @@ def _place(counts: Tensor, count: int) -> tuple[int, int]:
     return place, count - int(larger[place])
 
 
-def _pieces(values: Mapping[str, Tensor]) -> Iterator[Tensor]:
+def _pieces(values: Mapping[str, Tensor], dtype: torch.dtype) -> Iterator[Tensor]:
     for value in values.values():
-        yield from torch.split(flat_float32(value).contiguous(), _CHUNK)
+        for piece in torch.split(_flat(value), _CHUNK):
+            yield piece.to(dtype).contiguous()
 
 
 def _lower_bits(values: Tensor, upper: int) -> Tensor:
@@ -247,7 +299,7 @@ def top_masks(values: Mapping[str, Tensor], fraction: float) -> dict[str, Tensor
     threshold, ties = cut(values, round(fraction * total))
     masks = {}
     for name, value in values.items():
-        flat = flat_float32(value)
+        flat = comparable(_flat(value), threshold)
         mask = flat > threshold
         if ties:
             equal = (flat == threshold).nonzero()[:ties, 0]
@@ -296,10 +348,16 @@ def overlap(importances: Iterable[Mapping[str, Tensor]], fraction: float = 0.05)
     if not 0.0 < fraction <= 1.0:
         raise ValueError(f"fraction must be in (0, 1], not {fraction}.")
     importances = list(importances)
-    cuts = []
+    cuts, scales = [], []
     for values in importances:
-        total = sum(value.numel() for value in values.values())
+        total, largest = 0, 0.0
+        for value in values.values():
+            total += value.numel()
+            largest = max(largest, value.max().item() if value.numel() else 0.0)
         cuts.append(cut(values, min(max(1, round(fraction * total)), total)))
+        scales.append(largest or 1.0)
+    # Of one size, so that no product of float64 values leaves float64's range.
+    scale = torch.tensor(scales, dtype=torch.float64)[:, None]
     ties = [c.ties for c in cuts]
     tasks = len(importances)
     common, dots, roots = (torch.zeros(tasks, tasks, dtype=torch.float64) for _ in range(3))
@@ -309,11 +367,12 @@ def overlap(importances: Iterable[Mapping[str, Tensor]], fraction: float = 0.05)
         if len(shapes) > 1:
             raise ValueError(f"{name!r} has the shapes {sorted(map(tuple, shapes))}: not one.")
         numel = shapes.pop().numel()
-        flat = [torch.zeros(numel) if v is None else flat_float32(v) for v in found]
+        flat = [torch.zeros(numel) if v is None else _flat(v) for v in found]
         for start in range(0, numel, _CHUNK):
-            rows = torch.stack([row[start : start + _CHUNK] for row in flat]).double()
-            dots += rows @ rows.T
-            roots += rows.sqrt() @ rows.sqrt().T
+            rows = torch.stack([row[start : start + _CHUNK].double() for row in flat])
+            scaled = rows / scale
+            dots += scaled @ scaled.T
+            roots += scaled.sqrt() @ scaled.sqrt().T
             tops = rows.new_zeros(rows.shape)
             for task, (threshold, _) in enumerate(cuts):
                 tops[task] = rows[task] > threshold

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cl_optim.importance.statistics import cut
+from cl_optim.importance.statistics import comparable, cut, sum_over
 from cl_optim.ops import importance_codec as codec
 from cl_optim.optim.state import float_dtype, like, weight_of
 
@@ -108,12 +108,14 @@ def rounds_anchors(param: Tensor, group: Mapping[str, Any]) -> bool:
 
 def mean_importance(states: Iterable[tuple[Tensor, Mapping[str, Any]]]) -> float:
     """The mean of F over the weights that are not frozen; 0 where there are none."""
-    total, count = 0.0, 0
+    states = list(states)
+    weights = sum(param.numel() for param, _ in states)
+    share, count = 0.0, 0
     for param, state in states:
         importance, frozen = read(state, param)
-        total += importance.masked_fill(frozen, 0.0).sum(dtype=torch.float64).item()
+        share += sum_over(importance.masked_fill(frozen, 0.0), weights)
         count += importance.numel() - int(frozen.sum())
-    return total / count if count else 0.0
+    return share * (weights / count) if count else 0.0
 
 
 # --- frozen weights -------------------------------------------------------------------------------
@@ -132,7 +134,7 @@ def freeze(states: list[tuple[Tensor, dict[str, Any]]], fraction: float) -> int:
     threshold, ties = cut(_Movable(states), wanted - already)
     for param, state in states:
         importance, frozen = read(state, param)
-        importance = importance.float()
+        importance = comparable(importance, threshold)
         equal = ((importance == threshold) & ~frozen).reshape(-1)
         chosen = (equal & (equal.cumsum(0) <= ties)).view(importance.shape)
         ties -= int(chosen.sum())

@@ -181,6 +181,9 @@ def test_bad_input_to_the_penalty_is_a_sentence():
             LoRAPenalty(model, {"first.weight": torch.full((8, 5), bad)})
         with pytest.raises(ValueError, match="ewc_lambda must be finite and at least 0"):
             LoRAPenalty(model, importance, ewc_lambda=bad)
+    too_large = torch.full((8, 5), 1e300, dtype=torch.float64)
+    with pytest.raises(ValueError, match=r"at least 0 in float32; Importance.normalize\(\) scales"):
+        LoRAPenalty(model, {"first.weight": too_large})
     penalty = LoRAPenalty(model, importance)
     with pytest.raises(ValueError, match=r"decay must be in \[0, 1\], not 2"):
         penalty.consolidate(importance, decay=2.0)

@@ -159,7 +159,8 @@ class LoRAPenalty:
             raise ValueError(f"decay must be in [0, 1], not {decay}.")
         new = self._match(importance)
         for name, layer in self._layers.items():
-            self._importance[name] = decay * self._importance[name] + new[name]
+            total = decay * self._importance[name] + new[name]
+            self._importance[name] = total.clamp_(max=torch.finfo(total.dtype).max)
             self._anchors[name] = _delta(layer)
 
     def state_dict(self) -> dict[str, Any]:
@@ -203,9 +204,13 @@ class LoRAPenalty:
                     f"the importance of {weight!r} must have the weight's shape "
                     f"{tuple(base.shape)}, not {tuple(value.shape)}."
                 )
+            value = value.detach().to(base.device, torch.float32, copy=True)
             if not bool(((value >= 0) & value.isfinite()).all()):
-                raise ValueError(f"the importance of {weight!r} must be finite and at least 0.")
-            matched[weight] = value.detach().to(base.device, torch.float32, copy=True)
+                raise ValueError(
+                    f"the importance of {weight!r} must be finite and at least 0 in float32; "
+                    "Importance.normalize() scales one that is too large."
+                )
+            matched[weight] = value
         return matched
 
 

@@ -215,6 +215,18 @@ class TestMerging:
         optimizer.consolidate({"w": torch.zeros(5000)}, decay=0.0)
         assert next(optimizer.protected()).importance.abs().max() == 0
 
+    @pytest.mark.parametrize("importance_dtype", ["float32", "bfloat16", "log8"])
+    def test_the_largest_number_stays_finite(self, importance_dtype):
+        """Rounded up or merged with more it would be infinite; log8 ends at 2^127 at most."""
+        weight = nn.Parameter(torch.zeros(600))
+        optimizer = EWCAdamW([("w", weight)], importance_dtype=importance_dtype)
+        largest = torch.finfo(torch.float32).max
+        for _ in range(3):
+            optimizer.consolidate({"w": torch.full((600,), largest)})
+            (found,) = optimizer.protected()
+            assert (found.importance >= 0.49 * largest).all()
+            assert found.importance.isfinite().all()
+
 
 class TestAnchors:
     def test_a_word_where_bfloat16_cannot_hold_the_weights(self):

@@ -82,7 +82,9 @@ def tiles_constants(group: Group, m: int) -> dict[str, Any]:
     block = 64 if tile <= 32 else 32
     if max(group.row.itemsize, group.grad.itemsize) == 8:
         block //= 2
-    kernel = {"TILES": triton.cdiv(m, tile), "TILE": tile, "BLOCK": block, "STAGES": 3}
+    # Addresses of single elements, for three blocks ahead, spill on compute capability 8.
+    stages = 3 if group.aligned or tile < 64 else 2
+    kernel = {"TILES": triton.cdiv(m, tile), "TILE": tile, "BLOCK": block, "STAGES": stages}
     return {**group.constants(m), **kernel}
 
 

@@ -596,7 +596,7 @@ class Observation(TorchFunctionMode):
         for tensor in tensors:
             if id(tensor) in found:
                 features = features_after_broadcast(tensor.shape, shape)
-                self._witness([found[id(tensor)]], result, features)
+                self._witness([found[id(tensor)]], result, features, made_of=tensors)
         if any(tensor.dim() == 0 for tensor in tensors):
             # A scalar takes part in type promotion less than what it was expanded to.
             result = result.to(_promoted(tensors))
@@ -943,10 +943,17 @@ class Observation(TorchFunctionMode):
         if not in_backward():
             self._uses.update(name for source in sources for name in source.names)
 
-    def _witness(self, sources: Iterable[Source], input: Tensor, features: int) -> None:
+    def _witness(
+        self,
+        sources: Iterable[Source],
+        input: Tensor,
+        features: int,
+        made_of: Iterable[Tensor] = (),
+    ) -> None:
+        """Tell of what parameters meet, unless it is known which samples its rows are of."""
         if (
             self.witness is not None
-            and self._rows.of(iter([input])) is None
+            and self._rows.of(iter((input, *made_of))) is None
             and self.samples.holds(input.shape, features)
         ):
             self.witness(names_of(sources), input, features)

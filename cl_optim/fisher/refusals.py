@@ -101,8 +101,8 @@ def not_the_samples(names: Sequence[str]) -> ValueError:
         f"{listed(names)} met inputs whose rows are as many as the samples, but are not in reverse "
         f"where the samples are: positions may come first, in sequences as long as the batch, rows "
         f"of an expert may be as many by chance, or samples depend on one another. Let the leading "
-        f"dimension run over the samples, use verify=False if they are reversed in what the model "
-        f"is not called with, or estimate_fisher(..., unsupported='sign'), or {FREEZE}"
+        f"dimension run over the samples, or use verify=False if they are reversed in what the "
+        f"model is not called with"
     )
 
 

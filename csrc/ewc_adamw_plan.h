@@ -4,6 +4,7 @@
 // their memory: see take_step().
 #pragma once
 
+#include <pybind11/gil_safe_call_once.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 // torch's copy of a header of plain C, which it hides from users of the stable ABI.
@@ -57,8 +58,9 @@ class NegativeBit {
   static constexpr int kMostDims = 5;
 
   static const NegativeBit& instance() {
-    static const NegativeBit found = find();
-    return found;
+    // torch lets go of the GIL in between, for which a second thread must not wait holding it.
+    PYBIND11_CONSTINIT static py::gil_safe_call_once_and_store<NegativeBit> found;
+    return found.call_once_and_store_result(find).get_stored();
   }
 
   bool is_known() const { return mask_ != 0; }

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 import transformers
 from fisher_cases import NoSynchronisation, assert_sums, data_labels, loop, oracle
 from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
 from torch.utils.checkpoint import checkpoint
 
 from cl_optim import GEM, EWCAdamW, FisherEstimator
@@ -134,6 +135,7 @@ def test_two_forward_passes_in_one_loss(size, reentrant):
     loss = F.cross_entropy(model(x), y) + F.cross_entropy(model(other_x), other_y)
     with pytest.raises(RuntimeError, match=r"in one backward pass, .* use observe\(batch_size="):
         loss.backward()
+    assert not torch_module._global_forward_hooks  # both are over, although the loss is kept
     optimizer.zero_grad()
     F.cross_entropy(model(x), y).backward()
     optimizer.step()

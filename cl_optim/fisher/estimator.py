@@ -782,6 +782,9 @@ class _Attachment:
         """Take note of whose backward pass runs."""
         for other in [other for other in self._open if other is not batch and other.reached]:
             if not other.complete:
+                self._finish(other)
+                self._open.remove(batch)
+                batch.observation.close()
                 raise RuntimeError(
                     "two forward passes of the model are in one backward pass, and whether row n "
                     "of both is one sample cannot be told: attached, give each a backward pass of "

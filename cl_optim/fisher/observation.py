@@ -290,22 +290,29 @@ class Observation(TorchFunctionMode):
         if self._module_hooks:
             return
         entered = threading.local()  # the backward pass may run in other threads
+        itself = weakref.ref(self)  # the hooks are global, and must not keep it alive
 
         def before(module: torch.nn.Module, args: Any) -> None:
-            if in_backward() and self.active and not self.closed and not self.is_entered():
-                self.enter()
+            here = itself()
+            if here is None or here.closed or not here.active:
+                return
+            if in_backward() and not here.is_entered():
+                here.enter()
                 entered.modules = [*getattr(entered, "modules", []), module]
 
         def after(module: torch.nn.Module, args: Any, output: Any) -> None:
+            here = itself()
             modules = getattr(entered, "modules", [])
-            if modules and modules[-1] is module and self.is_entered():
+            if here is not None and modules and modules[-1] is module and here.is_entered():
                 entered.modules = modules[:-1]
-                self.leave()
+                here.leave()
 
         self._module_hooks = [
             register_module_forward_pre_hook(before),
             register_module_forward_hook(after, always_call=True),
         ]
+        for hook in self._module_hooks:
+            weakref.finalize(self, hook.remove).atexit = False
 
     def _hear(self, name: str, tensor: Tensor) -> None:
         hook = tensor.register_hook(functools.partial(self._receive, name))  # type: ignore[no-untyped-call]

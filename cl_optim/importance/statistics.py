@@ -40,7 +40,12 @@ def _flat(values: Tensor) -> Tensor:
 
 
 def sum_over(values: Tensor, divisor: float) -> float:
-    """Σ values / divisor in float64, which the sum of large float64 values alone would leave."""
+    """Σ values / divisor in float64, which the sum of large float64 values alone would leave.
+
+    0 where there are no values.
+    """
+    if values.numel() == 0:
+        return 0.0
     if values.dtype == torch.float64:
         return (values / divisor).sum().item()
     return values.sum(dtype=torch.float64).item() / divisor

@@ -652,17 +652,7 @@ def convolution(
     else:
         around = tuple((p, p) for p in _repeated(padding, spatial))
     geometry = Convolution(kernel, _repeated(stride, spatial), around, dilations, groups)
-    bias_trained = bias is not None and bias.requires_grad
-
-    def gradients(samples: Samples, grad: Tensor, input: Tensor | None) -> Gradients:
-        _refuse_packed(samples, "a convolution")
-        weights = None if input is None else Convolved(input, grad, geometry, samples.count)
-        if not bias_trained:
-            return weights, None
-        return weights, samples.sum(grad.flatten(2).sum(2, dtype=_wide(grad)), 1)
-
-    saved = (_if_trained(input, weight),)
-    return Use(input, input.dim() - 1, (weight, bias), saved, gradients)
+    return _convolved(input, weight, bias, geometry, transposed=False)
 
 
 @_rule(F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
@@ -692,11 +682,20 @@ def transposed_convolution(
         _repeated(dilation, spatial),
         groups,
     )
+    return _convolved(input, weight, bias, geometry, transposed=True)
+
+
+def _convolved(
+    input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Convolution, transposed: bool
+) -> Use:
     bias_trained = bias is not None and bias.requires_grad
 
     def gradients(samples: Samples, grad: Tensor, input: Tensor | None) -> Gradients:
         _refuse_packed(samples, "a convolution")
-        weights = None if input is None else Convolved(grad, input, geometry, samples.count)
+        weights = None
+        if input is not None:
+            ends = (grad, input) if transposed else (input, grad)
+            weights = Convolved(*ends, geometry, samples.count)
         if not bias_trained:
             return weights, None
         return weights, samples.sum(grad.flatten(2).sum(2, dtype=_wide(grad)), 1)

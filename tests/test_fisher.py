@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from fisher_cases import (
     TOLERANCE,
+    Opaque,
     all_labels,
     assert_sums,
     data_labels,
@@ -315,18 +316,6 @@ class Uses(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.use(self, self.linear(x))
-
-
-class Opaque(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, w):
-        ctx.save_for_backward(x, w)
-        return x * w
-
-    @staticmethod
-    def backward(ctx, grad):
-        x, w = ctx.saved_tensors
-        return grad * w, (grad * x).sum(0)
 
 
 P = nn.Parameter

@@ -6,7 +6,7 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
-from fisher_cases import assert_sums, loop
+from fisher_cases import Opaque, assert_sums, loop
 from torch import Tensor, nn
 from torch.nn.utils import prune
 from torch.utils.checkpoint import checkpoint
@@ -664,18 +664,6 @@ UNSEEN_USES = {
         r"bilinear uses parameter 'p\.0', and there is no rule",
     ),
 }
-
-
-class Opaque(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, w):
-        ctx.save_for_backward(x, w)
-        return x * w
-
-    @staticmethod
-    def backward(ctx, grad):
-        x, w = ctx.saved_tensors
-        return grad * w, (grad * x).flatten(0, 1).sum(0)
 
 
 @pytest.mark.parametrize("own_pass", [False, True])

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from fisher_cases import all_labels, assert_sums, data_labels, loop, oracle
+from fisher_cases import Opaque, all_labels, assert_sums, data_labels, loop, oracle
 from torch import Tensor, nn
 
 from cl_optim import EWCAdamW
@@ -88,18 +88,6 @@ def test_random_signs_with_a_loss_of_its_own():
     expected = oracle(model, x, data_labels(y))
     error = (importance.sums["odd"].double() / expected["odd"] - 1).abs().max()
     assert error < 5 * (2 / 400) ** 0.5
-
-
-class Opaque(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, w):
-        ctx.save_for_backward(x, w)
-        return x * w
-
-    @staticmethod
-    def backward(ctx, grad):
-        x, w = ctx.saved_tensors
-        return grad * w, (grad * x).sum(0)
 
 
 class Hidden(nn.Module):

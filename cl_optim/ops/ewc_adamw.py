@@ -171,7 +171,8 @@ def check(
     for i, param in enumerate(params):
         _check_one(i, param, params[0].device, grads, state)
         if len(inputs.memories):
-            codes = torch.uint8 in (t[i].dtype for t in (state.exp_avgs, *state[3:4]) if len(t))
+            stored = [t[i].dtype for t in (state.exp_avgs, state.importances) if len(t)]
+            codes = torch.uint8 in stored
             _check_rows(i, param, codes, inputs.memories[i], inputs.coefficients[i])
     if n:
         _check_numbers(inputs, params[0].device)

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import gc
 import math
 import pickle
 
@@ -335,6 +336,37 @@ def test_mean_over_tokens():
             model(ids, labels=labels, num_items_in_batch=items).backward()
             optimizer.step()
         assert_sums(fisher.finalize(), expected, 1e-5)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def nothing_of_other_files():
+    gc.collect()
+
+
+class Normalised(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, F.normalize(self.weight, dim=1), self.bias)
+
+
+@pytest.mark.parametrize("until", ["the forward pass", "the backward pass", "a step"])
+def test_dropped_before_its_end(until):
+    """Nothing global is left of an estimator that nobody has, though it was never detached."""
+
+    def begin() -> None:
+        model = nn.Sequential(Normalised(5, 8), nn.Tanh(), nn.Linear(8, 3))
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        FisherEstimator(model, during_training=True).attach(optimizer)
+        loss = model(torch.randn(6, 5)).square().mean()
+        assert torch_module._global_forward_hooks
+        if until != "the forward pass":
+            loss.backward()
+        if until == "a step":
+            optimizer.step()
+
+    begin()
+    gc.collect()
+    assert not torch_module._global_forward_hooks
+    assert not torch_module._global_forward_pre_hooks
 
 
 def test_leaves_nothing_behind():

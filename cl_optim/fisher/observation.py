@@ -315,8 +315,8 @@ class Observation(TorchFunctionMode):
             weakref.finalize(self, hook.remove).atexit = False
 
     def _hear(self, name: str, tensor: Tensor) -> None:
-        hook = tensor.register_hook(functools.partial(self._receive, name))  # type: ignore[no-untyped-call]
-        self._hooks.append(hook)
+        hook = _weakly(self._receive, name)
+        self._hooks.append(tensor.register_hook(hook))  # type: ignore[no-untyped-call]
 
     # --- forward ----------------------------------------------------------------------------------
 
@@ -869,7 +869,7 @@ class Observation(TorchFunctionMode):
             return
         self._derived[tensor] = source
         key = len(self._hooks)
-        receive = functools.partial(self._receive_derived, key, source.names, source.doubt)
+        receive = _weakly(self._receive_derived, key, source.names, source.doubt)
         if not self._own_pass:
             stand_in = tensor.view_as(tensor)
             record = functools.partial(self._seen_grads.__setitem__, key)
@@ -1226,6 +1226,22 @@ PRODUCTS = BATCHED | {torch.functional.einsum, F.scaled_dot_product_attention}
 _METADATA = {"dim", "size", "numel", "stride", "__len__", "is_floating_point", "is_contiguous"} | {
     "ndimension", "nelement", "element_size", "storage_offset", "data_ptr", "get_device",
 }  # fmt: skip
+
+
+def _weakly(method: Callable[..., None], *args: Any) -> Callable[[Tensor], None]:
+    """Make a tensor's hook that does not keep the method's object.
+
+    The graph holds tensors where Python's collector does not see it: what was dropped before its
+    end would stay, with its global hooks.
+    """
+    reference = weakref.WeakMethod(method)
+
+    def hook(grad: Tensor) -> None:
+        here = reference()
+        if here is not None:
+            here(*args, grad)
+
+    return hook
 
 
 def _moves_the_first_dimension(tensor: Tensor, view: Tensor) -> bool:

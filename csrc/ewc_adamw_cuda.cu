@@ -2,14 +2,17 @@
 // arguments. Includes no torch header.
 //
 // A warp takes a unit of 256 elements, a block of codes: a lane has two groups of four neighbours,
-// 128 elements apart. How each array is stored is the same for the whole unit, so it is looked up
-// at run time: all loads are issued as raw words before the first of them is decoded.
+// 128 elements apart, and moves 16 bytes at once where numbers have 4 or 8. How each array is
+// stored is the same for the whole unit, so it is looked up at run time: all loads are issued as
+// raw words before the first of them is decoded. Tensors with everything in float32 have kernels of
+// their own, with nothing to look up.
 #include <cuda_runtime.h>
 
 #include <algorithm>
 #include <cstddef>
 #include <map>
 #include <tuple>
+#include <type_traits>
 #include <vector>
 
 #include "cuda_check.h"
@@ -25,8 +28,14 @@ constexpr unsigned kAllLanes = 0xffffffffu;
 constexpr int kPerLane = kUnit / 32;
 static_assert(kUnit == kBlock && kPerLane == 8, "a warp's unit is a block of codes");
 // A block's work: enough to hide its start, little enough that the last blocks end together.
-constexpr int64_t kMostUnitsPerBlock = 64;
+constexpr int64_t kLeastUnitsPerBlock = kWarps, kMostUnitsPerBlock = 32;
 constexpr int64_t kBlocksWanted = 1024;
+// The block that adds what the others have summed waits for memory most of the time.
+constexpr int kAddingThreads = 1024;
+
+// How the tensors of a kernel are stored: each in its way, or with everything in float32 at
+// addresses for vectors, without maxima (amsgrad) or compensation.
+enum class Storage { any, float32 };
 
 // With all their arguments below the 32 764 bytes that a kernel may take (CUDA 12.1, sm_70).
 constexpr int kTensorsPerLaunch = 360;
@@ -48,7 +57,6 @@ struct Work {
   uint8_t moment_kind[tensors];
   uint8_t importance_kind[tensors];
   uint8_t anchor_kind[tensors];
-  bool aligned[tensors];
   int64_t units_per_block;
   int count;
   bool amsgrad;
@@ -107,23 +115,37 @@ struct Place {
   int64_t first;  // of the unit in its tensor
   int count;      // of the unit's elements
   int lane;
-  bool wide;  // all of the unit is there, and aligned for vectors
+  bool aligned;  // all arrays are known to be, for the widest vectors
 
   __device__ int offset(int j) const { return (j / 4) * 128 + 4 * lane + j % 4; }
   __device__ bool has(int j) const { return offset(j) < count; }
+
+  // Whether all of the unit is there, and may be read and written by vectors. All lanes alike.
+  template <typename Vector>
+  __device__ bool is_wide(const void* array) const {
+    const bool fits = aligned || reinterpret_cast<uintptr_t>(array) % sizeof(Vector) == 0;
+    return fits && count == kUnit;
+  }
 };
+
+// nvcc takes an ordinary vector apart when it is stored. Written past the caches' order of age:
+// what was stored is not read again in this step.
+template <typename Vector, typename T>
+__device__ void store_vector(T* array, const Vector& vector) {
+  __stcs(reinterpret_cast<Vector*>(array), vector);
+}
 
 // The words that hold a lane's elements of an array of 4-byte numbers.
 __device__ void load_words(const uint32_t* array, const Place& at, uint32_t (&words)[8]) {
   array += at.first;
-  if (at.wide) {
+  if (at.is_wide<uint4>(array)) {
 #pragma unroll
-    for (int group = 0; group < 2; ++group) {
-      const uint4 four = *reinterpret_cast<const uint4*>(array + at.offset(4 * group));
-      words[4 * group] = four.x;
-      words[4 * group + 1] = four.y;
-      words[4 * group + 2] = four.z;
-      words[4 * group + 3] = four.w;
+    for (int j = 0; j < 8; j += 4) {
+      const uint4 four = *reinterpret_cast<const uint4*>(array + at.offset(j));
+      words[j] = four.x;
+      words[j + 1] = four.y;
+      words[j + 2] = four.z;
+      words[j + 3] = four.w;
     }
   } else {
 #pragma unroll
@@ -133,11 +155,11 @@ __device__ void load_words(const uint32_t* array, const Place& at, uint32_t (&wo
 
 __device__ void store_words(uint32_t* array, const Place& at, const uint32_t (&words)[8]) {
   array += at.first;
-  if (at.wide) {
+  if (at.is_wide<uint4>(array)) {
 #pragma unroll
-    for (int group = 0; group < 2; ++group) {
-      *reinterpret_cast<uint4*>(array + at.offset(4 * group)) = {
-          words[4 * group], words[4 * group + 1], words[4 * group + 2], words[4 * group + 3]};
+    for (int j = 0; j < 8; j += 4) {
+      store_vector(array + at.offset(j),
+                   make_uint4(words[j], words[j + 1], words[j + 2], words[j + 3]));
     }
   } else {
 #pragma unroll
@@ -150,12 +172,12 @@ __device__ void store_words(uint32_t* array, const Place& at, const uint32_t (&w
 // The same for 2-byte numbers, two to a word, in the first four words.
 __device__ void load_words(const uint16_t* array, const Place& at, uint32_t (&words)[8]) {
   array += at.first;
-  if (at.wide) {
+  if (at.is_wide<uint2>(array)) {
 #pragma unroll
-    for (int group = 0; group < 2; ++group) {
-      const uint2 four = *reinterpret_cast<const uint2*>(array + at.offset(4 * group));
-      words[2 * group] = four.x;
-      words[2 * group + 1] = four.y;
+    for (int j = 0; j < 8; j += 4) {
+      const uint2 four = *reinterpret_cast<const uint2*>(array + at.offset(j));
+      words[j / 2] = four.x;
+      words[j / 2 + 1] = four.y;
     }
   } else {
 #pragma unroll
@@ -169,11 +191,10 @@ __device__ void load_words(const uint16_t* array, const Place& at, uint32_t (&wo
 
 __device__ void store_words(uint16_t* array, const Place& at, const uint32_t (&words)[8]) {
   array += at.first;
-  if (at.wide) {
+  if (at.is_wide<uint2>(array)) {
 #pragma unroll
-    for (int group = 0; group < 2; ++group) {
-      *reinterpret_cast<uint2*>(array + at.offset(4 * group)) = {words[2 * group],
-                                                                 words[2 * group + 1]};
+    for (int j = 0; j < 8; j += 4) {
+      store_vector(array + at.offset(j), make_uint2(words[j / 2], words[j / 2 + 1]));
     }
   } else {
 #pragma unroll
@@ -190,8 +211,8 @@ __device__ void store_words(uint16_t* array, const Place& at, const uint32_t (&w
 __device__ void load_words(const PackedBlock* blocks, const Place& at, uint32_t (&words)[8]) {
   const PackedBlock& block = blocks[at.first / kBlock];
 #pragma unroll
-  for (int group = 0; group < 2; ++group) {
-    words[group] = *reinterpret_cast<const uint32_t*>(block.codes + at.offset(4 * group));
+  for (int j = 0; j < 8; j += 4) {
+    words[j / 4] = *reinterpret_cast<const uint32_t*>(block.codes + at.offset(j));
   }
   words[2] = float_bits(block.scale);
 }
@@ -199,10 +220,41 @@ __device__ void load_words(const PackedBlock* blocks, const Place& at, uint32_t 
 __device__ void store_words(PackedBlock* blocks, const Place& at, const uint32_t (&words)[8]) {
   PackedBlock& block = blocks[at.first / kBlock];
 #pragma unroll
-  for (int group = 0; group < 2; ++group) {
-    *reinterpret_cast<uint32_t*>(block.codes + at.offset(4 * group)) = words[group];
+  for (int j = 0; j < 8; j += 4) {
+    *reinterpret_cast<uint32_t*>(block.codes + at.offset(j)) = words[j / 4];
   }
   if (at.lane == 0) block.scale = bits_float(words[2]);
+}
+
+// Numbers of 8 bytes, which are computed as they are.
+__device__ void load_doubles(const void* all, const Place& at, double (&values)[8]) {
+  const double* array = static_cast<const double*>(all) + at.first;
+  if (at.is_wide<double2>(array)) {
+#pragma unroll
+    for (int j = 0; j < 8; j += 2) {
+      const double2 two = *reinterpret_cast<const double2*>(array + at.offset(j));
+      values[j] = two.x;
+      values[j + 1] = two.y;
+    }
+  } else {
+#pragma unroll
+    for (int j = 0; j < 8; ++j) values[j] = at.has(j) ? array[at.offset(j)] : 0.0;
+  }
+}
+
+__device__ void store_doubles(void* all, const Place& at, const double (&values)[8]) {
+  double* array = static_cast<double*>(all) + at.first;
+  if (at.is_wide<double2>(array)) {
+#pragma unroll
+    for (int j = 0; j < 8; j += 2) {
+      store_vector(array + at.offset(j), make_double2(values[j], values[j + 1]));
+    }
+  } else {
+#pragma unroll
+    for (int j = 0; j < 8; ++j) {
+      if (at.has(j)) array[at.offset(j)] = values[j];
+    }
+  }
 }
 
 // An array's elements before they are decoded.
@@ -368,20 +420,47 @@ __device__ void store_param(void* array, BFloat16* compensation, ScalarKind kind
 // --- what both arithmetics share
 // ------------------------------------------------------------------
 
-template <typename Row, typename T>
-__device__ void add_rows(const Projection<true>& projection, int tensor, const Place& at,
-                         double (&sum)[8]) {
-  const double* coefficients = projection.coefficients[tensor];
-  const Row* row = static_cast<const Row*>(projection.rows[tensor]) + at.first;
-  for (int k = 0; k < projection.count[tensor]; ++k, row += projection.stride[tensor]) {
-    const double coefficient = coefficients[k];
-    if (coefficient == 0.0) continue;  // all threads alike
-#pragma unroll
-    for (int j = 0; j < 8; ++j) {
-      if (at.has(j)) sum[j] += coefficient * load(row[at.offset(j)]);
+// A row's elements of the unit, and what they are multiplied by. Only beside gradients of float64
+// there are rows of float64.
+template <typename T>
+struct Row {
+  double coefficient;
+  ScalarKind kind;
+  Raw raw;
+  double values[8];
+
+  // A row that takes no part may hold anything, and is not read. All threads alike.
+  __device__ void load(const Projection<true>& projection, int tensor, int k, const Place& at) {
+    coefficient = k < projection.count[tensor] ? projection.coefficients[tensor][k] : 0.0;
+    if (coefficient == 0.0) return;
+    kind = static_cast<ScalarKind>(projection.kind[tensor]);
+    const int64_t first = k * projection.stride[tensor];
+    const auto* rows = static_cast<const std::byte*>(projection.rows[tensor]);
+    if (is_double()) {
+      load_doubles(rows + 8 * first, at, values);
+    } else {
+      raw.load(rows + (kind == ScalarKind::float32 ? 4 : 2) * first, kind, at);
     }
   }
-}
+
+  __device__ void add_to(double (&sum)[8]) const {
+    if (coefficient == 0.0) return;
+    if (is_double()) {
+#pragma unroll
+      for (int j = 0; j < 8; ++j) sum[j] += coefficient * values[j];
+    } else {
+      float decoded[8];
+      raw.decode(kind, decoded);
+#pragma unroll
+      for (int j = 0; j < 8; ++j) sum[j] += coefficient * decoded[j];
+    }
+  }
+
+ private:
+  __device__ bool is_double() const {
+    return std::is_same_v<T, double> && kind == ScalarKind::float64;
+  }
+};
 
 // The projected gradient, in the gradient's place, rounded as one that is stored. Summed in
 // float64, as on the CPU.
@@ -391,18 +470,12 @@ __device__ void project(const Projection<true>& projection, int tensor, ScalarKi
   double sum[8];
 #pragma unroll
   for (int j = 0; j < 8; ++j) sum[j] = grad[j];
-  switch (static_cast<ScalarKind>(projection.kind[tensor])) {
-    case ScalarKind::float64:
-      add_rows<double, T>(projection, tensor, at, sum);
-      break;
-    case ScalarKind::bfloat16:
-      add_rows<BFloat16, T>(projection, tensor, at, sum);
-      break;
-    case ScalarKind::float16:
-      add_rows<Half, T>(projection, tensor, at, sum);
-      break;
-    default:
-      add_rows<float, T>(projection, tensor, at, sum);
+  for (int k = 0; k < projection.count[tensor]; k += 2) {
+    Row<T> even, odd;  // both on their way before the first is added
+    even.load(projection, tensor, k, at);
+    odd.load(projection, tensor, k + 1, at);
+    even.add_to(sum);
+    odd.add_to(sum);
   }
 #pragma unroll
   for (int j = 0; j < 8; ++j) {
@@ -421,11 +494,10 @@ __device__ void project(const Projection<true>& projection, int tensor, ScalarKi
   }
 }
 
-// Of one unit, in an order that is always the same.
+// Adds a lane's elements.
 template <typename T>
-__device__ void sum_unit(const T (&param)[8], const T (&importance)[8], const T (&anchor)[8],
-                         const Place& at, PenaltySums* to) {
-  PenaltySums sums{0.0, 0.0};
+__device__ void add_penalty(const T (&param)[8], const T (&importance)[8], const T (&anchor)[8],
+                            const Place& at, PenaltySums& sums) {
 #pragma unroll
   for (int j = 0; j < 8; ++j) {
     if (!at.has(j)) continue;
@@ -433,12 +505,26 @@ __device__ void sum_unit(const T (&param)[8], const T (&importance)[8], const T 
     sums.penalty += is_frozen(importance[j]) ? 0.0 : importance[j] * d * d;
     sums.drift += d * d;
   }
+}
+
+// The sum over a block's threads, in an order that is always the same; the first thread has it.
+template <int threads>
+__device__ PenaltySums sum_of_block(PenaltySums sums) {
+  __shared__ PenaltySums shared[threads / 32];
 #pragma unroll
   for (int other = 16; other > 0; other /= 2) {
     sums.penalty += __shfl_xor_sync(kAllLanes, sums.penalty, other);
     sums.drift += __shfl_xor_sync(kAllLanes, sums.drift, other);
   }
-  if (at.lane == 0) *to = sums;
+  if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = sums;
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    for (int warp = 1; warp < threads / 32; ++warp) {
+      sums.penalty += shared[warp].penalty;
+      sums.drift += shared[warp].drift;
+    }
+  }
+  return sums;
 }
 
 template <Penalty penalty, typename T>
@@ -460,97 +546,100 @@ __device__ void update(T (&param)[8], const T (&grad)[8], T (&exp_avg)[8], T (&e
 // --- one unit
 // -------------------------------------------------------------------------------------
 
-template <Penalty penalty, bool projected, typename W>
+// What the arrays of a tensor are made of.
+struct Kinds {
+  ScalarKind param, moment, importance, anchor;
+};
+
+template <Storage storage, typename W>
+__device__ Kinds kinds_of(const W& work, int tensor) {
+  if constexpr (storage == Storage::float32) {
+    constexpr auto kind = ScalarKind::float32;
+    return {kind, kind, kind, kind};
+  }
+  return {static_cast<ScalarKind>(work.param_kind[tensor]),
+          static_cast<ScalarKind>(work.moment_kind[tensor]),
+          static_cast<ScalarKind>(work.importance_kind[tensor]),
+          static_cast<ScalarKind>(work.anchor_kind[tensor])};
+}
+
+template <Storage storage, Penalty penalty, bool projected, typename W>
 __device__ void update_unit(const W& work, const Projection<projected>& projection, int tensor,
-                            const Place& at, const TensorConstants<float>& constants,
-                            PenaltySums* sums) {
-  const auto param_kind = static_cast<ScalarKind>(work.param_kind[tensor]);
-  const auto moment_kind = static_cast<ScalarKind>(work.moment_kind[tensor]);
-  const auto importance_kind = static_cast<ScalarKind>(work.importance_kind[tensor]);
-  const auto anchor_kind = static_cast<ScalarKind>(work.anchor_kind[tensor]);
-  BFloat16* compensation = work.compensation[tensor];
+                            const Place& at, const TensorConstants<float>& constants, bool tracked,
+                            PenaltySums& sums) {
+  const Kinds kind = kinds_of<storage>(work, tensor);
+  BFloat16* compensation = storage == Storage::float32 ? nullptr : work.compensation[tensor];
+  const bool amsgrad = storage == Storage::float32 ? false : work.amsgrad;
   // All loads first, so that they are in flight together.
   Raw raw_param, raw_grad, raw_avg, raw_avg_sq, raw_max{}, raw_importance{}, raw_anchor{},
       raw_low{};
-  raw_param.load(work.param[tensor], param_kind, at);
-  raw_grad.load(work.grad[tensor], param_kind, at);
-  raw_avg.load(work.exp_avg[tensor], moment_kind, at);
-  raw_avg_sq.load(work.exp_avg_sq[tensor], moment_kind, at);
-  if (work.amsgrad) raw_max.load(work.max_exp_avg_sq[tensor], moment_kind, at);
+  raw_param.load(work.param[tensor], kind.param, at);
+  raw_grad.load(work.grad[tensor], kind.param, at);
+  raw_avg.load(work.exp_avg[tensor], kind.moment, at);
+  raw_avg_sq.load(work.exp_avg_sq[tensor], kind.moment, at);
+  if (amsgrad) raw_max.load(work.max_exp_avg_sq[tensor], kind.moment, at);
   if constexpr (penalty != Penalty::none) {
-    raw_importance.load(work.importance[tensor], importance_kind, at);
-    raw_anchor.load(work.anchor[tensor], anchor_kind, at);
+    raw_importance.load(work.importance[tensor], kind.importance, at);
+    raw_anchor.load(work.anchor[tensor], kind.anchor, at);
   }
   if (compensation != nullptr) raw_low.load(compensation, ScalarKind::bfloat16, at);
 
   float param[8], grad[8], exp_avg[8], exp_avg_sq[8], max_exp_avg_sq[8], importance[8]{},
       anchor[8]{};
-  raw_param.decode(param_kind, param);
-  raw_grad.decode(param_kind, grad);
-  raw_avg.decode<true>(moment_kind, exp_avg);
-  raw_avg_sq.decode(moment_kind, exp_avg_sq);
-  raw_max.decode(moment_kind, max_exp_avg_sq);
+  raw_param.decode(kind.param, param);
+  raw_grad.decode(kind.param, grad);
+  raw_avg.decode<true>(kind.moment, exp_avg);
+  raw_avg_sq.decode(kind.moment, exp_avg_sq);
+  raw_max.decode(kind.moment, max_exp_avg_sq);
   if constexpr (penalty != Penalty::none) {
-    raw_importance.decode(importance_kind, importance);
-    raw_anchor.decode(anchor_kind, anchor);
+    raw_importance.decode(kind.importance, importance);
+    raw_anchor.decode(kind.anchor, anchor);
   }
   if (compensation != nullptr) {
 #pragma unroll
     for (int j = 0; j < 8; ++j) param[j] += load(BFloat16{raw_low.half_word(j)});
   }
-  if constexpr (projected) project(projection, tensor, param_kind, at, grad);
-  if (penalty != Penalty::none && sums) sum_unit(param, importance, anchor, at, sums);
+  if constexpr (projected) project(projection, tensor, kind.param, at, grad);
+  if (tracked) add_penalty(param, importance, anchor, at, sums);
 
-  update<penalty>(param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq, importance, anchor,
-                  work.amsgrad, constants.update);
+  update<penalty>(param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq, importance, anchor, amsgrad,
+                  constants.update);
 
   const Random random = Random::of(at, constants.step, grad);
-  store_moment<true>(work.exp_avg[tensor], moment_kind, at, exp_avg, random, kExpAvg);
-  store_moment<false>(work.exp_avg_sq[tensor], moment_kind, at, exp_avg_sq, random, kExpAvgSq);
-  if (work.amsgrad) {
-    store_moment<false>(work.max_exp_avg_sq[tensor], moment_kind, at, max_exp_avg_sq, random,
+  store_moment<true>(work.exp_avg[tensor], kind.moment, at, exp_avg, random, kExpAvg);
+  store_moment<false>(work.exp_avg_sq[tensor], kind.moment, at, exp_avg_sq, random, kExpAvgSq);
+  if (amsgrad) {
+    store_moment<false>(work.max_exp_avg_sq[tensor], kind.moment, at, max_exp_avg_sq, random,
                         kMaxExpAvgSq);
   }
-  store_param(work.param[tensor], compensation, param_kind, at, param, importance, raw_param,
+  store_param(work.param[tensor], compensation, kind.param, at, param, importance, raw_param,
               raw_low, random, work.stochastic);
 }
 
 // float64 keeps everything in float64.
-template <Penalty penalty, bool projected, typename W>
+template <Storage, Penalty penalty, bool projected, typename W>
 __device__ void update_unit(const W& work, const Projection<projected>& projection, int tensor,
-                            const Place& at, const TensorConstants<double>& constants,
-                            PenaltySums* sums) {
-  const auto load_all = [&](const void* array, double (&values)[8]) {
-#pragma unroll
-    for (int j = 0; j < 8; ++j) {
-      values[j] = at.has(j) ? static_cast<const double*>(array)[at.first + at.offset(j)] : 0.0;
-    }
-  };
-  const auto store_all = [&](void* array, const double (&values)[8]) {
-#pragma unroll
-    for (int j = 0; j < 8; ++j) {
-      if (at.has(j)) static_cast<double*>(array)[at.first + at.offset(j)] = values[j];
-    }
-  };
+                            const Place& at, const TensorConstants<double>& constants, bool tracked,
+                            PenaltySums& sums) {
   double param[8], grad[8], exp_avg[8], exp_avg_sq[8], max_exp_avg_sq[8]{}, importance[8]{},
       anchor[8]{};
-  load_all(work.param[tensor], param);
-  load_all(work.grad[tensor], grad);
-  load_all(work.exp_avg[tensor], exp_avg);
-  load_all(work.exp_avg_sq[tensor], exp_avg_sq);
-  if (work.amsgrad) load_all(work.max_exp_avg_sq[tensor], max_exp_avg_sq);
+  load_doubles(work.param[tensor], at, param);
+  load_doubles(work.grad[tensor], at, grad);
+  load_doubles(work.exp_avg[tensor], at, exp_avg);
+  load_doubles(work.exp_avg_sq[tensor], at, exp_avg_sq);
+  if (work.amsgrad) load_doubles(work.max_exp_avg_sq[tensor], at, max_exp_avg_sq);
   if constexpr (penalty != Penalty::none) {
-    load_all(work.importance[tensor], importance);
-    load_all(work.anchor[tensor], anchor);
+    load_doubles(work.importance[tensor], at, importance);
+    load_doubles(work.anchor[tensor], at, anchor);
   }
   if constexpr (projected) project(projection, tensor, ScalarKind::float64, at, grad);
-  if (penalty != Penalty::none && sums) sum_unit(param, importance, anchor, at, sums);
+  if (tracked) add_penalty(param, importance, anchor, at, sums);
   update<penalty>(param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq, importance, anchor,
                   work.amsgrad, constants.update);
-  store_all(work.param[tensor], param);
-  store_all(work.exp_avg[tensor], exp_avg);
-  store_all(work.exp_avg_sq[tensor], exp_avg_sq);
-  if (work.amsgrad) store_all(work.max_exp_avg_sq[tensor], max_exp_avg_sq);
+  store_doubles(work.param[tensor], at, param);
+  store_doubles(work.exp_avg[tensor], at, exp_avg);
+  store_doubles(work.exp_avg_sq[tensor], at, exp_avg_sq);
+  if (work.amsgrad) store_doubles(work.max_exp_avg_sq[tensor], at, max_exp_avg_sq);
 }
 
 // --- the kernels
@@ -559,8 +648,15 @@ __device__ void update_unit(const W& work, const Projection<projected>& projecti
 template <bool projected>
 using WorkOf = Work<Projection<projected>::kTensors>;
 
-template <typename T, Penalty penalty, bool projected>
-__global__ void __launch_bounds__(kThreads)
+// On a multiprocessor: enough that some load while others compute, where their registers fit.
+template <typename T, Storage storage, bool projected>
+constexpr int kBlocksAtOnce =
+    std::is_same_v<T, float> && (storage == Storage::float32 || !projected) ? 2 : 1;
+
+// A block has a range of units, which its warps take in turn. It leaves its part of the penalty in
+// `sums`, unless that is null.
+template <typename T, Storage storage, Penalty penalty, bool projected>
+__global__ void __launch_bounds__(kThreads, kBlocksAtOnce<T, storage, projected>)
     ewc_adamw(const __grid_constant__ WorkOf<projected> work,
               const __grid_constant__ Projection<projected> projection,
               const __grid_constant__ DeviceNumbers numbers, const TensorConstants<T>* constants,
@@ -569,45 +665,44 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t begin = blockIdx.x * work.units_per_block;
   const int64_t units = work.first_unit[work.count];
   const int64_t end = begin + work.units_per_block < units ? begin + work.units_per_block : units;
-  const int warp = threadIdx.x / 32;
   Place at{};
   at.lane = threadIdx.x % 32;
-  for_each_piece(
-      work.first_unit, work.count, [&](int i) { return work.numel[i]; }, begin, end,
-      [&](const Piece& piece) {
-        const TensorConstants<T> k = constants[piece.tensor];
-        for (at.first = piece.begin + warp * kUnit; at.first < piece.end;
-             at.first += kWarps * kUnit) {
-          const int64_t left = piece.end - at.first;
-          at.count = static_cast<int>(left < kUnit ? left : kUnit);
-          at.wide = work.aligned[piece.tensor] && at.count == kUnit;
-          PenaltySums* to = nullptr;
-          if (sums) to = sums + work.first_unit[piece.tensor] + at.first / kUnit;
-          update_unit<penalty, projected>(work, projection, piece.tensor, at, k, to);
-        }
-      });
-}
-
-// Adds the units' sums, in an order that is always the same.
-__global__ void __launch_bounds__(kThreads)
-    add_sums(const PenaltySums* units, int64_t count, double ewc_lambda,
-             const __grid_constant__ DeviceNumbers numbers) {
-  if (numbers.overflowed()) return;
-  __shared__ PenaltySums shared[kThreads];
-  PenaltySums sums{0.0, 0.0};
-  for (int64_t i = threadIdx.x; i < count; i += kThreads) {
-    sums.penalty += units[i].penalty;
-    sums.drift += units[i].drift;
-  }
-  shared[threadIdx.x] = sums;
-  for (int half = kThreads / 2; half > 0; half /= 2) {
-    __syncthreads();
-    if (threadIdx.x < half) {
-      shared[threadIdx.x].penalty += shared[threadIdx.x + half].penalty;
-      shared[threadIdx.x].drift += shared[threadIdx.x + half].drift;
+  at.aligned = storage == Storage::float32;
+  const bool tracked = penalty != Penalty::none && sums != nullptr;
+  PenaltySums of_lane{0.0, 0.0};
+  int64_t unit = begin + threadIdx.x / 32;
+  if (unit < end) {
+    int tensor = tensor_of(work.first_unit, work.count, unit);
+    TensorConstants<T> k = constants[tensor];
+    for (; unit < end; unit += kWarps) {
+      if (unit >= work.first_unit[tensor + 1]) {
+        while (unit >= work.first_unit[tensor + 1]) ++tensor;
+        k = constants[tensor];
+      }
+      at.first = (unit - work.first_unit[tensor]) * kUnit;
+      const int64_t left = work.numel[tensor] - at.first;
+      at.count = static_cast<int>(left < kUnit ? left : kUnit);
+      update_unit<storage, penalty, projected>(work, projection, tensor, at, k, tracked, of_lane);
     }
   }
-  if (threadIdx.x == 0) *numbers.sums = {ewc_lambda * shared[0].penalty, shared[0].drift};
+  if (tracked) {
+    const PenaltySums of_block = sum_of_block<kThreads>(of_lane);
+    if (threadIdx.x == 0) sums[blockIdx.x] = of_block;
+  }
+}
+
+// Adds the blocks' sums.
+__global__ void __launch_bounds__(kAddingThreads)
+    add_sums(const PenaltySums* blocks, int64_t count, double ewc_lambda,
+             const __grid_constant__ DeviceNumbers numbers) {
+  if (numbers.overflowed()) return;
+  PenaltySums sums{0.0, 0.0};
+  for (int64_t i = threadIdx.x; i < count; i += kAddingThreads) {
+    sums.penalty += blocks[i].penalty;
+    sums.drift += blocks[i].drift;
+  }
+  sums = sum_of_block<kAddingThreads>(sums);
+  if (threadIdx.x == 0) *numbers.sums = {ewc_lambda * sums.penalty, sums.drift};
 }
 
 // --- launching
@@ -615,13 +710,16 @@ __global__ void __launch_bounds__(kThreads)
 
 void check(cudaError_t error) { cl_optim::check(error, "ewc_adamw_"); }
 
-// Whether all arrays allow vectors of four elements. Blocks of codes allow theirs always.
-bool is_aligned(const EWCAdamWTensor& t) {
-  const void* all[] = {t.param,          t.grad,       t.exp_avg, t.exp_avg_sq,
-                       t.max_exp_avg_sq, t.importance, t.anchor,  t.compensation};
-  return std::all_of(std::begin(all), std::end(all), [](const void* pointer) {
-    return reinterpret_cast<uintptr_t>(pointer) % 16 == 0;
-  });
+Storage storage_of(const EWCAdamWTensor& t, const EWCAdamWOptions& options) {
+  const ScalarKind kinds[] = {t.param_kind, t.moment_kind, t.importance_kind, t.anchor_kind};
+  const void* arrays[] = {t.param, t.grad, t.exp_avg, t.exp_avg_sq, t.importance, t.anchor};
+  const bool simple = !options.amsgrad && t.compensation == nullptr &&
+                      std::all_of(std::begin(kinds), std::end(kinds),
+                                  [](ScalarKind kind) { return kind == ScalarKind::float32; }) &&
+                      std::all_of(std::begin(arrays), std::end(arrays), [](const void* array) {
+                        return reinterpret_cast<uintptr_t>(array) % sizeof(uint4) == 0;
+                      });
+  return simple ? Storage::float32 : Storage::any;
 }
 
 // What of the step is the same for all its launches.
@@ -630,7 +728,7 @@ struct Step {
   const DeviceNumbers& numbers;
   cudaStream_t stream;
   std::byte* constants;  // free memory for them
-  PenaltySums* sums;     // free memory for the units' sums, or null
+  PenaltySums* sums;     // free memory for the blocks' sums, or null
 };
 
 using Tensors = std::vector<const EWCAdamWTensor*>;
@@ -653,7 +751,6 @@ void fill(const EWCAdamWTensor& t, int i, WorkOf<projected>& work,
   work.moment_kind[i] = static_cast<uint8_t>(t.moment_kind);
   work.importance_kind[i] = static_cast<uint8_t>(t.importance_kind);
   work.anchor_kind[i] = static_cast<uint8_t>(t.anchor_kind);
-  work.aligned[i] = is_aligned(t);
   if constexpr (projected) {
     projection.rows[i] = t.memory.rows;
     projection.coefficients[i] = t.memory.coefficients;
@@ -663,7 +760,7 @@ void fill(const EWCAdamWTensor& t, int i, WorkOf<projected>& work,
   }
 }
 
-template <typename T, Penalty penalty, bool projected>
+template <typename T, Storage storage, Penalty penalty, bool projected>
 void launch(const Tensors& tensors, Step& step) {
   constexpr size_t most = Projection<projected>::kTensors;
   for (size_t first = 0; first < tensors.size(); first += most) {
@@ -686,26 +783,29 @@ void launch(const Tensors& tensors, Step& step) {
     const int64_t units = work.first_unit[work.count];
     if (units == 0) continue;
     const int64_t wanted = (units + kBlocksWanted - 1) / kBlocksWanted;
-    work.units_per_block = std::clamp(wanted, int64_t{kWarps}, kMostUnitsPerBlock);
+    work.units_per_block = std::clamp(wanted, kLeastUnitsPerBlock, kMostUnitsPerBlock);
     const int64_t blocks = (units + work.units_per_block - 1) / work.units_per_block;
-    ewc_adamw<T, penalty, projected><<<blocks, kThreads, 0, step.stream>>>(
+    ewc_adamw<T, storage, penalty, projected><<<blocks, kThreads, 0, step.stream>>>(
         work, projection, step.numbers, constants, penalty == Penalty::none ? nullptr : step.sums);
     check(cudaGetLastError());
-    if (penalty != Penalty::none && step.sums) step.sums += units;
+    if (penalty != Penalty::none && step.sums) step.sums += blocks;
   }
 }
 
-int64_t protected_units(const std::vector<EWCAdamWTensor>& tensors) {
-  int64_t units = 0;
-  for (const EWCAdamWTensor& t : tensors) units += t.importance ? units_of(t.numel) : 0;
-  return units;
+// At most: of any tensors that a launch takes, the last block may have fewer units.
+int64_t protected_blocks(const std::vector<EWCAdamWTensor>& tensors) {
+  int64_t blocks = 0;
+  for (const EWCAdamWTensor& t : tensors) {
+    blocks += t.importance ? units_of(t.numel) / kLeastUnitsPerBlock + 1 : 0;
+  }
+  return blocks;
 }
 
 }  // namespace
 
 size_t ewc_adamw_cuda_workspace(const std::vector<EWCAdamWTensor>& tensors, bool sums) {
   return tensors.size() * sizeof(TensorConstants<double>) +
-         (sums ? protected_units(tensors) * sizeof(PenaltySums) : 0);
+         (sums ? protected_blocks(tensors) * sizeof(PenaltySums) : 0);
 }
 
 void ewc_adamw_cuda(const std::vector<EWCAdamWTensor>& tensors, const EWCAdamWOptions& options,
@@ -716,8 +816,15 @@ void ewc_adamw_cuda(const std::vector<EWCAdamWTensor>& tensors, const EWCAdamWOp
     const bool projected = t.memory.rows != nullptr && t.memory.count != 0;
     const Launch kernel = dispatch(t, options, [&](auto instance) -> Launch {
       using I = decltype(instance);
-      return projected ? launch<typename I::T, I::penalty, true>
-                       : launch<typename I::T, I::penalty, false>;
+      using T = typename I::T;
+      if constexpr (std::is_same_v<T, float> && !I::amsgrad) {
+        if (storage_of(t, options) == Storage::float32) {
+          return projected ? launch<T, Storage::float32, I::penalty, true>
+                           : launch<T, Storage::float32, I::penalty, false>;
+        }
+      }
+      return projected ? launch<T, Storage::any, I::penalty, true>
+                       : launch<T, Storage::any, I::penalty, false>;
     });
     const auto group = std::find_if(groups.begin(), groups.end(),
                                     [&](const auto& g) { return g.first == kernel; });
@@ -728,14 +835,14 @@ void ewc_adamw_cuda(const std::vector<EWCAdamWTensor>& tensors, const EWCAdamWOp
     }
   }
   auto* constants = static_cast<std::byte*>(workspace);
-  auto* sums =
+  auto* const sums =
       reinterpret_cast<PenaltySums*>(constants + tensors.size() * sizeof(TensorConstants<double>));
   Step step{options, numbers, static_cast<cudaStream_t>(stream), constants,
             numbers.sums ? sums : nullptr};
   for (const auto& [kernel, members] : groups) kernel(members, step);
   if (numbers.sums) {
-    add_sums<<<1, kThreads, 0, step.stream>>>(sums, protected_units(tensors), options.ewc_lambda,
-                                              numbers);
+    add_sums<<<1, kAddingThreads, 0, step.stream>>>(sums, step.sums - sums, options.ewc_lambda,
+                                                    numbers);
     check(cudaGetLastError());
   }
 }

@@ -4,6 +4,7 @@
 // 256 elements of some tensor, where vector accesses are aligned and blocks of codes begin.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <vector>
 
@@ -20,30 +21,20 @@ struct Piece {
   int64_t end;
 };
 
-// Calls f(Piece) for what the units begin <= unit < end hold, in order. first_unit[i] is the first
-// unit of tensor i, first_unit[count] the number of all units; numel(i) is the tensor's size.
-template <typename Numel, typename F>
-CL_OPTIM_HD void for_each_piece(const int64_t* first_unit, int count, Numel&& numel, int64_t begin,
-                                int64_t end, F&& f) {
-  if (begin >= end) return;
-  // Bisect for the last tensor that begins at or before `begin`: it is not empty.
+// The tensor that holds a unit. first_unit[i] is the first unit of tensor i, first_unit[count] the
+// number of all units.
+CL_OPTIM_HD int tensor_of(const int64_t* first_unit, int count, int64_t unit) {
+  // Bisect for the last tensor that begins at or before the unit: it is not empty.
   int tensor = 0;
   for (int above = count; above - tensor > 1;) {
     const int middle = tensor + (above - tensor) / 2;
-    if (first_unit[middle] <= begin) {
+    if (first_unit[middle] <= unit) {
       tensor = middle;
     } else {
       above = middle;
     }
   }
-  for (; begin < end; ++tensor) {
-    const int64_t first = first_unit[tensor];
-    const int64_t last = end < first_unit[tensor + 1] ? end : first_unit[tensor + 1];
-    if (begin == last) continue;  // an empty tensor
-    const int64_t stop = (last - first) * kUnit;
-    f(Piece{tensor, (begin - first) * kUnit, stop < numel(tensor) ? stop : numel(tensor)});
-    begin = last;
-  }
+  return tensor;
 }
 
 inline int64_t units_of(int64_t numel) { return (numel + kUnit - 1) / kUnit; }
@@ -62,11 +53,18 @@ class MultiTensor {
   // The unit in which a piece begins.
   int64_t unit(const Piece& piece) const { return first_unit_[piece.tensor] + piece.begin / kUnit; }
 
+  // Calls f(Piece) for what the units begin <= unit < end hold, in order.
   template <typename F>
   void for_each(int64_t begin, int64_t end, F&& f) const {
-    for_each_piece(
-        first_unit_.data(), static_cast<int>(numels_.size()), [&](int i) { return numels_[i]; },
-        begin, end, f);
+    if (begin >= end) return;
+    const int count = static_cast<int>(numels_.size());
+    for (int tensor = tensor_of(first_unit_.data(), count, begin); begin < end; ++tensor) {
+      const int64_t first = first_unit_[tensor];
+      const int64_t last = std::min(end, first_unit_[tensor + 1]);
+      if (begin == last) continue;  // an empty tensor
+      f(Piece{tensor, (begin - first) * kUnit, std::min((last - first) * kUnit, numels_[tensor])});
+      begin = last;
+    }
   }
 
  private:

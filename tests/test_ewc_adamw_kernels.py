@@ -153,17 +153,33 @@ def test_without_protection(kernels):
     assert_close(*sides, share=5e-3)
 
 
-def test_memory_that_is_not_aligned(kernels):
-    """Parameters and gradients one element into their memory: no vector accesses."""
-    start = Problem.of(make_params([(700,), (256,)], torch.float32))
-    pair = Pair(start, torch.float32, "gradient", importance_dtype="log8")
-    for problem, optimizer in zip(pair.problems, (pair.ours, pair.emulated), strict=True):
+@pytest.mark.parametrize("moved", ["param", "grad", "exp_avg", "importance", "anchor"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_memory_that_is_not_aligned(kernels, dtype, moved):
+    """One array begins one element into its memory: no vector accesses of it."""
+    start = Problem.of(make_params([(700,), (256,)], dtype))
+    pair = Pair(start, dtype, "gradient")
+    for number in range(2):
+        for problem in pair.problems:
+            problem.set_gradients(number, dtype)
+        pair.ours.step()
+        (optimizer, problem) = pair.emulated, pair.problems[1]
         for param in problem.params:
-            param.data = torch.empty(param.numel() + 1)[1:].copy_(param.data)
-            assert param.data_ptr() % 16 != 0
             state = optimizer.state[param]
-            state["anchor"] = torch.empty(param.numel() + 1)[1:].copy_(state["anchor"])
-    pair.step(kernels, 0)
+            if moved == "param":
+                param.data = off_alignment(param.data)
+            elif moved == "grad":
+                param.grad = off_alignment(param.grad)
+            elif moved in state:  # moments begin with the first step
+                state[moved] = off_alignment(state[moved])
+        emulated_step(kernels, optimizer)
+        assert_close(pair.ours, optimizer, share=0.0 if dtype == torch.float64 else 5e-3)
+
+
+def off_alignment(tensor: Tensor) -> Tensor:
+    moved = torch.empty(tensor.numel() + 1, dtype=tensor.dtype)[1:].view_as(tensor).copy_(tensor)
+    assert moved.data_ptr() % 16 != 0
+    return moved
 
 
 @pytest.mark.parametrize("projected", [False, True])
@@ -184,9 +200,12 @@ def test_more_tensors_than_a_launch_takes(kernels, projected):
 
 
 def rows_for(params: list[Tensor], dtype: torch.dtype) -> tuple[dict, dict]:
+    """Five rows: pairs with both, with one and with a half; one that must not be read."""
     generator = torch.Generator().manual_seed(3)
-    rows = {p: torch.randn(3, *p.shape, generator=generator).to(dtype) for p in params}
-    coefficients = torch.tensor([0.3, 0.0, 0.7], dtype=torch.float64)
+    rows = {p: torch.randn(5, *p.shape, generator=generator).to(dtype) for p in params}
+    for array in rows.values():
+        array[3] = torch.nan
+    coefficients = torch.tensor([0.3, -0.2, 0.7, 0.0, 0.4], dtype=torch.float64)
     return rows, dict.fromkeys(params, coefficients)
 
 
@@ -200,10 +219,11 @@ def test_projected_gradients(kernels, dtype, rows):
     pair.step(kernels, 0)
 
 
-def test_projected_float64(kernels):
+@pytest.mark.parametrize("rows", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_projected_float64(kernels, rows):
     pair = Pair(Problem.of(make_params(SHAPES, torch.float64)), torch.float64, "proximal")
     for problem, optimizer in zip(pair.problems, (pair.ours, pair.emulated), strict=True):
-        optimizer._projection = rows_for(problem.params, torch.float64)
+        optimizer._projection = rows_for(problem.params, rows)
     pair.step(kernels, 0, share=0.0)
 
 

@@ -17,7 +17,7 @@
 #define __host__
 #define __forceinline__ inline
 #define __grid_constant__
-#define __launch_bounds__(threads)
+#define __launch_bounds__(...)
 #define __shared__ static
 
 using cudaStream_t = void*;
@@ -32,6 +32,12 @@ struct alignas(8) uint2 {
 struct alignas(16) uint4 {
   uint32_t x, y, z, w;
 };
+struct alignas(16) double2 {
+  double x, y;
+};
+inline uint2 make_uint2(uint32_t x, uint32_t y) { return {x, y}; }
+inline uint4 make_uint4(uint32_t x, uint32_t y, uint32_t z, uint32_t w) { return {x, y, z, w}; }
+inline double2 make_double2(double x, double y) { return {x, y}; }
 struct Index {
   int x;
 };
@@ -106,6 +112,13 @@ auto launch(void (*kernel)(Parameters...), int64_t blocks, int threads, size_t, 
 }
 
 }  // namespace shim
+
+// A GPU refuses a vector at an address that is no multiple of its size.
+template <typename Vector>
+void __stcs(Vector* to, Vector vector) {
+  if (reinterpret_cast<uintptr_t>(to) % sizeof(Vector) != 0) shim::fail("a store off its alignment");
+  std::memcpy(to, &vector, sizeof(Vector));
+}
 
 // All lanes of a warp must come here together: a mask of all of them is promised.
 template <typename T>

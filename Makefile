@@ -11,7 +11,7 @@ OLD_TRITON := "from importlib.metadata import distributions; print(*('numpy<2.4'
   for d in distributions() if d.name == 'triton' and d.version.startswith('3.6.')))"
 SOURCES := pyproject.toml setup.py $(wildcard csrc/*)
 
-.PHONY: demo sweep test gpu-test bench bench-peers lint install clean
+.PHONY: demo sweep test gpu-test bench bench-peers lint wheel install clean
 
 demo: install
 	$(VENV)/bin/cl-optim demo
@@ -48,6 +48,11 @@ $(PEERS)/.installed: $(VENV)/.torch bench/peers/requirements.txt
 
 lint: install
 	$(VENV)/bin/pre-commit run --all-files --show-diff-on-failure
+
+# With CUDA kernels for all GPUs, which this machine need not have; CL_OPTIM_CUDA=0 leaves them out.
+wheel: $(VENV)/.torch
+	CL_OPTIM_CUDA=$${CL_OPTIM_CUDA:-1} CL_OPTIM_REQUIRE=cpu $(RUN) -m pip wheel --quiet \
+	  --no-build-isolation --no-deps --wheel-dir dist .
 
 install: $(VENV)/.installed
 

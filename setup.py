@@ -1,11 +1,13 @@
 """Builds cl_optim._C and cl_optim._C_cuda. Everything declarative is in pyproject.toml.
 
 Environment:
-    CL_OPTIM_CUDA: 0 leaves the CUDA kernels out, 1 insists on them; by default they are built where
-        torch is a CUDA build and a toolkit is found. Whether there is a GPU does not matter.
-    CL_OPTIM_CUDA_ARCHS: Compute capabilities to compile for, "80,90,100" by default; the last one
+    CL_OPTIM_CUDA: 0 leaves the CUDA kernels out, 1 builds them for all GPUs ("80,90,100"). By
+        default they are built for the GPUs that are there, if torch is a CUDA build and a toolkit
+        is found.
+    CL_OPTIM_CUDA_ARCHS: Compute capabilities to build them for instead, like "80,90"; the last one
         also as PTX, which later GPUs compile for themselves.
     CL_OPTIM_REQUIRE: Backends (cpu, cuda) that must build: without them the installation fails.
+        cuda means CL_OPTIM_CUDA=1, too.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ from setuptools.errors import CompileError
 ABI_TARGET = "2.10"
 TORCH = Path(torch.__file__).parent
 HEADERS = [str(header) for header in Path("csrc").glob("*.h")]
-ARCHS = os.environ.get("CL_OPTIM_CUDA_ARCHS", "80,90,100").split(",")
+ALL_ARCHS = ["80", "90", "100"]
 REQUIRED = set(filter(None, os.environ.get("CL_OPTIM_REQUIRE", "").split(",")))
 CXX_FLAGS = ["-std=c++17", "-O3", "-g0", "-fno-math-errno", "-fno-trapping-math"]
 
@@ -59,6 +61,24 @@ def cuda_home() -> Path | None:
         if (home / "bin" / "nvcc").exists() and (home / "include" / "cuda_runtime.h").exists():
             return home
     return None
+
+
+def architectures(home: Path, everywhere: bool) -> list[str]:
+    """What to compile for: what was asked for, else all, or the GPUs that are there."""
+    asked = os.environ.get("CL_OPTIM_CUDA_ARCHS", "")
+    if asked:
+        return asked.split(",")
+    if everywhere:
+        return ALL_ARCHS
+    command = [str(home / "bin" / "nvcc"), "--list-gpu-arch"]
+    shown = subprocess.run(command, capture_output=True, text=True)
+    known = [int(line.partition("_")[2]) for line in shown.stdout.split()]
+    found = set()
+    for device in range(torch.cuda.device_count()):
+        major, minor = torch.cuda.get_device_capability(device)
+        # A GPU newer than the toolkit compiles the newest PTX for itself; none is for older ones.
+        found.update(sorted(k for k in known if k <= 10 * major + minor)[-1:])
+    return [str(a) for a in sorted(found)]
 
 
 def extension(
@@ -108,7 +128,7 @@ def cpu_extension() -> Extension:
     )
 
 
-def cuda_extension(home: Path) -> Extension:
+def cuda_extension(home: Path, archs: list[str], optional: bool) -> Extension:
     built = subprocess.run([home / "bin" / "nvcc", "--version"], capture_output=True, text=True)
     return extension(
         "_C_cuda",
@@ -116,11 +136,11 @@ def cuda_extension(home: Path) -> Extension:
         {
             "USE_CUDA": "1",
             "CL_OPTIM_NVCC": f'"nvcc {built.stdout.splitlines()[-1]}"',
-            "CL_OPTIM_CUDA_ARCHS": f'"{",".join(ARCHS)}"',
+            "CL_OPTIM_CUDA_ARCHS": f'"{",".join(archs)}"',
         },
         libraries=["torch_cpu", "torch_cuda", "cudart_static", "dl", "rt", "pthread"],
         library_dirs=(str(home / "lib64"),),
-        optional="cuda" not in REQUIRED,
+        optional=optional,
     )
 
 
@@ -130,16 +150,18 @@ class BuildExt(build_ext):  # type: ignore[misc]
     def build_extension(self, ext: Extension) -> None:
         kernels = [source for source in ext.sources if source.endswith(".cu")]
         ext.sources = [source for source in ext.sources if source not in kernels]
-        ext.extra_objects += [self.compile_cuda(source) for source in kernels]
+        macros = dict(ext.define_macros)
+        archs = macros.get("CL_OPTIM_CUDA_ARCHS", "").strip('"').split(",")
+        ext.extra_objects += [self.compile_cuda(source, archs) for source in kernels]
         super().build_extension(ext)
 
-    def compile_cuda(self, source: str) -> str:
+    def compile_cuda(self, source: str, archs: list[str]) -> str:
         home = cuda_home()
         assert home is not None
         target = Path(self.build_temp) / (source + ".o")
         target.parent.mkdir(parents=True, exist_ok=True)
-        codes = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in ARCHS]
-        codes.append(f"-gencode=arch=compute_{ARCHS[-1]},code=compute_{ARCHS[-1]}")
+        codes = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs]
+        codes.append(f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}")
         command = [str(home / "bin" / "nvcc"), "-c", source, "-o", str(target), *codes]
         command += ["-std=c++17", "-O3", "--threads=2", "-Xcompiler=-fPIC,-fvisibility=hidden"]
         if subprocess.run(command).returncode != 0:
@@ -160,11 +182,21 @@ def extensions() -> list[Extension]:
         lacking.append(f"torch {torch.__version__} is a build without CUDA")
     if home is None:
         lacking.append("no CUDA toolkit was found (set CUDA_HOME)")
-    if lacking and (choice == "1" or "cuda" in REQUIRED):
+    everywhere = choice == "1" or "cuda" in REQUIRED
+    asked_for = everywhere or bool(os.environ.get("CL_OPTIM_CUDA_ARCHS"))
+    if choice == "0" and asked_for:
+        sys.exit(
+            "CL_OPTIM_CUDA=0 leaves out the CUDA kernels that CL_OPTIM_CUDA_ARCHS or "
+            "CL_OPTIM_REQUIRE asks for: unset one of them."
+        )
+    if lacking and asked_for:
         sys.exit(f"The CUDA kernels cannot be built: {' and '.join(lacking)}.")
     if choice == "0" or lacking or home is None:
         return [cpu_extension()]
-    return [cpu_extension(), cuda_extension(home)]
+    archs = architectures(home, everywhere)
+    if not archs:
+        return [cpu_extension()]
+    return [cpu_extension(), cuda_extension(home, archs, optional=not asked_for)]
 
 
 setup(ext_modules=extensions(), cmdclass={"build_ext": BuildExt})

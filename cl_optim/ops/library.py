@@ -14,7 +14,7 @@ from cl_optim.ops.warn import warn
 
 INSTALL_HINT = {
     "cpu": "reinstall with a C++17 compiler, and CL_OPTIM_REQUIRE=cpu to see what stops the build",
-    "cuda": "reinstall with a CUDA toolkit, and CL_OPTIM_REQUIRE=cuda to see what stops the build",
+    "cuda": "reinstall with a CUDA toolkit and CL_OPTIM_CUDA=1, which says what stops the build",
 }
 _MODULES = {"cpu": "_C", "cuda": "_C_cuda"}
 

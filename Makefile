@@ -2,6 +2,10 @@
 PYTHON ?= python3
 # Another torch: make test TORCH=torch==2.13.0 (in a fresh folder, or after make clean).
 TORCH ?= torch>=2.10
+# What the objects of gpu-prebuild are for.
+GPU_PYTHON ?= python3.12
+GPU_TORCH ?= torch==2.11.0
+GPU_ARCHS ?= 90
 VENV := .venv
 PEERS := .venv-peers
 RUN := $(VENV)/bin/python
@@ -11,7 +15,7 @@ OLD_TRITON := "from importlib.metadata import distributions; print(*('numpy<2.4'
   for d in distributions() if d.name == 'triton' and d.version.startswith('3.6.')))"
 SOURCES := pyproject.toml setup.py $(wildcard csrc/*)
 
-.PHONY: demo sweep test gpu-test bench bench-peers lint wheel install clean
+.PHONY: demo sweep test gpu-test gpu-prebuild bench bench-peers lint wheel install clean
 
 demo: install
 	$(VENV)/bin/cl-optim demo
@@ -25,7 +29,12 @@ test: install
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 gpu-test: install
-	PYTHON=$(RUN) bench/gpu.sh runs/gpu
+	PYTHON=$(RUN) bench/gpu.sh runs/gpu 1
+	PYTHON=$(RUN) bench/gpu.sh runs/gpu 2
+
+# The extension for a GPU machine that is there for minutes only; where it is made needs no GPU.
+gpu-prebuild:
+	GPU_PYTHON=$(GPU_PYTHON) GPU_TORCH=$(GPU_TORCH) GPU_ARCHS=$(GPU_ARCHS) bench/gpu/prebuild.sh
 
 bench: install
 	mkdir -p runs
@@ -69,4 +78,4 @@ $(VENV)/.installed: $(VENV)/.torch $(SOURCES)
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(PEERS) build dist *.egg-info cl_optim/_C*.so
+	rm -rf $(VENV) $(PEERS) .venv-gpu prebuilt build dist *.egg-info cl_optim/_C*.so

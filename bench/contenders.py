@@ -53,10 +53,10 @@ def adamw(problem: Problem) -> Callable[[], None]:
     return torch.optim.AdamW(problem.params, fused=True).step
 
 
-def ewc(penalty: str, **options: Any) -> Callable[[Problem], Callable[[], None]]:
+def ewc(**options: Any) -> Callable[[Problem], Callable[[], None]]:
     def make(problem: Problem) -> Callable[[], None]:
         named = [(str(i), p) for i, p in enumerate(problem.params)]
-        optimizer = EWCAdamW(named, ewc_lambda=LAMBDA, penalty=penalty, fused=True, **options)
+        optimizer = EWCAdamW(named, ewc_lambda=LAMBDA, **{"fused": True, **options})
         importances, _ = problem.protection()
         with warnings.catch_warnings():  # about rounded anchors
             warnings.simplefilter("ignore")
@@ -93,12 +93,13 @@ def foreach_penalty(problem: Problem) -> Callable[[], None]:
     return _foreach_step(problem, torch.optim.AdamW(problem.params, fused=True))
 
 
-def compiled_foreach(problem: Problem) -> Callable[[], None]:
-    """The same with torch's AdamW, one program made by torch.compile."""
+def compilable_foreach(problem: Problem) -> Callable[[], None]:
+    """The same with torch's AdamW, for torch.compile to make one program of."""
     lr = torch.tensor(1e-3, device=problem.params[0].device)  # a number would compile anew
-    optimizer = torch.optim.AdamW(problem.params, lr=lr, foreach=True, capturable=True)
-    compiled: Callable[[], None] = torch.compile(_foreach_step(problem, optimizer))
-    return compiled
+    # torch takes `capturable` on accelerators only.
+    on_gpu = lr.is_cuda
+    optimizer = torch.optim.AdamW(problem.params, lr=lr, foreach=on_gpu, capturable=on_gpu)
+    return _foreach_step(problem, optimizer)
 
 
 def _foreach_step(problem: Problem, optimizer: torch.optim.Optimizer) -> Callable[[], None]:
@@ -132,29 +133,38 @@ def memory_copy(problem: Problem) -> Callable[[], None]:
     return step
 
 
+# Options of EWCAdamW, for float32 parameters.
+PROTECTED: dict[str, dict[str, Any]] = {
+    "EWCAdamW gradient": {"penalty": "gradient"},
+    "EWCAdamW decoupled": {"penalty": "decoupled"},
+    "EWCAdamW proximal": {"penalty": "proximal"},
+    "EWCAdamW tracked": {"track_penalty": True},
+    "EWCAdamW log8": {"importance_dtype": "log8"},
+    "EWCAdamW log8, bf16 anchors": {"importance_dtype": "log8", "anchor_dtype": "bfloat16"},
+    "EWCAdamW log8, 8-bit moments": {"importance_dtype": "log8", "state_dtype": "8bit"},
+}
+
+# For bfloat16 parameters, whose moments are bfloat16 in torch's AdamW.
+BFLOAT16_PROTECTED: dict[str, dict[str, Any]] = {
+    "EWCAdamW bf16 moments": {"state_dtype": "bfloat16", "importance_dtype": "log8"},
+    "EWCAdamW 8-bit moments": {"state_dtype": "8bit", "importance_dtype": "log8"},
+    "EWCAdamW bf16 moments, Kahan": {
+        "state_dtype": "bfloat16",
+        "importance_dtype": "log8",
+        "rounding": "kahan",
+    },
+}
+
 CONTENDERS: dict[str, Callable[[Problem], Callable[[], None]]] = {
     "AdamW fused": adamw,
-    "EWCAdamW gradient": ewc("gradient"),
-    "EWCAdamW decoupled": ewc("decoupled"),
-    "EWCAdamW proximal": ewc("proximal"),
-    "EWCAdamW tracked": ewc("gradient", track_penalty=True),
-    "EWCAdamW log8": ewc("gradient", importance_dtype="log8"),
-    "EWCAdamW log8, bf16 anchors": ewc(
-        "gradient", importance_dtype="log8", anchor_dtype="bfloat16"
-    ),
-    "EWCAdamW log8, 8-bit moments": ewc("gradient", importance_dtype="log8", state_dtype="8bit"),
+    **{name: ewc(**options) for name, options in PROTECTED.items()},
     "AdamW fused + autograd penalty": autograd_penalty,
     "AdamW fused + foreach penalty": foreach_penalty,
     "36 B per parameter in place": memory_floor,
     "36 B per parameter copied": memory_copy,
 }
 
-# For bfloat16 parameters, whose moments are bfloat16 in torch's AdamW.
 BFLOAT16_CONTENDERS: dict[str, Callable[[Problem], Callable[[], None]]] = {
     "AdamW fused": adamw,
-    "EWCAdamW bf16 moments": ewc("gradient", state_dtype="bfloat16", importance_dtype="log8"),
-    "EWCAdamW 8-bit moments": ewc("gradient", state_dtype="8bit", importance_dtype="log8"),
-    "EWCAdamW bf16 moments, Kahan": ewc(
-        "gradient", state_dtype="bfloat16", importance_dtype="log8", rounding="kahan"
-    ),
+    **{name: ewc(**options) for name, options in BFLOAT16_PROTECTED.items()},
 }

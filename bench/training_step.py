@@ -1,9 +1,9 @@
 """A whole training step of GPT-2 small, protected and not: forward, backward, clipping, optimizer.
 
-    python bench/training_step.py --json training.json --device cuda --batch 8 --length 512
+    python bench/training_step.py --json training.json --batch 2 --length 128
 
-Needs torch, transformers and cl_optim. Float32 weights; on a GPU bfloat16 autocast. The contenders
-take turns, and the ratios are medians of those within a turn.
+On the CPU, in float32; gpu/training.py measures the same steps on a GPU. The contenders take turns,
+and the ratios are medians of those within a turn.
 """
 
 from __future__ import annotations
@@ -16,8 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from gpu_timing import milliseconds
-from torch import nn
+from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from cl_optim import EWCAdamW
@@ -54,19 +53,22 @@ OPTIMIZERS: dict[str, Callable[[nn.Module], torch.optim.Optimizer]] = {
 }
 
 
+def backward(model: nn.Module, tokens: Tensor) -> None:
+    """Forward and backward; on a GPU under bfloat16 autocast."""
+    with torch.autocast(tokens.device.type, torch.bfloat16, enabled=tokens.is_cuda):
+        loss = model(input_ids=tokens, labels=tokens).loss
+    torch.autograd.backward(loss)
+
+
 def training_step(
-    make: Callable[[nn.Module], torch.optim.Optimizer], batch: int, length: int, device: str
+    make: Callable[[nn.Module], torch.optim.Optimizer], config: GPT2Config, tokens: Tensor
 ) -> Callable[[], None]:
     torch.manual_seed(0)
-    config = GPT2Config()
-    model = GPT2LMHeadModel(config).to(device)
+    model = GPT2LMHeadModel(config).to(tokens.device)
     optimizer = make(model)
-    tokens = torch.randint(config.vocab_size, (batch, length), device=device)
 
     def step() -> None:
-        with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
-            loss = model(input_ids=tokens, labels=tokens).loss
-        torch.autograd.backward(loss)
+        backward(model, tokens)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
@@ -74,9 +76,7 @@ def training_step(
     return step
 
 
-def elapsed(step: Callable[[], None], device: str) -> float:
-    if device == "cuda":
-        return milliseconds(step, 10)
+def milliseconds(step: Callable[[], None]) -> float:
     start = time.perf_counter()
     step()
     return 1e3 * (time.perf_counter() - start)
@@ -85,22 +85,19 @@ def elapsed(step: Callable[[], None], device: str) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", type=Path, required=True, help="where the samples go")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--turns", type=int, default=7)
     arguments = parser.parse_args()
-    device = arguments.device
-    if not library.available(device):
-        raise SystemExit(library.explain(device))
-    steps = {
-        name: training_step(make, arguments.batch, arguments.length, device)
-        for name, make in OPTIMIZERS.items()
-    }
+    if not library.available("cpu"):
+        raise SystemExit(library.explain("cpu"))
+    config = GPT2Config()
+    tokens = torch.randint(config.vocab_size, (arguments.batch, arguments.length))
+    steps = {name: training_step(make, config, tokens) for name, make in OPTIMIZERS.items()}
     turns: dict[str, list[float]] = {name: [] for name in steps}
     for turn in range(arguments.turns + 1):
         for name, step in steps.items():
-            taken = elapsed(step, device)
+            taken = milliseconds(step)
             if turn > 0:  # the first one warms up
                 turns[name].append(taken)
     for name, times in turns.items():
@@ -110,9 +107,8 @@ def main() -> None:
             f"{name:16}{statistics.median(times):10.1f} ms, at best {min(times):.1f}; "
             f"{middle:6.3f} x AdamW fused (quartiles {low:.3f}, {high:.3f})"
         )
-    where = torch.cuda.get_device_name() if device == "cuda" else "cpu"
     shape = [arguments.batch, arguments.length]
-    report = {"device": where, "torch": torch.__version__, "shape": shape, "ms": turns}
+    report = {"device": "cpu", "torch": torch.__version__, "shape": shape, "ms": turns}
     arguments.json.write_text(json.dumps(report))
 
 

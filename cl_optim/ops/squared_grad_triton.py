@@ -69,7 +69,7 @@ _LARGE_TF32 = Config(128, 128, 32, warps=8, stages=3)
 _SMALL_TF32 = Config(64, 64, 32, warps=4, stages=3)
 _IEEE = Config(64, 64, 32, warps=4, stages=3)
 
-# Tests compile all of these and bench/gpu_squared_grad.py times all of them; `choose` takes one.
+# Tests compile all of these and bench/gpu/squared_grad.py times all of them; `choose` takes one.
 CONFIGS: dict[Precision, tuple[Config, ...]] = {
     "half": (
         _LARGE,

@@ -150,7 +150,7 @@ finish() {
   cat "$out/results.txt"
 }
 
-list_stages() {
+list_stages() { # name and seconds
   local call budget list=1 out=
   for call in 1 2; do
     budget=budget_$call
@@ -168,8 +168,9 @@ shift
 call=${1:-1}
 only=
 case $call in 1 | 2) ;; *) only=$* && call=stages ;; esac
+known=$(list_stages)
 for name in $only; do
-  list_stages | grep -q "^$name " || {
+  grep -qx "$name [0-9]*" <<<"$known" || {
     echo "There is no stage $name: bench/gpu.sh --list names them." >&2
     exit 2
   }

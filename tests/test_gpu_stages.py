@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -12,7 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from gpu import report, sanitize, tests
+import torch
+from gpu import device, report, sanitize, smoke, tests
 from gpu.goals import BY_NAME, GOALS, Goal
 
 ROOT = Path(__file__).parents[1]
@@ -46,6 +48,13 @@ def results(output: str) -> dict[str, str]:
     """By goal: pass, fail or missing."""
     lines = [line for line in output.splitlines() if line.startswith("RESULT")]
     return {re.split(r"\s{2,}", line)[1]: line.split()[-1] for line in lines}
+
+
+@pytest.fixture
+def figures(tmp_path, monkeypatch) -> Path:
+    path = tmp_path / "figures.jsonl"
+    monkeypatch.setenv("FIGURES", str(path))
+    return path
 
 
 def stages(output: str) -> dict[str, str]:
@@ -199,14 +208,81 @@ def test_what_a_sanitizer_counts(tool, output, count):
     assert sanitize.errors(output, tool) == count
 
 
+# --- what is measured, and by which objects -------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("found", "right"), [(1.0, True), (1.1, False), (float("nan"), False), (None, False)]
+)
+def test_a_kernel_that_differs_or_raises_is_seen(figures, found, right):
+    def run() -> None:
+        if found is None:
+            raise RuntimeError("no kernel image is available")
+
+    def results() -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        return [torch.ones(3), torch.tensor([found or 0.0])], [torch.ones(3), torch.ones(1)]
+
+    case = smoke.Case(run, lambda: None, results, 1e-3)
+    assert smoke.try_case("a case", lambda: case, device.Rehearsal(), graphs=True) == right
+    assert [line.get("differs") for line in report.read([figures])][:1] == ["a case"] * (not right)
+
+
+def test_the_queue_is_kept_full_while_time_is_taken(monkeypatch):
+    """The GPU sleeps before the first mark, for longer than the host takes for all that follows."""
+    log: list[str] = []
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            log.append("mark")
+            self.place = len(log)
+
+        def elapsed_time(self, end: Event) -> float:
+            return end.place - self.place
+
+    def sleep(cycles: int) -> None:
+        assert cycles > 3 * 1.5 * 2 * 2e6  # three calls of 2 ms, with something to spare
+        log.append("sleep")
+
+    def call() -> None:
+        time.sleep(0.002)
+        log.append("call")
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "_sleep", sleep)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: log.append("wait"))
+    assert device.Cuda().milliseconds(call, 3) == [2, 2, 2]
+    before = ["wait", "call", "wait"]  # how long the host takes
+    assert log == [*before, "sleep", "mark", *["call", "mark"] * 3, "wait"]
+
+
+def test_objects_are_not_made_again_of_the_same_sources(tmp_path):
+    for folder in ("bench/gpu", "csrc"):
+        shutil.copytree(ROOT / folder, tmp_path / folder)
+    shutil.copy(ROOT / "setup.py", tmp_path)
+    (tmp_path / "prebuilt").mkdir()
+
+    def prebuild() -> subprocess.CompletedProcess[str]:
+        environment = {**os.environ, "GPU_PYTHON": "no-python", "GPU_TORCH": "torch==1"}
+        command = [tmp_path / "bench" / "gpu" / "prebuild.sh"]
+        return subprocess.run(command, env=environment, capture_output=True, text=True)
+
+    hashed = subprocess.run(
+        [tmp_path / "bench" / "gpu" / "sources.sh"], capture_output=True, text=True, check=True
+    )
+    made_of = f"{hashed.stdout.strip()} no-python torch==1 90\n"
+    (tmp_path / "prebuilt" / "made-of.txt").write_text(made_of)
+    assert prebuild().stdout == "prebuilt/ is of these sources.\n"
+    with (tmp_path / "csrc" / "nnqp.h").open("a") as file:
+        file.write("\n")
+    again = prebuild()
+    assert again.returncode == 1
+    assert again.stderr.startswith("There is no no-python: say where it is")
+
+
 # --- the report -----------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def figures(tmp_path, monkeypatch) -> Path:
-    path = tmp_path / "figures.jsonl"
-    monkeypatch.setenv("FIGURES", str(path))
-    return path
 
 
 @pytest.mark.parametrize(

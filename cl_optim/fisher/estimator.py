@@ -27,6 +27,7 @@ from cl_optim.fisher.samples import Samples
 from cl_optim.fisher.taps import Graph
 from cl_optim.importance.importance import Importance
 from cl_optim.importance.unobserved import is_unobserved
+from cl_optim.ops.capture import is_capturing
 
 Verify: TypeAlias = Literal["first"] | bool
 Number: TypeAlias = int | float | Tensor
@@ -173,9 +174,10 @@ class FisherEstimator:
             ValueError: An argument is out of range; an input's leading dimension is not
                 ``batch_size``; or the model's trained parameters are not what they were.
             NotImplementedError: A parameter is used in a way that is not supported.
-            RuntimeError: No backward pass ran inside, or two did; or inside another ``observe()``;
-                or the self-check failed; or ``loss_terms`` was left out, and the gradient of the
-                logits shows that cross entropy was not a mean over samples.
+            RuntimeError: No backward pass ran inside, or two did; or inside another ``observe()``,
+                or while a CUDA graph is captured; or the self-check failed; or ``loss_terms`` was
+                left out, and the gradient of the logits shows that cross entropy was not a mean
+                over samples.
         """
         samples = _samples(batch_size, cu_seqlens)
         if tokens is not None:
@@ -270,9 +272,9 @@ class FisherEstimator:
             ValueError: The estimator was not made with ``during_training=True``, or an argument is
                 out of range.
             RuntimeError: It is attached already. Later, from the model: an input's rows are not the
-                samples. From ``backward()``: two forward passes are in it, or it is the second
-                through one. From ``optimizer.step()``: no batch was observed since the last step,
-                or what its loss was multiplied with is not known.
+                samples, or a CUDA graph is being captured. From ``backward()``: two forward passes
+                are in it, or it is the second through one. From ``optimizer.step()``: no batch was
+                observed since the last step, or what its loss was multiplied with is not known.
         """
         if not self._during_training:
             raise ValueError(
@@ -362,6 +364,12 @@ class FisherEstimator:
 
     def _begin(self, samples: Samples, begin: Callable[[], Mapping[str, Tensor]]) -> Observation:
         """Start a batch; ``begin`` is called when its backward pass comes."""
+        if is_capturing():
+            raise RuntimeError(
+                "a batch cannot be observed while a CUDA graph is being captured: samples are "
+                "counted in Python, once and not at each replay. Observe batches that run without "
+                "a graph, or detach() before the capture."
+            )
         totals = self._totals
         parameters = totals.check_unchanged(self._model)
         checked = self._verify is True or (self._verify == "first" and totals.seen() == 0)

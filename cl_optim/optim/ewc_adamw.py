@@ -16,6 +16,7 @@ from torch.optim.optimizer import ParamsT
 from cl_optim.importance import ImportanceLog
 from cl_optim.importance.names import compare_names, listed, match_names
 from cl_optim.ops import ewc_adamw as ops
+from cl_optim.ops.capture import is_capturing
 from cl_optim.ops.warn import warn
 from cl_optim.optim import protection
 from cl_optim.optim.balance import balancing_lambda
@@ -26,6 +27,7 @@ from cl_optim.optim.state import (
     check_rounding,
     check_state_dict,
     from_adamw,
+    has_moments,
     in_order,
     loaded,
     misfit,
@@ -87,6 +89,11 @@ class EWCAdamW(torch.optim.Optimizer):
     dtype. 36 bytes per float32 parameter are read and written in a step, against 28 for AdamW; 33
     with ``importance_dtype="log8"``.
 
+    On a GPU every step but the first can be captured in a CUDA graph: take one before, as in the
+    usual warm-up on a side stream, so that the state does not begin inside. Numbers are fixed in
+    the graph: λ, the betas, and the learning rate unless it is a tensor on the GPU. What
+    :meth:`consolidate` and :meth:`load_state_dict` bring is not in it: capture anew after them.
+
     Args:
         params: Parameters, named parameters (``model.named_parameters()``, which lets
             :meth:`consolidate` find them by name) or groups of either.
@@ -115,7 +122,7 @@ class EWCAdamW(torch.optim.Optimizer):
         track_penalty: Let every step also sum :attr:`last_penalty` and :attr:`last_drift`.
         amsgrad: Use the running maximum of the second moment.
         maximize: Ascend the loss.
-        capturable: Accepted as torch's optimizers do; on a GPU every step can be captured.
+        capturable: Accepted as torch's optimizers do, and not needed: see below.
         differentiable: Let autograd see the step, for gradients through it; takes the reference.
         foreach: ``True`` takes the reference, written with ``torch._foreach_*``.
         fused: ``True`` insists on the compiled kernels. ``None`` takes them where they are, or the
@@ -224,6 +231,7 @@ class EWCAdamW(torch.optim.Optimizer):
         self._projection: _Projection | None = None
         self._sums: dict[tuple[int, torch.device], Tensor] = {}
         self._fixed: list[Tensor] = []
+        self._was_captured = False
 
     @property
     def backend(self) -> str:
@@ -248,8 +256,9 @@ class EWCAdamW(torch.optim.Optimizer):
         Raises:
             ValueError: A hyperparameter of a group is out of range, or a tensor of the state, a
                 gradient or a memory row does not fit its parameter.
-            RuntimeError: A gradient is sparse, or a parameter was cast to a dtype that its state
-                does not fit. Nothing has been updated then.
+            RuntimeError: A gradient is sparse; a parameter was cast to a dtype that its state does
+                not fit; or a CUDA graph is captured that would not replay the step. Nothing has
+                been updated then.
         """
         loss = None
         if closure is not None:
@@ -262,6 +271,8 @@ class EWCAdamW(torch.optim.Optimizer):
     def _step(self) -> None:
         for group in self.param_groups:
             _check_group(group)
+        if is_capturing():
+            self._check_capture()
         if self._plans is not None and self._step_planned(self._plans):
             return
         for group in self.param_groups:
@@ -356,6 +367,52 @@ class EWCAdamW(torch.optim.Optimizer):
             if key not in kept:
                 sums.zero_()
 
+    def _check_capture(self) -> None:
+        """Refuse a step that the CUDA graph which is being captured would not replay."""
+        for group in self.param_groups:
+            for param in group["params"]:
+                if param.grad is not None:
+                    self._check_captured(group, param)
+        for number, group in enumerate(self.param_groups):
+            lr = group["lr"]
+            # A scheduler leaves the rate that it began with.
+            if not _stays_tensor(group) and (isinstance(lr, Tensor) or "initial_lr" in group):
+                warn(
+                    f"the learning rate of group {number} is on the host: the CUDA graph that is "
+                    "being captured keeps the one of now, whatever a scheduler does. To change it "
+                    "between replays, make the optimizer with a tensor on the GPU, "
+                    "lr=torch.tensor(1e-3, device='cuda')."
+                )
+        self._was_captured = True
+
+    def _check_captured(self, group: dict[str, Any], param: Tensor) -> None:
+        state = self.state.get(param, {})
+        if not param.is_cuda:
+            raise RuntimeError(
+                f"parameter {_name(group, param)} is on {param.device}, and the CUDA graph that is "
+                "being captured would not update it in replays: give it an optimizer whose steps "
+                "are outside of the graph."
+            )
+        tracked = group["track_penalty"] and "importance" in state
+        if not has_moments(state, param, group) or (
+            tracked and (id(group), param.device) not in self._sums
+        ):
+            raise RuntimeError(
+                f"the state of parameter {_name(group, param)} would begin inside the CUDA graph "
+                "that is being captured, and anew at each replay: take one step before the "
+                "capture, as in the usual warm-up on a side stream."
+            )
+
+    def _warn_of_captured(self, what: str) -> None:
+        """Say that a graph goes on with what it was captured with."""
+        if self._was_captured:
+            self._was_captured = False
+            warn(
+                f"a step was captured in a CUDA graph before this {what}: its replays would go on "
+                "with the tensors of then, whose memory others may have by now. Capture the step "
+                "anew."
+            )
+
     @staticmethod
     def _refuse_sparse(group: dict[str, Any]) -> None:
         for param in group["params"]:
@@ -426,6 +483,7 @@ class EWCAdamW(torch.optim.Optimizer):
             )
         matched = list(self._match(importance, model, strict))
         masks = self._masks(frozen, self._named_params(model), strict) if frozen else []
+        self._warn_of_captured("consolidate()")
         self._plans = None  # it would keep the replaced tensors alive
         self._batches = []
         self._clear_sums()
@@ -746,6 +804,7 @@ class EWCAdamW(torch.optim.Optimizer):
             state_dict = self._checked(state_dict)
             indices = [index for group in state_dict["param_groups"] for index in group["params"]]
             saved.update({i: state_dict["state"].get(index, {}) for i, index in enumerate(indices)})
+            self._warn_of_captured("load_state_dict()")
             return state_dict
 
         def restore(optimizer: torch.optim.Optimizer) -> None:

@@ -19,6 +19,7 @@ from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimize
 from cl_optim.importance.unobserved import unobserved
 from cl_optim.ops import gram as gram_ops
 from cl_optim.ops import nnqp
+from cl_optim.ops.capture import is_capturing
 from cl_optim.ops.warn import warn
 from cl_optim.optim.ewc_adamw import EWCAdamW, _name, is_dtensor
 from cl_optim.optim.state import in_order
@@ -641,9 +642,16 @@ class GEM(torch.optim.Optimizer):
                 memories' closures are given to :meth:`remember`.)
 
         Raises:
-            RuntimeError: A memory has no closure (after a load), a gradient is sparse, or, with
-                ``on_invalid="raise"``, this step or the one before it was invalid.
+            RuntimeError: A memory has no closure (after a load), a gradient is sparse, a CUDA graph
+                is being captured, or, with ``on_invalid="raise"``, this step or the one before it
+                was invalid.
         """
+        if is_capturing():
+            raise RuntimeError(
+                "a step of GEM cannot be captured in a CUDA graph: which rows are due is decided "
+                "anew in each step, and a replay would not refresh them. Capture the forward and "
+                "the backward pass, and call step() outside of the graph."
+            )
         self._raise_pending()
         loss = None
         if closure is not None:

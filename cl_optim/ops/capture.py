@@ -1,0 +1,11 @@
+"""Whether a CUDA graph is being captured: what Python does then is done once, and not replayed."""
+
+from __future__ import annotations
+
+import torch
+
+
+def is_capturing() -> bool:
+    """Whether what the current stream is given now goes into a CUDA graph."""
+    # Where CUDA has not begun, no graph can have, and to ask would begin it.
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()

@@ -18,10 +18,14 @@ import torch
 import torch.nn.functional as F
 from fisher_cases import NoSynchronisation, largest_error, loop
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
 from cl_optim import GEM, EWCAdamW, FisherEstimator, estimate_fisher
+from cl_optim.fisher import estimator
+from cl_optim.fisher.check import Check
 from cl_optim.fisher.observation import Observation
+from cl_optim.fisher.samples import Samples
 
 N, CLASSES, TOKENS, VOCABULARY = 6, 5, 7, 11
 # cuDNN convolves float32 in TF32 unless told otherwise.
@@ -254,6 +258,45 @@ def test_a_failure_in_a_thread_of_autograd(device):
         fisher.finalize()
 
 
+def test_two_threads_of_one_backward_pass(monkeypatch):
+    """As where a model is on two devices: none adds before the sums are in the batch's units."""
+    towers = nn.ModuleList([nn.Linear(3, 2), nn.Linear(3, 2)])
+    x = torch.randn(N, 3)
+
+    def losses(m: nn.Module, x: Tensor) -> list[Tensor]:
+        return [tower(x).square().sum() for tower in m]
+
+    right = loop(towers, lambda m, n: sum(losses(m, x[n : n + 1].double())), N)
+    fisher = FisherEstimator(towers)
+    with fisher.observe(N, loss_terms=1):
+        sum(losses(towers, x)).backward()
+    scale, scaling, go_on = estimator._scale, threading.Event(), threading.Event()
+
+    def slowly(*arguments: Any) -> None:
+        scaling.set()
+        go_on.wait(0.2)  # time for the other thread to add, if it does not wait
+        scale(*arguments)
+
+    monkeypatch.setattr(estimator, "_scale", slowly)
+    with fisher.observe(N, loss_terms=1, loss_scale=8.0):
+        first, second = (8 * loss for loss in losses(towers, x))
+        thread = threading.Thread(target=first.backward)
+        thread.start()
+        assert scaling.wait(10)
+        second.backward()
+        go_on.set()
+        thread.join()
+    assert_right(fisher, added(right, right), 1e-5)
+
+
+def test_packed_samples_on_two_devices():
+    samples = Samples(2, [0, 1, 3])
+    for device in ("cpu", "meta"):
+        rows = torch.ones(3, 4, device=device)
+        assert samples.sum(rows, 1).device == rows.device
+        assert samples.cu_seqlens(rows).device == rows.device
+
+
 # --- the device -----------------------------------------------------------------------------------
 
 
@@ -397,3 +440,32 @@ def test_packed(kind, device):
         ):
             F.cross_entropy(model(x)[0], y, reduction="sum").backward()
     assert_right(fisher, added(right, right), TOLERANCE[device])
+
+
+# --- what a GPU rounds ----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def convolve_in() -> Iterator[Callable[[str], None]]:
+    """Sets in what a GPU convolves float32, for the time of a test."""
+    conv = torch.backends.cudnn.conv  # its attributes are not ones that monkeypatch can undo
+    before = conv.fp32_precision
+    yield lambda precision: setattr(conv, "fp32_precision", precision)
+    conv.fp32_precision = before
+
+
+@pytest.mark.parametrize("precision", ["tf32", "ieee"])
+def test_the_self_check_knows_of_tf32(precision, convolve_in):
+    """Ten times its rounding is allowed, and no more; a GPU's tensor need only be looked at."""
+    convolve_in(precision)
+    with FakeTensorMode():
+        on_gpu = torch.ones(3, device="cuda")
+    errors = {"rounded": 3e-3, "wrong": 2e-2, "small": 0.1}
+    for tensor, allowed in ((on_gpu, precision == "tf32"), (torch.ones(3), False)):
+        check = Check()
+        for name, error in errors.items():
+            grad, noise = torch.randn(2, 64, 80) * (1e-3 if name == "small" else 1.0)
+            check.lower(name, tensor)
+            check.receive(name, grad)
+            check.capture(name, grad + error * noise, grad.norm())
+        assert set(check.finish()) == ({"wrong"} if allowed else set(errors))

@@ -15,6 +15,8 @@ _COARSE = 0.1
 # the model's largest: tolerance times floor is well above the dtype's epsilon.
 _FLOOR = {torch.float64: 1e-5, torch.float32: 1e-5}
 _COARSE_FLOOR = 1e-2
+# Of float32 where a GPU may multiply it as TF32, with a rounding of 5e-4.
+_TF32_TOLERANCE, _TF32_FLOOR = 5e-3, 0.1
 # Length of what is kept of a gradient.
 _WIDTH = 4096
 
@@ -25,6 +27,14 @@ def tolerance(dtype: torch.dtype) -> float:
     Integers are not rounded.
     """
     return _TOLERANCE.get(dtype, _COARSE) if dtype.is_floating_point else 0.0
+
+
+def may_be_tf32(tensor: Tensor) -> bool:
+    """Whether products of such a tensor may be those of TF32; convolutions' are by default."""
+    if not tensor.is_cuda or tensor.dtype != torch.float32:
+        return False
+    settings = torch.backends.cuda.matmul, torch.backends.cudnn.conv  # type: ignore[attr-defined]
+    return any(setting.fp32_precision == "tf32" for setting in settings)
 
 
 class Check:
@@ -39,6 +49,7 @@ class Check:
         self._received: dict[str, Tensor] = {}
         self._sizes: dict[str, Tensor] = {}
         self._dtypes: dict[str, torch.dtype] = {}
+        self._tf32: set[str] = set()
         self._least = torch.float64
 
     def see(self, tensors: Iterable[Tensor]) -> None:
@@ -59,9 +70,12 @@ class Check:
         """Take note of what autograd computed; several parts add."""
         _add(self._received, name, _sketch(grad))
 
-    def lower(self, name: str, dtype: torch.dtype) -> None:
-        """Take note of a dtype that the parameter's gradient was computed in."""
+    def lower(self, name: str, tensor: Tensor) -> None:
+        """Take note of the precision in which the parameter's gradient was computed of a tensor."""
+        dtype = tensor.dtype
         self._dtypes[name] = max(self._dtypes.get(name, dtype), dtype, key=_epsilon)
+        if may_be_tf32(tensor):
+            self._tf32.add(name)
 
     def finish(self) -> dict[str, float]:
         """Return the parameters whose gradients differ, and by how much of their size.
@@ -83,10 +97,12 @@ class Check:
             dtype = self._dtypes.get(name, torch.float32)
             if dtype == torch.float64:
                 dtype = self._least
-            floor = _FLOOR.get(dtype, _COARSE_FLOOR) * largest
-            error = difference_norm / max(size, floor) if difference_norm else 0.0
+            limit, floor = tolerance(dtype), _FLOOR.get(dtype, _COARSE_FLOOR)
+            if name in self._tf32 and limit < _TF32_TOLERANCE:
+                limit, floor = _TF32_TOLERANCE, _TF32_FLOOR
+            error = difference_norm / max(size, floor * largest) if difference_norm else 0.0
             # A NaN is for others to complain about.
-            if error > tolerance(dtype):
+            if error > limit:
                 wrong[name] = error
         return wrong
 
@@ -103,7 +119,9 @@ def _sketch(grad: Tensor) -> Tensor:
     """Rows of the flattened gradient, added up with random signs, in float64."""
     flat = grad.detach().reshape(-1)
     rows, rest = divmod(len(flat), _WIDTH)
-    drawn = torch.randint(0, 2, (rows + 1,), generator=torch.Generator().manual_seed(rows))
+    drawn = torch.randint(
+        0, 2, (rows + 1,), generator=torch.Generator().manual_seed(rows), device="cpu"
+    )
     signs = (2 * drawn - 1).to(flat)
     sketch = torch.zeros(_WIDTH, dtype=torch.float64, device=flat.device)
     sketch[:rest] = flat[rows * _WIDTH :]

@@ -345,7 +345,7 @@ class _Pass:
         per_sample_loss = self._objective.per_sample_loss
         assert per_sample_loss is not None
         samples = data.leading(batch, where)
-        batch = data.take(batch, torch.arange(samples)[:limit], samples)
+        batch = data.take(batch, torch.arange(samples, device="cpu")[:limit], samples)
         samples = samples if limit is None else min(samples, limit)
         if samples == 0:
             return 0
@@ -448,7 +448,7 @@ class _Pass:
         for name, parameter in trained(self._model).items():
             grad, parameter.grad = parameter.grad, None
             if name not in self._policy.left and grad is not None:
-                check.lower(name, parameter.dtype)
+                check.lower(name, parameter)
                 check.receive(name, grad)
         return seed
 

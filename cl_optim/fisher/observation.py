@@ -206,6 +206,9 @@ class Observation(TorchFunctionMode):
         # What was used once is squared as soon as its gradient comes, else all uses are waited for.
         self._uses: Counter[str] = Counter()
         self._waiting: dict[str, list[PerSample]] = {}
+        # A backward pass through several devices runs in a thread for each. Not held while others
+        # of autograd's threads may be needed.
+        self._lock = threading.Lock()
         self._late: set[str] = set()  # of which it is not known how many uses there are
         self._squared: set[str] = set()
         # A table looked up with one index per sample, if there is one: the indices may be positions
@@ -1061,25 +1064,33 @@ class Observation(TorchFunctionMode):
                 f"and run backward once: the square of a sum is not the sum of squares."
             )
         call.done = True
-        if self._begin is not None:
-            begin, self._begin = self._begin, None
-            self._sums = begin()
-        self.failed = True
-        # Backward may be called under autocast, which would round the factors once more.
-        with torch.no_grad(), torch.autocast(grad_output.device.type, enabled=False):
-            try:
-                gradients = call.gradients(call.samples, grad_output, *saved)
-            except UnsupportedUseError as error:
-                raise NotImplementedError(f"{error} ({listed(names)}); {FREEZE}") from None
-            if self._check is not None:
-                for name in names:
-                    self._check.lower(name, grad_output.dtype)
-            made = [
-                None if source is None or grad is None else self._add(source, grad, call)
-                for source, grad in zip(call.sources, gradients, strict=True)
-            ]
-        self.failed = False
-        return made
+        with self._lock:
+            if self._begin is not None:
+                begin, self._begin = self._begin, None
+                self._sums = begin()
+        try:
+            # Backward may be called under autocast, which would round the factors once more.
+            with torch.no_grad(), torch.autocast(grad_output.device.type, enabled=False):
+                return self._make(call, names, grad_output, saved)
+        except BaseException:
+            self.failed = True
+            raise
+
+    def _make(
+        self, call: Call, names: Sequence[str], grad_output: Tensor, saved: Sequence[Tensor | None]
+    ) -> list[Tensor | None]:
+        """Add the squares, and make the tensors' gradients."""
+        try:
+            gradients = call.gradients(call.samples, grad_output, *saved)
+        except UnsupportedUseError as error:
+            raise NotImplementedError(f"{error} ({listed(names)}); {FREEZE}") from None
+        if self._check is not None:
+            for name in names:
+                self._check.lower(name, grad_output)
+        return [
+            None if source is None or grad is None else self._add(source, grad, call)
+            for source, grad in zip(call.sources, gradients, strict=True)
+        ]
 
     def _are_wanted(self, names: Iterable[str]) -> bool:
         """Whether the backward pass that runs computes gradients of these parameters."""
@@ -1115,10 +1126,13 @@ class Observation(TorchFunctionMode):
         self.changed = True
         if late:
             self._late.add(name)  # the uses of views cannot be counted without gradients
-        waiting = self._waiting.setdefault(name, [])
-        waiting.append(use)
-        if len(waiting) >= self._uses[name] and name not in self._late:
-            self._square(name, combine(self._waiting.pop(name)))
+        with self._lock:
+            waiting = self._waiting.setdefault(name, [])
+            waiting.append(use)
+            if len(waiting) < self._uses[name] or name in self._late:
+                return
+            del self._waiting[name]
+        self._square(name, combine(waiting))
 
     def _square(self, name: str, grads: PerSample, total: Tensor | None = None) -> None:
         sums = self._sums[name]

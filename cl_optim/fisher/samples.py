@@ -21,21 +21,14 @@ class Samples:
     Args:
         count: Number of samples N.
         offsets: For a packed batch, the N + 1 positions where samples begin and the last one ends.
-        device: Of the packed tokens.
     """
 
-    def __init__(
-        self,
-        count: int,
-        offsets: Sequence[int] | None = None,
-        device: torch.device | None = None,
-    ) -> None:
+    def __init__(self, count: int, offsets: Sequence[int] | None = None) -> None:
         self.count = count
         self.offsets = None if offsets is None else tuple(offsets)
         self.lengths: set[int] = set()  # tokens per sample, of the tensors seen so far
         self.tokens: int | None = None  # in the batch; the most that any tensor had
-        self._device = device
-        self._runs: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
+        self._runs: dict[tuple[int, torch.device], tuple[Tensor, Tensor, Tensor]] = {}
         if self.offsets is not None:
             self.tokens = self.offsets[-1]
 
@@ -137,14 +130,14 @@ class Samples:
         """
         assert self.offsets is not None
         repeat = self._repeat(rows)
-        if repeat not in self._runs:
-            offsets = torch.tensor(self.offsets) * repeat
-            sample = torch.arange(self.count).repeat_interleave(offsets.diff())
-            position = torch.arange(rows) - offsets[sample]
+        if (repeat, device) not in self._runs:
+            offsets = torch.tensor(self.offsets, device="cpu") * repeat
+            sample = torch.arange(self.count, device="cpu").repeat_interleave(offsets.diff())
+            position = torch.arange(rows, device="cpu") - offsets[sample]
             cu_seqlens = offsets.to(torch.int32)
-            self._runs[repeat] = (
+            self._runs[repeat, device] = (
                 position.to(device, non_blocking=True),
                 sample.to(device, non_blocking=True),
                 cu_seqlens.to(device, non_blocking=True),
             )
-        return self._runs[repeat]
+        return self._runs[repeat, device]

@@ -8,4 +8,5 @@ import torch
 def is_capturing() -> bool:
     """Whether what the current stream is given now goes into a CUDA graph."""
     # Where CUDA has not begun, no graph can have, and to ask would begin it.
-    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+    begun: bool = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    return begun and torch.cuda.is_current_stream_capturing()

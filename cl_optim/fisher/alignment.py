@@ -64,8 +64,8 @@ def not_samples(
     """
     # In reverse, no two neighbours follow one another as before; but two tokens of one sample do,
     # so that rows gathered from tokens never pass for samples.
-    order = torch.arange(count - 1, -1, -1)
-    plain = _meet(model, args, kwargs, torch.arange(count), observe)
+    order = torch.arange(count - 1, -1, -1, device="cpu")
+    plain = _meet(model, args, kwargs, order.flip(0), observe)
     backwards = _meet(model, args, kwargs, order, observe)
     wrong: dict[str, None] = {}
     dtypes = [met.dtype for met in (*plain, *backwards)]
@@ -104,7 +104,9 @@ def _meet(
         parts = samples.split(input.detach(), features).flatten(1)
         wide = parts.double() if _is_exact(parts.dtype) else parts.float()
         generator = torch.Generator().manual_seed(wide.shape[1])
-        weights = torch.randn(wide.shape[1], _PROJECTIONS, generator=generator).to(wide)
+        weights = torch.randn(wide.shape[1], _PROJECTIONS, generator=generator, device="cpu").to(
+            wide
+        )
         met.append(_Met(tuple(names), wide @ weights, wide.norm(dim=1).max(), input.dtype))
 
     observation = observe(samples)

@@ -49,7 +49,7 @@ class Batch:
         """The samples that have a target that is not ignored."""
         targets = self.targets
         if targets is None or targets.dim() == 0 or len(targets) != samples:
-            return torch.arange(samples)
+            return torch.arange(samples, device="cpu")
         return (targets != IGNORED).unsqueeze(-1).flatten(1).any(1).nonzero().squeeze(1)
 
     def take(self, rows: Tensor, samples: int) -> Batch:

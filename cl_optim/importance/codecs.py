@@ -137,7 +137,7 @@ class TopK(Codec):
         return self.encoder({"": values})(values)
 
     def _encode(self, values: Tensor, threshold: float) -> Parts:
-        masks, means = [np.empty(0, np.uint8)], [torch.empty(0, 2)]
+        masks, means = [np.empty(0, np.uint8)], [torch.empty(0, 2, device="cpu")]
         for chunk in torch.split(values.reshape(-1), _CHUNK):
             missing = -chunk.numel() % _BLOCK
             blocks = F.pad(chunk, (0, missing))
@@ -146,7 +146,7 @@ class TopK(Codec):
             masks.append(np.packbits(top.view(-1)[: chunk.numel()].numpy()))
             kept = torch.where(top, blocks, 0.0)
             sums = torch.stack([kept.double().sum(1), (blocks - kept).double().sum(1)], dim=1)
-            counts = torch.full(sums.shape, float(_BLOCK), dtype=torch.float64)
+            counts = torch.full_like(sums, float(_BLOCK))
             counts[-1:] -= missing
             counts[:, 0] = top.sum(1)
             counts[:, 1] -= counts[:, 0]
@@ -181,8 +181,8 @@ class Rank1(Codec):
     def encode(self, values: Tensor) -> Parts:
         """Row means and column sums over the mean of the row means."""
         matrix = _matrix(values)
-        rows = torch.zeros(matrix.shape[0], dtype=torch.float64)
-        columns = torch.zeros(matrix.shape[1], dtype=torch.float64)
+        rows = matrix.new_zeros(matrix.shape[0], dtype=torch.float64)
+        columns = matrix.new_zeros(matrix.shape[1], dtype=torch.float64)
         step = max(1, _CHUNK // max(1, len(columns)))
         for some, out in zip(torch.split(matrix, step), torch.split(rows, step), strict=True):
             wide = some.double()

@@ -150,7 +150,7 @@ def _verified(
     tensors, found = {}, {}
     with ThreadPoolExecutor(1, thread_name_prefix="cl_optim-checksum") as pool:
         for name, one in table.items():
-            value = torch.empty(one["shape"], dtype=_DTYPES[one["dtype"]])
+            value = torch.empty(one["shape"], dtype=_DTYPES[one["dtype"]], device="cpu")
             data = as_bytes(value)
             file.seek(start + one["data_offsets"][0])
             file.readinto(data)

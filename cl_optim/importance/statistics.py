@@ -59,8 +59,8 @@ class Histogram:
     """
 
     def __init__(self) -> None:
-        self.counts = torch.zeros(BINS, dtype=torch.int64)
-        self._totals = torch.zeros(2, dtype=torch.float64)
+        self.counts = torch.zeros(BINS, dtype=torch.int64, device="cpu")
+        self._totals = torch.zeros(2, dtype=torch.float64, device="cpu")
 
     @classmethod
     def of(cls, tensors: Iterable[Tensor]) -> Histogram:
@@ -114,7 +114,7 @@ class Histogram:
         """For each fraction the smallest value that so many of the values do not exceed."""
         if not self.total:
             return (0.0,) * len(fractions)
-        ranks = torch.tensor([max(1, math.ceil(q * self.total)) for q in fractions])
+        ranks = self.counts.new_tensor([max(1, math.ceil(q * self.total)) for q in fractions])
         middles = _middles()[torch.searchsorted(self.counts.cumsum(0), ranks)]
         return tuple(min(value, self.largest) for value in middles.tolist())
 
@@ -124,7 +124,7 @@ class Histogram:
         masses, numbers = (counts * middles).cumsum(0), counts.cumsum(0)
         if not float(masses[-1]) > 0:
             return (0.0,) * len(shares)
-        targets = torch.tensor(shares, dtype=torch.float64) * masses[-1]
+        targets = masses.new_tensor(shares) * masses[-1]
         places = torch.searchsorted(masses, targets)
         # Of the bin in which a share is reached, no more than are needed.
         missing = targets - (masses[places] - counts[places] * middles[places])
@@ -136,7 +136,7 @@ class Histogram:
 @functools.lru_cache(1)
 def _middles() -> Tensor:
     """The middle of each bin, float64; 0 for the lowest."""
-    edges = (torch.arange(BINS, dtype=torch.int32) << 16).view(torch.float32).double()
+    edges = (torch.arange(BINS, dtype=torch.int32, device="cpu") << 16).view(torch.float32).double()
     middles = edges.clone()
     middles[1:-1] = (edges[1:-1] + edges[2:]) / 2
     # The bins of infinity and NaN are empty: 0 keeps them out of sums.
@@ -241,11 +241,11 @@ def cut(values: Mapping[str, Tensor], count: int) -> Cut:
             return _cut_float64(values, count)
         histogram.add(value)
     upper, count = _place(histogram.counts, count)
-    lower = torch.zeros(2**16, dtype=torch.int64)
+    lower = torch.zeros(2**16, dtype=torch.int64, device="cpu")
     for piece in _pieces(values, torch.float32):
         lower += torch.bincount(_lower_bits(piece, upper), minlength=2**16)
     place, ties = _place(lower, count)
-    bits = torch.tensor(upper << 16 | place, dtype=torch.int32)
+    bits = torch.tensor(upper << 16 | place, dtype=torch.int32, device="cpu")
     return Cut(bits.view(torch.float32).item(), ties)
 
 
@@ -253,7 +253,7 @@ def _cut_float64(values: Mapping[str, Tensor], count: int) -> Cut:
     """`cut`, 16 bits after 16 bits of a float64, the upper ones first."""
     prefix = 0
     for shift in (48, 32, 16, 0):
-        counts = torch.zeros(2**16, dtype=torch.int64)
+        counts = torch.zeros(2**16, dtype=torch.int64, device="cpu")
         for piece in _pieces(values, torch.float64):
             bits = piece.view(torch.int64) & (2**63 - 1)  # without the sign that a zero may have
             if shift < 48:
@@ -261,13 +261,13 @@ def _cut_float64(values: Mapping[str, Tensor], count: int) -> Cut:
             counts += torch.bincount(bits >> shift & 0xFFFF, minlength=2**16)
         place, count = _place(counts, count)
         prefix = prefix << 16 | place
-    bits = torch.tensor(prefix, dtype=torch.int64)
+    bits = torch.tensor(prefix, dtype=torch.int64, device="cpu")
     return Cut(bits.view(torch.float64).item(), count)
 
 
 def comparable(values: Tensor, threshold: float) -> Tensor:
     """The values in a dtype that has the threshold, which torch would round to theirs."""
-    is_exact = torch.tensor(threshold, dtype=values.dtype).item() == threshold
+    is_exact = torch.tensor(threshold, dtype=values.dtype, device="cpu").item() == threshold
     return values if is_exact else values.double()
 
 
@@ -362,17 +362,17 @@ def overlap(importances: Iterable[Mapping[str, Tensor]], fraction: float = 0.05)
         cuts.append(cut(values, min(max(1, round(fraction * total)), total)))
         scales.append(largest or 1.0)
     # Of one size, so that no product of float64 values leaves float64's range.
-    scale = torch.tensor(scales, dtype=torch.float64)[:, None]
+    scale = torch.tensor(scales, dtype=torch.float64, device="cpu")[:, None]
     ties = [c.ties for c in cuts]
     tasks = len(importances)
-    common, dots, roots = (torch.zeros(tasks, tasks, dtype=torch.float64) for _ in range(3))
+    common, dots, roots = scale.new_zeros(3, tasks, tasks)
     for name in dict.fromkeys(name for values in importances for name in values):
         found = [values.get(name) for values in importances]
         shapes = {value.shape for value in found if value is not None}
         if len(shapes) > 1:
             raise ValueError(f"{name!r} has the shapes {sorted(map(tuple, shapes))}: not one.")
         numel = shapes.pop().numel()
-        flat = [torch.zeros(numel) if v is None else _flat(v) for v in found]
+        flat = [torch.zeros(numel, device="cpu") if v is None else _flat(v) for v in found]
         for start in range(0, numel, _CHUNK):
             rows = torch.stack([row[start : start + _CHUNK].double() for row in flat])
             scaled = rows / scale

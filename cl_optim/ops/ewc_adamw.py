@@ -576,7 +576,7 @@ def _sums(
     lambda_: float,
 ) -> Tensor:
     if not importances:
-        return torch.zeros(2, dtype=torch.float64)
+        return torch.zeros(2, dtype=torch.float64, device="cpu")
     each = map(penalty_sums, theta, importances, frozen, anchors)
     penalty, drift = torch.stack(list(each)).sum(0)
     return torch.stack([lambda_ * penalty, drift])

@@ -59,7 +59,7 @@ def encode_log8(
     """
     if random is None and _is_compiled(values):
         shape = packed_shape(values.numel())
-        packed = torch.empty(shape, dtype=torch.uint8)
+        packed = torch.empty(shape, dtype=torch.uint8, device="cpu")
         torch.ops.cl_optim.log8_encode_(packed, values.detach().float().contiguous())
         if frozen is not None:
             freeze_log8_(packed, frozen)
@@ -84,7 +84,7 @@ def encode_log8_reference(
 def decode_log8(packed: Tensor, shape: torch.Size) -> Tensor:
     """Decode ``log8``: float32 of the given shape; 0 where a weight is frozen."""
     if _is_compiled(packed):
-        values = torch.empty(shape, dtype=torch.float32)
+        values = torch.empty(shape, dtype=torch.float32, device="cpu")
         torch.ops.cl_optim.log8_decode_(values, packed.contiguous())
         return values
     return decode_log8_reference(packed, shape)

@@ -139,8 +139,8 @@ def reference(
     problems = zip(gram.double().cpu(), linear.double().cpu(), strict=True)
     solved = [_solve(q, c, lower, gram_error, only_violated) for q, c in problems]
     v = torch.stack([s[0] for s in solved]) if solved else linear.new_zeros(linear.shape)
-    status = torch.tensor([s[1] for s in solved], dtype=torch.int8)
-    gap = torch.tensor([s[2] for s in solved], dtype=torch.float64)
+    status = torch.tensor([s[1] for s in solved], dtype=torch.int8, device="cpu")
+    gap = torch.tensor([s[2] for s in solved], dtype=torch.float64, device="cpu")
     return Solution(v.double().to(gram.device), status.to(gram.device), gap.to(gram.device))
 
 
@@ -161,8 +161,8 @@ def _solve(
     shift = lower / scale  # x = v / scale − shift ≥ 0
     c = scale * c
     c_shifted = c + q @ shift
-    x, active, dependent = torch.zeros_like(c), torch.zeros(size, dtype=torch.bool), False
-    blocked = torch.zeros(size, dtype=torch.bool)
+    x, dependent = torch.zeros_like(c), False
+    active, blocked = torch.zeros(2, size, dtype=torch.bool, device="cpu")
     status = Status.UNCONVERGED
     for _ in range(10 * size + 10):
         w = c_shifted + q @ x

@@ -6,7 +6,6 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from cl_optim.ops import importance_codec as codec
@@ -75,4 +74,5 @@ def _adam_direction(
     second = state["max_exp_avg_sq" if group["amsgrad"] else "exp_avg_sq"]
     first = codec.load_moment(state["exp_avg"], param, signed=True).double() / (1 - beta1**steps)
     second = codec.load_moment(second, param, signed=False).double() / (1 - beta2**steps)
-    return torch.as_tensor(first / (second.sqrt() + group["eps"]))
+    direction: Tensor = first / (second.sqrt() + group["eps"])
+    return direction

@@ -116,7 +116,7 @@ class _Rows:
         self.dtype = dtype
         self.params: list[Tensor] = []
         self.rows: list[Tensor] = []
-        self.gram = torch.zeros(0, 0, 0, dtype=torch.float64)
+        self.gram = torch.zeros(0, 0, 0, dtype=torch.float64, device="cpu")
         self.stale: set[int] = set()
 
     def __len__(self) -> int:
@@ -1099,14 +1099,15 @@ def _found_inf(optimizer: torch.optim.Optimizer, invalid: Tensor) -> Iterator[No
 
 def _to_host(flag: Tensor) -> tuple[Tensor, torch.cuda.Event]:
     """A copy that is there once the event is."""
-    copy = torch.empty((), dtype=torch.bool, pin_memory=True).copy_(flag, non_blocking=True)
+    copy = torch.empty((), dtype=torch.bool, device="cpu", pin_memory=True)
+    copy.copy_(flag, non_blocking=True)
     event = torch.cuda.Event()  # type: ignore[no-untyped-call]
     event.record(torch.cuda.current_stream(flag.device))
     return copy, event
 
 
 def _on_device(indices: Sequence[int], device: torch.device) -> Tensor:
-    return torch.tensor(indices).to(device, non_blocking=True)
+    return torch.tensor(indices, device="cpu").to(device, non_blocking=True)
 
 
 def _wide(value: Tensor) -> Tensor:

@@ -121,7 +121,7 @@ def loaded(saved: Mapping[str, Any], param: Tensor, group: Mapping[str, Any]) ->
     state = dict(saved)
     for key, value in saved.items():
         if key == "step":
-            state[key] = torch.as_tensor(value).to(param.device, torch.float32, copy=True)
+            state[key] = torch.as_tensor(value, dtype=torch.float32, device=param.device).clone()
         elif key in MOMENTS:
             signed = key == "exp_avg"
             state[key] = _loaded_moment(value.to(param.device), param, group, signed=signed)

@@ -106,7 +106,9 @@ class ReplayBuffer:
         self._label = label
         self._layout: Layout | None = None
         self._store: Memory | Records | None = None
-        self._labels = torch.zeros(capacity if label is not None else 0, dtype=torch.int64)
+        self._labels = torch.zeros(
+            capacity if label is not None else 0, dtype=torch.int64, device="cpu"
+        )
         self._seen_of: dict[int, int] = {}
         self._full: set[int] = set()  # classes that have once been the largest
         self._owed = 0.0  # the fraction of a sample that `mix` has still to add
@@ -188,7 +190,7 @@ class ReplayBuffer:
             self.seen += size
             self._layout, self._store = layout, store
             if places:
-                slots, rows = torch.tensor(list(places.items())).unbind(1)
+                slots, rows = torch.tensor(list(places.items()), device="cpu").unbind(1)
                 kept = {k: leaf.detach()[rows.to(leaf.device)].cpu() for k, leaf in leaves.items()}
                 store.write(slots, kept)
         except BaseException:  # an interruption, too, must not leave samples beside others' labels
@@ -239,8 +241,8 @@ class ReplayBuffer:
 
     def _reservoir_places(self, size: int) -> dict[int, int]:
         """Slot → row of the batch; a later row takes the slot of an earlier one."""
-        index = torch.arange(self.seen, self.seen + size, dtype=torch.float64)
-        drawn = (torch.rand(size, generator=self._adding, dtype=torch.float64) * (index + 1)).long()
+        index = torch.arange(self.seen, self.seen + size, dtype=torch.float64, device="cpu")
+        drawn = (torch.empty_like(index).uniform_(generator=self._adding) * (index + 1)).long()
         slots = torch.where(index < self.capacity, index.long(), drawn).tolist()
         return {slot: row for row, slot in enumerate(slots) if slot < self.capacity}
 
@@ -273,7 +275,7 @@ class ReplayBuffer:
         return int(members[self._draw(len(members))])
 
     def _draw(self, below: int) -> int:
-        return int(torch.randint(below, (), generator=self._adding))
+        return int(torch.randint(below, (), generator=self._adding, device="cpu"))
 
     # --- draws ------------------------------------------------------------------------------------
 
@@ -300,33 +302,34 @@ class ReplayBuffer:
                 "replacement=True."
             )
         if replacement:
-            return self._take(torch.randint(len(self), (n,), generator=self._draws()))
+            return self._take(self._any(n, self._draws()))
         return self._take(self._distinct(n, self._draws()))
 
     def samples(self) -> Any:
         """All samples, as one batch (a copy)."""
         if not len(self):
             raise ValueError("The buffer is empty: it has no samples.")
-        return self._take(torch.arange(len(self)))
+        return self._take(torch.arange(len(self), device="cpu"))
 
     def _draws(self) -> torch.Generator:
         """The generator of draws; the workers of a DataLoader begin with copies of one."""
         worker = get_worker_info()
         if worker is not None and worker.seed != self._worker_seed:
             self._worker_seed = worker.seed
-            own = int(torch.randint(1 << 62, (), generator=self._drawing))
+            own = int(torch.randint(1 << 62, (), generator=self._drawing, device="cpu"))
             self._drawing.manual_seed(own ^ worker.seed)
         return self._drawing
 
     def _distinct(self, n: int, generator: torch.Generator) -> Tensor:
         if 4 * n >= len(self):
-            return torch.randperm(len(self), generator=generator)[:n]
+            return torch.randperm(len(self), generator=generator, device="cpu")[:n]
         chosen: dict[int, None] = {}
         while len(chosen) < n:  # seldom twice: at most a quarter is taken
-            chosen.update(
-                dict.fromkeys(torch.randint(len(self), (n,), generator=generator).tolist())
-            )
-        return torch.tensor(list(chosen)[:n])
+            chosen.update(dict.fromkeys(self._any(n, generator).tolist()))
+        return torch.tensor(list(chosen)[:n], device="cpu")
+
+    def _any(self, n: int, generator: torch.Generator) -> Tensor:
+        return torch.randint(len(self), (n,), generator=generator, device="cpu")
 
     def _take(self, slots: Tensor) -> Any:
         assert self._layout is not None
@@ -436,7 +439,9 @@ class ReplayBuffer:
         if self._folder is None:
             store = Memory(layout, self.capacity) if layout else None
             if store and state["seen"]:
-                store.write(torch.arange(min(state["seen"], self.capacity)), state["samples"])
+                store.write(
+                    torch.arange(min(state["seen"], self.capacity), device="cpu"), state["samples"]
+                )
         self._restore(state, layout, store)
 
     def check_state_dict(self, state: Mapping[str, Any]) -> None:

@@ -155,7 +155,7 @@ class Layout:
     def allocate(self, capacity: int) -> dict[str, Tensor]:
         """Tensors [capacity, *shape] in memory, by place."""
         return {
-            place: torch.empty(capacity, *shape, dtype=dtype)
+            place: torch.empty(capacity, *shape, dtype=dtype, device="cpu")
             for place, (shape, dtype) in self.shapes().items()
         }
 

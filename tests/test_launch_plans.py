@@ -587,6 +587,26 @@ def test_a_planned_projection_checks_as_the_operator_does(case, planned):
     assert planned == [1, 1]
 
 
+@pytest.mark.parametrize("which", ["rows", "numbers"])
+def test_a_planned_projection_stays_on_one_device(which, device, planned):
+    weight = nn.Parameter(torch.ones(5, device=device))
+    optimizer = EWCAdamW([weight], fused=True)
+    rows = torch.ones(2, 5, device=device)
+    v = torch.tensor([0.5, 0.25], dtype=torch.float64, device=device)
+    weight.grad = torch.ones_like(weight)
+    for _ in range(4):
+        optimizer.step_projected({weight: rows}, {weight: v})
+    assert planned == [1, 1]
+    elsewhere = "meta" if device == "cpu" else "cpu"
+    if which == "rows":
+        rows = rows.to(elsewhere)
+    else:
+        v = v.to(elsewhere)
+    message = r"memories\[0\] and coefficients\[0\] must be on the device of params\[0\]"
+    unchanged(optimizer, [weight], message, memories={weight: rows}, coefficients={weight: v})
+    assert planned == [1, 1]
+
+
 def test_negated_rows_and_numbers(planned):
     sides = [nn.Parameter(torch.ones(5)) for _ in range(2)]
     optimizers = [EWCAdamW([p], **how) for p, how in zip(sides, IMPLEMENTATIONS, strict=True)]

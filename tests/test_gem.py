@@ -1478,8 +1478,10 @@ class TestOnTheGPU:
                 optimizer.step()
             sides.append(optimizer)
         for p, q in zip(model.parameters(), twin.parameters(), strict=True):
-            torch.testing.assert_close(p.cpu(), q)
-        torch.testing.assert_close(sides[0].conflicts().cpu(), sides[1].conflicts())
+            torch.testing.assert_close(p.cpu(), q, rtol=1e-4, atol=1e-5)
+        # float64, of gradients in float32
+        cosines = [side.conflicts().cpu() for side in sides]
+        torch.testing.assert_close(*cosines, rtol=1e-4, atol=1e-5)
 
     @pytest.mark.parametrize("inner", ["sgd-fused", "adamw-fused"])
     def test_raise_is_deferred(self, model, no_sync, inner):

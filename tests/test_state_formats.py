@@ -57,14 +57,15 @@ def test_fused_is_the_reference_in_every_format(dtype, penalty, device):
         fused.freeze(0.1)
         reference.freeze(0.1)
         for count in range(3):
-            step(one, fused, count)
-            step(other, reference, count)
-            assert fused.backend == device
-            assert_close(fused, reference, share=5e-3)
             reference.load_state_dict(copy.deepcopy(fused.state_dict()))
+            reference.param_groups[0].update(fused=False, foreach=True)
             with torch.no_grad():
                 for p, q in zip(one.params, other.params, strict=True):
                     q.copy_(p)
+            step(one, fused, count)
+            step(other, reference, count)
+            assert (fused.backend, reference.backend) == (device, "foreach")
+            assert_close(fused, reference, share=5e-3)
 
 
 @pytest.mark.parametrize(

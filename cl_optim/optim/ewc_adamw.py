@@ -122,7 +122,7 @@ class EWCAdamW(torch.optim.Optimizer):
         track_penalty: Let every step also sum :attr:`last_penalty` and :attr:`last_drift`.
         amsgrad: Use the running maximum of the second moment.
         maximize: Ascend the loss.
-        capturable: Accepted as torch's optimizers do, and not needed: see below.
+        capturable: Accepted as torch's optimizers do, and not needed: see above.
         differentiable: Let autograd see the step, for gradients through it; takes the reference.
         foreach: ``True`` takes the reference, written with ``torch._foreach_*``.
         fused: ``True`` insists on the compiled kernels. ``None`` takes them where they are, or the

@@ -463,16 +463,40 @@ class TestOnTheGPU:
         results = [gram.gram_per_tensor(memory, grads) for _ in range(5)]
         assert all(torch.equal(r, results[0]) for r in results)
 
-    def test_in_a_graph(self):
-        """Captured with its tables; replayed with other numbers in the same places."""
+    def test_tables_follow_what_moves(self):
+        """On streams of which none waits for another."""
         memory, grads = make_lists([(70_000,), (33, 5)], 6, device="cuda")
+        expected = gram.dots_per_tensor_reference(memory, grads)
+        torch.cuda.synchronize()
+        results = []
+        for _ in range(3):
+            for stream in (torch.cuda.current_stream(), torch.cuda.Stream()):
+                with torch.cuda.stream(stream):
+                    moved = [m.clone() for m in memory], [g.clone() for g in grads]
+                    results += [gram.dots_per_tensor(*moved) for _ in range(2)]
+        torch.cuda.synchronize()
+        for result in results:
+            torch.testing.assert_close(result, expected)
+
+    @pytest.mark.parametrize("stored", [True, False])
+    def test_in_a_graph(self, stored, monkeypatch):
+        """With stored tables or its own; replayed with other numbers in the same places."""
+        from cl_optim.ops import gram_triton
+
+        monkeypatch.setattr(gram_triton, "_in_graphs", {})
+        gram_triton._store.cache_clear()
+        gram_triton._stored.clear()
+        memory, grads = make_lists([(70_000,), (33, 5)], 6, device="cuda")
+        others = make_lists([(70_000,), (33, 5)], 6, device="cuda")
         v = torch.zeros(1, 6, dtype=torch.float64, device="cuda")
-        F.gram(memory, grads)
-        gram.combine_(grads, memory, v, [0, 0])
+        for rows, gradients in [others, (memory, grads)][: 1 + stored]:  # compiles the kernels
+            F.gram(rows, gradients)
+            gram.combine_(gradients, rows, v, [0, 0])
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph):  # which waits until all that came before is done
             q, c = F.gram(memory, grads)
             gram.combine_(grads, memory, v, [0, 0])
+        assert len(gram_triton._in_graphs) == stored
         for _ in range(3):
             for tensor in (*memory, *grads, v):
                 tensor.normal_()

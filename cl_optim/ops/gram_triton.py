@@ -14,7 +14,9 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import weakref
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -176,65 +178,135 @@ def _device(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
 
 # --- tables of addresses --------------------------------------------------------------------------
 
-_Entry = tuple[int, ...]  # the words of a tensor, as gram_kernels.py numbers them
+# Tables that CUDA graphs may read. There is no telling when a graph is gone, so they stay.
+_MOST_IN_GRAPHS = 256
+
+
+class _Arrays(NamedTuple):
+    """All that tables are made from: equal ones have equal tables."""
+
+    device: torch.device
+    chunk: int  # elements
+    rows: tuple[int, ...]  # addresses
+    grads: tuple[int, ...]
+    row_types: tuple[torch.dtype, ...]
+    grad_types: tuple[torch.dtype, ...]
+    strides: tuple[int, ...]  # elements from row to row
+    numels: tuple[int, ...]
+    blocks: tuple[int, ...]  # rows of coefficients
 
 
 class _Table(NamedTuple):
     entries: Tensor  # [tensors, WORDS] int64
-    owners: Tensor  # [chunks] int64
-    host: Tensor  # what both were copied from
+    owners: Tensor  # [chunks] int64: the tensor of each chunk
 
 
-# A CUDA graph copies its tables at every replay, so they must stay.
-_captured: list[_Table] = []
+_ByGroup = list[tuple[Group, _Table]]
+
+
+@dataclass(eq=False)  # a weak reference needs a class, and a set one that hashes
+class _Stored:
+    arrays: _Arrays
+    tables: _ByGroup
+    arrived: Tensor  # on the host, pinned: 1 once the tables are on the device
+
+
+_stored: weakref.WeakSet[_Stored] = weakref.WeakSet()
+_in_graphs: dict[_Arrays, _Stored] = {}
 
 
 def _tables(
     memory: Sequence[Tensor], grads: Sequence[Tensor], m: int, blocks: Sequence[int] = ()
-) -> list[tuple[Group, _Table]]:
-    """The tensors by group, and where each group's table lies on their device."""
-    groups: dict[Group, list[_Entry]] = {}
-    firsts: dict[Group, int] = {}
-    blocks = blocks or [0] * len(grads)
-    for slot, (rows, grad, block) in enumerate(zip(memory, grads, blocks, strict=True)):
-        stride, numel = rows.stride(0), grad.numel()
-        row_address, grad_address = rows.data_ptr(), grad.data_ptr()
-        aligned = (
-            row_address % 16 == grad_address % 16 == 0
-            and stride * rows.element_size() % 16 == stride % 8 == numel % 8 == 0
-        )
-        group = Group(rows.dtype, grad.dtype, aligned)
-        first = firsts.get(group, 0)
-        count = -(-numel // chunk_size(m))
-        firsts[group] = first + count
-        entry = (row_address, grad_address, stride, numel, first, count, slot, block)
-        groups.setdefault(group, []).append(entry)
-    device = grads[0].device
-    return [(group, _table(tuple(entries), device)) for group, entries in groups.items()]
+) -> _ByGroup:
+    """The tensors by group, and where each group's table lies on their device.
+
+    Only what the tables depend on is read from each tensor of each call; the rest is stored.
+    """
+    arrays = _Arrays(
+        grads[0].device,
+        chunk_size(m),
+        tuple(map(Tensor.data_ptr, memory)),
+        tuple(map(Tensor.data_ptr, grads)),
+        tuple([rows.dtype for rows in memory]),
+        tuple([grad.dtype for grad in grads]),
+        tuple([rows.stride()[0] for rows in memory]),
+        tuple(map(Tensor.numel, grads)),
+        tuple(blocks) or (0,) * len(grads),
+    )
+    if _is_capturing(arrays.device):
+        return _for_graphs(arrays) or _written_by_the_graph(arrays)
+    return _store(arrays, _stream(arrays.device)).tables
 
 
-def _table(entries: tuple[_Entry, ...], device: torch.device) -> _Table:
-    if device.type != "cuda":  # the interpreter
-        return _make_table(entries, device)
-    if torch.cuda.is_current_stream_capturing():
-        _captured.append(_make_table(entries, device))
-        return _captured[-1]
-    return _stored_table(entries, device, torch.cuda.current_stream(device).cuda_stream)
+def _is_capturing(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def _stream(device: torch.device) -> int:
+    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
 
 
 @functools.lru_cache(maxsize=64)
-def _stored_table(entries: tuple[_Entry, ...], device: torch.device, stream: int) -> _Table:
-    # By stream, too: the copy is in the order of the stream that it was made on.
-    return _make_table(entries, device)
+def _store(arrays: _Arrays, stream: int) -> _Stored:
+    """Copy tables to the device; stored by stream, in whose order the copy is."""
+    entries = _entries(arrays)
+    tables = {group: torch.tensor(words, dtype=torch.int64) for group, words in entries.items()}
+    host = [part for table in tables.values() for part in (table.view(-1), _owners(table))]
+    words = torch.cat([*host, torch.ones(1, dtype=torch.int64)])
+    # From pinned memory the copy does not wait, and it is not reused before the copy is done.
+    on_device = words.pin_memory() if arrays.device.type == "cuda" else words
+    on_device = on_device.to(arrays.device, non_blocking=True)
+    parts = iter(torch.split(on_device, [*map(len, host), 1]))
+    by_group = [(g, _Table(next(parts).view(t.shape), next(parts))) for g, t in tables.items()]
+    # An event cannot be asked during a capture; memory of the host can be read.
+    arrived = torch.zeros(1, dtype=torch.int64, pin_memory=arrays.device.type == "cuda")
+    stored = _Stored(arrays, by_group, arrived.copy_(next(parts), non_blocking=True))
+    _stored.add(stored)
+    return stored
 
 
-def _make_table(entries: tuple[_Entry, ...], device: torch.device) -> _Table:
-    table = torch.tensor(entries, dtype=torch.int64)
-    owners = torch.repeat_interleave(torch.arange(len(entries)), table[:, kernels.CHUNKS.value])
-    host = torch.cat([table.view(-1), owners])
-    if device.type == "cuda":
-        # From pinned memory the copy does not wait, and it is not reused before the copy is done.
-        host = host.pin_memory()
-    copy = host.to(device, non_blocking=True)
-    words = table.numel()
-    return _Table(copy[:words].view(table.shape), copy[words:], host)
+def _for_graphs(arrays: _Arrays) -> _ByGroup | None:
+    """Stored tables that are on the device already, and so there for a replay on any stream."""
+    if arrays not in _in_graphs and len(_in_graphs) < _MOST_IN_GRAPHS:
+        same = (stored for stored in list(_stored) if stored.arrays == arrays)
+        _in_graphs.update((arrays, stored) for stored in same if stored.arrived.item())
+    return _in_graphs[arrays].tables if arrays in _in_graphs else None
+
+
+def _written_by_the_graph(arrays: _Arrays) -> _ByGroup:
+    """Tables that the graph being captured writes at each replay: nothing need be kept for it.
+
+    Their words are arguments of its kernels. A copy from the host would read the host's memory at
+    each replay, and there is no telling until when.
+    """
+    result = []
+    for group, entries in _entries(arrays).items():
+        words = [word for entry in entries for word in entry]
+        table = torch.zeros(len(words), dtype=torch.int64, device=arrays.device)
+        torch._foreach_add_(table.unbind(), words)
+        table = table.view(len(entries), -1)
+        chunks = entries[-1][kernels.FIRST.value] + entries[-1][kernels.CHUNKS.value]
+        result.append((group, _Table(table, _owners(table, chunks))))
+    return result
+
+
+def _entries(arrays: _Arrays) -> dict[Group, list[tuple[int, ...]]]:
+    """The words of each tensor by group, as gram_kernels.py numbers them."""
+    groups: dict[Group, list[tuple[int, ...]]] = {}
+    chunks: dict[Group, int] = {}
+    columns = zip(*arrays[2:], strict=True)
+    for slot, (rows, grad, row_type, grad_type, stride, numel, block) in enumerate(columns):
+        aligned = (
+            rows % 16 == grad % 16 == 0
+            and stride * row_type.itemsize % 16 == stride % 8 == numel % 8 == 0
+        )
+        group = Group(row_type, grad_type, aligned)
+        first, count = chunks.get(group, 0), -(-numel // arrays.chunk)
+        chunks[group] = first + count
+        groups.setdefault(group, []).append((rows, grad, stride, numel, first, count, slot, block))
+    return groups
+
+
+def _owners(table: Tensor, chunks: int | None = None) -> Tensor:
+    """The tensor of each chunk; the host waits for a device's unless told how many there are."""
+    return torch.repeat_interleave(table[:, kernels.CHUNKS.value], output_size=chunks)

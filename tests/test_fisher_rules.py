@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from fisher_cases import Opaque, assert_sums, loop
 from torch import Tensor, nn
 from torch.nn.utils import prune
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import cl_optim
@@ -797,6 +798,55 @@ class Tied(nn.Module):
 def test_tied_embedding_and_head(options):
     tokens = torch.tensor([[1, 2, 1, 5, 2], [3, 3, 3, 3, 3], [0, 8, 2, 0, 1]])
     check(Tied(**options), tokens)
+
+
+# Without a fixed order on CUDA whatever torch is told, as its documentation has them.
+UNORDERED = {
+    "bincount", "cumsum", "histc", "kthvalue", "median", "put_", "scatter_reduce",
+    "scatter_reduce_", "segment_reduce",
+}  # fmt: skip
+
+
+class Operations(TorchDispatchMode):
+    """Notes which operations run, in the backward pass as well."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.add(func.overloadpacket.__name__)
+        return func(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("use", ["embedding", "tied", "bag"])
+def test_the_same_bits_each_time_where_torch_is_told_so(use, device, monkeypatch):
+    """Else, rows of tables are added in any order on a GPU."""
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # which torch asks for then
+    models = {
+        "embedding": lambda: nn.Sequential(nn.Embedding(9, 64), nn.Linear(64, 9)),
+        "tied": Tied,
+        "bag": lambda: Bags(flat=False, last=False, weighted=False),
+    }
+    model = models[use]().to(device)
+    tokens = torch.randint(0, 9, (8, 300)).to(device)
+    operations, found = Operations(), []
+    torch.use_deterministic_algorithms(True)
+    try:
+        for _ in range(4):
+            model.zero_grad()
+            fisher = FisherEstimator(model, verify=False)
+            with operations, fisher.observe(len(tokens), loss_terms=1):
+                losses(model, tokens).sum().backward()
+            found.append(fisher.finalize().sums)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for name, value in found[0].items():
+        assert value.isfinite().all()
+        assert all(torch.equal(value, again[name]) for again in found[1:]), name
+    assert not operations.names & UNORDERED
+    assert "index_add_" in operations.names
 
 
 def test_tied_squares_stay_positive():

@@ -86,7 +86,8 @@ def estimate_fisher(
     never predicted, on whichever side it is.
 
     The model runs in eval mode and is left as it was: training flags, ``grad``, buffers. See
-    :class:`FisherEstimator` for the layers that are supported.
+    :class:`FisherEstimator` for the layers that are supported, and for what on a GPU differs in
+    rounding from run to run unless ``torch.use_deterministic_algorithms(True)``: embeddings.
 
     Args:
         model: The model; observed are its parameters that require gradients.

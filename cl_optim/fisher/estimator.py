@@ -75,6 +75,10 @@ class FisherEstimator:
     Memory: one tensor per parameter for the sums, float32 (float64 for float64 parameters), and a
     bounded chunk.
 
+    On a GPU, gradients of rows of a table that is looked up (an embedding), and of the rows of one
+    sample where samples are packed or routed to experts, are added atomically, in any order: sums
+    differ in rounding from run to run, unless ``torch.use_deterministic_algorithms(True)``.
+
     Args:
         model: The model whose parameters are observed.
         sample: What a sample is: ``"sequence"``, everything under one index of the leading

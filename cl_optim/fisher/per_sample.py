@@ -171,6 +171,9 @@ class Outer(PerSample):
 class Rows(PerSample):
     """Of a table [V, *row] that is looked up: a few rows per sample, never N tables.
 
+    ``index_add_`` is atomic on a GPU: sums are the same to the bit only where torch is told to use
+    deterministic algorithms, and sorts the rows for each sum.
+
     Args:
         indices: int64 [N, T].
         grads: The gradients of what was looked up, [N, T, *row].

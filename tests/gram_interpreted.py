@@ -52,6 +52,18 @@ def test_products(t, dtypes):
     assert_exact(gram_triton.dots_per_tensor(memory, grads), memory, grads)
 
 
+@pytest.mark.parametrize("rows", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("t", "chunk"), [(41, 64), (64, 128)])
+def test_many_rows_of_several_chunks(t, chunk, rows, monkeypatch):
+    monkeypatch.setattr(gram_triton, "CHUNK", 64)
+    assert gram_triton.chunk_size(t + 1) == chunk
+    memory, grads = make_lists([(2 * chunk + 30,)], t, rows)
+    products = gram_triton.gram_per_tensor(memory, grads)
+    assert_exact(products, memory, grads)
+    assert torch.equal(products, products.mT)
+    assert_exact(gram_triton.dots_per_tensor(memory, grads), memory, grads)
+
+
 def test_huge_and_tiny_rows():
     memory, grads = make_lists([(100,)], 3)
     for rows, grad in ((1e20, 1e-20), (1e20, 1e20), (1e-20, 1e-20)):

@@ -95,6 +95,21 @@ def test_many_rows(device):
     torch.testing.assert_close(gram.dots_per_tensor(memory, grads), products[:, -1])
 
 
+@pytest.mark.parametrize("rows", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("t", [41, 64, 200])
+def test_many_rows_of_several_chunks(t, rows, device):
+    """On a GPU a chunk is the longer, the more rows there are: 131 072 elements for 200."""
+    sizes = (150_001, 131_136) if device == "cuda" else (9_001,)
+    memory, grads = make_lists([(size,) for size in sizes], t, rows, device=device)
+    products, dots = gram.gram_per_tensor(memory, grads), gram.dots_per_tensor(memory, grads)
+    assert torch.equal(products, products.mT)
+    for i, (row, grad) in enumerate(zip(memory, grads, strict=True)):
+        stack = torch.cat([row.double(), grad[None].double()])
+        bound = 1e-13 * (stack.abs() @ stack.abs().mT)
+        assert ((products[i] - stack @ stack.mT).abs() <= bound).all()
+        assert ((dots[i] - stack @ stack[-1]).abs() <= bound[-1]).all()
+
+
 def test_nothing(device):
     memory, grads = make_lists([(3,), (0,)], 0, device=device)
     norms = torch.stack([g.double().square().sum() for g in grads])

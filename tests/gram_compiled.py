@@ -1,6 +1,7 @@
-"""Compiles the Triton kernels for a GPU that need not be there; prints JSON: registers and spills.
+"""Compiles the Triton kernels for a GPU that need not be there; prints JSON.
 
-test_gram_triton.py runs it: ``python gram_compiled.py 80 90 100``, for compute capabilities.
+test_gram_triton.py runs it: ``python gram_compiled.py 80 90 100``, for compute capabilities. Of
+each kernel: registers, bytes of spills, and how often memory is accessed in how many bytes at once.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any
 
 import torch
 import triton
+from ptx import widths
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas, sm_arch_from_capability
 from triton.compiler import ASTSource
@@ -22,12 +24,7 @@ from triton.compiler import ASTSource
 from cl_optim.ops import gram_kernels as kernels
 from cl_optim.ops import gram_triton as host
 
-F32 = host.Group(torch.float32, torch.float32, aligned=True)
-ODD = host.Group(torch.float32, torch.float32, aligned=False)
-B16 = host.Group(torch.bfloat16, torch.float32, aligned=True)
-B16_ALL = host.Group(torch.bfloat16, torch.bfloat16, aligned=True)
-ODD_B16 = host.Group(torch.bfloat16, torch.float32, aligned=False)
-F64 = host.Group(torch.float64, torch.float64, aligned=True)
+F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
 
 LISTS = {"table": "*i64", "owners": "*i64"}
 PAIRS = {**LISTS, "partial": "*fp64"}
@@ -36,34 +33,68 @@ COMBINE = {**LISTS, "coefficients": "*fp64", "t": "i32"}
 TOTAL = {"table": "*i64", "partial": "*fp64", "out": "*fp64", "m": "i32", "entries": "i32"}
 ONE = {"t": 1}  # Triton compiles an argument that is 1 into the kernel
 
-CASES: dict[str, tuple[Any, dict[str, str], dict[str, Any]]] = {
-    "pairs, 2 odd": (kernels.pairs_kernel, PAIRS, host.pairs_constants(ODD, 2)),
-    "pairs, 11": (kernels.pairs_kernel, PAIRS, host.pairs_constants(F32, 11)),
-    "pairs, 11 bfloat16": (kernels.pairs_kernel, PAIRS, host.pairs_constants(B16, 11)),
-    "pairs, 12": (kernels.pairs_kernel, PAIRS, host.pairs_constants(F32, 12)),
-    "pairs, 12 float64": (kernels.pairs_kernel, PAIRS, host.pairs_constants(F64, 12)),
-    "tiles, 21": (kernels.tiles_kernel, ROWS, host.tiles_constants(F32, 21)),
-    "tiles, 129": (kernels.tiles_kernel, ROWS, host.tiles_constants(F32, 129)),
-    "tiles, 129 odd float32": (kernels.tiles_kernel, ROWS, host.tiles_constants(ODD, 129)),
-    "tiles, 129 odd": (kernels.tiles_kernel, ROWS, host.tiles_constants(ODD_B16, 129)),
-    "tiles, 129 float64": (kernels.tiles_kernel, ROWS, host.tiles_constants(F64, 129)),
-    "dots, 2": (kernels.dots_kernel, ROWS, {**host.dots_constants(F32, 2), **ONE}),
-    "dots, 11": (kernels.dots_kernel, ROWS, host.dots_constants(F32, 11)),
-    "dots, 11 odd": (kernels.dots_kernel, ROWS, host.dots_constants(ODD_B16, 11)),
-    "combine, 2": (kernels.combine_kernel, COMBINE, {**host.combine_constants(F32, 2), **ONE}),
-    "combine, 11": (kernels.combine_kernel, COMBINE, host.combine_constants(F32, 11)),
-    "combine, 11 bfloat16": (kernels.combine_kernel, COMBINE, host.combine_constants(B16_ALL, 11)),
-    "combine, 11 odd": (kernels.combine_kernel, COMBINE, host.combine_constants(ODD_B16, 11)),
-    "total": (kernels.total_kernel, TOTAL, host.total_constants(matrix=True)),
-    "total, 1": (kernels.total_kernel, TOTAL, {**host.total_constants(matrix=True), "m": 1}),
-    "total, dots": (kernels.total_kernel, TOTAL, host.total_constants(matrix=False)),
+Case = tuple[Any, dict[str, str], dict[str, Any]]
+
+
+def group(row: torch.dtype, grad: torch.dtype | None = None, aligned: bool = True) -> host.Group:
+    return host.Group(row, grad or row, aligned)
+
+
+# Of rows and gradient, the pairs of which code differs, aligned and not.
+GROUPS = {
+    "float32": group(F32),
+    "bfloat16": group(BF16),
+    "bfloat16 and float32": group(BF16, F32),
+    "float64": group(F64),
+    "odd float32": group(F32, aligned=False),
+    "odd bfloat16 and float32": group(BF16, F32, aligned=False),
 }
+# Only widths and conversions differ from those; compiled for one capability.
+MORE = {
+    "float16": group(F16),
+    "float64 and bfloat16": group(F64, BF16),
+    "odd float16": group(F16, aligned=False),
+    "odd float64": group(F64, aligned=False),
+}
+
+
+def cases(capability: int) -> dict[str, Case]:
+    """Every kernel, for t rows and the gradient; t is 1 to 11 for `pairs_kernel`.
+
+    What is the same but for constants is compiled for one capability.
+    """
+    thorough = capability == 90
+    groups = GROUPS | MORE if thorough else GROUPS
+    result: dict[str, Case] = {}
+    for t in range(1, host.MAX_PAIRED) if thorough else (1, 3, 5, 10, 11):
+        of_most = groups if t == host.MAX_PAIRED - 1 else {"float32": GROUPS["float32"]}
+        for name, kind in of_most.items():
+            constants = host.pairs_constants(kind, t + 1)
+            result[f"pairs, {t} {name}"] = kernels.pairs_kernel, PAIRS, constants
+    for t in (12, 31, 63, 128):
+        of_size = groups if t == 128 else {"float32": GROUPS["float32"]}
+        for name, kind in of_size.items():
+            constants = host.tiles_constants(kind, t + 1)
+            result[f"tiles, {t} {name}"] = kernels.tiles_kernel, ROWS, constants
+    for name, kind in groups.items():
+        for t in (1, 10, 31) if name.endswith("float32") else (10,):
+            one = ONE if t == 1 else {}
+            result[f"dots, {t} {name}"] = (
+                kernels.dots_kernel, ROWS, host.dots_constants(kind, t + 1) | one,
+            )  # fmt: skip
+            result[f"combine, {t} {name}"] = (
+                kernels.combine_kernel, COMBINE, host.combine_constants(kind, t + 1) | one,
+            )  # fmt: skip
+    for name, matrix, one in (("total", True, {}), ("total, 0", True, {"m": 1})):
+        result[name] = kernels.total_kernel, TOTAL, host.total_constants(matrix) | one
+    result["total, dots"] = kernels.total_kernel, TOTAL, host.total_constants(matrix=False)
+    return result
 
 
 def build(
     capability: int, kernel: Any, signature: dict[str, str], constants: dict[str, Any]
-) -> dict[str, int]:
-    """Registers, bytes of spills and asynchronous copies of one kernel."""
+) -> dict[str, Any]:
+    """Registers, bytes of spills, tensor cores and widths of one kernel."""
     signature = {**signature, **dict.fromkeys(constants, "constexpr")}
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
     target = GPUTarget("cuda", capability, 32)
@@ -80,16 +111,22 @@ def build(
     return {
         "registers": int(registers),
         "spills": int(stores),
-        "shared": compiled.metadata.shared,
-        "copies": ptx.count("cp.async.c"),
-        "wide_loads": ptx.count("ld.global.v4"),
-        "float64_tensor_core": ptx.count("mma.sync.aligned.m8n8k4.row.col.f64"),
+        **widths(ptx),
+        "parts": parts(constants) if "PER_SUM" in constants else [],
+        "float64_tensor_core": len(re.findall(r"mma\.sync\.aligned\.\S*\.f64\s", ptx)),
     }
+
+
+def parts(constants: dict[str, Any]) -> list[int]:
+    """Bytes that a thread of `pairs_kernel` accesses at once, of a row and of the gradient."""
+    elements = constants["BLOCK"] // (32 * host.OPTIONS["num_warps"])
+    bits = {constants[name].primitive_bitwidth for name in ("ROW", "GRADIENT")}
+    return [min(16, elements * width // 8) for width in sorted(bits)]
 
 
 if __name__ == "__main__":
     report = {
-        target: {name: build(int(target), *case) for name, case in CASES.items()}
+        target: {name: build(int(target), *case) for name, case in cases(int(target)).items()}
         for target in sys.argv[1:]
     }
     print(json.dumps(report))

@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -20,7 +21,7 @@ TESTS = Path(__file__).parent
 ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS.parent), str(TESTS)])}
 
 SPILLS = 128  # bytes of registers that any kernel may keep in local memory
-# Earlier ones take a few more registers, and tensor cores for float64 on sm_80 only.
+# Earlier ones take a few more registers, and no tensor cores for float64 on sm_100.
 IS_RECENT = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 8)
 
 
@@ -46,18 +47,55 @@ def compiled() -> dict[str, dict[str, dict[str, int]]]:
     return json.loads(result.stdout)
 
 
-@pytest.mark.parametrize("capability", [80, 90, 100])
-def test_compiled_within_the_spill_budget(compiled, capability):
-    kernels = compiled[str(capability)]
-    for name, kernel in kernels.items():
+@pytest.fixture(params=[80, 90, 100])
+def capability(request) -> int:
+    return request.param
+
+
+@pytest.fixture
+def of_one(compiled, capability) -> dict[str, dict[str, Any]]:
+    """What was compiled for one capability, widths of accesses as numbers."""
+    return {
+        name: kernel | {key: {int(n) for n in kernel[key]} for key in ("loads", "stores", "copies")}
+        for name, kernel in compiled[str(capability)].items()
+    }
+
+
+def test_compiled_within_the_spill_budget(of_one):
+    for name, kernel in of_one.items():
         assert kernel["spills"] <= SPILLS, (name, kernel)
     # Three blocks of 128 threads share the 65 536 registers of a multiprocessor.
-    assert kernels["pairs, 11"]["registers"] <= (168 if IS_RECENT else 184), kernels["pairs, 11"]
-    # Loads of the next elements are under way while these are multiplied.
-    for name in ("pairs, 2 odd", "pairs, 11", "pairs, 11 bfloat16", "tiles, 21", "tiles, 129"):
-        assert kernels[name]["copies"] > 0, (name, kernels[name])
-    for name in ("tiles, 21", "tiles, 129", "tiles, 129 odd", "tiles, 129 float64"):
-        if IS_RECENT or capability == 80:
-            assert kernels[name]["float64_tensor_core"] > 0, (name, kernels[name])
-    for name in ("dots, 11", "combine, 11"):
-        assert kernels[name]["wide_loads"] > 0, (name, kernels[name])
+    registers = of_one["pairs, 10 float32"]["registers"]
+    assert registers <= (168 if IS_RECENT else 184), registers
+
+
+def test_products_of_many_rows_are_of_the_tensor_cores(of_one, capability):
+    has_them = IS_RECENT or capability < 100
+    for name, kernel in of_one.items():
+        expected = has_them and name.startswith("tiles")
+        assert (kernel["float64_tensor_core"] > 0) == expected, (name, kernel)
+
+
+def test_aligned_arrays_are_accessed_in_16_bytes(of_one):
+    """Or in all that a thread has of a row. Loads are ahead of the products, by copies."""
+    for name, kernel in of_one.items():
+        loads, stores, copies = (kernel[key] for key in ("loads", "stores", "copies"))
+        kind = name.split(",")[0]
+        if "odd" in name or kind == "total":
+            continue
+        if kind == "pairs":
+            assert copies == set(kernel["parts"]), (name, kernel)
+        elif kind == "tiles" and "16" not in name:
+            assert copies == {16}, (name, kernel)
+        else:
+            assert 16 in loads, (name, kernel)
+        if kind != "dots":  # it has few elements of the gradient for each thread
+            assert min(loads) >= 8, (name, kernel)  # entries of the table
+        if kind == "combine":
+            assert stores == {16}, (name, kernel)
+
+
+def test_odd_arrays_are_loaded_ahead_too(of_one):
+    for name, kernel in of_one.items():
+        if name.startswith(("pairs", "tiles")) and "odd" in name and "16" not in name:
+            assert kernel["copies"], (name, kernel)

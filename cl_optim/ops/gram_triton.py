@@ -1,4 +1,7 @@
-"""The Gram products on a GPU, in Triton: each row is read from memory once.
+"""The Gram products on a GPU, in Triton: rows are read from memory once, where they fit one tile.
+
+That is up to 63 of them (31 with Triton before 3.8). Of more, a tile is read again with each of the
+others, by programs next to each other, so that the second-level cache may still have it.
 
 One launch serves all tensors of one pair of dtypes. Their addresses lie in a table on the device,
 which is made once for the same addresses. A program sums a chunk of one tensor; a second launch
@@ -6,8 +9,9 @@ adds the chunks' sums in the order of the chunks. So the result depends neither 
 the GPU's size, and nothing waits for the GPU.
 
 Sums are in float64. For few rows memory is the bound all the same: eleven rows need 66
-multiplications per 44 bytes, a third of what an H100 does in that time. Float32 would overflow at
-rows of 1e20, and could not tell nearly dependent rows apart.
+multiplications per 44 bytes, a third of what an H100 does in that time. (In bfloat16 it is 24 bytes,
+and from about 31 rows on, products are the bound.) Float32 would overflow at rows of 1e20, and
+could not tell nearly dependent rows apart.
 """
 
 from __future__ import annotations
@@ -79,7 +83,7 @@ def pairs_constants(group: Group, m: int) -> dict[str, Any]:
 
 
 def tiles_constants(group: Group, m: int) -> dict[str, Any]:
-    """For `tiles_kernel`: a single tile for up to 64 rows, so that they are read once."""
+    """For `tiles_kernel`: a single tile for as many rows as the largest has: they are read once."""
     tile = 16 if m <= 16 else 32 if m <= 32 else _LARGEST_TILE
     block = 64 if tile <= 32 else 32
     if max(group.row.itemsize, group.grad.itemsize) == 8:

@@ -134,6 +134,18 @@ def test_a_step_makes_one_table(made):
     assert len(made) == 2
 
 
+def test_tables_begin_at_multiples_of_16_bytes():
+    """So that Triton compiles no kernel anew for others."""
+    memory, grads = make_lists([(40,), (2000,)], 3, torch.bfloat16)
+    for kind in (torch.float32, torch.float64):
+        memory.append(memory[0].to(kind))
+        grads.append(grads[0].to(kind))
+    tables = gram_triton._tables(memory, grads, 4)
+    assert [len(table.owners) for _, table in tables] == [3, 1, 1]
+    assert all(part.data_ptr() % 16 == 0 for _, table in tables for part in table)
+    assert_exact(gram_triton.dots_per_tensor(memory, grads), memory, grads)
+
+
 # Of rows [2, 8] and a gradient [8]; everything that is not named stays what and where it was.
 CHANGES = {
     "gradient moved": lambda rows, grad: (rows, grad.clone()),

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -48,7 +49,7 @@ def test_interpreted():
 
 @pytest.mark.parametrize("architecture", SHARED_MEMORY)
 def test_compiles_within_the_spill_budget(architecture, tmp_path):
-    """Every configuration, with rows of any length; the other arguments' choices once each."""
+    """All of the table, with rows of any length; the other arguments' choices once each."""
     script = str(HERE / "triton_compilation.py")
     cache = str(tmp_path)
     printed = python(script, str(architecture), TRITON_CACHE_DIR=cache, TRITON_INTERPRET="0")
@@ -57,6 +58,22 @@ def test_compiles_within_the_spill_budget(architecture, tmp_path):
         assert not made["serialized"], name
         # Loads that are not pipelined take no more than a block of tokens.
         assert made["pipelined"] <= made["shared"] <= SHARED_MEMORY[architecture] * 1024, name
+        assert_wide(name, made, architecture)
+
+
+def assert_wide(name: str, made: dict[str, Any], architecture: int) -> None:
+    """Memory is accessed in 16 bytes, except results in rows that are not multiples of them."""
+    loads, stores, copies = ({int(n) for n in made[key]} for key in ("loads", "stores", "copies"))
+    if not name.startswith("reduction"):
+        by_descriptor = "descriptors" in name
+        assert (made["by_descriptor"] > 0) == by_descriptor, name
+        # Tensor cores from 9.0 on want TF32 transposed, and only that.
+        narrow = {4} if "tf32" in name and architecture >= 90 else {16}
+        assert copies == (set() if by_descriptor else narrow), (name, made)
+    assert 16 in loads | stores, (name, made)
+    if made["even"] and "one feature" not in name:
+        # A thread of the reduction has 4 numbers of a row or more.
+        assert min(stores) >= (8 if name.startswith("reduction") else 16), (name, made)
 
 
 FEATURES = st.sampled_from([1, 16, 63, 64, 65, 127, 128, 129, 768, 50257])
@@ -73,8 +90,41 @@ def test_the_choice_is_in_the_table(precision, features, tokens, capability, des
     config = kernels.choose(
         precision, *features, tokens, capability=capability, descriptors=descriptors
     )
+    row = kernels.TABLE[{9: 90, 10: 100, 11: 100}.get(capability, 80), precision]
+    assert config in {choice.config for choice in row.values()}
     assert config in kernels.CONFIGS[precision]
     assert not config.descriptors or descriptors
+
+
+@pytest.mark.parametrize(
+    ("sizes", "options", "kind"),
+    [
+        ((65, 65, 100), {"descriptors": True}, "wide"),
+        ((65, 65, 512), {"descriptors": False}, "wide"),
+        ((65, 65, 512), {"descriptors": True}, "long"),
+        ((65, 65, 32), {"descriptors": True}, "short"),
+        ((65, 65, None), {"descriptors": False}, "packed"),
+        ((64, 65, None), {"descriptors": False}, "narrow out"),
+        ((64, 65, 512), {"descriptors": True}, "narrow out"),
+        ((65, 64, 20), {"descriptors": True}, "narrow in"),
+        ((64, 64, None), {"descriptors": False}, "narrow"),
+    ],
+)
+def test_each_row_of_the_table_is_reached(sizes, options, kind):
+    for capability, architecture in ((8, 80), (9, 90), (10, 100), (12, 80)):
+        for precision in kernels.CONFIGS:
+            row = kernels.TABLE[architecture, precision]
+            # What a row does not tell apart it has under a more general name.
+            general = "narrow" if "narrow" in kind and "narrow" in row else "wide"
+            expected = row.get(kind, row[general])
+            config = kernels.choose(precision, *sizes, capability=capability, **options)
+            assert config == expected.config, (architecture, precision)
+
+
+def test_estimates_are_percentages():
+    for row in kernels.TABLE.values():
+        for choice in row.values():
+            assert 0 < choice.percent[0] < choice.percent[1] < 100
 
 
 @given(

@@ -12,15 +12,17 @@ import io
 import json
 import re
 import sys
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import triton
+from ptx import widths
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from cl_optim.ops import squared_grad_triton as kernels
-from cl_optim.ops.squared_grad_triton import CONFIGS, Config, choose
+from cl_optim.ops.squared_grad_triton import CONFIGS, TABLE, Config
 
 
 @dataclass(frozen=True)
@@ -46,28 +48,35 @@ class Case:
 
 
 def cases(architecture: int) -> list[Case]:
-    """Each configuration with the least and the most to keep, and each other choice once.
+    """Each configuration of the table with the least and the most to keep, and each other choice.
 
     Fewer stages are the same code with less shared memory: compiled for one architecture alone.
     """
-    half = [c for c in CONFIGS["half"] if architecture == 90 or c.stages == 4]
-    half = [c for c in half if architecture >= 90 or not c.descriptors]
-    largest = half[0]
-    packed = choose("half", 1024, 1024, None, capability=architecture // 10, descriptors=False)
-    return [
-        *(Case(config, "bf16") for config in half),
-        *(Case(config, "bf16", weight_grad="bf16", odd=True) for config in half),
-        Case(largest, "bf16", weight_grad=None),
-        Case(largest, "bf16", weight_grad="bf16"),
-        Case(largest, "bf16", odd=True),
-        Case(packed, "fp16", packed=True),
-        Case(packed, "fp16", packed=True, odd=True),
-        Case(half[-1], "fp16", one_feature=True),
-        *(Case(config, "fp32", "tf32") for config in CONFIGS["tf32"]),
-        *(Case(config, "fp32", "tf32", packed=True, odd=True) for config in CONFIGS["tf32"]),
-        *(Case(config, "fp32", "ieee", packed=True) for config in CONFIGS["ieee"]),
-        *(Case(config, "fp32", "ieee", "bf16", odd=True) for config in CONFIGS["ieee"]),
+    half, tf32, ieee = (TABLE[architecture, precision] for precision in ("half", "tf32", "ieee"))
+    wide, packed, narrow = (half[kind].config for kind in ("wide", "packed", "narrow"))
+    # Packed sequences take the tiles that are for them, and the narrow ones.
+    of_packed = {c.config for kind, c in half.items() if kind == "packed" or "narrow" in kind}
+    configs = dict.fromkeys(choice.config for choice in half.values())
+    result = [Case(config, "bf16") for config in configs]
+    result += [
+        Case(config, "bf16", weight_grad="bf16", packed=config in of_packed, odd=True)
+        for config in configs
     ]
+    result += [
+        Case(wide, "bf16", weight_grad=None),
+        Case(wide, "bf16", weight_grad="fp16", odd=True),
+        Case(packed, "fp16", packed=True),
+        Case(narrow, "fp16", one_feature=True),
+    ]
+    for choice in tf32.values():
+        result += [Case(choice.config, "fp32", "tf32")]
+        result += [Case(choice.config, "fp32", "tf32", "bf16", packed=True, odd=True)]
+    for choice in ieee.values():
+        result += [Case(choice.config, "fp32", packed=True)]
+        result += [Case(choice.config, "fp32", weight_grad="bf16", odd=True)]
+    if architecture == 90:
+        result += [Case(c, "bf16") for c in CONFIGS["half"] if c not in configs]
+    return result
 
 
 def signature(case: Case) -> tuple[dict[str, str], dict[str, Any]]:
@@ -104,7 +113,7 @@ def compiled(
     even: bool,
     options: dict[str, Any],
     architecture: int,
-) -> dict[str, int | bool]:
+) -> dict[str, Any]:
     """Compile, and parse what ptxas says.
 
     Addresses, sizes and strides of the results are multiples of 16 where `even`.
@@ -127,6 +136,9 @@ def compiled(
         "shared": result.metadata.shared,
         # ptxas then lets each product finish before the next one starts
         "serialized": "serialized" in log.getvalue(),
+        "even": even,
+        **widths(result.asm["ptx"]),
+        "by_descriptor": result.asm["ptx"].count("cp.async.bulk.tensor"),
     }
 
 
@@ -138,8 +150,11 @@ def main() -> None:
         options = kernels.launch_options(case.config)
         made = compiled(kernels._accumulate, *signature(case), not case.odd, options, architecture)
         results[str(case)] = made | {"pipelined": pipelined(case)}
-    made = compiled(*reduction(), False, kernels._FUSION, architecture)
-    results["reduction"] = made | {"pipelined": 0}
+    for name, types, constants in reductions():
+        made = compiled(
+            kernels._reduce, types, constants, "odd" not in name, kernels._FUSION, architecture
+        )
+        results[name] = made | {"pipelined": 0}
     print(json.dumps(results))
 
 
@@ -152,12 +167,18 @@ def pipelined(case: Case) -> int:
     return blocks * (config.block_out + config.block_in) * width
 
 
-def reduction() -> tuple[Any, dict[str, str], dict[str, Any]]:
-    constants = {"BLOCK_OUT": 128, "BLOCK_IN": 128, "ROWS": kernels._REDUCE_ROWS}
-    types = dict.fromkeys(kernels._reduce.arg_names, "i32")
-    types |= {"out": "*fp32", "weight_grad": "*bf16", "workspace": "*fp32"}
-    types |= dict.fromkeys(constants, "constexpr")
-    return kernels._reduce, types, constants
+def reductions() -> Iterator[tuple[str, dict[str, str], dict[str, Any]]]:
+    """`_reduce` of the largest and the smallest tile: names, types, constants."""
+    choices = [("fp32", 128, ""), (None, 128, ""), ("bf16", 64, ""), ("bf16", 128, " odd")]
+    for weight_grad, block, odd in choices:
+        constants: dict[str, Any] = {"BLOCK_OUT": block, "BLOCK_IN": block}
+        constants["ROWS"] = kernels._REDUCE_ROWS
+        if weight_grad is None:
+            constants["weight_grad"] = None
+        types = dict.fromkeys(kernels._reduce.arg_names, "i32")
+        types |= {"out": "*fp32", "weight_grad": f"*{weight_grad}", "workspace": "*fp32"}
+        types |= dict.fromkeys(constants, "constexpr")
+        yield f"reduction of {block}, weight_grad {weight_grad}{odd}", types, constants
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 import triton
@@ -54,11 +54,6 @@ class Config:
     descriptors: bool = False
 
 
-# What a tile is chosen for. A tile of m × n does 2mn FLOPs a token for 2(m + n) bytes of bfloat16:
-# 64 FLOPs a byte for 128 × 128, 43 for 128 × 64, 32 for 64 × 64. So the largest one is taken where
-# the result fills it: measured fastest on an H100, elsewhere estimated from this. On compute
-# capability 8 the factors of a product pass through registers, too: for packed sequences, whose
-# bounds the loop keeps as well, 32 tokens at once fit, for the same FLOPs a byte, and 64 spill.
 _LARGE = Config(128, 128, 64, warps=8, stages=4)
 _LARGE_DESCRIPTORS = Config(128, 128, 64, warps=8, stages=4, descriptors=True)
 _LARGE_SHORT = Config(128, 128, 32, warps=8, stages=4)
@@ -69,20 +64,97 @@ _LARGE_TF32 = Config(128, 128, 32, warps=8, stages=3)
 _SMALL_TF32 = Config(64, 64, 32, warps=4, stages=3)
 _IEEE = Config(64, 64, 32, warps=4, stages=3)
 
-# Tests compile all of these and bench/gpu/squared_grad.py times all of them; `choose` takes one.
-CONFIGS: dict[Precision, tuple[Config, ...]] = {
+# What is summed: a result of more than 64 rows and columns, of samples of any length, of at least
+# 512 tokens through tensor descriptors, of at most 32, or packed; or one that is narrow.
+Kind = Literal["wide", "long", "short", "packed", "narrow out", "narrow in", "narrow"]
+
+
+class Choice(NamedTuple):
+    """A configuration, and how fast it is estimated to be.
+
+    Attributes:
+        config: The configuration.
+        percent: From and to, of the rate of cuBLAS's product dW: estimated, not measured. From
+            samples of 128 tokens to 512 and more; "short": of 16 to 32.
+    """
+
+    config: Config
+    percent: tuple[int, int]
+
+
+# The choice by compute capability and precision.
+#
+# A tile of m × n does 2mn FLOPs a token for 2(m + n) bytes of bfloat16: 64 FLOPs a byte for
+# 128 × 128, 43 for 128 × 64, 32 for 64 × 64 (half of it for float32). So the largest one is taken
+# where the result fills it: 8 warps, with three tiles of sums in their registers, one program a
+# multiprocessor. A trial kernel with this tile reached 73 to 85 % of cuBLAS on an H100. The other
+# figures scale that by the squares of each sample, which no product hides: about 400 clocks a tile,
+# where its products take 15 a token on an A100, 7.5 on an H100 and 4 on a B200.
+#
+# On 8.0 the factors of a product pass through registers, too: for packed sequences, whose bounds
+# the loop keeps as well, 32 tokens at once fit, for the same FLOPs a byte, and 64 spill. From 9.0
+# on, products of TF32 want both factors transposed, which Triton copies 4 bytes at a time.
+TABLE: dict[tuple[int, Precision], dict[Kind, Choice]] = {
+    (80, "half"): {
+        "wide": Choice(_LARGE, (65, 85)),
+        "short": Choice(_LARGE_SHORT, (25, 50)),
+        "packed": Choice(_LARGE_SHORT, (60, 85)),
+        "narrow out": Choice(_NARROW_OUT, (50, 80)),
+        "narrow in": Choice(_NARROW_IN, (50, 80)),
+        "narrow": Choice(_SMALL, (40, 75)),
+    },
+    (90, "half"): {
+        "wide": Choice(_LARGE, (60, 87)),
+        "long": Choice(_LARGE_DESCRIPTORS, (80, 88)),
+        "short": Choice(_LARGE_SHORT, (15, 40)),
+        "packed": Choice(_LARGE, (55, 85)),
+        "narrow out": Choice(_NARROW_OUT, (45, 80)),
+        "narrow in": Choice(_NARROW_IN, (45, 80)),
+        "narrow": Choice(_SMALL, (35, 75)),
+    },
+    (100, "half"): {
+        "wide": Choice(_LARGE, (45, 75)),
+        "long": Choice(_LARGE_DESCRIPTORS, (65, 80)),
+        "short": Choice(_LARGE_SHORT, (10, 25)),
+        "packed": Choice(_LARGE, (40, 75)),
+        "narrow out": Choice(_NARROW_OUT, (35, 70)),
+        "narrow in": Choice(_NARROW_IN, (35, 70)),
+        "narrow": Choice(_SMALL, (30, 65)),
+    },
+    (80, "tf32"): {"wide": Choice(_LARGE_TF32, (65, 85)), "narrow": Choice(_SMALL_TF32, (40, 75))},
+    (90, "tf32"): {"wide": Choice(_LARGE_TF32, (40, 75)), "narrow": Choice(_SMALL_TF32, (30, 60))},
+    (100, "tf32"): {"wide": Choice(_LARGE_TF32, (30, 65)), "narrow": Choice(_SMALL_TF32, (25, 55))},
+    (80, "ieee"): {"wide": Choice(_IEEE, (40, 70))},
+    (90, "ieee"): {"wide": Choice(_IEEE, (40, 70))},
+    (100, "ieee"): {"wide": Choice(_IEEE, (40, 70))},
+}
+
+# The row of the table by compute capability, without what follows the point. Others take that of
+# 8.0, which needs nothing that they lack: 12 has neither 9's products nor 10's, and less memory.
+_ROWS = {8: 80, 9: 90, 10: 100, 11: 100}
+
+# With less shared memory; bench/gpu/squared_grad.py times these, too.
+_CANDIDATES: dict[Precision, tuple[Config, ...]] = {
     "half": (
-        _LARGE,
         Config(128, 128, 64, warps=8, stages=3),
-        _LARGE_DESCRIPTORS,
         Config(128, 128, 64, warps=8, stages=3, descriptors=True),
-        _LARGE_SHORT,
-        _NARROW_IN,
-        _NARROW_OUT,
-        _SMALL,
     ),
-    "tf32": (_LARGE_TF32, _SMALL_TF32),
-    "ieee": (_IEEE,),
+    "tf32": (),
+    "ieee": (),
+}
+
+# All that tests compile and bench/gpu/squared_grad.py times; `choose` takes one from the table.
+CONFIGS: dict[Precision, tuple[Config, ...]] = {
+    precision: tuple(
+        dict.fromkeys(
+            choice.config
+            for (_, of_row), row in TABLE.items()
+            if of_row == precision
+            for choice in row.values()
+        )
+    )
+    + candidates
+    for precision, candidates in _CANDIDATES.items()
 }
 
 _DESCRIPTOR_TOKENS = 512  # of a sample; a trial kernel gained nothing with fewer
@@ -104,7 +176,7 @@ def choose(
     capability: int,
     descriptors: bool,
 ) -> Config:
-    """The configuration for a shape: one of ``CONFIGS[precision]``.
+    """The configuration for a shape, from ``TABLE``.
 
     Args:
         precision: ``"half"`` for bfloat16 and float16; for float32 what the products may do.
@@ -114,22 +186,20 @@ def choose(
         capability: The GPU's compute capability, without what follows the point.
         descriptors: Whether GPU and tensors allow tensor descriptors.
     """
-    narrow_out, narrow_in = out_features <= 64, in_features <= 64
-    if precision == "ieee":
-        return _IEEE
-    if precision == "tf32":
-        return _SMALL_TF32 if narrow_out or narrow_in else _LARGE_TF32
-    if narrow_out and narrow_in:
-        return _SMALL
-    if narrow_out:
-        return _NARROW_OUT
-    if narrow_in:
-        return _NARROW_IN
+    kinds: list[Kind] = ["wide"]  # the most particular one last
     if tokens is None:
-        return _LARGE if capability >= 9 else _LARGE_SHORT
-    if tokens <= _LARGE_SHORT.block_tokens:
-        return _LARGE_SHORT
-    return _LARGE_DESCRIPTORS if descriptors and tokens >= _DESCRIPTOR_TOKENS else _LARGE
+        kinds.append("packed")
+    elif tokens <= _LARGE_SHORT.block_tokens:
+        kinds.append("short")
+    elif descriptors and tokens >= _DESCRIPTOR_TOKENS:
+        kinds.append("long")
+    narrow_out, narrow_in = out_features <= 64, in_features <= 64
+    if narrow_out or narrow_in:
+        kinds.append("narrow")
+    if narrow_out != narrow_in:
+        kinds.append("narrow out" if narrow_out else "narrow in")
+    row = TABLE[_ROWS.get(capability, 80), precision]
+    return next(row[kind] for kind in reversed(kinds) if kind in row).config
 
 
 @dataclass(frozen=True)

@@ -1249,6 +1249,29 @@ def test_gathered_rows():
     assert_sums(estimate_fisher(model, [x], "empirical", per_sample_loss=loss), expected, 1e-5)
 
 
+@pytest.mark.parametrize("repeat", ["method", "function", "dim"])
+def test_rows_repeated_by_lengths(repeat):
+    """The sample of each row of a ragged batch, as models make it from lengths."""
+    lengths = torch.tensor([2, 1, 3])
+
+    def loss(model: nn.Module, x: Tensor, n: slice = slice(None)) -> Tensor:
+        order = torch.arange(len(x))
+        sample = {
+            "method": lambda: order.repeat_interleave(lengths[n]),
+            "function": lambda: torch.repeat_interleave(order, lengths[n]),
+            "dim": lambda: order.repeat_interleave(lengths[n], dim=-1),
+        }[repeat]()
+        rows = (model.first(x)[sample] @ model.p[0]).tanh()
+        return torch.zeros(len(x), 4).to(rows).index_add(0, sample, rows).square().sum(1)
+
+    model, x = Uses(None, randn(4, 4)), torch.randn(N, 4)
+    expected = loop(model, lambda m, n: loss(m, x[n : n + 1].double(), slice(n, n + 1))[0], N)
+    fisher = FisherEstimator(model)
+    with fisher.observe(N, loss_terms=1):
+        loss(model, x).sum().backward()
+    assert_sums(fisher.finalize(), expected, 1e-5)
+
+
 def test_mixed_samples():
     """Each sample with part of another: they remain samples, and convolutions have them, too."""
 

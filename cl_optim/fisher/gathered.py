@@ -179,10 +179,12 @@ class Tracker:
             dim = kwargs.get("dim", args[1] if len(args) > 1 else None)
             rows = kwargs.get("index", args[2] if len(args) > 2 else None)
             return self._indexed(args[0], (rows,)) if dim in (0, -args[0].dim()) else None
-        if name == "repeat_interleave" and isinstance(args[0], Tensor) and args[0].dim() > 1:
+        if name == "repeat_interleave":
             repeats = kwargs.get("repeats", args[1] if len(args) > 1 else None)
             dim = kwargs.get("dim", args[2] if len(args) > 2 else None)
-            if dim != 0 or repeats is None:
+            # Without a dimension what is flattened is repeated.
+            first = dim in (0, -args[0].dim()) or (dim is None and args[0].dim() == 1)
+            if not first or repeats is None:
                 return None
             sample = self.natural(args[0])
             return (None if sample is None else sample.repeat_interleave(repeats, 0),)

@@ -26,7 +26,7 @@ from cl_optim.demo.sweep import Score, choose
 from cl_optim.demo.train import Run
 from cl_optim.ops import library
 
-WIDTH = 120  # where the output is no terminal
+WIDTH = 160  # where the output is no terminal
 
 _METRICS: tuple[tuple[str, Callable[[Matrix], float]], ...] = (
     ("ACC", metrics.acc),

@@ -254,13 +254,14 @@ def _stream(device: torch.device) -> int:
 def _store(arrays: _Arrays, stream: int) -> _Stored:
     """Copy tables to the device; stored by stream, in whose order the copy is."""
     entries = _entries(arrays)
-    tables = {group: torch.tensor(words, dtype=torch.int64) for group, words in entries.items()}
+    host_words: dict[str, Any] = {"dtype": torch.int64, "device": "cpu"}
+    tables = {group: torch.tensor(words, **host_words) for group, words in entries.items()}
     host: list[Tensor] = []
     for table in tables.values():
         owners = _owners(table)
         # Of an even length, so that all begin at multiples of 16 bytes: Triton compiles for these.
         host += [table.view(-1), owners, owners.new_zeros(len(owners) % 2)]
-    host.append(torch.ones(1, dtype=torch.int64))
+    host.append(torch.ones(1, **host_words))
     words = torch.cat(host)
     # From pinned memory the copy does not wait, and it is not reused before the copy is done.
     words = words.pin_memory() if arrays.device.type == "cuda" else words
@@ -271,7 +272,7 @@ def _store(arrays: _Arrays, stream: int) -> _Stored:
         for i, (group, table) in enumerate(tables.items())
     ]
     # An event cannot be asked during a capture; memory of the host can be read.
-    arrived = torch.zeros(1, dtype=torch.int64, pin_memory=arrays.device.type == "cuda")
+    arrived = torch.zeros(1, **host_words, pin_memory=arrays.device.type == "cuda")
     stored = _Stored(arrays, by_group, arrived.copy_(one, non_blocking=True))
     _stored.add(stored)
     return stored

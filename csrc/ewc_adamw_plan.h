@@ -109,10 +109,8 @@ class NegativeBit {
   uint64_t mask_ = 0;
 };
 
-inline bool is_negated(const DLTensor& tensor) { return NegativeBit::instance().is_set(tensor); }
-
-// Whether it is a tensor that no subclass gives another meaning, nor lets Python code look on.
-inline bool is_plain(PyObject* tensor) {
+// torch's classes of tensors, and what these do not override.
+inline const std::array<PyObject*, 4>& known_classes() {
   static const std::array<PyObject*, 4> known = [] {
     const py::module_ torch = py::module_::import("torch");
     const py::object type = torch.attr("Tensor"), parameter = torch.attr("nn").attr("Parameter");
@@ -120,8 +118,21 @@ inline bool is_plain(PyObject* tensor) {
                       py::object(type.attr("__torch_dispatch__")).release().ptr(),
                       py::object(parameter.attr("__torch_function__")).release().ptr()};
   }();
+  return known;
+}
+
+// Whether it is of one of torch's own classes.
+inline bool is_torchs(PyObject* tensor) {
+  const auto& known = known_classes();
+  auto* const type = reinterpret_cast<PyObject*>(Py_TYPE(tensor));
+  return type == known[0] || type == known[1];
+}
+
+// Whether it is a tensor that no subclass gives another meaning, nor lets Python code look on.
+inline bool is_plain(PyObject* tensor) {
+  if (is_torchs(tensor)) return true;
+  const auto& known = known_classes();
   const py::handle its_type(reinterpret_cast<PyObject*>(Py_TYPE(tensor)));
-  if (its_type.ptr() == known[0] || its_type.ptr() == known[1]) return true;
   return py::isinstance(tensor, known[0]) &&
          py::object(its_type.attr("__torch_dispatch__")).ptr() == known[2] &&
          py::object(its_type.attr("__torch_function__")).ptr() == known[3];
@@ -217,10 +228,15 @@ class Layout {
   }
 
   bool matches(const DLTensor& tensor) const {
-    DLTensor own = tensor_;
-    own.shape = const_cast<int64_t*>(sizes_.data());
-    own.strides = const_cast<int64_t*>(strides_.data());
-    return is_alike(tensor, own);
+    if (!(tensor.device == tensor_.device) || !(tensor.dtype == tensor_.dtype) ||
+        tensor.ndim != tensor_.ndim) {
+      return false;
+    }
+    for (int d = 0; d < tensor.ndim; ++d) {
+      if (tensor.shape[d] != sizes_[d]) return false;
+      if (sizes_[d] != 1 && tensor.strides[d] != strides_[d]) return false;
+    }
+    return true;
   }
 
  private:
@@ -303,7 +319,8 @@ struct Prepared {
   std::vector<EWCAdamWTensor> tensors;
   DeviceNumbers numbers{};
   void* workspace = nullptr;
-  std::vector<py::object> kept;  // gradients and, of a long step, the storages of all tensors
+  // Of a long step the gradients and the storages of all tensors; else what gradients nobody holds.
+  std::vector<py::object> kept;
 };
 
 // While it lives no garbage is collected: that would run other code amid what must not be
@@ -335,7 +352,7 @@ class Plan {
     for (const py::handle& param : group) {
       group_.push_back(py::reinterpret_borrow<py::object>(param));
     }
-    possible_ = NegativeBit::instance().is_known();
+    possible_ = negative_bit_.is_known();
     for (size_t i = 0; i < members_.size(); ++i) {
       rows_.emplace_back();
       possible_ = possible_ && add(group_[members_[i]].ptr(), states[i], rows_.back());
@@ -365,8 +382,9 @@ class Plan {
       if (!is_same(call.group, i) || gradient(i).ptr() != Py_None) return std::nullopt;
     }
     Prepared prepared;
+    prepared.tensors = std::move(spare_);
+    prepared.tensors.clear();
     prepared.tensors.reserve(members_.size());
-    prepared.kept.reserve(members_.size());
     for (size_t i = 0; i < members_.size(); ++i) {
       if (i + kAhead < members_.size()) prefetch(rows_[i + kAhead]);
       if (!is_same(call.group, members_[i]) || !prepare(i, call, keep_storages, prepared)) {
@@ -381,6 +399,9 @@ class Plan {
     if (!call.workspace.is_none()) prepared.workspace = address(*look(call.workspace.ptr()));
     return prepared;
   }
+
+  // Takes back the memory of what has been launched, which the next step needs again.
+  void recycle(Prepared& prepared) const { spare_ = std::move(prepared.tensors); }
 
   void* stream() const {
     void* stream = nullptr;
@@ -433,10 +454,12 @@ class Plan {
   }
 
   // A look at what a kernel can read as it lies.
-  static std::optional<DLTensor> plain_look(PyObject* tensor) {
+  std::optional<DLTensor> plain_look(PyObject* tensor) const {
     if (!is_plain(tensor)) return std::nullopt;
     const auto seen = look(tensor);
-    if (!seen || seen->ndim > NegativeBit::kMostDims || is_negated(*seen)) return std::nullopt;
+    if (!seen || seen->ndim > NegativeBit::kMostDims || negative_bit_.is_set(*seen)) {
+      return std::nullopt;
+    }
     return seen;
   }
 
@@ -465,7 +488,8 @@ class Plan {
       for (const Place& place : row.places) prepared.kept.push_back(storage_of(place.tensor));
       if (projected) prepared.kept.push_back(storage_of(py::object(call.memories[i]).ptr()));
     }
-    prepared.kept.push_back(std::move(grad_object));
+    // A subclass may make a gradient whenever it is asked.
+    if (keep_storages || !is_torchs(param_object)) prepared.kept.push_back(std::move(grad_object));
     return true;
   }
 
@@ -474,7 +498,7 @@ class Plan {
     for (const Place& place : row.places) {
       const auto seen = look(place.tensor);
       if (!seen || address(*seen) != place.address || !(seen->dtype == place.dtype) ||
-          !fits(*seen, place.form, param) || is_negated(*seen)) {
+          !fits(*seen, place.form, param) || negative_bit_.is_set(*seen)) {
         return false;
       }
     }
@@ -610,6 +634,8 @@ class Plan {
     return true;
   }
 
+  mutable std::vector<EWCAdamWTensor> spare_;
+  const NegativeBit negative_bit_ = NegativeBit::instance();
   std::vector<py::object> group_;
   std::vector<size_t> members_;
   std::vector<size_t> skipped_;
@@ -644,11 +670,14 @@ bool take_step(const std::vector<const Plan<launcher>*>& plans, const py::list& 
       streams.push_back(plans[i]->stream());
     }
   }
-  std::optional<py::gil_scoped_release> release;
-  if (is_long) release.emplace();
-  for (size_t i = 0; i < plans.size(); ++i) {
-    plans[i]->launch(prepared[i], calls[i].options, streams[i]);
+  {
+    std::optional<py::gil_scoped_release> release;
+    if (is_long) release.emplace();
+    for (size_t i = 0; i < plans.size(); ++i) {
+      plans[i]->launch(prepared[i], calls[i].options, streams[i]);
+    }
   }
+  for (size_t i = 0; i < plans.size(); ++i) plans[i]->recycle(prepared[i]);
   return true;
 }
 

@@ -216,34 +216,6 @@ inline bool is_alike(const DLTensor& a, const DLTensor& b) {
   return a.device == b.device && a.dtype == b.dtype && same_order(a, b);
 }
 
-// What a tensor was, sizes and strides included.
-class Layout {
- public:
-  Layout() = default;
-  explicit Layout(const DLTensor& tensor) : tensor_(tensor) {
-    for (int d = 0; d < tensor.ndim; ++d) {
-      sizes_[d] = tensor.shape[d];
-      strides_[d] = tensor.strides[d];
-    }
-  }
-
-  bool matches(const DLTensor& tensor) const {
-    if (!(tensor.device == tensor_.device) || !(tensor.dtype == tensor_.dtype) ||
-        tensor.ndim != tensor_.ndim) {
-      return false;
-    }
-    for (int d = 0; d < tensor.ndim; ++d) {
-      if (tensor.shape[d] != sizes_[d]) return false;
-      if (sizes_[d] != 1 && tensor.strides[d] != strides_[d]) return false;
-    }
-    return true;
-  }
-
- private:
-  DLTensor tensor_{};
-  std::array<int64_t, NegativeBit::kMostDims> sizes_{}, strides_{};
-};
-
 // Whether a dict has these very keys and values, in this order.
 inline bool same_items(const py::dict& dict, const std::vector<py::object>& items) {
   if (2 * static_cast<size_t>(PyDict_GET_SIZE(dict.ptr())) != items.size()) return false;
@@ -436,7 +408,7 @@ class Plan {
   // A parameter's state: its dict, what was in it, and where.
   struct Row {
     EWCAdamWTensor tensor{};
-    Layout layout;
+    DLDataType dtype;
     py::dict state;
     std::vector<py::object> items;
     std::vector<Place> places;
@@ -467,7 +439,7 @@ class Plan {
     const Row& row = rows_[i];
     PyObject* const param_object = group_[members_[i]].ptr();
     const auto param = plain_look(param_object);
-    if (!param || !row.layout.matches(*param) || !is_current(row, *param)) return false;
+    if (!param || !fits(*param, row) || !is_current(row, *param)) return false;
     py::object grad_object = gradient(members_[i]);
     if (grad_object.is_none()) return false;
     const auto grad = plain_look(grad_object.ptr());
@@ -505,6 +477,12 @@ class Plan {
     return true;
   }
 
+  // A parameter. Its sizes and strides are those of its state, or of no matter beside codes.
+  bool fits(const DLTensor& param, const Row& row) const {
+    return param.device == device_ && param.dtype == row.dtype &&
+           numel_of(param) == row.tensor.numel && is_dense(param);
+  }
+
   bool fits(const DLTensor& seen, Form form, const DLTensor& param) const {
     if (!(seen.device == device_) || seen.ndim > NegativeBit::kMostDims) return false;
     switch (form) {
@@ -535,7 +513,7 @@ class Plan {
     if (!kind || *kind == ScalarKind::codes) return false;
     if (rows_.size() == 1) device_ = param->device;
     if (!(param->device == device_)) return false;
-    row.layout = Layout(*param);
+    row.dtype = param->dtype;
     EWCAdamWTensor& t = row.tensor;
     t.numel = numel_of(*param);
     t.param_kind = *kind;

@@ -29,6 +29,7 @@ import triton.language as tl
 from torch import Tensor
 
 from cl_optim.ops import gram_kernels as kernels
+from cl_optim.ops.capture import is_capturing
 
 # Elements whose products make one partial sum, for memories of up to 64 rows.
 CHUNK = 2**15
@@ -237,13 +238,9 @@ def _tables(
         tuple(map(Tensor.numel, grads)),
         tuple(blocks) or (0,) * len(grads),
     )
-    if _is_capturing(arrays.device):
+    if is_capturing():
         return _for_graphs(arrays) or _written_by_the_graph(arrays)
     return _store(arrays, _stream(arrays.device)).tables
-
-
-def _is_capturing(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def _stream(device: torch.device) -> int:

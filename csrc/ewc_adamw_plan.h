@@ -121,8 +121,8 @@ inline const std::array<PyObject*, 4>& known_classes() {
   return known;
 }
 
-// Whether it is of one of torch's own classes.
-inline bool is_torchs(PyObject* tensor) {
+// Whether no subclass at all is behind it.
+inline bool is_of_torchs_class(PyObject* tensor) {
   const auto& known = known_classes();
   auto* const type = reinterpret_cast<PyObject*>(Py_TYPE(tensor));
   return type == known[0] || type == known[1];
@@ -130,7 +130,7 @@ inline bool is_torchs(PyObject* tensor) {
 
 // Whether it is a tensor that no subclass gives another meaning, nor lets Python code look on.
 inline bool is_plain(PyObject* tensor) {
-  if (is_torchs(tensor)) return true;
+  if (is_of_torchs_class(tensor)) return true;
   const auto& known = known_classes();
   const py::handle its_type(reinterpret_cast<PyObject*>(Py_TYPE(tensor)));
   return py::isinstance(tensor, known[0]) &&
@@ -461,7 +461,8 @@ class Plan {
       if (projected) prepared.kept.push_back(storage_of(py::object(call.memories[i]).ptr()));
     }
     // A subclass may make a gradient whenever it is asked.
-    if (keep_storages || !is_torchs(param_object)) prepared.kept.push_back(std::move(grad_object));
+    if (keep_storages || !is_of_torchs_class(param_object))
+      prepared.kept.push_back(std::move(grad_object));
     return true;
   }
 

@@ -6,6 +6,7 @@ import copy
 import gc
 import sys
 import threading
+import weakref
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -638,6 +639,33 @@ def test_subclasses_that_do_what_they_like_are_not_planned(planned):
             weight.grad = torch.ones(3)
             optimizer.step()
         assert len(planned) == count
+        assert (weight < 1).all()
+
+
+def test_gradients_that_nobody_else_holds_are_kept(planned):
+    """A class that makes a gradient whenever it is asked for it."""
+    made: list[tuple[weakref.ref[Tensor], Tensor]] = []
+    lost: list[bool] = []
+
+    class Lazy(nn.Parameter):
+        @property
+        def grad(self):
+            lost.extend(gradient() is None for gradient, of in made if of is not self)
+            gradient = torch.ones(3)
+            made.append((weakref.ref(gradient), self))
+            return gradient
+
+    weights = [Lazy(torch.ones(3)) for _ in range(3)]
+    optimizer = EWCAdamW(weights, fused=True)
+    for step in range(5):
+        made.clear()
+        lost.clear()
+        optimizer.step()
+        if step == 4:
+            assert len(made) == 3
+            assert not any(lost)
+    assert len(planned) >= 2
+    for weight in weights:
         assert (weight < 1).all()
 
 

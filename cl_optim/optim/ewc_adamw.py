@@ -19,7 +19,6 @@ from cl_optim.ops import ewc_adamw as ops
 from cl_optim.ops.capture import is_capturing
 from cl_optim.ops.warn import warn
 from cl_optim.optim import protection
-from cl_optim.optim.balance import balancing_lambda
 from cl_optim.optim.launch import Batch, Plans, are_alike, gather
 from cl_optim.optim.state import (
     MOMENTS,
@@ -33,6 +32,7 @@ from cl_optim.optim.state import (
     misfit,
     weight_of,
 )
+from cl_optim.optim.suggest_lambda import suggest_lambda
 
 ANCHORS = ("latest", "exact")
 _LOGGER = logging.getLogger(__name__)
@@ -738,7 +738,7 @@ class EWCAdamW(torch.optim.Optimizer):
                 differ in ``penalty``, or no λ does: the importance is 0.
             RuntimeError: Nothing has been consolidated; or there is no gradient (step), or it is 0.
         """
-        return balancing_lambda(
+        return suggest_lambda(
             (
                 (_name(group, param), param, self.state[param], group)
                 for group in self.param_groups

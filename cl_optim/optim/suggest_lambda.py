@@ -14,7 +14,7 @@ from cl_optim.optim import protection
 Member = tuple[str, Tensor, Mapping[str, Any], Mapping[str, Any]]
 
 
-def balancing_lambda(members: Iterable[Member], drift: float) -> float:
+def suggest_lambda(members: Iterable[Member], drift: float) -> float:
     """Solve ‖2λFδ‖ = ‖g‖ in float64; :meth:`EWCAdamW.suggest_lambda` says what each is.
 
     Args:
@@ -66,7 +66,7 @@ def _square_sum(values: Tensor) -> float:
 def _adam_direction(
     param: Tensor, state: Mapping[str, Any], group: Mapping[str, Any]
 ) -> Tensor | None:
-    """m̂/(√v̂ + ε) of the last step; None before the first."""
+    """Return m̂/(√v̂ + ε) of the last step; None before the first."""
     steps = float(state.get("step", 0.0))
     if steps == 0.0:
         return None

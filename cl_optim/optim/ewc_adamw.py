@@ -19,6 +19,7 @@ from cl_optim.ops import ewc_adamw as ops
 from cl_optim.ops.capture import is_capturing
 from cl_optim.ops.warn import warn
 from cl_optim.optim import protection
+from cl_optim.optim.groups import is_dtensor, name_of
 from cl_optim.optim.launch import Batch, Plans, are_alike, gather
 from cl_optim.optim.state import (
     MOMENTS,
@@ -200,15 +201,15 @@ class EWCAdamW(torch.optim.Optimizer):
             for param in group["params"]:
                 if not param.is_floating_point():
                     raise ValueError(
-                        f"parameter {_name(group, param)} must be of a real floating-point dtype, "
-                        f"not {param.dtype}."
+                        f"parameter {name_of(group, param)} must be of a real floating-point "
+                        f"dtype, not {param.dtype}."
                     )
                 if is_dtensor(param):
                     raise ValueError(
-                        f"parameter {_name(group, param)} must not be a DTensor: give the "
+                        f"parameter {name_of(group, param)} must not be a DTensor: give the "
                         "optimizer its local shard, param.to_local()."
                     )
-                check_rounding(group, param, _name(group, param))
+                check_rounding(group, param, name_of(group, param))
                 _choose(group, param.device)
         except (ValueError, RuntimeError):
             self.param_groups.pop()
@@ -389,16 +390,16 @@ class EWCAdamW(torch.optim.Optimizer):
         state = self.state.get(param, {})
         if not param.is_cuda:
             raise RuntimeError(
-                f"parameter {_name(group, param)} is on {param.device}, and the CUDA graph that is "
-                "being captured would not update it in replays: give it an optimizer whose steps "
-                "are outside of the graph."
+                f"parameter {name_of(group, param)} is on {param.device}, and the CUDA graph that "
+                "is being captured would not update it in replays: give it an optimizer whose "
+                "steps are outside of the graph."
             )
         tracked = group["track_penalty"] and "importance" in state
         if not has_moments(state, param, group) or (
             tracked and (id(group), param.device) not in self._sums
         ):
             raise RuntimeError(
-                f"the state of parameter {_name(group, param)} would begin inside the CUDA graph "
+                f"the state of parameter {name_of(group, param)} would begin inside the CUDA graph "
                 "that is being captured, and anew at each replay: take one step before the "
                 "capture, as in the usual warm-up on a side stream."
             )
@@ -418,7 +419,7 @@ class EWCAdamW(torch.optim.Optimizer):
         for param in group["params"]:
             if param.grad is not None and param.grad.layout is not torch.strided:
                 raise RuntimeError(
-                    f"the gradient of parameter {_name(group, param)} must be dense, not "
+                    f"the gradient of parameter {name_of(group, param)} must be dense, not "
                     f"{param.grad.layout}: EWCAdamW updates every weight in every step."
                 )
 
@@ -569,7 +570,7 @@ class EWCAdamW(torch.optim.Optimizer):
             return
         self._fixed = [param for param in self._fixed if param.grad is None]
         names = [
-            _name(group, param)
+            name_of(group, param)
             for group in self.param_groups
             for param in group["params"]
             if any(param is one for one in moving)
@@ -740,7 +741,7 @@ class EWCAdamW(torch.optim.Optimizer):
         """
         return suggest_lambda(
             (
-                (_name(group, param), param, self.state[param], group)
+                (name_of(group, param), param, self.state[param], group)
                 for group in self.param_groups
                 for param in group["params"]
                 if "importance" in self.state.get(param, {})
@@ -834,7 +835,7 @@ class EWCAdamW(torch.optim.Optimizer):
 
     def _checked(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         state_dict = in_order(from_adamw(state_dict, self.param_groups), self.param_groups)
-        names = [_name(g, param) for g in self.param_groups for param in g["params"]]
+        names = [name_of(g, param) for g in self.param_groups for param in g["params"]]
         check_state_dict(state_dict, self.param_groups, names)
         for group in state_dict["param_groups"]:
             _check_group({**self.defaults, **group})
@@ -896,7 +897,7 @@ def _refuse_misfits(batch: Batch) -> None:
         key = misfit(state, param)
         if key is not None:
             raise RuntimeError(
-                f"parameter {_name(batch.group, param)} was cast to {param.dtype} after its "
+                f"parameter {name_of(batch.group, param)} was cast to {param.dtype} after its "
                 f"{key!r} was made: optimizer.load_state_dict(optimizer.state_dict()) casts that, "
                 "too."
             )
@@ -911,20 +912,6 @@ def _warn_of_rounded_anchors(
             f"anchor_dtype rounds the anchors of {rounded} parameters: the penalty pulls them "
             "towards weights that are up to 0.4 % off."
         )
-
-
-def is_dtensor(param: Tensor) -> bool:
-    """Whether the parameter is a DTensor; without importing what that takes a second to import."""
-    module = sys.modules.get("torch.distributed.tensor")
-    return module is not None and isinstance(param, module.DTensor)
-
-
-def _name(group: Mapping[str, Any], param: Tensor) -> str:
-    """The parameter's name, or its place and shape where the optimizer was made without names."""
-    index = next(i for i, p in enumerate(group["params"]) if p is param)
-    if "param_names" in group:
-        return str(group["param_names"][index])
-    return f"{index} of its group (shape {tuple(param.shape)})"
 
 
 def _check_importance(name: str, importance: Tensor, param: Tensor) -> None:

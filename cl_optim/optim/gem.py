@@ -21,7 +21,8 @@ from cl_optim.ops import gram as gram_ops
 from cl_optim.ops import nnqp
 from cl_optim.ops.capture import is_capturing
 from cl_optim.ops.warn import warn
-from cl_optim.optim.ewc_adamw import EWCAdamW, _name, is_dtensor
+from cl_optim.optim.ewc_adamw import EWCAdamW
+from cl_optim.optim.groups import check_groups, is_dtensor, name_of
 from cl_optim.optim.state import in_order
 
 BLOCKS = ("global", "group", "tensor")
@@ -617,7 +618,7 @@ class GEM(torch.optim.Optimizer):
         if grad.layout is not torch.strided:
             group = next(g for g in self.param_groups if any(p is param for p in g["params"]))
             raise RuntimeError(
-                f"the gradient of parameter {_name(group, param)} {where}must be dense, not "
+                f"the gradient of parameter {name_of(group, param)} {where}must be dense, not "
                 f"{grad.layout}: GEM takes products over every weight."
             )
 
@@ -912,7 +913,7 @@ class GEM(torch.optim.Optimizer):
             result = pre_hook(self, state_dict)
             if result is not None:
                 state_dict = result
-        self._check_groups(state_dict)
+        check_groups(state_dict, self.param_groups)
         inner = {key: value for key, value in state_dict.items() if key != "gem"}
         loaded = None
         if "gem" in state_dict:
@@ -943,7 +944,7 @@ class GEM(torch.optim.Optimizer):
 
         Of the wrapped optimizer as far as it has a ``check_state_dict()`` itself.
         """
-        self._check_groups(state_dict)
+        check_groups(state_dict, self.param_groups)
         if isinstance(self.optimizer, EWCAdamW):
             inner = {key: value for key, value in state_dict.items() if key != "gem"}
             self.optimizer.check_state_dict(inner)
@@ -963,18 +964,6 @@ class GEM(torch.optim.Optimizer):
         """The places of the parameters with elements among all."""
         params = (param for group in self.param_groups for param in group["params"])
         return [i for i, param in enumerate(params) if param.numel() > 0]
-
-    def _check_groups(self, state_dict: Mapping[str, Any]) -> None:
-        for key in ("state", "param_groups"):
-            if key not in state_dict:
-                raise ValueError(f"the state dict is truncated: it has no {key!r}.")
-        saved = [len(group.get("params", ())) for group in state_dict["param_groups"]]
-        here = [len(group["params"]) for group in self.param_groups]
-        if saved != here:
-            raise ValueError(
-                f"the state dict belongs to other parameters: its groups have {saved} parameters, "
-                f"this optimizer's have {here}."
-            )
 
     def _loaded(
         self, saved: Any, places: Sequence[int]
@@ -1142,12 +1131,12 @@ def _check_group(group: Mapping[str, Any]) -> None:
     for param in group["params"]:
         if param.dtype not in DTYPES:
             raise ValueError(
-                f"parameter {_name(group, param)} must be of a real floating-point dtype, one of "
+                f"parameter {name_of(group, param)} must be of a real floating-point dtype, one of "
                 f"{_listed([str(dtype) for dtype in DTYPES])}, not {param.dtype}."
             )
         if is_dtensor(param):
             raise ValueError(
-                f"parameter {_name(group, param)} must not be a DTensor: products of sharded "
+                f"parameter {name_of(group, param)} must not be a DTensor: products of sharded "
                 "gradients would have to be summed over processes."
             )
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from cl_optim.importance.names import canonical_name
 from cl_optim.ops import ewc_adamw as ops
 from cl_optim.ops import importance_codec as codec
+from cl_optim.optim.groups import check_groups
 
 # What a group may ask for.
 FORMATS: dict[str, tuple[str | None, ...]] = {
@@ -242,18 +243,8 @@ def check_state_dict(
     state_dict: Mapping[str, Any], param_groups: list[dict[str, Any]], names: list[str]
 ) -> None:
     """Raise ValueError where a state dict lacks something or belongs to other parameters."""
-    for key in ("state", "param_groups"):
-        if key not in state_dict:
-            raise ValueError(f"the state dict is truncated: it has no {key!r}.")
+    check_groups(state_dict, param_groups)
     groups = state_dict["param_groups"]
-    if [len(group.get("params", ())) for group in groups] != [
-        len(group["params"]) for group in param_groups
-    ]:
-        raise ValueError(
-            "the state dict belongs to other parameters: its groups have "
-            f"{[len(group.get('params', ())) for group in groups]} parameters, this "
-            f"optimizer's have {[len(group['params']) for group in param_groups]}."
-        )
     for number, group in enumerate(groups):
         for key in _HYPERPARAMETERS:
             if key not in group:

@@ -16,7 +16,7 @@
 #include <vector>
 
 #include "ewc_adamw_launch.h"
-#include "tensor_types.h"
+#include "tensors.h"
 
 namespace cl_optim {
 

@@ -11,7 +11,7 @@
 #include <vector>
 
 #include "gram.h"
-#include "tensor_types.h"
+#include "tensors.h"
 
 namespace cl_optim {
 

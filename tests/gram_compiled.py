@@ -21,7 +21,7 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas, sm_arch_from_capability
 from triton.compiler import ASTSource
 
-from cl_optim.ops import gram_kernels as kernels
+from cl_optim.ops import gram_triton_kernels as kernels
 from cl_optim.ops import gram_triton as host
 
 F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64

@@ -28,7 +28,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cl_optim.ops import gram_kernels as kernels
+from cl_optim.ops import gram_triton_kernels as kernels
 from cl_optim.ops.capture import is_capturing
 
 # Elements whose products make one partial sum, for memories of up to 64 rows.
@@ -301,7 +301,7 @@ def _written_by_the_graph(arrays: _Arrays) -> _ByGroup:
 
 
 def _entries(arrays: _Arrays) -> dict[Group, list[tuple[int, ...]]]:
-    """The words of each tensor by group, as gram_kernels.py numbers them."""
+    """The words of each tensor by group, as gram_triton_kernels.py numbers them."""
     groups: dict[Group, list[tuple[int, ...]]] = {}
     chunks: dict[Group, int] = {}
     columns = zip(*arrays[2:], strict=True)

@@ -117,7 +117,6 @@ def cpu_extension() -> Extension:
             "gram_cpu.cpp",
             "importance_codec_cpu.cpp",
             "importance_histogram_cpu.cpp",
-            "library.cpp",
             "module.cpp",
             "nnqp_cpu.cpp",
         ],

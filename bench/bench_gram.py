@@ -65,7 +65,7 @@ def run(benchmark, request, problem: Problem, call: Callable[[], object], share:
 
 @pytest.fixture(scope="module", params=SETS)
 def problem(request: pytest.FixtureRequest) -> Problem:
-    assert gram.choose("cpu").name == "cpu"
+    assert gram.choose("gram_per_tensor", "cpu") == "cpu"
     return Problem(SETS[request.param][0])
 
 

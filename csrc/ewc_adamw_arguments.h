@@ -9,12 +9,11 @@
 
 #include <algorithm>
 #include <optional>
-#include <sstream>
-#include <stdexcept>
 #include <string>
 #include <utility>
 #include <vector>
 
+#include "check.h"
 #include "ewc_adamw_launch.h"
 #include "tensors.h"
 
@@ -24,38 +23,11 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using TensorList = std::vector<Tensor>;
 
-template <typename... Parts>
-void check(bool condition, const Parts&... parts) {
-  if (condition) return;
-  std::ostringstream message;
-  message << "ewc_adamw_: ";
-  (message << ... << parts);
-  throw std::runtime_error(message.str());
-}
+constexpr Check check{"ewc_adamw_"};
 
 inline bool same(torch::headeronly::IntHeaderOnlyArrayRef a,
                  torch::headeronly::IntHeaderOnlyArrayRef b) {
   return a.size() == b.size() && std::equal(a.begin(), a.end(), b.begin());
-}
-
-// Whether the tensor fills its memory without gaps or overlap, in whatever order of dimensions.
-inline bool is_dense(const Tensor& tensor) {
-  if (tensor.is_contiguous()) return true;
-  std::vector<std::pair<int64_t, int64_t>> dims;  // (stride, size)
-  for (int64_t d = 0; d < tensor.dim(); ++d) {
-    if (tensor.size(d) != 1) dims.emplace_back(tensor.stride(d), tensor.size(d));
-  }
-  std::sort(dims.begin(), dims.end());
-  int64_t expected = 1;
-  for (const auto& [stride, size] : dims) {
-    if (stride != expected) return false;
-    expected *= size;
-  }
-  return true;
-}
-
-inline bool on_same_device(const Tensor& a, const Tensor& b) {
-  return a.is_cpu() == b.is_cpu() && a.get_device_index() == b.get_device_index();
 }
 
 inline ScalarKind scalar_kind(ScalarType type, const char* name, size_t index) {

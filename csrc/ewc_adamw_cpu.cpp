@@ -1,10 +1,11 @@
 // The fused step on the CPU: one parallel region over the elements of all tensors.
+#include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
 #include <type_traits>
 
-#include "ewc_adamw_launch.h"
+#include "ewc_adamw_operator.h"
 #include "multi_tensor.h"
 #include "simd.h"
 
@@ -355,6 +356,19 @@ void ewc_adamw_cpu(const std::vector<EWCAdamWTensor>& tensors, const EWCAdamWOpt
     total.drift += unit.drift;
   }
   *numbers.sums = {options.ewc_lambda * total.penalty, total.drift};
+}
+
+namespace {
+
+void launch(const std::vector<EWCAdamWTensor>& tensors, const EWCAdamWOptions& options,
+            const DeviceNumbers& numbers, const Tensor&) {
+  ewc_adamw_cpu(tensors, options, numbers);
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(cl_optim, CPU, m) {
+  m.impl("ewc_adamw_", TORCH_BOX(&ewc_adamw_<launch>));
 }
 
 }  // namespace cl_optim

@@ -21,6 +21,7 @@
 #include <vector>
 
 #include "ewc_adamw_launch.h"
+#include "strides.h"
 
 namespace cl_optim {
 
@@ -178,20 +179,8 @@ inline bool is_contiguous(const DLTensor& tensor) {
   return true;
 }
 
-// Whether it fills its memory, in whatever order of dimensions.
 inline bool is_dense(const DLTensor& tensor) {
-  if (is_contiguous(tensor)) return true;
-  std::vector<std::pair<int64_t, int64_t>> dims;  // (stride, size)
-  for (int d = 0; d < tensor.ndim; ++d) {
-    if (tensor.shape[d] != 1) dims.emplace_back(tensor.strides[d], tensor.shape[d]);
-  }
-  std::sort(dims.begin(), dims.end());
-  int64_t expected = 1;
-  for (const auto& [stride, size] : dims) {
-    if (stride != expected) return false;
-    expected *= size;
-  }
-  return true;
+  return is_contiguous(tensor) || is_dense(tensor.ndim, tensor.shape, tensor.strides);
 }
 
 // Whether two tensors have their elements in the same places.

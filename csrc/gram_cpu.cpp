@@ -1,6 +1,13 @@
-// The Gram products on the CPU. Each row is read from memory once: a chunk of every row is widened
-// to float64 into the first-level cache, and tiles of products are summed from there.
+// Products of memory rows with each other and with a gradient, over lists of tensors, on the CPU.
+//
+//   A memory row G_k is a gradient of the whole model, kept by parameter. With the gradient g as
+//   one row more, the products are the entries of a Gram matrix: Q = G G^T, c = G g and |g|^2.
+//
+// Each row is read from memory once: a chunk of every row is widened to float64 into the
+// first-level cache, and tiles of products are summed from there.
+#include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
 #include <array>
@@ -8,14 +15,34 @@
 #include <cstddef>
 #include <memory>
 #include <new>
+#include <optional>
+#include <vector>
 
-#include "gram.h"
+#include "check.h"
 #include "memory_rows.h"
 #include "multi_tensor.h"
 #include "simd.h"
+#include "tensors.h"
 
 namespace cl_optim {
 namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using TensorList = std::vector<Tensor>;
+
+constexpr Check check{"gram"};
+
+// One parameter: its part of every row, and of the gradient, in the same order in memory. Row k
+// begins k * row_stride elements after the first.
+struct GramTensor {
+  const void* rows;
+  int64_t row_stride;
+  void* grad;
+  int64_t numel;
+  ScalarKind row_kind;
+  ScalarKind grad_kind;
+};
 
 // Every sum is kept as eight, in one vector register or several, so that all processors sum alike.
 constexpr int64_t kLanes = 8;
@@ -275,8 +302,13 @@ void for_each_item(int64_t items, int64_t threads, F&& f) {
   });
 }
 
-}  // namespace
-
+// The products of each tensor, with m = rows + 1: out is [tensors, m, m]. With `all` false only the
+// last line of each matrix is computed, c and |g|^2, and out is [tensors, m]; the numbers are the
+// same.
+//
+// Products and sums are in float64, in which a product of float32 numbers is exact. All entries are
+// summed in one order, which depends on the tensor's size and on m alone: where two rows are equal
+// or opposite, so are their products, and the number of threads changes nothing.
 void gram_cpu(const std::vector<GramTensor>& tensors, int64_t rows, bool all, double* out) {
   const int64_t m = rows + 1;
   const int64_t entries = all ? m * (m + 1) / 2 : m;
@@ -333,6 +365,8 @@ void gram_cpu(const std::vector<GramTensor>& tensors, int64_t rows, bool all, do
   });
 }
 
+}  // namespace
+
 void add_memory_rows_cpu(const MemoryRows& memory, int64_t first, int64_t count, double* sum) {
   with_storage(memory.kind, [&](auto x) {
     for (int k = 0; k < memory.count; ++k) {
@@ -343,6 +377,10 @@ void add_memory_rows_cpu(const MemoryRows& memory, int64_t first, int64_t count,
   });
 }
 
+namespace {
+
+// grad <- grad + sum_k v_k G_k with v = coefficients[block * rows + k], in float64, rounded once.
+// Rows with v_k = 0 are not read; a gradient without others is not written.
 void gram_combine_cpu(const std::vector<GramTensor>& tensors, int64_t rows,
                       const double* coefficients, const std::vector<int64_t>& blocks) {
   std::vector<MemoryRows> memory;
@@ -368,6 +406,80 @@ void gram_combine_cpu(const std::vector<GramTensor>& tensors, int64_t rows,
       }
     });
   });
+}
+
+ScalarKind kind_of(const char* name, const Tensor& tensor, size_t i) {
+  const std::optional<ScalarKind> kind = scalar_kind(tensor.scalar_type());
+  check(kind.has_value(), name, "[", i, "] must be float32, float64, bfloat16 or float16");
+  return *kind;
+}
+
+// ops/gram.py says what is wrong with an argument and brings rows and gradients into one order;
+// here is only what memory safety needs. `rows` is how many each memory must have.
+GramTensor checked(const Tensor& memory, const Tensor& grad, size_t i, int64_t rows, bool written) {
+  check(memory.is_cpu() && grad.is_cpu(), "tensors ", i, " must be in host memory");
+  bool fits = memory.dim() == grad.dim() + 1 && memory.size(0) == rows;
+  for (int64_t d = 0; fits && d < grad.dim(); ++d) {
+    fits = memory.size(d + 1) == grad.size(d) &&
+           (grad.size(d) < 2 || grad.numel() == 0 || memory.stride(d + 1) == grad.stride(d));
+  }
+  check(fits && is_dense(grad), "memory[", i, "] must be [", rows, ", *shape of grads[", i,
+        "]], in dense rows of the gradient's order");
+  // To ask for a pointer to write through may copy a tensor that shares its memory.
+  void* data = written ? grad.mutable_data_ptr() : const_cast<void*>(grad.const_data_ptr());
+  return {memory.const_data_ptr(),      rows > 0 ? memory.stride(0) : 0, data, grad.numel(),
+          kind_of("memory", memory, i), kind_of("grads", grad, i)};
+}
+
+int64_t rows_of(const TensorList& memory) {
+  return memory.empty() || memory[0].dim() == 0 ? 0 : memory[0].size(0);
+}
+
+std::vector<GramTensor> all_checked(const TensorList& memory, const TensorList& grads,
+                                    bool written) {
+  check(memory.size() == grads.size(), "memory must hold ", grads.size(), " tensors, not ",
+        memory.size());
+  const int64_t rows = rows_of(memory);
+  std::vector<GramTensor> tensors;
+  tensors.reserve(grads.size());
+  for (size_t i = 0; i < grads.size(); ++i) {
+    tensors.push_back(checked(memory[i], grads[i], i, rows, written));
+  }
+  return tensors;
+}
+
+template <bool all>
+Tensor gram_products(const TensorList& memory, const TensorList& grads) {
+  const std::vector<GramTensor> tensors = all_checked(memory, grads, false);
+  const auto n = static_cast<int64_t>(grads.size());
+  const int64_t m = rows_of(memory) + 1;
+  const std::vector<int64_t> shape = all ? std::vector{n, m, m} : std::vector{n, m};
+  Tensor out = torch::stable::empty(shape, ScalarType::Double);
+  gram_cpu(tensors, m - 1, all, static_cast<double*>(out.mutable_data_ptr()));
+  return out;
+}
+
+void gram_combine_(const TensorList& grads, const TensorList& memory, const Tensor& coefficients,
+                   const std::vector<int64_t>& blocks) {
+  const std::vector<GramTensor> tensors = all_checked(memory, grads, true);
+  const int64_t rows = rows_of(memory);
+  check(coefficients.is_cpu() && coefficients.is_contiguous() && coefficients.dim() == 2 &&
+            coefficients.scalar_type() == ScalarType::Double &&
+            (grads.empty() || coefficients.size(1) == rows),
+        "coefficients must be contiguous float64 [B, ", rows, "] in host memory");
+  bool fits = blocks.size() == grads.size();
+  for (int64_t block : blocks) fits = fits && 0 <= block && block < coefficients.size(0);
+  check(fits, "blocks must name a row of coefficients for each gradient");
+  gram_combine_cpu(tensors, rows, static_cast<const double*>(coefficients.const_data_ptr()),
+                   blocks);
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(cl_optim, CPU, m) {
+  m.impl("gram_per_tensor", TORCH_BOX(&gram_products<true>));
+  m.impl("gram_dots_per_tensor", TORCH_BOX(&gram_products<false>));
+  m.impl("gram_combine_", TORCH_BOX(&gram_combine_));
 }
 
 }  // namespace cl_optim

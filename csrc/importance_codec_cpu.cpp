@@ -1,13 +1,20 @@
-// Blocks of codes on the CPU, one after another.
+// Whole tensors to the 8-bit codes of importance and back, for consolidation and for files: blocks
+// of codes, one after another.
+#include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
 
-#include "importance_codec_operator.h"
+#include "check.h"
+#include "importance_codec.h"
 #include "simd.h"
 
 namespace cl_optim {
 namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
 
 constexpr int64_t kBlocksPerThread = 64;
 
@@ -34,18 +41,38 @@ void for_each_block(int64_t count, F&& f) {
   });
 }
 
-}  // namespace
+void check_log8(const Check& check, const Tensor& packed, const Tensor& values) {
+  check(packed.dim() == 2 && packed.size(1) == sizeof(PackedBlock) &&
+            packed.size(0) == (values.numel() + kBlock - 1) / kBlock &&
+            packed.scalar_type() == ScalarType::Byte && packed.is_contiguous(),
+        "packed must be contiguous uint8 [ceil(n / 256), 260]");
+  check(values.scalar_type() == ScalarType::Float && values.is_contiguous(),
+        "values must be contiguous float32");
+}
 
-void encode_log8_cpu(const float* values, int64_t count, PackedBlock* blocks) {
-  for_each_block(count, [&](int64_t block, int64_t elements) {
-    encode_block(values + block * kBlock, elements, blocks[block]);
+void log8_encode_(const Tensor& packed, const Tensor& values) {
+  check_log8({"log8_encode_"}, packed, values);
+  const auto* from = static_cast<const float*>(values.const_data_ptr());
+  auto* blocks = static_cast<PackedBlock*>(packed.mutable_data_ptr());
+  for_each_block(values.numel(), [&](int64_t block, int64_t elements) {
+    encode_block(from + block * kBlock, elements, blocks[block]);
   });
 }
 
-void decode_log8_cpu(const PackedBlock* blocks, int64_t count, float* values) {
-  for_each_block(count, [&](int64_t block, int64_t elements) {
-    decode_block(blocks[block], elements, values + block * kBlock);
+void log8_decode_(const Tensor& values, const Tensor& packed) {
+  check_log8({"log8_decode_"}, packed, values);
+  const auto* blocks = static_cast<const PackedBlock*>(packed.const_data_ptr());
+  auto* to = static_cast<float*>(values.mutable_data_ptr());
+  for_each_block(values.numel(), [&](int64_t block, int64_t elements) {
+    decode_block(blocks[block], elements, to + block * kBlock);
   });
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(cl_optim, CPU, m) {
+  m.impl("log8_encode_", TORCH_BOX(&log8_encode_));
+  m.impl("log8_decode_", TORCH_BOX(&log8_decode_));
 }
 
 }  // namespace cl_optim

@@ -1,5 +1,5 @@
-// cl_optim._C: importing it registers the operators of library.cpp. What is not a tensor goes
-// through pybind11 here, without torch headers (torch ships a pybind11 of its own, which may
+// cl_optim._C: importing it registers the operators' CPU implementations. What is not a tensor
+// goes through pybind11 here, without torch headers (torch ships a pybind11 of its own, which may
 // refuse to compile beside the stable ABI).
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -56,7 +56,7 @@ constexpr cl_optim::Launcher kLauncher{
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
-  m.doc() = "Compiled kernels of cl_optim; importing this registers torch.ops.cl_optim.";
+  m.doc() = "CPU kernels of cl_optim; importing this registers them with torch.ops.cl_optim.";
   m.def(
       "build_info",
       [] {

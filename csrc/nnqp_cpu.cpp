@@ -4,7 +4,7 @@
 #include <algorithm>
 #include <vector>
 
-#include "nnqp_launch.h"
+#include "nnqp_operator.h"
 #include "simd.h"
 
 namespace cl_optim {
@@ -17,9 +17,7 @@ CL_OPTIM_SIMD_CLONES __attribute__((flatten)) void solve(const NNQPBatch& batch,
   for (int64_t i = begin; i < end; ++i) batch.solve(i, SingleLane{}, options, memory);
 }
 
-}  // namespace
-
-void nnqp_cpu(const NNQPBatch& batch, const NNQPOptions& options) {
+void solve_all(const NNQPBatch& batch, const NNQPOptions& options, const torch::stable::Tensor&) {
   // About as many problems as are worth a second thread.
   const int64_t work = int64_t{batch.size} * batch.size * batch.size;
   const int64_t grain = std::max<int64_t>(1, 100'000 / (work + 100));
@@ -29,5 +27,9 @@ void nnqp_cpu(const NNQPBatch& batch, const NNQPOptions& options) {
     solve(batch, options, begin, end, NNQPMemory{tableau.data(), batch.size, vectors.data()});
   });
 }
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(cl_optim, CPU, m) { m.impl("nnqp", TORCH_BOX(&nnqp<solve_all>)); }
 
 }  // namespace cl_optim

@@ -1,4 +1,4 @@
-// The launchers that the operator's implementations call, one per device.
+// What the solver is launched on, and the launcher for a GPU.
 #pragma once
 
 #include <cstddef>
@@ -31,9 +31,6 @@ struct NNQPBatch {
                  state == nullptr ? nullptr : state + i * size * (size + 1));
   }
 };
-
-// All arrays are in host memory.
-void nnqp_cpu(const NNQPBatch& batch, const NNQPOptions& options);
 
 // All arrays are in the memory of the current CUDA device; on a cudaStream_t, without waiting. The
 // workspace has as many bytes as the function below says and stays until the work is done.

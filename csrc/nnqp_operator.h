@@ -5,12 +5,14 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
+#include <initializer_list>
 #include <optional>
-#include <sstream>
-#include <stdexcept>
 #include <tuple>
 
+#include "check.h"
 #include "nnqp_launch.h"
+#include "tensors.h"
 
 namespace cl_optim {
 
@@ -24,14 +26,10 @@ std::tuple<torch::stable::Tensor, torch::stable::Tensor, torch::stable::Tensor> 
     double threshold, bool only_violated, int64_t max_pivots) {
   using torch::headeronly::ScalarType;
   using torch::stable::Tensor;
-  const auto check = [](bool condition, const char* message) {
-    if (!condition) throw std::runtime_error(std::string("nnqp: ") + message);
-  };
+  constexpr Check check{"nnqp"};
   const auto is = [&](const Tensor& tensor, std::initializer_list<int64_t> shape) {
     return tensor.scalar_type() == ScalarType::Double && tensor.is_contiguous() &&
-           tensor.is_cpu() == gram.is_cpu() &&
-           tensor.get_device_index() == gram.get_device_index() &&
-           tensor.dim() == static_cast<int64_t>(shape.size()) &&
+           on_same_device(tensor, gram) && tensor.dim() == static_cast<int64_t>(shape.size()) &&
            std::equal(shape.begin(), shape.end(), tensor.sizes().begin());
   };
   check(gram.dim() == 3, "gram must be [B, t, t]");

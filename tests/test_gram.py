@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
 import warnings
 
@@ -32,7 +33,7 @@ PAIRS = [*((d, d) for d in DTYPES), (torch.bfloat16, torch.float32), (torch.floa
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def device(request: pytest.FixtureRequest) -> str:
     expected = {"cpu": "cpu", "cuda": "triton"}[request.param]
-    assert gram.choose(request.param).name == expected
+    assert gram.choose("gram_per_tensor", request.param) == expected
     return request.param
 
 
@@ -433,14 +434,16 @@ def test_the_operators_check_what_memory_safety_needs():
 def test_without_kernels_the_reference_runs_and_says_so_once(monkeypatch, device_type, reason):
     missing = library.Backend("cpu", False, "The extension cl_optim._C was not built.")
     monkeypatch.setattr(library, "backends", lambda: {"cpu": missing})
-    monkeypatch.setattr(gram.importlib.util, "find_spec", lambda name: None)
-    gram.choose.cache_clear()
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    caches = library.why_not_triton, library.warn_once
+    for cache in caches:
+        cache.cache_clear()
     try:
         with pytest.warns(UserWarning, match=reason):
-            assert gram.choose(device_type).name == "reference"
+            assert gram.choose("gram_per_tensor", device_type) == "reference"
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            assert gram.choose(device_type).name == "reference"
+            assert gram.choose("gram_per_tensor", device_type) == "reference"
             if device_type == "cpu":
                 memory, grads = make_lists(SHAPES, 4)
                 assert_exact(gram.gram_per_tensor(memory, grads), memory, grads)
@@ -450,7 +453,8 @@ def test_without_kernels_the_reference_runs_and_says_so_once(monkeypatch, device
                 gram.combine_(grads, memory, v, [0] * len(grads))
                 assert torch.equal(grads[0], expected.float())
     finally:
-        gram.choose.cache_clear()
+        for cache in caches:
+            cache.cache_clear()
 
 
 # --- on a GPU -------------------------------------------------------------------------------------
@@ -522,6 +526,19 @@ class TestOnTheGPU:
             gram.combine_reference_(expected, memory, v, [0, 0])
             for actual, same in zip(grads, expected, strict=True):
                 torch.testing.assert_close(actual, same)
+
+    def test_the_operators_are_the_functions(self):
+        memory, grads = make_lists(SHAPES, 6, device="cuda")
+        v = torch.randn(1, 6, dtype=torch.float64, device="cuda")
+        moved, blocks = [g.clone() for g in grads], [0] * len(grads)
+        operators = torch.ops.cl_optim
+        products = operators.gram_per_tensor(memory, grads)
+        assert torch.equal(products, gram.gram_per_tensor(memory, grads))
+        products = operators.gram_dots_per_tensor(memory, grads)
+        assert torch.equal(products, gram.dots_per_tensor(memory, grads))
+        operators.gram_combine_(moved, memory, v, blocks)
+        gram.combine_(grads, memory, v, blocks)
+        assert all(torch.equal(a, b) for a, b in zip(moved, grads, strict=True))
 
     def test_more_than_2_31_elements(self):
         rows = torch.zeros(2, 2**30 + 2**12, dtype=torch.bfloat16, device="cuda")

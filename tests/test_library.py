@@ -228,6 +228,47 @@ def test_pieces_cover_every_element_once(numels, cuts):
     assert all((s == 1).all() for s in seen)
 
 
+@pytest.mark.parametrize("operator", library.OPERATORS)
+@pytest.mark.parametrize("device_type", ["cpu", "cuda"])
+def test_who_computes_an_operator_has_registered_it(operator, device_type):
+    """No GPU needed: kernels are registered when they are loaded."""
+    kind = library.OPERATORS[operator][device_type]
+    if kind == "compiled" and device_type == "cuda" and not library.available("cuda"):
+        pytest.skip(library.explain("cuda"))
+    found = torch._C._dispatch_has_kernel_for_dispatch_key(
+        f"cl_optim::{operator}", device_type.upper()
+    )
+    # Its reference is the implementation for a CPU.
+    assert found == (bool(kind) or operator == "squared_grad_sum_")
+    expected = device_type if kind == "compiled" else kind or "reference"
+    if operator != "squared_grad_sum_" or device_type == "cpu":  # which asks the GPU what it is
+        assert library.choose(operator, device_type) == expected
+
+
+def test_operators_are_there_without_kernels():
+    code = """
+import sys, warnings
+sys.modules |= {"cl_optim._C": None, "cl_optim._C_cuda": None}
+import torch, cl_optim
+from cl_optim.ops import library
+warnings.simplefilter("ignore")
+for operator in library.OPERATORS:
+    print(getattr(torch.ops.cl_optim, operator).default._schema)
+    assert library.choose(operator, "cpu") == "reference"
+try:
+    torch.ops.cl_optim.log8_decode_(torch.zeros(3), torch.zeros(1, 260, dtype=torch.uint8))
+except NotImplementedError as error:
+    assert "with arguments from the 'CPU' backend" in str(error)
+print(cl_optim.functional.gram(torch.eye(2), torch.ones(2))[1].tolist())
+"""
+    command = [sys.executable, "-c", code]
+    shown = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    *schemas, product = shown.splitlines()
+    assert len(schemas) == len(library.OPERATORS) == 9
+    assert all(schema.startswith("cl_optim::") for schema in schemas)
+    assert product == "[1.0, 1.0]"
+
+
 def test_build_info():
     backend = library.backends()["cpu"]
     assert backend.available

@@ -21,7 +21,7 @@ def kernels() -> None:
     assert library.available("cpu")
 
 
-def solve(rows, grad, lower=0.0, solver=nnqp.compiled, **options):
+def solve(rows, grad, lower=0.0, solver=nnqp.nnqp_compiled, **options):
     gram, linear = rows @ rows.T, rows @ grad
     options.setdefault("gram_error", gram_error(rows))
     return solver(gram[None], linear[None], lower, **options)
@@ -51,7 +51,7 @@ def test_the_certificate_is_met_in_2500_problems(seed):
     assert dependent < 25  # an exception, not a way out
 
 
-@pytest.mark.parametrize("solver", [nnqp.compiled, nnqp.reference])
+@pytest.mark.parametrize("solver", [nnqp.nnqp_compiled, nnqp.nnqp_reference])
 def test_projection_equals_brute_force(solver):
     for number, (kind, rows, grad) in enumerate(random_cases(400, 8, seed=10)):
         lower = 0.25 if number % 3 == 2 and kind != "scales 1e±20" else 0.0
@@ -86,9 +86,9 @@ def test_the_largest_size():
 
 def test_one_row_is_the_closed_form():
     gram, linear = torch.tensor([[[4.0]]]), torch.tensor([[-3.0]])
-    assert nnqp.compiled(gram, linear).v.item() == 0.75
-    assert nnqp.compiled(gram, -linear).v.item() == 0.0
-    assert nnqp.compiled(gram, linear, 2.0).v.item() == 2.0
+    assert nnqp.nnqp_compiled(gram, linear).v.item() == 0.75
+    assert nnqp.nnqp_compiled(gram, -linear).v.item() == 0.0
+    assert nnqp.nnqp_compiled(gram, linear, 2.0).v.item() == 2.0
 
 
 def test_the_opposite_of_a_row_is_projected_to_exactly_nothing():
@@ -101,7 +101,7 @@ def test_the_opposite_of_a_row_is_projected_to_exactly_nothing():
         everything = torch.cat([rows, grad[None]])
         # Sums in one order for all products: those with g are those with its row, negated.
         products = (everything[:, None] * everything).sum(-1)
-        solution = nnqp.compiled(products[None, :-1, :-1], products[None, :-1, -1])
+        solution = nnqp.nnqp_compiled(products[None, :-1, :-1], products[None, :-1, -1])
         assert (grad + rows.T @ solution.v[0]).norm() == 0.0, kind
 
 
@@ -109,7 +109,7 @@ def test_only_violated_problems_are_changed():
     gram, linear = batch(50, 5, 9)
     linear[::2] = linear[::2].abs()
     linear[0] = 0.0
-    for solver in (nnqp.compiled, nnqp.reference):
+    for solver in (nnqp.nnqp_compiled, nnqp.nnqp_reference):
         v, status, gap = solver(gram, linear, 0.5, only_violated=True)
         assert (status[::2] == Status.INACTIVE).all()
         assert not v[::2].any()
@@ -120,15 +120,15 @@ def test_only_violated_problems_are_changed():
 def test_v_is_at_least_lower_exactly():
     for lower in (0.1, 1 / 3, 1e-30, 7e10):
         gram, linear = batch(20, 6, 8)
-        assert (nnqp.compiled(gram, linear, lower).v >= lower).all()
+        assert (nnqp.nnqp_compiled(gram, linear, lower).v >= lower).all()
 
 
 @pytest.mark.parametrize("t", [1, 5, 40])
 def test_independent_of_the_batch(t):
     gram, linear = batch(33, t, t + 3)
-    together = nnqp.compiled(gram, linear)
+    together = nnqp.nnqp_compiled(gram, linear)
     for i in range(33):
-        alone = nnqp.compiled(gram[i : i + 1], linear[i : i + 1])
+        alone = nnqp.nnqp_compiled(gram[i : i + 1], linear[i : i + 1])
         assert all(torch.equal(a[i : i + 1], b) for a, b in zip(together, alone, strict=True))
 
 
@@ -208,7 +208,7 @@ def test_teams_of_threads_agree_and_do_not_race(tmp_path):
 # --- what is no problem ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("solver", [nnqp.compiled, nnqp.reference])
+@pytest.mark.parametrize("solver", [nnqp.nnqp_compiled, nnqp.nnqp_reference])
 def test_nan_and_inf_flag_their_problem_only(solver):
     gram, linear = batch(6, 4, 7)
     expected = solver(gram, linear)
@@ -225,7 +225,7 @@ def test_nan_and_inf_flag_their_problem_only(solver):
     assert gap[1].isnan()
 
 
-@pytest.mark.parametrize("solver", [nnqp.compiled, nnqp.reference])
+@pytest.mark.parametrize("solver", [nnqp.nnqp_compiled, nnqp.nnqp_reference])
 @pytest.mark.parametrize("size", [1, 3])
 def test_a_certificate_beyond_float64_certifies_nothing(solver, size):
     """Q is small and c is not, so that x, its products with w, or v itself overflow."""
@@ -249,19 +249,19 @@ def test_a_certificate_beyond_float64_certifies_nothing(solver, size):
 
 def test_a_zero_row_with_a_product_is_invalid():
     gram, linear = torch.zeros(2, 1, 1), torch.tensor([[-1.0], [0.0]])
-    for solver in (nnqp.compiled, nnqp.reference):
+    for solver in (nnqp.nnqp_compiled, nnqp.nnqp_reference):
         assert solver(gram, linear).status.tolist() == [Status.INVALID, Status.SOLVED]
 
 
 @pytest.mark.parametrize(("problems", "t"), [(0, 3), (2, 0), (0, 0)])
 def test_empty(problems, t):
-    for solver in (nnqp.compiled, nnqp.reference):
+    for solver in (nnqp.nnqp_compiled, nnqp.nnqp_reference):
         v, status, gap = solver(torch.ones(problems, t, t), torch.ones(problems, t))
         assert v.shape == (problems, t)
         assert status.tolist() == [0] * problems
         assert gap.tolist() == [0] * problems
     state = nnqp.new_state(problems, t)
-    assert nnqp.compiled(torch.ones(problems, t, t), torch.ones(problems, t), state=state)
+    assert nnqp.nnqp_compiled(torch.ones(problems, t, t), torch.ones(problems, t), state=state)
 
 
 def test_bad_input():
@@ -320,14 +320,14 @@ def test_opcheck():
 
 
 def test_the_kernels_run_where_they_are(monkeypatch):
-    monkeypatch.setattr(nnqp, "reference", None)
+    monkeypatch.setattr(nnqp, "nnqp_reference", None)
     gram, linear = batch(3, 4, 6)
     assert (functional.nnqp(gram.float(), linear.float()).status == Status.SOLVED).all()
 
 
 def test_without_kernels_the_reference_runs_with_a_warning(monkeypatch):
     gram, linear = batch(3, 4, 6)
-    expected = nnqp.compiled(gram, linear)
+    expected = nnqp.nnqp_compiled(gram, linear)
     monkeypatch.setattr(library, "available", lambda device: False)
     monkeypatch.setattr(library, "explain", lambda device: "There are none.")
     library.warn_once.cache_clear()
@@ -349,7 +349,7 @@ def test_gpu_meets_the_certificate(t):
         linear = torch.stack([rows @ grad for rows, grad in problems])
         error = gram_error(problems[0][0])
         for max_pivots in (0, 1):
-            solution = nnqp.compiled(
+            solution = nnqp.nnqp_compiled(
                 gram.cuda(), linear.cuda(), gram_error=error, max_pivots=max_pivots
             )
             solution = nnqp.Solution(*(part.cpu() for part in solution))
@@ -363,12 +363,12 @@ def test_gpu_meets_the_certificate(t):
 def test_gpu_neither_waits_nor_depends_on_the_batch(t):
     gram, linear = (part.cuda() for part in batch(9, t, t + 4))
     state = nnqp.new_state(9, t, "cuda")
-    alone = [nnqp.compiled(gram[i : i + 1], linear[i : i + 1]).v for i in range(9)]
+    alone = [nnqp.nnqp_compiled(gram[i : i + 1], linear[i : i + 1]).v for i in range(9)]
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        together = nnqp.compiled(gram, linear, state=state)
-        again = nnqp.compiled(gram, linear, state=state)
+        together = nnqp.nnqp_compiled(gram, linear, state=state)
+        again = nnqp.nnqp_compiled(gram, linear, state=state)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert torch.equal(together.v, torch.cat(alone))
@@ -379,11 +379,11 @@ def test_gpu_neither_waits_nor_depends_on_the_batch(t):
 @pytest.mark.parametrize("t", [8, 64, 300])
 def test_gpu_in_a_graph(t):
     gram, linear = (part.cuda() for part in batch(5, t, t + 4))
-    expected = nnqp.compiled(gram, linear)
+    expected = nnqp.nnqp_compiled(gram, linear)
     given = torch.zeros_like(linear)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        captured = nnqp.compiled(gram, given)
+        captured = nnqp.nnqp_compiled(gram, given)
     given.copy_(linear)
     graph.replay()
     assert torch.equal(captured.v, expected.v)

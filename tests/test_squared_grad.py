@@ -73,7 +73,7 @@ def test_brute_force(n, t, inputs, outputs, flat, dtype, chunk, with_grad, trans
 def test_cases(case):
     """What the Triton kernel is tested with: strides, packed sequences, every dtype of the sums."""
     out, a, b, weight_grad, cu_seqlens = arguments(case)
-    assert squared_grad.backend(out, a, cu_seqlens) == "reference"
+    assert squared_grad.choose(out, a, cu_seqlens) == "reference"
     squared_grad_sum_(out, a, b, weight_grad, cu_seqlens)
     assert_right(out, a, b, weight_grad, cu_seqlens)
 
@@ -231,7 +231,7 @@ class TestBackend:
         monkeypatch.setattr(torch.version, "cuda", "13.0")
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
         monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
-        caches = squared_grad._why_not_triton, library.warn_once
+        caches = library.why_not_triton, library.warn_once
         for cache in caches:
             cache.cache_clear()
         yield
@@ -241,7 +241,7 @@ class TestBackend:
     @staticmethod
     def chosen(dtype=torch.float32, shape=(3, 2, 5), cu_seqlens=None):
         out = SimpleNamespace(device=torch.device("cuda", 0), dtype=dtype)
-        return squared_grad.backend(out, torch.zeros(shape), cu_seqlens)
+        return squared_grad.choose(out, torch.zeros(shape), cu_seqlens)
 
     def test_triton(self):
         assert self.chosen() == "triton"
@@ -267,6 +267,18 @@ class TestBackend:
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             assert self.chosen() == "reference"
+
+
+def test_opcheck():
+    a, b = torch.randn(3, 2, 5), torch.randn(3, 2, 4)
+    operator = torch.ops.cl_optim.squared_grad_sum_.default
+    torch.library.opcheck(operator, (torch.zeros(4, 5), a, b))
+    flat = a.flatten(0, 1), b.flatten(0, 1)
+    packed = torch.zeros(4, 5), *flat, torch.zeros(4, 5), torch.tensor([0, 1, 6])
+    torch.library.opcheck(operator, packed)
+    out = torch.zeros(4, 5)
+    operator(out, a, b)
+    assert torch.equal(out, squared_grad_sum_(torch.zeros(4, 5), a, b))
 
 
 def test_device_mismatch():

@@ -184,7 +184,7 @@ class TestOnAGpu:
     def test_cases(self, case):
         out, weight_grad, a, b, cu_seqlens = self.summed(case)
         one_token = case.lengths is None and case.tokens == 1
-        assert squared_grad.backend(out, a, cu_seqlens) == ("reference" if one_token else "triton")
+        assert squared_grad.choose(out, a, cu_seqlens) == ("reference" if one_token else "triton")
         assert_right(out, a, b, weight_grad, cu_seqlens, RTOL[case.dtype])
 
     @pytest.mark.parametrize("precision", kernels.CONFIGS)
@@ -221,7 +221,7 @@ class TestOnAGpu:
 
     def test_reference_agrees(self):
         out, a, b, weight_grad, cu_seqlens = arguments(Case(lengths=[300, 0, 5]), "cuda")
-        squared_grad.reference(out, a, b, weight_grad, cu_seqlens)
+        squared_grad.squared_grad_sum_reference_(out, a, b, weight_grad, cu_seqlens)
         assert_right(out, a, b, weight_grad, cu_seqlens)
 
     def test_autograd_is_left_alone(self):
@@ -233,7 +233,7 @@ class TestOnAGpu:
 
     def test_float64_takes_the_reference(self):
         out = torch.zeros(4, 5, dtype=torch.float64, device="cuda")
-        assert squared_grad.backend(out, torch.zeros(3, 2, 5, device="cuda")) == "reference"
+        assert squared_grad.choose(out, torch.zeros(3, 2, 5, device="cuda")) == "reference"
 
     def test_offsets_beyond_31_bits(self):
         rows = 2**31 // 4096 // 64 + 1  # of 64 tokens: the last sample lies past 2³¹ elements

@@ -90,7 +90,7 @@ class Problem(Rows):
     def check(self) -> Check:
         """Of the projected gradient, against float64 and the reference's active set."""
         products = self.products()
-        solution = nnqp.reference(
+        solution = nnqp.nnqp_reference(
             products[None, :ROWS, :ROWS], products[None, :ROWS, ROWS], only_violated=True
         )
         expected = self.flat.double() + solution.v[0] @ self.matrix.double()

@@ -160,7 +160,9 @@ def squares(
     there = [torch.zeros(size, device=device.name, dtype=torch.float64) for _ in range(2)]
 
     def reference() -> None:
-        squared_grad.reference(there[0], a.double(), b.double(), there[1], cu_seqlens)
+        squared_grad.squared_grad_sum_reference_(
+            there[0], a.double(), b.double(), there[1], cu_seqlens
+        )
 
     return Case(
         lambda: F.squared_grad_sum_(here[0], a, b, here[1], cu_seqlens),

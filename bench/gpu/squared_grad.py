@@ -114,7 +114,9 @@ class Problem:
             sums = [torch.zeros_like(self.out) for _ in range(2)]
             F.squared_grad_sum_(sums[0], a, b, sums[1], self.cu_seqlens)
             wide = [torch.zeros_like(self.out, dtype=torch.float64) for _ in range(2)]
-            squared_grad.reference(wide[0], a.double(), b.double(), wide[1], self.cu_seqlens)
+            squared_grad.squared_grad_sum_reference_(
+                wide[0], a.double(), b.double(), wide[1], self.cu_seqlens
+            )
             found += sums
             expected += wide
         wrong = [errors.relative([a], [b]) for a, b in zip(found, expected, strict=True)]

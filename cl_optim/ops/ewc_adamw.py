@@ -27,6 +27,18 @@ PENALTIES: tuple[str, ...] = get_args(Penalty)
 
 _PIECE = 2**22  # weights whose penalty is summed at once
 
+library.define(
+    "ewc_adamw_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, "
+    "Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] max_exp_avg_sqs, Tensor[] importances, "
+    "Tensor[] anchors, Tensor(e!)[] compensations, Tensor(f!)[] steps, Tensor[] memories, "
+    "Tensor[] coefficients, Tensor? lr_tensor, Tensor? grad_scale, Tensor? found_inf, "
+    "Tensor(g!)? sums, *, float lr, float beta1, float beta2, float eps, float weight_decay, "
+    "float ewc_lambda, float damping, str penalty, bool amsgrad, bool maximize, "
+    "bool stochastic) -> ()",
+    cpu="compiled",
+    cuda="compiled",
+)
+
 
 def state_dtype(param: Tensor) -> torch.dtype:
     """The dtype of a parameter's arithmetic, and of its state unless that is to be narrower."""
@@ -635,7 +647,7 @@ Step: TypeAlias = Callable[..., None]  # with the arguments of `foreach`
 def choose(
     device_type: str, *, use_foreach: bool | None, use_fused: bool | None
 ) -> tuple[str, Step]:
-    """Who computes the step on a device, by the ``foreach`` and ``fused`` that a user asked for.
+    """Choose who computes the step on a device, by the user's ``foreach`` and ``fused``.
 
     ``None`` for both takes the compiled kernels, or the reference with one warning where there are
     none.
@@ -649,14 +661,15 @@ def choose(
     """
     if use_foreach and use_fused:
         raise ValueError("foreach=True and fused=True exclude each other: choose one.")
-    if use_fused and not library.available(device_type):
-        raise RuntimeError(f"fused=True is not possible: {library.explain(device_type)}")
-    wants_fused = use_fused or (use_fused is None and use_foreach is None)
-    if wants_fused and library.available(device_type):
-        return device_type, fused
-    if wants_fused:
-        library.warn_once(
-            f"EWC-AdamW runs on its slower reference: {library.explain(device_type)} "
-            "Pass foreach=True to choose the reference without this warning."
+    reason = library.why_not("ewc_adamw_", device_type) if use_fused else ""
+    if reason:
+        raise RuntimeError(f"fused=True is not possible: {reason}")
+    if use_fused or (use_fused is None and use_foreach is None):
+        warning = (
+            "EWC-AdamW runs on its slower reference: {} Pass foreach=True to choose the reference "
+            "without this warning."
         )
+        backend = library.choose("ewc_adamw_", device_type, warning)
+        if backend != "reference":
+            return backend, fused
     return "foreach", foreach

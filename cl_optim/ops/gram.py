@@ -6,17 +6,12 @@ parameter as well, since a step may have gradients for some parameters only; the
 parameters, `total`, is the product over the whole model.
 
 Products are summed in float64, in which a product of two float32 numbers is exact: rows of any
-scale are right, and so are nearly dependent ones. The functions that end in ``_reference`` are
-plain PyTorch for any device. The others take the compiled kernels on a CPU (``csrc/gram.h``) and
-Triton on a GPU (``gram_triton.py``); `choose` says which.
+scale are right, and so are nearly dependent ones.
 """
 
 from __future__ import annotations
 
-import functools
-import importlib.util
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -27,10 +22,34 @@ MAX_ROWS = 1024
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _CHUNK = 2**16
 
+library.define(
+    "gram_per_tensor(Tensor[] memory, Tensor[] grads) -> Tensor", cpu="compiled", cuda="triton"
+)
+library.define(
+    "gram_dots_per_tensor(Tensor[] memory, Tensor[] grads) -> Tensor", cpu="compiled", cuda="triton"
+)
+library.define(
+    "gram_combine_(Tensor(a!)[] grads, Tensor[] memory, Tensor coefficients, int[] blocks) -> ()",
+    cpu="compiled",
+    cuda="triton",
+)
 
+
+@library.fake("gram_per_tensor")
+def _(memory: Sequence[Tensor], grads: Sequence[Tensor]) -> Tensor:
+    size = len(memory[0]) + 1
+    return memory[0].new_empty(len(memory), size, size, dtype=torch.float64)
+
+
+@library.fake("gram_dots_per_tensor")
+def _(memory: Sequence[Tensor], grads: Sequence[Tensor]) -> Tensor:
+    return memory[0].new_empty(len(memory), len(memory[0]) + 1, dtype=torch.float64)
+
+
+@library.implementation("gram_per_tensor", "cuda")
 @torch.no_grad()
 def gram_per_tensor(memory: Sequence[Tensor], grads: Sequence[Tensor]) -> Tensor:
-    """All products of the rows and the gradient with each other, in one pass over the data.
+    """Multiply the rows and the gradient with each other, all in one pass over the data.
 
     Args:
         memory: G by parameter: n tensors [t, ...], t ≤ 1024, float32, float64, bfloat16 or float16.
@@ -48,23 +67,43 @@ def gram_per_tensor(memory: Sequence[Tensor], grads: Sequence[Tensor]) -> Tensor
     check(memory, grads)
     if not grads:
         return torch.zeros(0, 1, 1, dtype=torch.float64)
-    kernels = choose(grads[0].device.type)
-    return kernels.gram_per_tensor(*kernels.arrange(memory, grads))
+    backend = choose("gram_per_tensor", grads[0].device)
+    if backend == "reference":
+        return gram_per_tensor_reference(memory, grads)
+    memory, grads = in_one_order(memory, grads)
+    if backend == "triton":
+        from cl_optim.ops import gram_triton
+
+        return gram_triton.gram_per_tensor(memory, grads)
+    products: Tensor = torch.ops.cl_optim.gram_per_tensor(memory, grads)
+    return products
 
 
+@library.implementation("gram_dots_per_tensor", "cuda")
 @torch.no_grad()
 def dots_per_tensor(memory: Sequence[Tensor], grads: Sequence[Tensor]) -> Tensor:
-    """The last column of `gram_per_tensor`: c = Gg and ‖g‖², [n, t + 1] float64.
+    """Multiply the rows and the gradient with the gradient: the last column of `gram_per_tensor`.
+
+    That is c = Gg and ‖g‖², [n, t + 1] float64.
 
     On a CPU bit for bit; elsewhere summed in another order.
     """
     check(memory, grads)
     if not grads:
         return torch.zeros(0, 1, dtype=torch.float64)
-    kernels = choose(grads[0].device.type)
-    return kernels.dots_per_tensor(*kernels.arrange(memory, grads))
+    backend = choose("gram_dots_per_tensor", grads[0].device)
+    if backend == "reference":
+        return dots_per_tensor_reference(memory, grads)
+    memory, grads = in_one_order(memory, grads)
+    if backend == "triton":
+        from cl_optim.ops import gram_triton
+
+        return gram_triton.dots_per_tensor(memory, grads)
+    products: Tensor = torch.ops.cl_optim.gram_dots_per_tensor(memory, grads)
+    return products
 
 
+@library.implementation("gram_combine_", "cuda")
 @torch.no_grad()
 def combine_(
     grads: Sequence[Tensor], memory: Sequence[Tensor], coefficients: Tensor, blocks: Sequence[int]
@@ -87,18 +126,37 @@ def combine_(
     _check_combination(grads, memory, coefficients, blocks)
     if not grads:
         return
-    kernels = choose(grads[0].device.type)
-    rows, arranged = kernels.arrange(memory, grads)
-    kernels.combine_(arranged, rows, coefficients.contiguous(), blocks)
+    coefficients = coefficients.contiguous()
+    backend = choose("gram_combine_", grads[0].device)
+    if backend == "reference":
+        combine_reference_(grads, memory, coefficients, blocks)
+        return
+    memory, arranged = in_one_order(memory, grads)
+    if backend == "triton":
+        from cl_optim.ops import gram_triton
+
+        gram_triton.combine_(arranged, memory, coefficients, blocks)
+    else:
+        torch.ops.cl_optim.gram_combine_(arranged, memory, coefficients, blocks)
+    # Writes through raw pointers pass autograd's version counters by.
+    torch.autograd.graph.increment_version(arranged)
     for grad, written in zip(grads, arranged, strict=True):
         if written is not grad:
             grad.copy_(written)
 
 
+def choose(operator: str, device: torch.device | str) -> str:
+    """Return who computes one of the operators above on a device: "cpu", "triton" or "reference".
+
+    Where there are no kernels it is the reference, with one warning that says why.
+    """
+    return library.choose(operator, device, "The Gram products run on their slower reference: {}")
+
+
 def gram(
     memory: Sequence[Tensor] | Tensor, grad: Sequence[Tensor] | Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Q and c over all tensors; `cl_optim.functional.gram` documents it."""
+    """Return Q and c over all tensors; `cl_optim.functional.gram` documents it."""
     if isinstance(memory, Tensor) != isinstance(grad, Tensor):
         raise ValueError("memory and grad must be two tensors, or two lists of tensors.")
     memory = [memory] if isinstance(memory, Tensor) else memory
@@ -108,7 +166,7 @@ def gram(
 
 
 def total(per_tensor: Tensor) -> Tensor:
-    """The sum over the first dimension, every entry in the same order.
+    """Sum over the first dimension, every entry in the same order.
 
     ``torch.sum`` may sum the columns of a matrix in different orders, after which g = −G_k would
     no longer give c = −Q_k bit for bit.
@@ -122,76 +180,55 @@ def total(per_tensor: Tensor) -> Tensor:
     return per_tensor[0]
 
 
-# --- who computes it ------------------------------------------------------------------------------
-
-Lists = tuple[Sequence[Tensor], Sequence[Tensor]]
+# --- the reference --------------------------------------------------------------------------------
 
 
-class Kernels(NamedTuple):
-    """Who computes the products on a device.
-
-    Attributes:
-        name: ``"cpu"``, ``"triton"`` or ``"reference"``.
-        gram_per_tensor: As the function of this name, and so the next two; of checked arguments.
-        dots_per_tensor: c and ‖g‖².
-        combine_: g ← g + Gᵀv.
-        arrange: Brings rows and gradients into the layout that the three need.
-    """
-
-    name: str
-    gram_per_tensor: Callable[[Sequence[Tensor], Sequence[Tensor]], Tensor]
-    dots_per_tensor: Callable[[Sequence[Tensor], Sequence[Tensor]], Tensor]
-    combine_: Callable[[Sequence[Tensor], Sequence[Tensor], Tensor, Sequence[int]], None]
-    arrange: Callable[[Sequence[Tensor], Sequence[Tensor]], Lists]
+@torch.no_grad()
+def gram_per_tensor_reference(memory: Sequence[Tensor], grads: Sequence[Tensor]) -> Tensor:
+    """Compute `gram_per_tensor` in plain PyTorch."""
+    size = len(memory[0]) + 1
+    gram = torch.zeros(len(memory), size, size, dtype=torch.float64, device=memory[0].device)
+    for i, (rows, grad) in enumerate(zip(memory, grads, strict=True)):
+        for chunk in torch.split(_stack(rows, grad), _CHUNK, dim=1):
+            for k in range(size):
+                products = (chunk[: k + 1] * chunk[k]).sum(1)
+                gram[i, k, : k + 1] += products
+                gram[i, :k, k] += products[:k]
+    return gram
 
 
-@functools.cache
-def choose(device_type: str) -> Kernels:
-    """Who computes the products on a ``torch.device.type``.
-
-    Where there are no kernels it is the reference, with one warning that says why.
-    """
-    if device_type == "cpu" and library.available("cpu"):
-        operators = torch.ops.cl_optim
-        return Kernels(
-            "cpu",
-            operators.gram_per_tensor,
-            operators.gram_dots_per_tensor,
-            _compiled_combine_,
-            in_one_order,
-        )
-    if device_type == "cuda" and importlib.util.find_spec("triton") is not None:
-        from cl_optim.ops import gram_triton as triton
-
-        return Kernels(
-            "triton",
-            triton.gram_per_tensor,
-            triton.dots_per_tensor,
-            triton.combine_,
-            in_one_order,
-        )
-    missing = "Triton is not installed: pip install triton."
-    why = missing if device_type == "cuda" else library.explain(device_type)
-    library.warn_once(f"The Gram products run on their slower reference: {why}")
-    return Kernels(
-        "reference",
-        gram_per_tensor_reference,
-        dots_per_tensor_reference,
-        combine_reference_,
-        lambda memory, grads: (memory, grads),
-    )
+@torch.no_grad()
+def dots_per_tensor_reference(memory: Sequence[Tensor], grads: Sequence[Tensor]) -> Tensor:
+    """Compute `dots_per_tensor` in plain PyTorch."""
+    stacks = [_stack(rows, grad) for rows, grad in zip(memory, grads, strict=True)]
+    return torch.stack([stack @ stack[-1] for stack in stacks])
 
 
-def _compiled_combine_(
+@torch.no_grad()
+def combine_reference_(
     grads: Sequence[Tensor], memory: Sequence[Tensor], coefficients: Tensor, blocks: Sequence[int]
 ) -> None:
-    torch.ops.cl_optim.gram_combine_(grads, memory, coefficients, blocks)
-    # Writes through raw pointers pass autograd's version counters by.
-    torch.autograd.graph.increment_version(grads)
+    """Compute `combine_` in plain PyTorch."""
+    for grad, rows, block in zip(grads, memory, blocks, strict=True):
+        v = coefficients[block].view(-1, *[1] * grad.dim())
+        # A row that takes no part may hold anything, NaN included.
+        used = torch.where(v != 0, rows.double(), 0.0)
+        moved = grad.double() + (v * used).sum(0)
+        grad.copy_(torch.where((v != 0).any(), moved.to(grad.dtype), grad))
 
 
-def in_one_order(memory: Sequence[Tensor], grads: Sequence[Tensor]) -> Lists:
-    """Rows that are dense, and gradients in the same order of dimensions.
+def _stack(rows: Tensor, grad: Tensor) -> Tensor:
+    shape = (len(rows), grad.numel())
+    return torch.cat([rows.reshape(shape).double(), grad.reshape(1, -1).double()])
+
+
+# --- the layout that kernels need -----------------------------------------------------------------
+
+
+def in_one_order(
+    memory: Sequence[Tensor], grads: Sequence[Tensor]
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Make rows dense, and bring gradients into the same order of dimensions.
 
     Rows are read as they lie, whatever the order. A gradient in another order is copied, which
     costs less than to copy t rows; rows with gaps are copied too, and so is what is lazily negated.
@@ -215,7 +252,7 @@ def in_one_order(memory: Sequence[Tensor], grads: Sequence[Tensor]) -> Lists:
 
 
 def is_dense(shape: Sequence[int], strides: Sequence[int]) -> bool:
-    """Whether a tensor fills its memory without gaps, in whatever order of dimensions."""
+    """Return whether a tensor fills its memory without gaps, in whatever order of dimensions."""
     if 0 in shape:
         return True
     expected = 1
@@ -304,45 +341,3 @@ def _check_combination(
             stride == 0 and size > 1 for stride, size in zip(grad.stride(), grad.shape, strict=True)
         ):
             raise ValueError(f"grads[{i}] must not be expanded: it is written in place.")
-
-
-# --- the reference --------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def gram_per_tensor_reference(memory: Sequence[Tensor], grads: Sequence[Tensor]) -> Tensor:
-    """`gram_per_tensor` in plain PyTorch."""
-    size = len(memory[0]) + 1
-    gram = torch.zeros(len(memory), size, size, dtype=torch.float64, device=memory[0].device)
-    for i, (rows, grad) in enumerate(zip(memory, grads, strict=True)):
-        for chunk in torch.split(_stack(rows, grad), _CHUNK, dim=1):
-            for k in range(size):
-                products = (chunk[: k + 1] * chunk[k]).sum(1)
-                gram[i, k, : k + 1] += products
-                gram[i, :k, k] += products[:k]
-    return gram
-
-
-@torch.no_grad()
-def dots_per_tensor_reference(memory: Sequence[Tensor], grads: Sequence[Tensor]) -> Tensor:
-    """`dots_per_tensor` in plain PyTorch."""
-    stacks = [_stack(rows, grad) for rows, grad in zip(memory, grads, strict=True)]
-    return torch.stack([stack @ stack[-1] for stack in stacks])
-
-
-@torch.no_grad()
-def combine_reference_(
-    grads: Sequence[Tensor], memory: Sequence[Tensor], coefficients: Tensor, blocks: Sequence[int]
-) -> None:
-    """`combine_` in plain PyTorch."""
-    for grad, rows, block in zip(grads, memory, blocks, strict=True):
-        v = coefficients[block].view(-1, *[1] * grad.dim())
-        # A row that takes no part may hold anything, NaN included.
-        used = torch.where(v != 0, rows.double(), 0.0)
-        moved = grad.double() + (v * used).sum(0)
-        grad.copy_(torch.where((v != 0).any(), moved.to(grad.dtype), grad))
-
-
-def _stack(rows: Tensor, grad: Tensor) -> Tensor:
-    shape = (len(rows), grad.numel())
-    return torch.cat([rows.reshape(shape).double(), grad.reshape(1, -1).double()])

@@ -42,6 +42,9 @@ _SIGN = 128
 _LOWEST_SCALE = math.ceil(-126 / STEP)
 _HIGHEST_SCALE = math.floor(127 / STEP)
 
+library.define("log8_encode_(Tensor(a!) packed, Tensor values) -> ()", cpu="compiled")
+library.define("log8_decode_(Tensor(a!) values, Tensor packed) -> ()", cpu="compiled")
+
 
 def encode_log8(
     values: Tensor, frozen: Tensor | None = None, random: Tensor | None = None
@@ -57,7 +60,7 @@ def encode_log8(
     Returns:
         uint8 [ceil(n / 256), 260], on the device of ``values``.
     """
-    if random is None and _is_compiled(values):
+    if random is None and library.choose("log8_encode_", values.device) != "reference":
         shape = packed_shape(values.numel())
         packed = torch.empty(shape, dtype=torch.uint8, device="cpu")
         torch.ops.cl_optim.log8_encode_(packed, values.detach().float().contiguous())
@@ -83,7 +86,7 @@ def encode_log8_reference(
 
 def decode_log8(packed: Tensor, shape: torch.Size) -> Tensor:
     """Decode ``log8``: float32 of the given shape; 0 where a weight is frozen."""
-    if _is_compiled(packed):
+    if library.choose("log8_decode_", packed.device) != "reference":
         values = torch.empty(shape, dtype=torch.float32, device="cpu")
         torch.ops.cl_optim.log8_decode_(values, packed.contiguous())
         return values
@@ -148,10 +151,6 @@ def decode_signed(packed: Tensor, shape: torch.Size) -> Tensor:
     magnitudes = codes & (_SIGN - 1)
     values = torch.where(magnitudes == 0, 0.0, scale * _grid(_SIGNED_TOP - magnitudes))
     return _shaped(torch.where(codes >= _SIGN, -values, values), shape)
-
-
-def _is_compiled(tensor: Tensor) -> bool:
-    return tensor.device.type == "cpu" and library.available("cpu")
 
 
 def packed_shape(numel: int) -> tuple[int, int]:

@@ -1,14 +1,15 @@
-"""Which compiled kernels there are, and why one is not: the only place that loads them."""
+"""The operators' schemas, the compiled kernels, and the one answer to who computes what where."""
 
 from __future__ import annotations
 
 import functools
 import importlib
+import importlib.util
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
 
 from cl_optim.ops.warn import warn
 
@@ -17,6 +18,123 @@ INSTALL_HINT = {
     "cuda": "reinstall with a CUDA toolkit and CL_OPTIM_CUDA=1, which says what stops the build",
 }
 _MODULES = {"cpu": "_C", "cuda": "_C_cuda"}
+
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+
+# --- operators ------------------------------------------------------------------------------------
+
+
+_LIBRARY = torch.library.Library("cl_optim", "DEF")  # type: ignore[no-untyped-call]
+# Of each operator: who computes it, by device type, and the first compute capability for Triton's.
+OPERATORS: dict[str, dict[str, str]] = {}
+_CAPABILITY: dict[str, int] = {}
+
+
+def define(schema: str, *, cpu: str = "", cuda: str = "", capability: int = 0) -> None:
+    """Define an operator of ``torch.ops.cl_optim``.
+
+    An operator that returns nothing only writes into its arguments: there is nothing to infer for
+    torch.compile or export, and its fake is made here. Another needs a `fake`.
+
+    Args:
+        schema: In torch's notation.
+        cpu: ``"compiled"`` where ``csrc`` has a kernel for the CPU; else nothing.
+        cuda: ``"compiled"``, or ``"triton"`` where an `implementation` launches one; or nothing.
+        capability: The first compute capability that the Triton kernel runs on, without what
+            follows the point; 0 for any GPU.
+    """
+    operator = schema.partition("(")[0]
+    OPERATORS[operator] = {"cpu": cpu, "cuda": cuda}
+    _CAPABILITY[operator] = capability
+    _LIBRARY.define(schema)  # type: ignore[no-untyped-call]
+    if schema.endswith("-> ()"):
+        fake(operator)(lambda *args, **kwargs: None)
+
+
+def fake(operator: str) -> Callable[[_F], _F]:
+    """Decorate a function that makes an operator's results, without their values."""
+    registered: Callable[[_F], _F] = torch.library.register_fake(
+        f"cl_optim::{operator}", lib=_LIBRARY
+    )
+    return registered
+
+
+def implementation(operator: str, *device_types: str) -> Callable[[_F], _F]:
+    """Decorate a function that computes an operator on some types of devices."""
+
+    def register(function: _F) -> _F:
+        for device_type in device_types:
+            key = device_type.upper()
+            _LIBRARY.impl(operator, function, key)  # type: ignore[no-untyped-call]
+        return function
+
+    return register
+
+
+# --- who computes them ----------------------------------------------------------------------------
+
+
+def choose(operator: str, device: torch.device | str, warning: str = "") -> str:
+    """Return who computes an operator on a device.
+
+    Args:
+        operator: Its name.
+        device: A device, or the type of one.
+        warning: What to warn of, once, where it is the reference; ``{}`` stands for the reason.
+
+    Returns:
+        ``"cpu"`` or ``"cuda"`` for compiled kernels, ``"triton"``, or ``"reference"``.
+    """
+    reason = why_not(operator, device)
+    if reason:
+        if warning:
+            warn_once(warning.format(reason))
+        return "reference"
+    device_type = _type(device)
+    kind = OPERATORS[operator][device_type]
+    return device_type if kind == "compiled" else kind
+
+
+def why_not(operator: str, device: torch.device | str) -> str:
+    """Return why no kernel computes an operator on a device, in a sentence; nothing if one does."""
+    device_type = _type(device)
+    kind = OPERATORS[operator].get(device_type)
+    if kind == "triton":
+        return why_not_triton(device, _CAPABILITY[operator])
+    if kind == "compiled" and available(device_type):
+        return ""
+    return explain(device_type) or f"{operator} has no kernel for {device_type} tensors."
+
+
+@functools.cache
+def why_not_triton(device: torch.device | str, capability: int) -> str:
+    """Return why a Triton kernel cannot run on a GPU, in a sentence; nothing if it can."""
+    if capability and torch.version.cuda is None:
+        return f"The Triton kernel is for CUDA, and torch {torch.__version__} is built without."
+    if capability:
+        major, minor = torch.cuda.get_device_capability(device)
+        if major < capability:
+            return (
+                f"The Triton kernel needs compute capability {capability}.0, and {device} has "
+                f"{major}.{minor}."
+            )
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed: pip install triton."
+    return ""
+
+
+@functools.cache
+def warn_once(sentence: str) -> None:
+    """Say a thing once: that something runs on its slower reference, and why."""
+    warn(sentence)
+
+
+def _type(device: torch.device | str) -> str:
+    return device if isinstance(device, str) else device.type
+
+
+# --- the compiled kernels -------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -43,40 +161,27 @@ def backends() -> dict[str, Backend]:
     Returns:
         ``{"cpu": Backend, "cuda": Backend}``.
     """
-    cpu = _load_cpu()
+    cpu = _load("cpu")
     return {"cpu": cpu, "cuda": _load_cuda(cpu)}
 
 
 def available(device_type: str) -> bool:
-    """Whether compiled kernels for a ``torch.device.type`` are loaded."""
+    """Return whether compiled kernels for a ``torch.device.type`` are loaded."""
     backend = backends().get(device_type)
     return backend is not None and backend.available
 
 
 def extension(device_type: str) -> Any:
-    """The module of compiled kernels for a ``torch.device.type`` that has them."""
+    """Return the module of compiled kernels for a ``torch.device.type`` that has them."""
     return importlib.import_module(f"cl_optim.{_MODULES[device_type]}")
 
 
 def explain(device_type: str) -> str:
-    """One sentence on why there are no compiled kernels for a ``torch.device.type``."""
+    """Say in one sentence why there are no compiled kernels for a ``torch.device.type``."""
     backend = backends().get(device_type)
     if backend is None:
         return f"cl_optim has no compiled kernels for {device_type} tensors."
     return backend.reason
-
-
-@functools.cache
-def warn_once(sentence: str) -> None:
-    """Say a thing once: that something runs on its slower reference, and why."""
-    warn(sentence)
-
-
-def _load_cpu() -> Backend:
-    backend = _load("cpu")
-    if backend.available:
-        _register_fakes()
-    return backend
 
 
 def _load_cuda(cpu: Backend) -> Backend:
@@ -97,31 +202,3 @@ def _load(name: str) -> Backend:
         hint = INSTALL_HINT[name]
         return Backend(name, False, f"The extension cl_optim.{module} {what}: {hint}.")
     return Backend(name, True, info=extension.build_info())
-
-
-def _register_fakes() -> None:
-    # Some operators only write into their arguments: nothing to infer for torch.compile or export.
-    def in_place(*args: object, **kwargs: object) -> None:
-        return None
-
-    def gram_per_tensor(memory: list[Tensor], grads: list[Tensor]) -> Tensor:
-        size = len(memory[0]) + 1
-        return memory[0].new_empty(len(memory), size, size, dtype=torch.float64)
-
-    def gram_dots_per_tensor(memory: list[Tensor], grads: list[Tensor]) -> Tensor:
-        return memory[0].new_empty(len(memory), len(memory[0]) + 1, dtype=torch.float64)
-
-    def nnqp(
-        gram: Tensor, linear: Tensor, state: Tensor | None, **kwargs: object
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        v = torch.empty_like(linear)
-        return v, v.new_empty(len(v), dtype=torch.int8), v.new_empty(len(v))
-
-    torch.library.register_fake("cl_optim::ewc_adamw_", in_place)
-    torch.library.register_fake("cl_optim::log8_encode_", in_place)
-    torch.library.register_fake("cl_optim::log8_decode_", in_place)
-    torch.library.register_fake("cl_optim::importance_histogram_", in_place)
-    torch.library.register_fake("cl_optim::gram_per_tensor", gram_per_tensor)
-    torch.library.register_fake("cl_optim::gram_dots_per_tensor", gram_dots_per_tensor)
-    torch.library.register_fake("cl_optim::gram_combine_", in_place)
-    torch.library.register_fake("cl_optim::nnqp", nnqp)

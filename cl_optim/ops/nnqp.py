@@ -6,9 +6,9 @@ with a symmetric positive semidefinite, possibly singular Q = GGᵀ and c = Gg. 
 g + Gᵀv is the vector nearest to g + lower·ΣG_k that has no negative product with a row of G
 (Lopez-Paz & Ranzato 2017, arXiv:1706.08840, eq. 11).
 
-:func:`reference` solves one problem after the other by Lawson & Hanson's active-set method (1974,
-chapter 23), with a new Cholesky factor for every set. Rows that depend on the active ones are
-blocked, so that Q needs no regularisation. :func:`compiled` is the operator
+:func:`nnqp_reference` solves one problem after the other by Lawson & Hanson's active-set method
+(1974, chapter 23), with a new Cholesky factor for every set. Rows that depend on the active ones
+are blocked, so that Q needs no regularisation. :func:`nnqp_compiled` is the operator
 ``torch.ops.cl_optim.nnqp`` (``csrc/nnqp.h``): the same for a batch at once, on the device.
 """
 
@@ -25,6 +25,21 @@ from cl_optim.ops import library
 
 EPSILON = 2.0**-53
 MAX_SIZE = 1024
+
+library.define(
+    "nnqp(Tensor gram, Tensor linear, Tensor(a!)? state, *, float lower, float tolerance, "
+    "float threshold, bool only_violated, int max_pivots) -> (Tensor v, Tensor status, Tensor gap)",
+    cpu="compiled",
+    cuda="compiled",
+)
+
+
+@library.fake("nnqp")
+def _(
+    gram: Tensor, linear: Tensor, state: Tensor | None, **options: object
+) -> tuple[Tensor, Tensor, Tensor]:
+    v = torch.empty_like(linear)
+    return v, v.new_empty(len(v), dtype=torch.int8), v.new_empty(len(v))
 
 
 class Status(IntEnum):
@@ -60,7 +75,7 @@ class Solution(NamedTuple):
 
 
 def threshold(size: int, gram_error: float) -> float:
-    """The Schur pivot, relative to the row's square, at which a row counts as dependent.
+    """Return the Schur pivot, relative to the row's square, at which a row counts as dependent.
 
     A smaller pivot is made of rounding: of the elimination, or of the Gram matrix itself.
     """
@@ -68,13 +83,117 @@ def threshold(size: int, gram_error: float) -> float:
 
 
 def sum_error(products: int) -> float:
-    """Relative accuracy of a Gram matrix whose entries are float64 sums of so many products."""
+    """Return the relative accuracy of Gram entries that are float64 sums of so many products."""
     return EPSILON * math.sqrt(max(1, products))
 
 
 def tolerance(gram_error: float) -> float:
-    """How far w_i may be below 0, relative to |c_i| + Σ_j |Q_ij| v_j."""
+    """Return how far w_i may be below 0, relative to |c_i| + Σ_j |Q_ij| v_j."""
     return 8.0 * max(EPSILON, gram_error)
+
+
+def nnqp(
+    gram: Tensor,
+    linear: Tensor,
+    lower: float = 0.0,
+    *,
+    gram_error: float = EPSILON,
+    only_violated: bool = False,
+    state: Tensor | None = None,
+) -> Solution:
+    """Solve a batch of small quadratic programs: min ½ vᵀQv + cᵀv subject to v ≥ lower.
+
+    Exact: no regularisation, whatever the rank and the scale of Q. In float64, on the problems'
+    device, without waiting for it; every problem by itself, whatever the others hold. Runs on the
+    compiled kernels where there are some, else on `nnqp_reference`, with one warning that
+    says why.
+
+    Args:
+        gram: Q [B, t, t], float32 or float64, symmetric positive semidefinite, perhaps singular;
+            t ≤ 1024.
+        linear: c [B, t], float32 or float64.
+        lower: The bound of every v_k, finite and ≥ 0.
+        gram_error: Relative accuracy of the entries of Q and c: `sum_error` of P where they are
+            float64 sums of P products. What is smaller counts as rounding.
+        only_violated: As GEM was published: where no c_k is negative, v = 0 and the status is
+            INACTIVE, whatever ``lower`` says.
+        state: From `new_state`, for calls with the same Q again and again: each begins where the
+            last one ended, and an unchanged set of active rows costs no elimination.
+
+    Returns:
+        v [B, t] float64, at least ``lower`` exactly; status [B] int8, a :class:`Status`; gap [B]
+        float64, (v − lower)ᵀ(Qv + c). v is unique only where Q is regular; Gᵀv always is.
+
+    Raises:
+        ValueError: Shapes, dtypes or devices do not fit, or a number is out of its range.
+
+    References:
+        Lopez-Paz & Ranzato 2017, arXiv:1706.08840 (the problem); Goldfarb & Idnani 1983 (the
+        method).
+
+    Example:
+        >>> import torch
+        >>> from cl_optim import functional as F
+        >>> memory = torch.tensor([[1.0, 0.0], [1.0, 0.0]])  # twice the same row: Q is singular
+        >>> grad = torch.tensor([-1.0, 1.0])
+        >>> v, status, gap = F.nnqp((memory @ memory.T)[None], (memory @ grad)[None])
+        >>> grad.double() + v[0] @ memory.double()
+        tensor([0., 1.], dtype=torch.float64)
+    """
+    warning = "Quadratic programs run on their slower reference: {}"
+    if library.choose("nnqp", gram.device, warning) == "reference":
+        return nnqp_reference(
+            gram, linear, lower, gram_error=gram_error, only_violated=only_violated
+        )
+    return nnqp_compiled(
+        gram, linear, lower, gram_error=gram_error, only_violated=only_violated, state=state
+    )
+
+
+@torch.no_grad()
+def nnqp_compiled(
+    gram: Tensor,
+    linear: Tensor,
+    lower: float = 0.0,
+    *,
+    gram_error: float = EPSILON,
+    only_violated: bool = False,
+    state: Tensor | None = None,
+    max_pivots: int = 0,
+) -> Solution:
+    """Solve a batch of problems on its device, without waiting for it. Arguments as `nnqp`.
+
+    Args:
+        gram: Q [B, t, t].
+        linear: c [B, t].
+        lower: The bound of every v_k.
+        gram_error: Relative accuracy of the entries of Q and c.
+        only_violated: v = 0 where no c_k is negative.
+        state: From `new_state`, for calls with the same Q again and again: each begins where the
+            last one ended, and an unchanged set of active rows costs no elimination.
+        max_pivots: Eliminations before the method begins again from another guess (ADMM); 0 for a
+            number that has always been enough.
+    """
+    check(gram, linear, lower, gram_error, state)
+    solved = torch.ops.cl_optim.nnqp(
+        gram.double().contiguous(),
+        linear.double().contiguous(),
+        state,
+        lower=lower,
+        tolerance=tolerance(gram_error),
+        threshold=threshold(gram.shape[1], gram_error),
+        only_violated=only_violated,
+        max_pivots=max_pivots,
+    )
+    return Solution(*solved)
+
+
+def new_state(problems: int, size: int, device: torch.device | str = "cpu") -> Tensor:
+    """Return what is kept for B problems with t rows, [B, t, t + 1] float64; nothing is known yet.
+
+    Set it to zero (``state.zero_()``) when Q changes.
+    """
+    return torch.zeros(problems, size, size + 1, dtype=torch.float64, device=device)
 
 
 def check(
@@ -116,7 +235,7 @@ def check(
 
 
 @torch.no_grad()
-def reference(
+def nnqp_reference(
     gram: Tensor,
     linear: Tensor,
     lower: float = 0.0,
@@ -200,7 +319,7 @@ def _solve(
 
 
 def _pivot(q: Tensor, active: Tensor, row: int) -> float:
-    """The square of the row's part that does not depend on the active rows."""
+    """Return the square of the row's part that does not depend on the active rows."""
     if not active.any():
         return float(q[row, row])
     factor = torch.linalg.cholesky(q[active][:, active])
@@ -209,7 +328,7 @@ def _pivot(q: Tensor, active: Tensor, row: int) -> float:
 
 
 def _on_support(q: Tensor, c: Tensor, active: Tensor) -> Tensor:
-    """The minimiser among all x that are 0 outside the active rows, refined once."""
+    """Return the minimiser among all x that are 0 outside the active rows, refined once."""
     x = torch.zeros_like(c)
     if not active.any():
         return x
@@ -219,108 +338,3 @@ def _on_support(q: Tensor, c: Tensor, active: Tensor) -> Tensor:
     residual = -c[active, None] - block @ x_active
     x[active] = (x_active + torch.cholesky_solve(residual, factor))[:, 0]
     return x
-
-
-@torch.no_grad()
-def compiled(
-    gram: Tensor,
-    linear: Tensor,
-    lower: float = 0.0,
-    *,
-    gram_error: float = EPSILON,
-    only_violated: bool = False,
-    state: Tensor | None = None,
-    max_pivots: int = 0,
-) -> Solution:
-    """Solve a batch of problems on its device, without waiting for it. Arguments as `reference`.
-
-    Args:
-        gram: Q [B, t, t].
-        linear: c [B, t].
-        lower: The bound of every v_k.
-        gram_error: Relative accuracy of the entries of Q and c.
-        only_violated: v = 0 where no c_k is negative.
-        state: From `new_state`, for calls with the same Q again and again: each begins where the
-            last one ended, and an unchanged set of active rows costs no elimination.
-        max_pivots: Eliminations before the method begins again from another guess (ADMM); 0 for a
-            number that has always been enough.
-    """
-    check(gram, linear, lower, gram_error, state)
-    solved = torch.ops.cl_optim.nnqp(
-        gram.double().contiguous(),
-        linear.double().contiguous(),
-        state,
-        lower=lower,
-        tolerance=tolerance(gram_error),
-        threshold=threshold(gram.shape[1], gram_error),
-        only_violated=only_violated,
-        max_pivots=max_pivots,
-    )
-    return Solution(*solved)
-
-
-def new_state(problems: int, size: int, device: torch.device | str = "cpu") -> Tensor:
-    """Nothing known yet: what `compiled` keeps for B problems with t rows, [B, t, t + 1] float64.
-
-    Set it to zero (``state.zero_()``) when Q changes.
-    """
-    return torch.zeros(problems, size, size + 1, dtype=torch.float64, device=device)
-
-
-def nnqp(
-    gram: Tensor,
-    linear: Tensor,
-    lower: float = 0.0,
-    *,
-    gram_error: float = EPSILON,
-    only_violated: bool = False,
-    state: Tensor | None = None,
-) -> Solution:
-    """Solve a batch of small quadratic programs: min ½ vᵀQv + cᵀv subject to v ≥ lower.
-
-    Exact: no regularisation, whatever the rank and the scale of Q. In float64, on the problems'
-    device, without waiting for it; every problem by itself, whatever the others hold. Runs on the
-    compiled kernels where there are some (`compiled`), else on `reference`, with one warning that
-    says why.
-
-    Args:
-        gram: Q [B, t, t], float32 or float64, symmetric positive semidefinite, perhaps singular;
-            t ≤ 1024.
-        linear: c [B, t], float32 or float64.
-        lower: The bound of every v_k, finite and ≥ 0.
-        gram_error: Relative accuracy of the entries of Q and c: `sum_error` of P where they are
-            float64 sums of P products. What is smaller counts as rounding.
-        only_violated: As GEM was published: where no c_k is negative, v = 0 and the status is
-            INACTIVE, whatever ``lower`` says.
-        state: From `new_state`, for calls with the same Q again and again: each begins where the
-            last one ended, and an unchanged set of active rows costs no elimination.
-
-    Returns:
-        v [B, t] float64, at least ``lower`` exactly; status [B] int8, a :class:`Status`; gap [B]
-        float64, (v − lower)ᵀ(Qv + c). v is unique only where Q is regular; Gᵀv always is.
-
-    Raises:
-        ValueError: Shapes, dtypes or devices do not fit, or a number is out of its range.
-
-    References:
-        Lopez-Paz & Ranzato 2017, arXiv:1706.08840 (the problem); Goldfarb & Idnani 1983 (the
-        method).
-
-    Example:
-        >>> import torch
-        >>> from cl_optim import functional as F
-        >>> memory = torch.tensor([[1.0, 0.0], [1.0, 0.0]])  # twice the same row: Q is singular
-        >>> grad = torch.tensor([-1.0, 1.0])
-        >>> v, status, gap = F.nnqp((memory @ memory.T)[None], (memory @ grad)[None])
-        >>> grad.double() + v[0] @ memory.double()
-        tensor([0., 1.], dtype=torch.float64)
-    """
-    device = gram.device.type
-    if library.available(device):
-        return compiled(
-            gram, linear, lower, gram_error=gram_error, only_violated=only_violated, state=state
-        )
-    library.warn_once(
-        f"Quadratic programs run on their slower reference: {library.explain(device)}"
-    )
-    return reference(gram, linear, lower, gram_error=gram_error, only_violated=only_violated)

@@ -1,16 +1,13 @@
 """The sum of squared per-sample gradients of a linear map, without storing any of the gradients.
 
 :func:`squared_grad_sum_` computes it, on a GPU by the Triton kernel of
-:mod:`cl_optim.ops.squared_grad_triton`. :func:`reference` is plain PyTorch, for any device;
-:func:`backend` says which of the two a call takes, and why.
+:mod:`cl_optim.ops.squared_grad_triton`. :func:`squared_grad_sum_reference_` is plain PyTorch, for
+any device; :func:`choose` says which of the two a call takes.
 """
 
 from __future__ import annotations
 
-import functools
-import importlib.util
 from collections.abc import Iterator
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -22,7 +19,23 @@ from cl_optim.ops import library
 _CHUNK_BYTES_CPU = 2**18
 _CHUNK_BYTES = 2**24
 
-Backend = Literal["reference", "triton"]
+library.define(
+    "squared_grad_sum_(Tensor(a!) out, Tensor inputs, Tensor grad_outputs, "
+    "Tensor(b!)? weight_grad=None, Tensor? cu_seqlens=None) -> ()",
+    cuda="triton",
+    capability=8,
+)
+
+
+@library.implementation("squared_grad_sum_", "cpu", "cuda")
+def _(
+    out: Tensor,
+    inputs: Tensor,
+    grad_outputs: Tensor,
+    weight_grad: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> None:
+    squared_grad_sum_(out, inputs, grad_outputs, weight_grad, cu_seqlens)
 
 
 @torch.no_grad()
@@ -51,7 +64,7 @@ def squared_grad_sum_(
     along rows nor both along columns. Everything else is summed by plain PyTorch, which needs one
     tensor of ``out``'s shape or one bounded chunk: float64, T = 1 (which is ``(b²)ᵀ(a²)``), other
     devices, and, with one warning, a GPU that the kernel cannot run on.
-    :func:`cl_optim.ops.squared_grad.backend` tells which. Either way a call's additions have a
+    :func:`cl_optim.ops.squared_grad.choose` tells which. Either way a call's additions have a
     fixed order.
 
     Args:
@@ -82,8 +95,8 @@ def squared_grad_sum_(
         tensor([[1.]])
     """
     _check(out, inputs, grad_outputs, weight_grad, cu_seqlens)
-    if backend(out, inputs, cu_seqlens) == "reference":
-        return reference(out, inputs, grad_outputs, weight_grad, cu_seqlens)
+    if choose(out, inputs, cu_seqlens) == "reference":
+        return squared_grad_sum_reference_(out, inputs, grad_outputs, weight_grad, cu_seqlens)
     from cl_optim.ops import squared_grad_triton
 
     dtype = torch.promote_types(inputs.dtype, grad_outputs.dtype)
@@ -95,46 +108,33 @@ def squared_grad_sum_(
     return out
 
 
-def backend(out: Tensor, inputs: Tensor, cu_seqlens: Tensor | None = None) -> Backend:
-    """Which implementation :func:`squared_grad_sum_` takes for these arguments.
+def choose(out: Tensor, inputs: Tensor, cu_seqlens: Tensor | None = None) -> str:
+    """Return who computes :func:`squared_grad_sum_` of these arguments.
 
     Warns once where a GPU has to do without the Triton kernel.
+
+    Returns:
+        ``"triton"`` or ``"reference"``.
     """
     one_token = cu_seqlens is None and (inputs.dim() == 2 or inputs.shape[1] == 1)
     if out.device.type != "cuda" or out.dtype != torch.float32 or one_token:
         return "reference"
-    reason = _why_not_triton(out.device)
-    if reason:
-        library.warn_once(f"Squared gradients are summed by the slower reference: {reason}")
-        return "reference"
-    return "triton"
-
-
-@functools.cache
-def _why_not_triton(device: torch.device) -> str:
-    """One sentence, or nothing where the kernel runs."""
-    if torch.version.cuda is None:
-        return f"The Triton kernel is for CUDA, and torch {torch.__version__} is built without."
-    major, minor = torch.cuda.get_device_capability(device)
-    if major < 8:
-        return f"The Triton kernel needs compute capability 8.0, and {device} has {major}.{minor}."
-    if importlib.util.find_spec("triton") is None:
-        return "Triton is not installed: pip install triton."
-    return ""
+    warning = "Squared gradients are summed by the slower reference: {}"
+    return library.choose("squared_grad_sum_", out.device, warning)
 
 
 @torch.no_grad()
-def reference(
+def squared_grad_sum_reference_(
     out: Tensor,
     inputs: Tensor,
     grad_outputs: Tensor,
     weight_grad: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
 ) -> Tensor:
-    """:func:`squared_grad_sum_` in plain PyTorch; reads ``cu_seqlens`` on the host."""
+    """Compute :func:`squared_grad_sum_` in plain PyTorch; reads ``cu_seqlens`` on the host."""
     if weight_grad is not None and weight_grad.dtype != out.dtype:
         total = torch.zeros_like(out)
-        reference(out, inputs, grad_outputs, total, cu_seqlens)
+        squared_grad_sum_reference_(out, inputs, grad_outputs, total, cu_seqlens)
         weight_grad += total
         return out
     if cu_seqlens is None and inputs.dim() == 3 and inputs.shape[1] == 1:
@@ -178,7 +178,7 @@ def _add_products(
 def _chunks(
     inputs: Tensor, grad_outputs: Tensor, cu_seqlens: Tensor | None, samples: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Samples of one length, [n, T, in] and [n, T, out], where n is at most ``samples``."""
+    """Yield samples of one length, [n, T, in] and [n, T, out], where n is at most ``samples``."""
     if cu_seqlens is None:
         pairs = zip(torch.split(inputs, samples), torch.split(grad_outputs, samples), strict=True)
         yield from pairs

@@ -97,7 +97,7 @@ run_tests() { # OUTPUT, pytest's arguments; in time to say what is known
   $python -m gpu.tests $((SECONDS_LEFT - 15)) "$1" "$state/pytest" "${@:2}"
 }
 profile() {
-  local command=(ncu --clock-control none -k "regex:^(ewc_adamw|pairs_kernel|_accumulate)"
+  local command=(ncu --clock-control none -k "regex:^(ewc_adamw|pairs_kernel|accumulate_kernel)"
     --section SpeedOfLight --section MemoryWorkloadAnalysis --section LaunchStats
     --section Occupancy --section WarpStateStats)
   if [ -n "$dry" ]; then

@@ -22,7 +22,8 @@ from triton.backends.nvidia.compiler import get_ptxas, sm_arch_from_capability
 from triton.compiler import ASTSource
 
 from cl_optim.ops import gram_triton_kernels as kernels
-from cl_optim.ops import gram_triton as host
+from cl_optim.ops import gram_triton_tiles as tiles
+from cl_optim.ops.gram_triton import OPTIONS
 
 F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
 
@@ -36,8 +37,8 @@ ONE = {"t": 1}  # Triton compiles an argument that is 1 into the kernel
 Case = tuple[Any, dict[str, str], dict[str, Any]]
 
 
-def group(row: torch.dtype, grad: torch.dtype | None = None, aligned: bool = True) -> host.Group:
-    return host.Group(row, grad or row, aligned)
+def group(row: torch.dtype, grad: torch.dtype | None = None, aligned: bool = True) -> tiles.Group:
+    return tiles.Group(row, grad or row, aligned)
 
 
 # Of rows and gradient, the pairs of which code differs, aligned and not.
@@ -66,28 +67,28 @@ def cases(capability: int) -> dict[str, Case]:
     thorough = capability == 90
     groups = GROUPS | MORE if thorough else GROUPS
     result: dict[str, Case] = {}
-    for t in range(1, host.MAX_PAIRED) if thorough else (1, 3, 5, 10, 11):
-        of_most = groups if t == host.MAX_PAIRED - 1 else {"float32": GROUPS["float32"]}
+    for t in range(1, tiles.MAX_PAIRED) if thorough else (1, 3, 5, 10, 11):
+        of_most = groups if t == tiles.MAX_PAIRED - 1 else {"float32": GROUPS["float32"]}
         for name, kind in of_most.items():
-            constants = host.pairs_constants(kind, t + 1)
+            constants = tiles.pairs_constants(kind, t + 1)
             result[f"pairs, {t} {name}"] = kernels.pairs_kernel, PAIRS, constants
     for t in (12, 31, 63, 128):
         of_size = groups if t == 128 else {"float32": GROUPS["float32"]}
         for name, kind in of_size.items():
-            constants = host.tiles_constants(kind, t + 1)
+            constants = tiles.tiles_constants(kind, t + 1)
             result[f"tiles, {t} {name}"] = kernels.tiles_kernel, ROWS, constants
     for name, kind in groups.items():
         for t in (1, 10, 31) if name.endswith("float32") else (10,):
             one = ONE if t == 1 else {}
             result[f"dots, {t} {name}"] = (
-                kernels.dots_kernel, ROWS, host.dots_constants(kind, t + 1) | one,
+                kernels.dots_kernel, ROWS, tiles.dots_constants(kind, t + 1) | one,
             )  # fmt: skip
             result[f"combine, {t} {name}"] = (
-                kernels.combine_kernel, COMBINE, host.combine_constants(kind, t + 1) | one,
+                kernels.combine_kernel, COMBINE, tiles.combine_constants(kind, t + 1) | one,
             )  # fmt: skip
     for name, matrix, one in (("total", True, {}), ("total, 0", True, {"m": 1})):
-        result[name] = kernels.total_kernel, TOTAL, host.total_constants(matrix) | one
-    result["total, dots"] = kernels.total_kernel, TOTAL, host.total_constants(matrix=False)
+        result[name] = kernels.total_kernel, TOTAL, tiles.total_constants(matrix) | one
+    result["total, dots"] = kernels.total_kernel, TOTAL, tiles.total_constants(matrix=False)
     return result
 
 
@@ -98,7 +99,7 @@ def build(
     signature = {**signature, **dict.fromkeys(constants, "constexpr")}
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
     target = GPUTarget("cuda", capability, 32)
-    compiled = triton.compile(source, target=target, options=host.OPTIONS)
+    compiled = triton.compile(source, target=target, options=OPTIONS)
     ptx = compiled.asm["ptx"]
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.ptx"
@@ -119,7 +120,7 @@ def build(
 
 def parts(constants: dict[str, Any]) -> list[int]:
     """Bytes that a thread of `pairs_kernel` accesses at once, of a row and of the gradient."""
-    elements = constants["BLOCK"] // (32 * host.OPTIONS["num_warps"])
+    elements = constants["BLOCK"] // (32 * OPTIONS["num_warps"])
     bits = {constants[name].primitive_bitwidth for name in ("ROW", "GRADIENT")}
     return [min(16, elements * width // 8) for width in sorted(bits)]
 

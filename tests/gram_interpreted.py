@@ -6,7 +6,7 @@ import pytest
 import torch
 from gram_cases import assert_combined, assert_exact, bits, make_lists
 
-from cl_optim.ops import gram_triton
+from cl_optim.ops import gram_triton, gram_triton_tiles
 
 # 3000 elements are several chunks; 15 and 33 are aligned to nothing; the rest may be vectorized.
 SHAPES = [(3, 5), (), (3000,), (0,), (2, 3, 4, 4), (33,)]
@@ -20,7 +20,7 @@ PAIRS = [
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gram_triton, "CHUNK", 1024)
+    monkeypatch.setattr(gram_triton_tiles, "CHUNK", 1024)
 
 
 @pytest.fixture
@@ -55,8 +55,8 @@ def test_products(t, dtypes):
 @pytest.mark.parametrize("rows", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("t", "chunk"), [(41, 64), (64, 128)])
 def test_many_rows_of_several_chunks(t, chunk, rows, monkeypatch):
-    monkeypatch.setattr(gram_triton, "CHUNK", 64)
-    assert gram_triton.chunk_size(t + 1) == chunk
+    monkeypatch.setattr(gram_triton_tiles, "CHUNK", 64)
+    assert gram_triton_tiles.chunk_size(t + 1) == chunk
     memory, grads = make_lists([(2 * chunk + 30,)], t, rows)
     products = gram_triton.gram_per_tensor(memory, grads)
     assert_exact(products, memory, grads)

@@ -14,8 +14,9 @@ import triton.language as tl
 from squared_grad_cases import CASES, PACKED, Case, arguments, assert_near, assert_right, expected
 from triton.runtime import interpreter
 
-from cl_optim.ops import squared_grad_triton as kernels
-from cl_optim.ops.squared_grad_triton import CONFIGS, Config
+from cl_optim.ops import squared_grad_triton as launch
+from cl_optim.ops import squared_grad_triton_kernels as kernels
+from cl_optim.ops.squared_grad_triton_tiles import CONFIGS, Config
 
 dot = interpreter.InterpreterBuilder.create_dot
 
@@ -39,7 +40,7 @@ def _correct_dot(monkeypatch):
 
 def check(case: Case, config: Config | None = None) -> None:
     out, a, b, weight_grad, cu_seqlens = arguments(case)
-    returned = kernels.squared_grad_sum_(
+    returned = launch.squared_grad_sum_(
         out, a, b, weight_grad, cu_seqlens, config=config, processors=case.processors
     )
     assert returned is out
@@ -88,7 +89,7 @@ def test_results_of_any_strides(layouts, weight_grad):
     _, a, b, _, _ = arguments(Case(9, 70, 140, 72, torch.bfloat16))
     shape = torch.Size((72, 140))
     out, total = layouts[0](shape, torch.float32), layouts[1](shape, weight_grad)
-    kernels.squared_grad_sum_(out, a, b, total, processors=7)
+    launch.squared_grad_sum_(out, a, b, total, processors=7)
     squares, grad = expected(a, b)
     assert_near(out, squares + 1, 2e-6)
     assert_near(total, grad + 1, max(2e-6, torch.finfo(weight_grad).eps / 2))
@@ -102,7 +103,7 @@ def test_sequences_are_read_in_chunks(monkeypatch):
 def test_rows_are_not_taken_for_samples():
     """A case that is right by one sample axis and wrong by the other."""
     out, a, b, _, _ = arguments(Case(2, 3, 8, 8))
-    kernels.squared_grad_sum_(out, a, b, processors=1)
+    launch.squared_grad_sum_(out, a, b, processors=1)
     squares, _ = expected(a, b)
     flat, _ = expected(a.view(6, 1, 8), b.view(6, 1, 8))
     assert_near(out, squares + 2, 2e-6)
@@ -115,13 +116,13 @@ def test_rows_outside_are_never_read(wrong):
     a, b = torch.full((2, 40, 8), torch.nan)[:, 15:25]  # NaN before and after
     a.normal_(), b.normal_()
     out = torch.zeros(8, 8)
-    kernels.squared_grad_sum_(out, a, b, None, torch.tensor(wrong), processors=1)
+    launch.squared_grad_sum_(out, a, b, None, torch.tensor(wrong), processors=1)
     assert out.isfinite().all()
 
 
 def test_float16_does_not_underflow():
     b = torch.full((3, 2, 4), 1e-4, dtype=torch.float16)
-    out = kernels.squared_grad_sum_(
+    out = launch.squared_grad_sum_(
         torch.zeros(4, 5), torch.ones(3, 2, 5, dtype=torch.float16), b, processors=1
     )
     assert_near(out, torch.full((4, 5), 3 * (2 * b[0, 0, 0].item()) ** 2), 1e-6)

@@ -20,7 +20,8 @@ from cl_optim.ops import squared_grad
 
 pytest.importorskip("triton", reason="torch for the CPU alone comes without Triton")
 
-from cl_optim.ops import squared_grad_triton as kernels
+from cl_optim.ops import squared_grad_triton as launch
+from cl_optim.ops import squared_grad_triton_tiles as tiles
 
 HERE = Path(__file__).parent
 
@@ -80,19 +81,19 @@ FEATURES = st.sampled_from([1, 16, 63, 64, 65, 127, 128, 129, 768, 50257])
 
 
 @given(
-    precision=st.sampled_from(list(kernels.CONFIGS)),
+    precision=st.sampled_from(list(tiles.CONFIGS)),
     features=st.tuples(FEATURES, FEATURES),
     tokens=st.none() | st.integers(1, 4096),
     capability=st.integers(8, 12),
     descriptors=st.booleans(),
 )
 def test_the_choice_is_in_the_table(precision, features, tokens, capability, descriptors):
-    config = kernels.choose(
+    config = tiles.choose(
         precision, *features, tokens, capability=capability, descriptors=descriptors
     )
-    row = kernels.TABLE[{9: 90, 10: 100, 11: 100}.get(capability, 80), precision]
+    row = tiles.TABLE[{9: 90, 10: 100, 11: 100}.get(capability, 80), precision]
     assert config in {choice.config for choice in row.values()}
-    assert config in kernels.CONFIGS[precision]
+    assert config in tiles.CONFIGS[precision]
     assert not config.descriptors or descriptors
 
 
@@ -112,17 +113,17 @@ def test_the_choice_is_in_the_table(precision, features, tokens, capability, des
 )
 def test_each_row_of_the_table_is_reached(sizes, options, kind):
     for capability, architecture in ((8, 80), (9, 90), (10, 100), (12, 80)):
-        for precision in kernels.CONFIGS:
-            row = kernels.TABLE[architecture, precision]
+        for precision in tiles.CONFIGS:
+            row = tiles.TABLE[architecture, precision]
             # What a row does not tell apart it has under a more general name.
             general = "narrow" if "narrow" in kind and "narrow" in row else "wide"
             expected = row.get(kind, row[general])
-            config = kernels.choose(precision, *sizes, capability=capability, **options)
+            config = tiles.choose(precision, *sizes, capability=capability, **options)
             assert config == expected.config, (architecture, precision)
 
 
 def test_estimates_are_percentages():
-    for row in kernels.TABLE.values():
+    for row in tiles.TABLE.values():
         for choice in row.values():
             assert 0 < choice.percent[0] < choice.percent[1] < 100
 
@@ -134,7 +135,7 @@ def test_estimates_are_percentages():
     processors=st.integers(1, 200),
 )
 def test_schedule(tiles, samples, blocks_of_each, processors):
-    plan = kernels.schedule(tiles, samples, samples * blocks_of_each, processors)
+    plan = tiles.schedule(tiles, samples, samples * blocks_of_each, processors)
     assert plan.whole + plan.shared == tiles
     assert 1 <= plan.shares <= samples
     assert plan.programs >= tiles
@@ -145,12 +146,12 @@ def test_schedule(tiles, samples, blocks_of_each, processors):
 
 def test_schedule_shares_the_last_wave():
     # 768 × 768 has 36 tiles of 128 × 128, 768 × 3072 has 144, and an H100 132 multiprocessors
-    assert kernels.schedule(36, 8, 64, 132) == kernels.Schedule(0, 36, 3)
-    assert kernels.schedule(144, 8, 64, 132) == kernels.Schedule(132, 12, 8)
-    assert kernels.schedule(132, 8, 64, 132) == kernels.Schedule(132, 0, 1)
-    assert kernels.schedule(100, 8, 64, 132) == kernels.Schedule(100, 0, 1)
-    assert kernels.schedule(36, 1, 512, 132) == kernels.Schedule(36, 0, 1)
-    assert kernels.schedule(36, 8, 8, 132) == kernels.Schedule(36, 0, 1)
+    assert tiles.schedule(36, 8, 64, 132) == tiles.Schedule(0, 36, 3)
+    assert tiles.schedule(144, 8, 64, 132) == tiles.Schedule(132, 12, 8)
+    assert tiles.schedule(132, 8, 64, 132) == tiles.Schedule(132, 0, 1)
+    assert tiles.schedule(100, 8, 64, 132) == tiles.Schedule(100, 0, 1)
+    assert tiles.schedule(36, 1, 512, 132) == tiles.Schedule(36, 0, 1)
+    assert tiles.schedule(36, 8, 8, 132) == tiles.Schedule(36, 0, 1)
 
 
 # Tensor cores cut off where float32 arithmetic rounds.
@@ -187,16 +188,16 @@ class TestOnAGpu:
         assert squared_grad.choose(out, a, cu_seqlens) == ("reference" if one_token else "triton")
         assert_right(out, a, b, weight_grad, cu_seqlens, RTOL[case.dtype])
 
-    @pytest.mark.parametrize("precision", kernels.CONFIGS)
+    @pytest.mark.parametrize("precision", tiles.CONFIGS)
     def test_each_configuration(self, precision, float32_products):
         float32_products.fp32_precision = "tf32" if precision == "tf32" else "ieee"
         dtype = torch.bfloat16 if precision == "half" else torch.float32
         case = Case(9, 600, 136, 264, dtype)
-        for config in kernels.CONFIGS[precision]:
+        for config in tiles.CONFIGS[precision]:
             if config.descriptors and torch.cuda.get_device_capability() < (9, 0):
                 continue
             out, a, b, weight_grad, _ = arguments(case, "cuda")
-            kernels.squared_grad_sum_(out, a, b, weight_grad, config=config)
+            launch.squared_grad_sum_(out, a, b, weight_grad, config=config)
             if precision == "tf32":  # 10 bits of mantissa
                 squares = torch.einsum("nto,nti->noi", b.double(), a.double()).square().sum(0)
                 torch.testing.assert_close(out.double(), squares + 2, rtol=1e-2, atol=1.0)
@@ -230,6 +231,11 @@ class TestOnAGpu:
         F.squared_grad_sum_(out, a.requires_grad_(), b.requires_grad_(), weight_grad)
         assert not out.requires_grad
         assert (out._version, weight_grad._version) == tuple(v + 1 for v in versions)
+
+    def test_the_operator_is_the_function(self):
+        out, a, b, weight_grad, cu_seqlens = arguments(Case(lengths=[30, 0, 5]), "cuda")
+        torch.ops.cl_optim.squared_grad_sum_(out, a, b, weight_grad, cu_seqlens)
+        assert_right(out, a, b, weight_grad, cu_seqlens)
 
     def test_float64_takes_the_reference(self):
         out = torch.zeros(4, 5, dtype=torch.float64, device="cuda")

@@ -21,8 +21,9 @@ from ptx import widths
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from cl_optim.ops import squared_grad_triton as kernels
-from cl_optim.ops.squared_grad_triton import CONFIGS, TABLE, Config
+from cl_optim.ops import squared_grad_triton as launch
+from cl_optim.ops import squared_grad_triton_kernels as kernels
+from cl_optim.ops.squared_grad_triton_tiles import CONFIGS, TABLE, Config
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,7 @@ def cases(architecture: int) -> list[Case]:
 
 
 def signature(case: Case) -> tuple[dict[str, str], dict[str, Any]]:
-    """The types of `_accumulate`'s arguments, and the values of those known when compiling."""
+    """The types of the kernel's arguments, and the values of those known when compiling."""
     config = case.config
     constants: dict[str, Any] = {
         "BLOCK_OUT": config.block_out,
@@ -101,7 +102,7 @@ def signature(case: Case) -> tuple[dict[str, str], dict[str, Any]]:
     if config.descriptors:
         for name, block in (("inputs", config.block_in), ("grad_outputs", config.block_out)):
             types[name] = f"tensordesc<{case.dtype}[1,{config.block_tokens},{block}]>"
-    names = kernels._accumulate.arg_names
+    names = kernels.accumulate_kernel.arg_names
     types = {n: "constexpr" if n in constants else types.get(n, "i32") for n in names}
     return types, constants
 
@@ -147,12 +148,14 @@ def main() -> None:
     triton.knobs.nvidia.dump_ptxas_log = True
     results = {}
     for case in cases(architecture):
-        options = kernels.launch_options(case.config)
-        made = compiled(kernels._accumulate, *signature(case), not case.odd, options, architecture)
+        options = launch.launch_options(case.config)
+        made = compiled(
+            kernels.accumulate_kernel, *signature(case), not case.odd, options, architecture
+        )
         results[str(case)] = made | {"pipelined": pipelined(case)}
     for name, types, constants in reductions():
         made = compiled(
-            kernels._reduce, types, constants, "odd" not in name, kernels._FUSION, architecture
+            kernels.reduce_kernel, types, constants, "odd" not in name, launch.FUSION, architecture
         )
         results[name] = made | {"pipelined": 0}
     print(json.dumps(results))
@@ -168,14 +171,14 @@ def pipelined(case: Case) -> int:
 
 
 def reductions() -> Iterator[tuple[str, dict[str, str], dict[str, Any]]]:
-    """`_reduce` of the largest and the smallest tile: names, types, constants."""
+    """`reduce_kernel` of the largest and the smallest tile: names, types, constants."""
     choices = [("fp32", 128, ""), (None, 128, ""), ("bf16", 64, ""), ("bf16", 128, " odd")]
     for weight_grad, block, odd in choices:
         constants: dict[str, Any] = {"BLOCK_OUT": block, "BLOCK_IN": block}
-        constants["ROWS"] = kernels._REDUCE_ROWS
+        constants["ROWS"] = launch.REDUCE_ROWS
         if weight_grad is None:
             constants["weight_grad"] = None
-        types = dict.fromkeys(kernels._reduce.arg_names, "i32")
+        types = dict.fromkeys(kernels.reduce_kernel.arg_names, "i32")
         types |= {"out": "*fp32", "weight_grad": f"*{weight_grad}", "workspace": "*fp32"}
         types |= dict.fromkeys(constants, "constexpr")
         yield f"reduction of {block}, weight_grad {weight_grad}{odd}", types, constants

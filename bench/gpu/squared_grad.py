@@ -139,15 +139,16 @@ def configurations(shape: Shape, problem: Problem, device: Device) -> dict[str, 
     """A call for each configuration of the table that can take the shape."""
     if device.name != "cuda":
         return {}
-    from cl_optim.ops import squared_grad_triton as kernels
+    from cl_optim.ops import squared_grad_triton as launch
+    from cl_optim.ops.squared_grad_triton_tiles import CONFIGS, Config
 
-    def run(config: kernels.Config) -> None:
+    def run(config: Config) -> None:
         for a, b in problem.pairs:
             sums = problem.out, a, b, problem.weight_grad, problem.cu_seqlens
-            kernels.squared_grad_sum_(*sums, config=config)
+            launch.squared_grad_sum_(*sums, config=config)
 
     result: dict[str, devices.Call] = {}
-    for config in kernels.CONFIGS[shape.precision]:
+    for config in CONFIGS[shape.precision]:
         if config.descriptors and (shape.packed or torch.cuda.get_device_capability() < (9, 0)):
             continue
         name = " ".join(f"{field}={value}" for field, value in asdict(config).items())

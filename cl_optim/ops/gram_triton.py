@@ -25,108 +25,31 @@ from typing import Any, NamedTuple
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 
 from cl_optim.ops import gram_triton_kernels as kernels
+from cl_optim.ops import gram_triton_tiles as tiles
 from cl_optim.ops.capture import is_capturing
-
-# Elements whose products make one partial sum, for memories of up to 64 rows.
-CHUNK = 2**15
-# With more rows than these, the gradient included, the sums of all pairs exceed the registers.
-MAX_PAIRED = 12
-
-# Before 3.8, Triton fails on float64 products of 64 rows on sm_100: it takes them for ones that the
-# new tensor cores can do.
-_LARGEST_TILE = 64 if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 8) else 32
-
-_TYPES = {
-    torch.float32: tl.float32,
-    torch.float64: tl.float64,
-    torch.bfloat16: tl.bfloat16,
-    torch.float16: tl.float16,
-}
 
 # How kernels are compiled. Later Tritons do not join products and sums unless told so.
 OPTIONS: dict[str, Any] = {"num_warps": 4, "enable_fp_fusion": True}
 
 
-class Group(NamedTuple):
-    """What one launch serves: tensors of the same dtypes and alignment."""
-
-    row: torch.dtype
-    grad: torch.dtype
-    aligned: bool  # in addresses, row stride and size, so that 16 bytes may be read at once
-
-    def constants(self, m: int) -> dict[str, Any]:
-        """What most kernels are compiled for; m is the number of rows, the gradient included."""
-        return {
-            "ROW": _TYPES[self.row],
-            "GRADIENT": _TYPES[self.grad],
-            "ALIGNED": self.aligned,
-            "CHUNK": chunk_size(m),
-        }
-
-
-def chunk_size(m: int) -> int:
-    """Elements per chunk. Its sums are a matrix: with more rows there must be fewer chunks."""
-    return CHUNK * -(-m // 64)
-
-
-def pairs_constants(group: Group, m: int) -> dict[str, Any]:
-    """For `pairs_kernel`: 128 threads, with a sum for each pair, or more where pairs are few."""
-    # Loads go ahead of time, through shared memory, if a thread's part has 4 bytes at least.
-    narrow = min(group.row.itemsize, group.grad.itemsize) < 4
-    per_sum = 2 if narrow and group.aligned else 1
-    columns = 128 * (4 if m <= 4 else 2 if m <= 6 else 1)
-    kernel = {"M": m, "BLOCK": columns * per_sum, "PER_SUM": per_sum, "STAGES": 4}
-    return {**group.constants(m), **kernel}
-
-
-def tiles_constants(group: Group, m: int) -> dict[str, Any]:
-    """For `tiles_kernel`: a single tile for as many rows as the largest has: they are read once."""
-    tile = 16 if m <= 16 else 32 if m <= 32 else _LARGEST_TILE
-    block = 64 if tile <= 32 else 32
-    if max(group.row.itemsize, group.grad.itemsize) == 8:
-        block //= 2
-    # Addresses of single elements, for three blocks ahead, spill on compute capability 8.
-    stages = 3 if group.aligned or tile < 64 else 2
-    kernel = {"TILES": triton.cdiv(m, tile), "TILE": tile, "BLOCK": block, "STAGES": stages}
-    return {**group.constants(m), **kernel}
-
-
-def dots_constants(group: Group, m: int) -> dict[str, Any]:
-    """For `dots_kernel`: a single tile for up to 16 rows, so that g is read once, too."""
-    tile = 8 if m <= 8 else 16
-    kernel = {"TILES": triton.cdiv(m, tile), "TILE": tile, "BLOCK": 2048 // tile}
-    return {**group.constants(m), **kernel}
-
-
-def combine_constants(group: Group, m: int) -> dict[str, Any]:
-    """For `combine_kernel`."""
-    return {**group.constants(m), "BLOCK": 1024, "ROWS_AT_ONCE": 128}
-
-
-def total_constants(matrix: bool) -> dict[str, Any]:
-    """For `total_kernel`."""
-    return {"MATRIX": matrix, "CHUNKS_AT_ONCE": 64, "BLOCK": 32}
-
-
 def gram_per_tensor(memory: Sequence[Tensor], grads: Sequence[Tensor]) -> Tensor:
-    """As `gram.gram_per_tensor`, of arrays in one order on one GPU."""
+    """Compute `gram.gram_per_tensor` of arrays in one order on one GPU."""
     m = len(memory[0]) + 1
     out = grads[0].new_empty(len(grads), m, m, dtype=torch.float64)
     with _device(out):
         for group, table in _tables(memory, grads, m):
             chunks = len(table.owners)
             partial = out.new_empty(chunks, m, m)
-            if m <= MAX_PAIRED:
-                constants = pairs_constants(group, m)
+            if m <= tiles.MAX_PAIRED:
+                constants = tiles.pairs_constants(group, m)
                 _launch(
                     kernels.pairs_kernel, chunks, table.entries, table.owners, partial, **constants
                 )
             else:
-                constants = tiles_constants(group, m)
+                constants = tiles.tiles_constants(group, m)
                 programs = chunks * constants["TILES"] ** 2
                 arguments = (table.entries, table.owners, partial, m - 1)
                 _launch(kernels.tiles_kernel, programs, *arguments, **constants)
@@ -135,14 +58,14 @@ def gram_per_tensor(memory: Sequence[Tensor], grads: Sequence[Tensor]) -> Tensor
 
 
 def dots_per_tensor(memory: Sequence[Tensor], grads: Sequence[Tensor]) -> Tensor:
-    """As `gram.dots_per_tensor`, of arrays in one order on one GPU."""
+    """Compute `gram.dots_per_tensor` of arrays in one order on one GPU."""
     m = len(memory[0]) + 1
     out = grads[0].new_empty(len(grads), m, dtype=torch.float64)
     with _device(out):
         for group, table in _tables(memory, grads, m):
             chunks = len(table.owners)
             partial = out.new_empty(chunks, m)
-            constants = dots_constants(group, m)
+            constants = tiles.dots_constants(group, m)
             arguments = (table.entries, table.owners, partial, m - 1)
             _launch(kernels.dots_kernel, chunks * constants["TILES"], *arguments, **constants)
             _total(table, partial, out)
@@ -152,16 +75,14 @@ def dots_per_tensor(memory: Sequence[Tensor], grads: Sequence[Tensor]) -> Tensor
 def combine_(
     grads: Sequence[Tensor], memory: Sequence[Tensor], coefficients: Tensor, blocks: Sequence[int]
 ) -> None:
-    """As `gram.combine_`, of arrays in one order on one GPU."""
+    """Compute `gram.combine_` of arrays in one order on one GPU."""
     m = len(memory[0]) + 1
     with _device(coefficients):
         for group, table in _tables(memory, grads, m, blocks):
-            constants = combine_constants(group, m)
+            constants = tiles.combine_constants(group, m)
             programs = len(table.owners) * (constants["CHUNK"] // constants["BLOCK"])
             arguments = (table.entries, table.owners, coefficients, m - 1)
             _launch(kernels.combine_kernel, programs, *arguments, **constants)
-    # Writes through raw pointers pass autograd's version counters by.
-    torch.autograd.graph.increment_version(grads)
 
 
 def _launch(kernel: Any, programs: int, *arguments: Tensor | int, **constants: Any) -> None:
@@ -170,7 +91,7 @@ def _launch(kernel: Any, programs: int, *arguments: Tensor | int, **constants: A
 
 
 def _total(table: _Table, partial: Tensor, out: Tensor) -> None:
-    constants = total_constants(matrix=out.dim() == 3)
+    constants = tiles.total_constants(matrix=out.dim() == 3)
     m, entries = out.shape[-1], out[0].numel()
     grid = (len(table.entries), triton.cdiv(entries, constants["BLOCK"]))
     kernels.total_kernel[grid](table.entries, partial, out, m, entries, **constants, **OPTIONS)
@@ -206,7 +127,7 @@ class _Table(NamedTuple):
     owners: Tensor  # [chunks] int64: the tensor of each chunk
 
 
-_ByGroup = list[tuple[Group, _Table]]
+_ByGroup = list[tuple[tiles.Group, _Table]]
 
 
 @dataclass(eq=False)  # a weak reference needs a class, and a set one that hashes
@@ -223,13 +144,13 @@ _in_graphs: dict[_Arrays, _Stored] = {}
 def _tables(
     memory: Sequence[Tensor], grads: Sequence[Tensor], m: int, blocks: Sequence[int] = ()
 ) -> _ByGroup:
-    """The tensors by group, and where each group's table lies on their device.
+    """Return the tensors by group, and where each group's table lies on their device.
 
     Only what the tables depend on is read from each tensor of each call; the rest is stored.
     """
     arrays = _Arrays(
         grads[0].device,
-        chunk_size(m),
+        tiles.chunk_size(m),
         tuple(map(Tensor.data_ptr, memory)),
         tuple(map(Tensor.data_ptr, grads)),
         tuple([rows.dtype for rows in memory]),
@@ -276,7 +197,7 @@ def _store(arrays: _Arrays, stream: int) -> _Stored:
 
 
 def _for_graphs(arrays: _Arrays) -> _ByGroup | None:
-    """Stored tables that are on the device already, and so there for a replay on any stream."""
+    """Return stored tables that are on the device, and so there for a replay on any stream."""
     if arrays not in _in_graphs and len(_in_graphs) < _MOST_IN_GRAPHS:
         same = (stored for stored in list(_stored) if stored.arrays == arrays)
         _in_graphs.update((arrays, stored) for stored in same if stored.arrived.item())
@@ -284,7 +205,7 @@ def _for_graphs(arrays: _Arrays) -> _ByGroup | None:
 
 
 def _written_by_the_graph(arrays: _Arrays) -> _ByGroup:
-    """Tables that the graph being captured writes at each replay: nothing need be kept for it.
+    """Make tables that the graph being captured writes at each replay: none need be kept for it.
 
     Their words are arguments of its kernels. A copy from the host would read the host's memory at
     each replay, and there is no telling until when.
@@ -300,17 +221,17 @@ def _written_by_the_graph(arrays: _Arrays) -> _ByGroup:
     return result
 
 
-def _entries(arrays: _Arrays) -> dict[Group, list[tuple[int, ...]]]:
-    """The words of each tensor by group, as gram_triton_kernels.py numbers them."""
-    groups: dict[Group, list[tuple[int, ...]]] = {}
-    chunks: dict[Group, int] = {}
+def _entries(arrays: _Arrays) -> dict[tiles.Group, list[tuple[int, ...]]]:
+    """Return the words of each tensor by group, as gram_triton_kernels.py numbers them."""
+    groups: dict[tiles.Group, list[tuple[int, ...]]] = {}
+    chunks: dict[tiles.Group, int] = {}
     columns = zip(*arrays[2:], strict=True)
     for slot, (rows, grad, row_type, grad_type, stride, numel, block) in enumerate(columns):
         aligned = (
             rows % 16 == grad % 16 == 0
             and stride * row_type.itemsize % 16 == stride % 8 == numel % 8 == 0
         )
-        group = Group(row_type, grad_type, aligned)
+        group = tiles.Group(row_type, grad_type, aligned)
         first, count = chunks.get(group, 0), -(-numel // arrays.chunk)
         chunks[group] = first + count
         groups.setdefault(group, []).append((rows, grad, stride, numel, first, count, slot, block))
@@ -318,5 +239,5 @@ def _entries(arrays: _Arrays) -> dict[Group, list[tuple[int, ...]]]:
 
 
 def _owners(table: Tensor, chunks: int | None = None) -> Tensor:
-    """The tensor of each chunk; the host waits for a device's unless told how many there are."""
+    """Return each chunk's tensor; the host waits for a device unless told how many there are."""
     return torch.repeat_interleave(table[:, kernels.CHUNKS.value], output_size=chunks)

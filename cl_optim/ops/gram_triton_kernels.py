@@ -30,7 +30,7 @@ def _open(
     CHUNK: tl.constexpr,
     ALIGNED: tl.constexpr,
 ):
-    """A chunk's tensor: its entry, arrays and row stride, and where the chunk begins and ends."""
+    """Read a chunk's tensor: its entry, arrays and row stride, where the chunk begins and ends."""
     entry = table + tl.load(owners + chunk) * WORDS
     rows = tl.load(entry + ROWS).to(tl.pointer_type(ROW))
     grad = tl.load(entry + GRAD).to(tl.pointer_type(GRADIENT))
@@ -47,7 +47,7 @@ def _open(
 
 @triton.jit
 def _load_parts(array, index, inside, PER_SUM: tl.constexpr):
-    """Neighbours in memory as PER_SUM blocks, so that a thread adds them to one sum."""
+    """Load neighbours in memory as PER_SUM blocks, so that a thread adds them to one sum."""
     parts = (tl.load(array + index, inside, other=0.0),)
     if PER_SUM == 2:
         pairs = tl.reshape(parts[0], [parts[0].shape[0] // 2, 2])
@@ -72,7 +72,7 @@ def pairs_kernel(
     PER_SUM: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """All products of few rows: each thread keeps a sum for every pair."""
+    """Sum all products of few rows: each thread keeps a sum for every pair."""
     chunk = tl.program_id(0).to(tl.int64)
     _, rows, grad, stride, begin, end = _open(table, owners, chunk, ROW, GRADIENT, CHUNK, ALIGNED)
     sums = ()
@@ -101,7 +101,7 @@ def pairs_kernel(
 
 @triton.jit
 def _load_rows(rows, grad, stride, k, t, index, end):
-    """The numbers at `index` of the rows k, of which row t is the gradient."""
+    """Load the numbers at `index` of the rows k, of which row t is the gradient."""
     k = k.to(tl.int64)[:, None]
     inside = (index < end)[None, :]
     x = tl.load(rows + k * stride + index[None, :], inside & (k < t), other=0.0)
@@ -124,7 +124,7 @@ def tiles_kernel(
     BLOCK: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """All products of many rows, in TILES x TILES tiles, on the tensor cores for float64."""
+    """Sum all products of many rows, in TILES x TILES tiles, on the tensor cores for float64."""
     chunk = tl.program_id(0).to(tl.int64) // (TILES * TILES)
     tile = tl.program_id(0) % (TILES * TILES)
     if tile % TILES > tile // TILES:
@@ -172,7 +172,7 @@ def dots_kernel(
     TILE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """The products of all rows, in TILES tiles, with the gradient."""
+    """Sum the products of all rows, in TILES tiles, with the gradient."""
     chunk = tl.program_id(0).to(tl.int64) // TILES
     _, rows, grad, stride, begin, end = _open(table, owners, chunk, ROW, GRADIENT, CHUNK, ALIGNED)
     k = tl.program_id(0) % TILES * TILE + tl.arange(0, TILE)

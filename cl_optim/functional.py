@@ -37,7 +37,7 @@ def ewc_adamw_(
     foreach: bool | None = None,
     fused: bool | None = None,
 ) -> None:
-    """One EWC-AdamW step, in place, on lists of tensors of one device.
+    """Take an EWC-AdamW step, in place, on lists of tensors of one device.
 
     The penalty is ``λ Σ F (θ − θ*)²`` of Kirkpatrick et al. 2017 (arXiv:1612.00796) without their
     ½; :class:`cl_optim.EWCAdamW` describes its three forms.
@@ -81,6 +81,8 @@ def ewc_adamw_(
         >>> w
         tensor([1.0000e+00, 5.0000e-01, 1.0000e-12])
     """
+    if len(betas) != 2:
+        raise ValueError(f"betas must be two numbers, not {len(betas)}.")
     hyper = ewc_adamw.Hyperparameters(
         lr=lr,
         beta1=betas[0],
@@ -103,7 +105,7 @@ def ewc_adamw_(
 def gram(
     memory: Sequence[Tensor] | Tensor, grad: Sequence[Tensor] | Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The products of memory rows with each other and with a gradient, in one pass over the data.
+    """Multiply memory rows with each other and with a gradient, in one pass over the data.
 
     They are the matrix and the vector of the quadratic program of GEM (Lopez-Paz & Ranzato 2017,
     arXiv:1706.08840, eq. 11), whose rows are the gradients of t old tasks. A model's parameters

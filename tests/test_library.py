@@ -190,6 +190,8 @@ def test_functional_bad_input():
         F.ewc_adamw_(*args, lr=0.1, penalty="l1")
     with pytest.raises(ValueError, match="lr must be"):
         F.ewc_adamw_(*args, lr=-0.1)
+    with pytest.raises(ValueError, match=r"^betas must be two numbers, not 1\.$"):
+        F.ewc_adamw_(*args, lr=0.1, betas=(0.9,))
     F.ewc_adamw_([], [], [], [], [], [], [], lr=0.1)
 
 

@@ -272,6 +272,7 @@ def test_bad_input():
         ((gram, linear[:1]), r"linear must be \[2, 3\], not \[1, 3\]"),
         ((gram.int(), linear), "gram must be float32 or float64, not torch.int32"),
         ((gram, linear.half()), "linear must be float32 or float64, not torch.float16"),
+        ((gram.to_sparse(), linear), "gram must be a dense tensor, not torch.sparse_coo"),
         ((gram, linear, -1.0), "lower must be finite and at least 0, not -1.0"),
         ((gram, linear, torch.inf), "lower must be finite and at least 0, not inf"),
         ((torch.ones(1, 1025, 1025), torch.ones(1, 1025)), "1024 rows at most, not 1025"),

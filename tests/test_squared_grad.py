@@ -281,6 +281,13 @@ def test_opcheck():
     assert torch.equal(out, squared_grad_sum_(torch.zeros(4, 5), a, b))
 
 
+def test_sparse_tensors_are_refused():
+    out, a, b = torch.zeros(4, 5), torch.zeros(3, 5), torch.zeros(3, 4)
+    for name, bad in (("inputs", (out, a.to_sparse(), b)), ("out", (out.to_sparse(), a, b))):
+        with pytest.raises(ValueError, match=f"^{name} must be a dense tensor, not torch.sparse"):
+            squared_grad_sum_(*bad)
+
+
 def test_device_mismatch():
     with pytest.raises(ValueError, match="out is on meta, but inputs is on cpu"):
         squared_grad_sum_(torch.zeros(4, 5, device="meta"), torch.zeros(3, 5), torch.zeros(3, 4))

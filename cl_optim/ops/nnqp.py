@@ -213,6 +213,8 @@ def check(
     for name, tensor in (("gram", gram), ("linear", linear)):
         if tensor.dtype not in (torch.float32, torch.float64):
             raise ValueError(f"{name} must be float32 or float64, not {tensor.dtype}.")
+        if tensor.layout is not torch.strided:
+            raise ValueError(f"{name} must be a dense tensor, not {tensor.layout}.")
     if gram.device != linear.device:
         raise ValueError(f"linear is on {linear.device}, but gram is on {gram.device}.")
     if not 0.0 <= lower < math.inf:

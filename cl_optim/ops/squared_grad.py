@@ -207,6 +207,8 @@ def _check(
     for name, tensor in (("inputs", inputs), ("grad_outputs", grad_outputs)):
         if not tensor.is_floating_point():
             raise ValueError(f"{name} must be of a real floating-point dtype, not {tensor.dtype}.")
+        if tensor.layout is not torch.strided:
+            raise ValueError(f"{name} must be a dense tensor, not {tensor.layout}.")
     shape = (grad_outputs.shape[-1], inputs.shape[-1])
     _check_result("out", out, shape, (torch.float32, torch.float64))
     if weight_grad is not None:
@@ -233,6 +235,8 @@ def _check_result(
     if tensor.dtype not in dtypes:
         names = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
         raise ValueError(f"{name} must be {names}, not {tensor.dtype}.")
+    if tensor.layout is not torch.strided:
+        raise ValueError(f"{name} must be a dense tensor, not {tensor.layout}.")
     if any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), shape, strict=True)):
         raise ValueError(f"{name} must not be expanded: its elements share memory.")
     if tensor.is_neg():

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from cl_optim.ops import ewc_adamw
+from cl_optim.ops import ewc_adamw_arguments as arguments
 from cl_optim.ops import gram as gram_ops
 from cl_optim.ops.nnqp import Solution, nnqp, sum_error
 from cl_optim.ops.squared_grad import squared_grad_sum_
@@ -31,7 +32,7 @@ def ewc_adamw_(
     eps: float = 1e-8,
     weight_decay: float = 1e-2,
     ewc_lambda: float = 1.0,
-    penalty: ewc_adamw.Penalty = "gradient",
+    penalty: arguments.Penalty = "gradient",
     max_exp_avg_sqs: Sequence[Tensor] = (),
     maximize: bool = False,
     foreach: bool | None = None,
@@ -83,7 +84,7 @@ def ewc_adamw_(
     """
     if len(betas) != 2:
         raise ValueError(f"betas must be two numbers, not {len(betas)}.")
-    hyper = ewc_adamw.Hyperparameters(
+    hyper = arguments.Hyperparameters(
         lr=lr,
         beta1=betas[0],
         beta2=betas[1],
@@ -94,8 +95,8 @@ def ewc_adamw_(
         amsgrad=bool(max_exp_avg_sqs),
         maximize=maximize,
     )
-    state = ewc_adamw.State(exp_avgs, exp_avg_sqs, max_exp_avg_sqs, importances, anchors, (), steps)
-    ewc_adamw.check(params, grads, state, hyper.amsgrad)
+    state = arguments.State(exp_avgs, exp_avg_sqs, max_exp_avg_sqs, importances, anchors, (), steps)
+    arguments.check(params, grads, state, hyper.amsgrad)
     if not params:
         return
     _, step = ewc_adamw.choose(params[0].device.type, use_foreach=foreach, use_fused=fused)

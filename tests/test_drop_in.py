@@ -68,18 +68,22 @@ class TestTensorLearningRate:
     def test_the_kernel_reads_it_where_it_is(self):
         """What a GPU does, on the CPU: the number is in the inputs and not in the options."""
         from cl_optim.ops import ewc_adamw as ops
+        from cl_optim.ops import ewc_adamw_arguments as arguments
 
         start = Problem.of(make_params([(50,)], torch.float32))
         for step in (ops.fused, ops.foreach):
             results = []
-            for lr, inputs in ((0.25, ops.NO_INPUTS), (0.0, ops.Inputs(lr=torch.tensor(0.25)))):
+            for lr, inputs in (
+                (0.25, arguments.NO_INPUTS),
+                (0.0, arguments.Inputs(lr=torch.tensor(0.25))),
+            ):
                 side = start.copy(torch.float32)
                 side.set_gradients(0, torch.float32)
                 zeros = [[torch.zeros(50)] for _ in range(2)]
-                hyper = ops.Hyperparameters(lr, 0.9, 0.99, 1e-8, 0.1, 0.5, penalty="proximal")
+                hyper = arguments.Hyperparameters(lr, 0.9, 0.99, 1e-8, 0.1, 0.5, penalty="proximal")
                 grads = [p.grad for p in side.params]
                 steps = [torch.tensor(0.0)]
-                state = ops.State(*zeros, [], side.importances, side.anchors, [], steps)
+                state = arguments.State(*zeros, [], side.importances, side.anchors, [], steps)
                 with torch.no_grad():
                     step(side.params, grads, state, hyper, inputs)
                 results.append(side.params[0])

@@ -19,7 +19,7 @@ from ewc_adamw_cases import (
 from reference_optimizer import ReferenceEWCAdamW
 
 from cl_optim import EWCAdamW
-from cl_optim.ops import ewc_adamw as ops
+from cl_optim.ops import ewc_adamw_reference as ops
 
 SHAPES = [(0,), (1,), (31,), (65_537,), (37, 53), (2, 3, 5, 7), ()]
 IMPLEMENTATIONS = [{"fused": True}, {"foreach": True}]

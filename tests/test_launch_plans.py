@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from cl_optim import GEM, EWCAdamW
-from cl_optim.ops import ewc_adamw as ops
+from cl_optim.ops import ewc_adamw_plan as ops
 
 SHAPES = [(5, 7), (300,), (), (0,), (4, 3, 2)]
 IMPLEMENTATIONS = [{"fused": True}, {"foreach": True}]

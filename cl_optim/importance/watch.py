@@ -19,7 +19,7 @@ from torch.utils.hooks import RemovableHandle
 
 from cl_optim.importance.manifest import sealed, unsealed
 from cl_optim.importance.statistics import layer_of
-from cl_optim.ops.ewc_adamw import penalty_sums
+from cl_optim.ops.ewc_adamw_reference import penalty_sums
 from cl_optim.ops.warn import warn
 
 QUANTILES = (0.5, 0.95, 0.99)

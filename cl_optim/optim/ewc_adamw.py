@@ -16,7 +16,9 @@ from torch.optim.optimizer import ParamsT
 from cl_optim.importance import ImportanceLog
 from cl_optim.importance.names import compare_names, listed, match_names
 from cl_optim.ops import ewc_adamw as ops
+from cl_optim.ops import ewc_adamw_arguments as arguments
 from cl_optim.ops.capture import is_capturing
+from cl_optim.ops.ewc_adamw_reference import penalty_sums
 from cl_optim.ops.warn import warn
 from cl_optim.optim import protection
 from cl_optim.optim.groups import is_dtensor, name_of
@@ -148,7 +150,7 @@ class EWCAdamW(torch.optim.Optimizer):
         eps: float = 1e-8,
         weight_decay: float = 1e-2,
         ewc_lambda: float = 1.0,
-        penalty: ops.Penalty = "gradient",
+        penalty: arguments.Penalty = "gradient",
         *,
         importance_dtype: Literal["float32", "bfloat16", "log8"] = "float32",
         anchor_dtype: Literal["float32", "bfloat16"] | None = None,
@@ -287,7 +289,7 @@ class EWCAdamW(torch.optim.Optimizer):
         inputs = [self._inputs(batch) for batch in batches]
         for batch, given in zip(batches, inputs, strict=True):
             amsgrad = batch.group["amsgrad"]
-            ops.check(batch.params, batch.grads(), batch.lists(), amsgrad, given)
+            arguments.check(batch.params, batch.grads(), batch.lists(), amsgrad, given)
         for batch, given, (self._backend, step) in zip(batches, inputs, chosen, strict=True):
             hyper = _hyperparameters(batch.group)
             step(batch.params, batch.grads(), batch.lists(), hyper=hyper, inputs=given)
@@ -327,11 +329,11 @@ class EWCAdamW(torch.optim.Optimizer):
         finally:
             self._projection = None
 
-    def _inputs(self, batch: Batch) -> ops.Inputs:
+    def _inputs(self, batch: Batch) -> arguments.Inputs:
         def on_device(number: Tensor | None) -> Tensor | None:
             return None if number is None else number.to(batch.device, torch.float32)
 
-        return ops.Inputs(
+        return arguments.Inputs(
             *self._rows(batch),
             _lr_tensor(batch.group, batch.device),
             # GradScaler sets these two for the time of a step.
@@ -707,7 +709,7 @@ class EWCAdamW(torch.optim.Optimizer):
         total = torch.zeros((), dtype=torch.float64, device=next(self._params()).device)
         for _, param, importance, frozen, anchor, ewc_lambda in self.protected():
             weight = weight_of(param, self.state[param])
-            sums = ops.penalty_sums(weight, importance, frozen, anchor)
+            sums = penalty_sums(weight, importance, frozen, anchor)
             total += (ewc_lambda * sums[0]).to(total.device)
         return total
 
@@ -873,11 +875,11 @@ def _check_group(group: Mapping[str, Any]) -> None:
         )
 
 
-def _hyperparameters(group: Mapping[str, Any]) -> ops.Hyperparameters:
+def _hyperparameters(group: Mapping[str, Any]) -> arguments.Hyperparameters:
     beta1, beta2 = group["betas"]
     mean = group["importance_mean"]
     damping = group["importance_damping"] / mean if mean > 0.0 else 0.0
-    return ops.Hyperparameters(
+    return arguments.Hyperparameters(
         lr=0.0 if _stays_tensor(group) else float(group["lr"]),
         beta1=float(beta1),
         beta2=float(beta2),
@@ -928,7 +930,7 @@ def _check_importance(name: str, importance: Tensor, param: Tensor) -> None:
         )
     if importance.numel() == 0:
         return
-    values = importance.detach().to(ops.state_dtype(param))  # as they will be stored, at most
+    values = importance.detach().to(arguments.state_dtype(param))  # as they will be stored, at most
     low, high = (bound.item() for bound in values.aminmax())  # NaN shows in both
     if not (low >= 0.0 and high < float("inf")):
         raise ValueError(

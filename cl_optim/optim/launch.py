@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cl_optim.ops import ewc_adamw as ops
+from cl_optim.ops import ewc_adamw_plan as plans
+from cl_optim.ops.ewc_adamw_arguments import NO_INPUTS, Hyperparameters, Inputs, State
 from cl_optim.optim.state import has_moments, start_moments
 
 
@@ -35,7 +36,7 @@ class Batch:
         """The parameters' gradients."""
         return [param.grad for param in self.params if param.grad is not None]
 
-    def lists(self) -> ops.State:
+    def lists(self) -> State:
         """The state, as a step takes it."""
 
         def of(key: str, used: bool = True) -> Sequence[Tensor]:
@@ -43,7 +44,7 @@ class Batch:
 
         nothing = torch.empty(0, dtype=torch.bfloat16, device=self.device)
         compensations = [state.get("compensation", nothing) for state in self.states]
-        return ops.State(
+        return State(
             of("exp_avg"),
             of("exp_avg_sq"),
             of("max_exp_avg_sq", self.group["amsgrad"]),
@@ -53,9 +54,9 @@ class Batch:
             of("step"),
         )
 
-    def plan(self, skipped: list[int]) -> ops.Plan:
+    def plan(self, skipped: list[int]) -> plans.Plan:
         """A launch plan, which also sees to it that the skipped parameters have no gradient."""
-        return ops.Plan(self.device, self.group["params"], self.members, skipped, self.states)
+        return plans.Plan(self.device, self.group["params"], self.members, skipped, self.states)
 
 
 def gather(group: dict[str, Any], state: Mapping[Tensor, dict[str, Any]]) -> list[Batch]:
@@ -81,10 +82,10 @@ class Plans:
 
     def __init__(self, batches: list[Batch], optimizer: torch.optim.Optimizer) -> None:
         self._groups = list(optimizer.param_groups)
-        self._state = ops.snapshot(optimizer.state)
+        self._state = plans.snapshot(optimizer.state)
         self._rounding = [group["rounding"] for group in self._groups]
         self.batches = batches
-        self.plans: list[ops.Plan] = []
+        self.plans: list[plans.Plan] = []
         waiting = [
             [index for index, param in enumerate(group["params"]) if param.grad is None]
             for group in self._groups
@@ -97,7 +98,7 @@ class Plans:
         # Those of another group; all plans must be of one device type to be taken as one.
         device = batches[0].device
         self._idle = [
-            (group, ops.Plan(device, group["params"], [], indices, []))
+            (group, plans.Plan(device, group["params"], [], indices, []))
             for group, indices in zip(self._groups, waiting, strict=True)
             if indices
         ]
@@ -108,8 +109,8 @@ class Plans:
     def step(
         self,
         optimizer: torch.optim.Optimizer,
-        hyper: Callable[[dict[str, Any]], ops.Hyperparameters],
-        inputs: list[ops.Inputs],
+        hyper: Callable[[dict[str, Any]], Hyperparameters],
+        inputs: list[Inputs],
     ) -> bool:
         """Take the next step if all of the plans may; else nothing has changed.
 
@@ -127,14 +128,13 @@ class Plans:
         ):
             return False
         calls = [
-            ops.Call(plan, group["params"], hyper(group), ops.NO_INPUTS)
-            for group, plan in self._idle
+            plans.Call(plan, group["params"], hyper(group), NO_INPUTS) for group, plan in self._idle
         ]
         calls += [
-            ops.Call(plan, batch.group["params"], hyper(batch.group), given)
+            plans.Call(plan, batch.group["params"], hyper(batch.group), given)
             for plan, batch, given in zip(self.plans, self.batches, inputs, strict=True)
         ]
-        return ops.take_step(calls)
+        return plans.take_step(calls)
 
 
 def are_alike(batches: list[Batch], others: list[Batch]) -> bool:

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from cl_optim.importance.names import canonical_name
-from cl_optim.ops import ewc_adamw as ops
 from cl_optim.ops import importance_codec as codec
+from cl_optim.ops import importance_codec as codec
+from cl_optim.ops.ewc_adamw_arguments import state_dtype
 from cl_optim.optim.groups import check_groups
 
 # What a group may ask for.
@@ -51,7 +52,7 @@ def check_formats(group: Mapping[str, Any]) -> None:
 
 def like(param: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """An empty tensor laid out like the parameter; in the dtype of its arithmetic, if in none."""
-    dtype = dtype or ops.state_dtype(param)
+    dtype = dtype or state_dtype(param)
     return torch.empty_like(param, dtype=dtype, memory_format=torch.preserve_format)
 
 
@@ -156,13 +157,13 @@ def _load_importance(state: dict[str, Any], param: Tensor) -> None:
 
 
 def _anchor_dtypes(param: Tensor) -> tuple[torch.dtype, ...]:
-    wide = ops.state_dtype(param)
+    wide = state_dtype(param)
     return (wide,) if wide == torch.float64 else (wide, param.dtype, torch.bfloat16)
 
 
 def misfit(state: Mapping[str, Any], param: Tensor) -> str | None:
     """What of the state is for another dtype than the parameter has."""
-    wide = ops.state_dtype(param)
+    wide = state_dtype(param)
     stored = (wide,) if wide == torch.float64 else (wide, torch.bfloat16, torch.uint8)
     allowed = {
         "exp_avg": stored,

@@ -9,7 +9,7 @@ from ewc_adamw_cases import OFF_DEFAULT, Problem, protect
 from torch import Tensor
 
 from cl_optim import EWCAdamW
-from cl_optim.ops import importance_codec as codec
+from cl_optim.ops import formats
 
 # Blocks of codes that are full, begun and alone; 8-bit moments from 4 096 elements on.
 SHAPES = [(0,), (1,), (255,), (64, 4), (257,), (71, 73), (2, 3, 5, 7), ()]
@@ -32,7 +32,7 @@ def step(problem: Problem, optimizer: EWCAdamW, number: int) -> None:
 
 
 def values(state: dict[str, Any], key: str, param: Tensor) -> Tensor:
-    return codec.load_moment(state[key], param, signed=key == "exp_avg")
+    return formats.load_moment(state[key], param, signed=key == "exp_avg")
 
 
 def assert_close(a: EWCAdamW, b: EWCAdamW, share: float) -> None:

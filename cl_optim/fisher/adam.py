@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from cl_optim.fisher.estimator import check_integer, provenance
 from cl_optim.importance.importance import Importance
-from cl_optim.ops import importance_codec as codec
+from cl_optim.ops import formats
 
 
 def importance_from_adam(
@@ -79,8 +79,8 @@ def importance_from_adam(
 
 
 def _second_moment(stored: Tensor, parameter: Tensor, group: dict[str, Any], name: str) -> Tensor:
-    if stored.dtype == torch.uint8 and "state_dtype" in group:  # EWCAdamW's codes
-        return codec.load_moment(stored, parameter, signed=False)
+    if formats.is_codes(stored) and "state_dtype" in group:  # EWCAdamW's codes
+        return formats.load_moment(stored, parameter, signed=False)
     if stored.shape != parameter.shape or not stored.is_floating_point():
         raise ValueError(
             f"the second moment of parameter {name!r} must be floating-point numbers of its shape "

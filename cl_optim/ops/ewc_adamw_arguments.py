@@ -10,16 +10,12 @@ from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 import torch
 from torch import Tensor
 
+from cl_optim.ops import formats
 from cl_optim.ops import importance_codec as codec
 from cl_optim.ops.gram import DTYPES, is_dense
 
 Penalty: TypeAlias = Literal["gradient", "decoupled", "proximal"]
 PENALTIES: tuple[str, ...] = get_args(Penalty)
-
-
-def state_dtype(param: Tensor) -> torch.dtype:
-    """The dtype of a parameter's arithmetic, and of its state unless that is to be narrower."""
-    return torch.float64 if param.dtype == torch.float64 else torch.float32
 
 
 @dataclass
@@ -72,16 +68,14 @@ TensorList: TypeAlias = Sequence[Tensor]
 class State(NamedTuple):
     """What is kept of the parameters, in lists of their order. An empty list: none has it.
 
-    Moments and importance have the parameter's `state_dtype`, bfloat16, or (uint8) the codes of
-    :mod:`~cl_optim.ops.importance_codec`; moments of one parameter alike.
+    :mod:`cl_optim.ops.formats` says what dtypes they may have; moments of one parameter alike.
 
     Attributes:
         exp_avgs: First moments; updated.
         exp_avg_sqs: Second moments; updated.
         max_exp_avg_sqs: Their running maxima for AMSGrad; updated.
-        importances: Fisher diagonals. A sign bit, or the code of frozen ones, marks a weight that
-            keeps its bits.
-        anchors: θ* for each importance, in the parameter's dtype, its `state_dtype` or bfloat16.
+        importances: Fisher diagonals. Weights that they mark as frozen keep their bits.
+        anchors: θ* for each importance.
         compensations: For Kahan summation, what each bfloat16 parameter lacks of the weight;
             updated. An empty tensor where a parameter has none.
         steps: Step counts before this step, one float32 number each, on the parameter's device;
@@ -160,8 +154,8 @@ def check(
     for i, param in enumerate(params):
         _check_one(i, param, params[0].device, grads, state)
         if len(inputs.memories):
-            stored = [t[i].dtype for t in (state.exp_avgs, state.importances) if len(t)]
-            codes = torch.uint8 in stored
+            stored = [t[i] for t in (state.exp_avgs, state.importances) if len(t)]
+            codes = any(map(formats.is_codes, stored))
             _check_rows(i, param, codes, inputs.memories[i], inputs.coefficients[i])
     if n:
         _check_numbers(inputs, params[0].device)
@@ -177,17 +171,16 @@ def _check_one(
     if param.device != device:
         raise MisfitError(f"params[{i}] is on {param.device}, but params[0] is on {device}.")
     _check_like("params", i, param, param, (param.dtype,), written=True)
-    wide = state_dtype(param)
-    narrow = () if wide == torch.float64 else (torch.bfloat16, torch.uint8)
+    stored = formats.stored_dtypes(param)
     _check_like("grads", i, grads[i], param, (param.dtype,))
-    _check_like("exp_avgs", i, state.exp_avgs[i], param, (wide, *narrow), written=True)
+    _check_like("exp_avgs", i, state.exp_avgs[i], param, stored, written=True)
     moments = (state.exp_avgs[i].dtype,)
     _check_like("exp_avg_sqs", i, state.exp_avg_sqs[i], param, moments, written=True)
     if len(state.max_exp_avg_sqs):
         _check_like("max_exp_avg_sqs", i, state.max_exp_avg_sqs[i], param, moments, written=True)
     if len(state.importances):
-        _check_like("importances", i, state.importances[i], param, (wide, *narrow))
-        _check_like("anchors", i, state.anchors[i], param, (wide, param.dtype, *narrow[:1]))
+        _check_like("importances", i, state.importances[i], param, stored)
+        _check_like("anchors", i, state.anchors[i], param, formats.anchor_dtypes(param))
     if len(state.compensations) and state.compensations[i].numel():
         if param.dtype != torch.bfloat16:
             raise MisfitError(
@@ -217,15 +210,16 @@ def _check_like(
     if tensor.layout is not torch.strided:
         raise MisfitError(f"{name}[{i}] must be a dense tensor, not {tensor.layout}.")
     if tensor.dtype not in dtypes:
-        allowed = " or ".join(_dtype_name(dtype) for dtype in dict.fromkeys(dtypes))
+        allowed = " or ".join(map(formats.described, dict.fromkeys(dtypes)))
         raise MisfitError(f"{name}[{i}] must be {allowed}, not {tensor.dtype}.")
-    if tensor.dtype == torch.uint8:
-        if tensor.shape != codec.packed_shape(param.numel()) or not tensor.is_contiguous():
+    fits = tensor.shape == formats.stored_shape(tensor, param)
+    if formats.is_codes(tensor):
+        if not fits or not tensor.is_contiguous():
             raise MisfitError(
                 f"{name}[{i}] must be {codec.PACKED_BLOCK} bytes for each {codec.BLOCK} elements "
                 f"of params[{i}], not {_described(tensor)}."
             )
-    elif tensor.shape != param.shape:
+    elif not fits:
         raise MisfitError(
             f"{name}[{i}] must have the shape of params[{i}], {list(param.shape)}, not "
             f"{list(tensor.shape)}."
@@ -301,10 +295,6 @@ def _check_numbers(inputs: Inputs, device: torch.device) -> None:
 def _described(tensor: Tensor) -> str:
     strides = "" if tensor.is_contiguous() else f" with strides {list(tensor.stride())}"
     return f"{tensor.dtype} {list(tensor.shape)}{strides} on {tensor.device}"
-
-
-def _dtype_name(dtype: torch.dtype) -> str:
-    return "codes (uint8)" if dtype == torch.uint8 else str(dtype).removeprefix("torch.")
 
 
 def _negated(name: str) -> str:

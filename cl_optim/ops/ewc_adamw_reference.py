@@ -19,6 +19,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from cl_optim.ops import formats
 from cl_optim.ops import importance_codec as codec
 from cl_optim.ops.ewc_adamw_arguments import (
     NO_INPUTS,
@@ -26,7 +27,6 @@ from cl_optim.ops.ewc_adamw_arguments import (
     Inputs,
     State,
     TensorList,
-    state_dtype,
 )
 from cl_optim.ops.gram import combine_
 
@@ -71,7 +71,7 @@ def foreach(
     if hyper.maximize:
         torch._foreach_neg_(gradient)
 
-    loaded = map(codec.load_importance, state.importances, params)
+    loaded = map(formats.load_importance, state.importances, params)
     importances, frozen = map(list, zip(*loaded, strict=True)) if penalty else ([], [])
     anchors = [a.to(t.dtype) for a, t in zip(state.anchors, theta, strict=bool(penalty))]
     if sums is not None:
@@ -111,7 +111,7 @@ def foreach(
         _proximal_(theta, importances, anchors, pulls)
 
     random = [
-        partial(_random, grad, count, any(s.dtype == torch.uint8 for s in stored))
+        partial(_random, grad, count, any(map(formats.is_codes, stored)))
         for grad, count, *stored in zip(
             grads, counts, state.exp_avgs, state.importances or params, strict=True
         )
@@ -126,7 +126,7 @@ def foreach(
 
 def _weights(params: TensorList, state: State) -> list[Tensor]:
     """The weights in the dtype of the arithmetic; the parameter itself if that is its own."""
-    weights = [p.to(state_dtype(p)) for p in params]
+    weights = [p.to(formats.arithmetic_dtype(p)) for p in params]
     for weight, compensation in zip(weights, state.compensations, strict=False):
         if compensation.numel():
             weight += compensation
@@ -135,7 +135,7 @@ def _weights(params: TensorList, state: State) -> list[Tensor]:
 
 def _moments(stored: TensorList, params: TensorList, *, signed: bool = False) -> list[Tensor]:
     pairs = zip(stored, params, strict=True)
-    return [codec.load_moment(moment, param, signed=signed) for moment, param in pairs]
+    return [formats.load_moment(moment, param, signed=signed) for moment, param in pairs]
 
 
 Random: TypeAlias = Callable[[int], Tensor]  # random numbers for the elements, for each use
@@ -151,7 +151,7 @@ def _store_moments(
 ) -> None:
     # Without AMSGrad there is nothing to store for it.
     for moment, value, numbers in zip(stored, values, random, strict=False):
-        codec.store_moment(moment, value, partial(numbers, use), signed=use == 1)
+        formats.store_moment(moment, value, partial(numbers, use), signed=use == 1)
 
 
 def _store_weights(

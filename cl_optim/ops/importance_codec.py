@@ -1,4 +1,4 @@
-"""How importance and moments are kept in one byte per weight, or two.
+"""Importance and moments in one byte per weight, and what is rounded stochastically.
 
 The 8-bit codes are logarithmic. All values lie on one grid, 2^(j·8/63) for whole j: steps of
 9.2 %, so that the nearest is at most 4.5 % away. A block of 256 values in row-major order holds the
@@ -22,7 +22,6 @@ model round alike, and a resumed run continues alike.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -156,46 +155,6 @@ def decode_signed(packed: Tensor, shape: torch.Size) -> Tensor:
 def packed_shape(numel: int) -> tuple[int, int]:
     """The shape of the packed tensor of so many values."""
     return -(-numel // BLOCK), PACKED_BLOCK
-
-
-# --- what is kept of a weight ---------------------------------------------------------------------
-
-
-def load_importance(stored: Tensor, param: Tensor) -> tuple[Tensor, Tensor]:
-    """Read a stored importance.
-
-    Args:
-        stored: ``log8``, or a floating-point tensor whose sign bits mark frozen weights.
-        param: Its parameter.
-
-    Returns:
-        F and which weights are frozen, of the parameter's shape; F in the dtype of the arithmetic.
-        A frozen weight's F is 0 in ``log8``, which has no code for it.
-    """
-    if stored.dtype == torch.uint8:
-        return decode_log8(stored, param.shape), frozen_log8(stored, param.shape)
-    wide = torch.float64 if param.dtype == torch.float64 else torch.float32
-    return stored.to(wide).abs(), stored.signbit()
-
-
-def load_moment(stored: Tensor, param: Tensor, *, signed: bool) -> Tensor:
-    """Read a stored moment in the dtype of the arithmetic; itself if that is its own."""
-    if stored.dtype == torch.uint8:
-        return (decode_signed if signed else decode_log8)(stored, param.shape)
-    return stored.to(torch.float64 if param.dtype == torch.float64 else torch.float32)
-
-
-def store_moment(
-    stored: Tensor, values: Tensor, random: Callable[[], Tensor], *, signed: bool
-) -> None:
-    """Write a moment where it is stored, rounded stochastically if that is narrower."""
-    if stored.dtype == torch.uint8:
-        encode = encode_signed if signed else encode_log8
-        stored.copy_(encode(values, random=random()))
-    elif stored.dtype == torch.bfloat16 and values.dtype != stored.dtype:
-        stored.copy_(stochastic_bfloat16(values, random()))
-    elif stored is not values:
-        stored.copy_(values)
 
 
 # --- rounding -------------------------------------------------------------------------------------

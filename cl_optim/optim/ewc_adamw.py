@@ -17,6 +17,7 @@ from cl_optim.importance import ImportanceLog
 from cl_optim.importance.names import compare_names, listed, match_names
 from cl_optim.ops import ewc_adamw as ops
 from cl_optim.ops import ewc_adamw_arguments as arguments
+from cl_optim.ops import formats
 from cl_optim.ops.capture import is_capturing
 from cl_optim.ops.ewc_adamw_reference import penalty_sums
 from cl_optim.ops.warn import warn
@@ -25,7 +26,6 @@ from cl_optim.optim.groups import is_dtensor, name_of
 from cl_optim.optim.launch import Batch, Plans, are_alike, gather
 from cl_optim.optim.state import (
     MOMENTS,
-    check_formats,
     check_rounding,
     check_state_dict,
     from_adamw,
@@ -866,9 +866,9 @@ def _lr_tensor(group: Mapping[str, Any], device: torch.device) -> Tensor | None:
     return lr.to(device) if group["differentiable"] else lr.to(device, torch.float32)
 
 
-def _check_group(group: Mapping[str, Any]) -> None:
+def _check_group(group: dict[str, Any]) -> None:
     _hyperparameters(group)
-    check_formats(group)
+    formats.settle(group)
     if not 0.0 <= group["importance_damping"] < math.inf:
         raise ValueError(
             f"importance_damping must be finite and at least 0, not {group['importance_damping']}."
@@ -930,7 +930,9 @@ def _check_importance(name: str, importance: Tensor, param: Tensor) -> None:
         )
     if importance.numel() == 0:
         return
-    values = importance.detach().to(arguments.state_dtype(param))  # as they will be stored, at most
+    values = importance.detach().to(
+        formats.arithmetic_dtype(param)
+    )  # as they will be stored, at most
     low, high = (bound.item() for bound in values.aminmax())  # NaN shows in both
     if not (low >= 0.0 and high < float("inf")):
         raise ValueError(

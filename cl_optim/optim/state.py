@@ -9,24 +9,11 @@ import torch
 from torch import Tensor
 
 from cl_optim.importance.names import canonical_name
-from cl_optim.ops import importance_codec as codec
-from cl_optim.ops import importance_codec as codec
-from cl_optim.ops.ewc_adamw_arguments import state_dtype
+from cl_optim.ops import formats
 from cl_optim.optim.groups import check_groups
 
-# What a group may ask for.
-FORMATS: dict[str, tuple[str | None, ...]] = {
-    "importance_dtype": ("float32", "bfloat16", "log8"),
-    "anchor_dtype": (None, "float32", "bfloat16"),
-    "state_dtype": ("float32", "bfloat16", "8bit"),
-    "rounding": ("nearest", "stochastic", "kahan"),
-}
 MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 PROTECTION = ("importance", "anchor")
-
-# Eight bits are for the moments of large tensors; those of norms and biases weigh nothing and
-# matter most.
-SMALLEST_8BIT = 4096
 
 # What a saved group must have.
 _HYPERPARAMETERS = (
@@ -40,26 +27,6 @@ _HYPERPARAMETERS = (
     "maximize",
 )
 
-_FLOATS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-
-
-def check_formats(group: Mapping[str, Any]) -> None:
-    """Raise ValueError where a group asks for a format that there is not."""
-    for option, allowed in FORMATS.items():
-        if group[option] not in allowed:
-            raise ValueError(f"{option} must be one of {allowed}, not {group[option]!r}.")
-
-
-def like(param: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """An empty tensor laid out like the parameter; in the dtype of its arithmetic, if in none."""
-    dtype = dtype or state_dtype(param)
-    return torch.empty_like(param, dtype=dtype, memory_format=torch.preserve_format)
-
-
-def float_dtype(param: Tensor, name: str) -> torch.dtype:
-    """What a float format means for a parameter: float64 ones keep everything in float64."""
-    return torch.float64 if param.dtype == torch.float64 else _FLOATS[name]
-
 
 # --- moments --------------------------------------------------------------------------------------
 
@@ -68,12 +35,12 @@ def start_moments(state: dict[str, Any], param: Tensor, group: Mapping[str, Any]
     """Add what a step needs and the state does not have yet."""
     if "step" not in state:
         state["step"] = torch.zeros((), dtype=torch.float32, device=param.device)
-        state["exp_avg"] = _zeros(param, group)
-        state["exp_avg_sq"] = _zeros(param, group)
+        state["exp_avg"] = formats.zero_moment(param, group["state_dtype"])
+        state["exp_avg_sq"] = formats.zero_moment(param, group["state_dtype"])
     if group["amsgrad"] and "max_exp_avg_sq" not in state:
-        state["max_exp_avg_sq"] = _zeros(param, group)
+        state["max_exp_avg_sq"] = formats.zero_moment(param, group["state_dtype"])
     if _is_compensated(param, group) and "compensation" not in state:
-        state["compensation"] = like(param, param.dtype).zero_()
+        state["compensation"] = formats.like(param, param.dtype).zero_()
 
 
 def has_moments(state: Mapping[str, Any], param: Tensor, group: Mapping[str, Any]) -> bool:
@@ -91,24 +58,8 @@ def _is_compensated(param: Tensor, group: Mapping[str, Any]) -> bool:
 
 def weight_of(param: Tensor, state: Mapping[str, Any]) -> Tensor:
     """The weight in the dtype of the arithmetic, a copy: with Kahan summation more than θ shows."""
-    weight = like(param).copy_(param.detach())
+    weight = formats.like(param).copy_(param.detach())
     return weight + state["compensation"] if "compensation" in state else weight
-
-
-def _is_8bit(param: Tensor, group: Mapping[str, Any]) -> bool:
-    return (
-        group["state_dtype"] == "8bit"
-        and param.dtype != torch.float64
-        and param.numel() >= SMALLEST_8BIT
-    )
-
-
-def _zeros(param: Tensor, group: Mapping[str, Any]) -> Tensor:
-    if _is_8bit(param, group):
-        shape = codec.packed_shape(param.numel())
-        return torch.zeros(shape, dtype=torch.uint8, device=param.device)
-    narrow = group["state_dtype"] == "bfloat16"
-    return like(param, float_dtype(param, "bfloat16" if narrow else "float32")).zero_()
 
 
 # --- state dicts ----------------------------------------------------------------------------------
@@ -128,10 +79,10 @@ def loaded(saved: Mapping[str, Any], param: Tensor, group: Mapping[str, Any]) ->
             signed = key == "exp_avg"
             state[key] = _loaded_moment(value.to(param.device), param, group, signed=signed)
         elif key == "anchor":
-            keeps_dtype = param.dtype != torch.float64 and value.dtype in _anchor_dtypes(param)
-            state[key] = like(param, value.dtype if keeps_dtype else None).copy_(value)
+            keeps_dtype = value.dtype in formats.anchor_dtypes(param)
+            state[key] = formats.like(param, value.dtype if keeps_dtype else None).copy_(value)
         elif key == "compensation" and param.dtype == torch.bfloat16:
-            state[key] = like(param, param.dtype).copy_(value)
+            state[key] = formats.like(param, param.dtype).copy_(value)
         elif key == "compensation":
             del state[key]  # the parameter holds more of the weight itself now
         elif isinstance(value, Tensor) and key != "importance":
@@ -143,32 +94,23 @@ def loaded(saved: Mapping[str, Any], param: Tensor, group: Mapping[str, Any]) ->
 
 def _load_importance(state: dict[str, Any], param: Tensor) -> None:
     stored = state["importance"].to(param.device)
-    if stored.dtype == torch.uint8 and param.dtype != torch.float64:
-        state["importance"] = stored.clone()
-        return
-    if stored.dtype == torch.uint8:
-        frozen = codec.frozen_log8(stored, param.shape)
-        codes = state.pop("frozen_codes", None)
-        thawed = stored if codes is None else codec.thaw_log8(stored, codes)
-        wide = codec.decode_log8(thawed, param.shape)
+    keeps_dtype = stored.dtype in formats.stored_dtypes(param)
+    if formats.is_codes(stored):
+        if keeps_dtype:
+            state["importance"] = stored.clone()
+            return
+        wide, frozen = formats.load_importance(stored, param, state.pop("frozen_codes", None))
         stored = torch.where(frozen, -wide, wide)
-    narrow = stored.dtype == torch.bfloat16 and param.dtype != torch.float64
-    state["importance"] = like(param, stored.dtype if narrow else None).copy_(stored)
-
-
-def _anchor_dtypes(param: Tensor) -> tuple[torch.dtype, ...]:
-    wide = state_dtype(param)
-    return (wide,) if wide == torch.float64 else (wide, param.dtype, torch.bfloat16)
+    state["importance"] = formats.like(param, stored.dtype if keeps_dtype else None).copy_(stored)
 
 
 def misfit(state: Mapping[str, Any], param: Tensor) -> str | None:
     """What of the state is for another dtype than the parameter has."""
-    wide = state_dtype(param)
-    stored = (wide,) if wide == torch.float64 else (wide, torch.bfloat16, torch.uint8)
+    stored = formats.stored_dtypes(param)
     allowed = {
         "exp_avg": stored,
         "importance": stored,
-        "anchor": _anchor_dtypes(param),
+        "anchor": formats.anchor_dtypes(param),
         "compensation": (torch.bfloat16,) if param.dtype == torch.bfloat16 else (),
     }
     return next((k for k in allowed if k in state and state[k].dtype not in allowed[k]), None)
@@ -177,13 +119,12 @@ def misfit(state: Mapping[str, Any], param: Tensor) -> str | None:
 def _loaded_moment(
     value: Tensor, param: Tensor, group: Mapping[str, Any], *, signed: bool
 ) -> Tensor:
-    moment = _zeros(param, group)
+    moment = formats.zero_moment(param, group["state_dtype"])
     if value.dtype == moment.dtype:
         return moment.copy_(value)
-    wide = like(param).copy_(codec.load_moment(value, param, signed=signed))
-    if moment.dtype == torch.uint8:
-        return (codec.encode_signed if signed else codec.encode_log8)(wide)
-    return moment.copy_(wide)
+    wide = formats.like(param).copy_(formats.load_moment(value, param, signed=signed))
+    formats.store_moment(moment, wide, signed=signed)
+    return moment
 
 
 def from_adamw(state_dict: dict[str, Any], param_groups: list[dict[str, Any]]) -> dict[str, Any]:
@@ -196,7 +137,7 @@ def from_adamw(state_dict: dict[str, Any], param_groups: list[dict[str, Any]]) -
             "the state dict is one of torch.optim.Adam with weight decay in the gradient, "
             "which this optimizer does not have."
         )
-    ours = ("ewc_lambda", "penalty", "importance_damping", "track_penalty", *FORMATS)
+    ours = ("ewc_lambda", "penalty", "importance_damping", "track_penalty", *formats.OPTIONS)
     groups = [dict(group) for group in groups]
     for here, group in zip(param_groups, groups, strict=False):
         for key in ours:
@@ -281,15 +222,14 @@ def _check_state(state: Mapping[str, Any], param: Tensor, name: str) -> None:
             raise ValueError(f"the state dict is truncated: parameter {name} has no {key!r}.")
         if key == "step":
             continue
-        packed = state[key].dtype == torch.uint8
-        shape = codec.packed_shape(param.numel()) if packed else tuple(param.shape)
+        shape = formats.stored_shape(state[key], param)
         if tuple(state[key].shape) != shape:
             raise ValueError(
                 f"the state dict belongs to other parameters: {key!r} of parameter {name} has "
                 f"shape {tuple(state[key].shape)}, not {shape}."
             )
-    if "importance" in state and state["importance"].dtype == torch.uint8:
-        frozen = int((state["importance"][:, 4:] == codec.FROZEN).sum())
+    if "importance" in state and formats.is_codes(state["importance"]):
+        frozen = int(formats.frozen_weights(state["importance"], param).sum())
         codes = state["frozen_codes"].numel() if "frozen_codes" in state else 0
         if codes != frozen:
             raise ValueError(

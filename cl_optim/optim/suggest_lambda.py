@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from cl_optim.ops import importance_codec as codec
+from cl_optim.ops import formats
 from cl_optim.optim import protection
 
 Member = tuple[str, Tensor, Mapping[str, Any], Mapping[str, Any]]
@@ -72,7 +72,7 @@ def _adam_direction(
         return None
     beta1, beta2 = (float(beta) for beta in group["betas"])
     second = state["max_exp_avg_sq" if group["amsgrad"] else "exp_avg_sq"]
-    first = codec.load_moment(state["exp_avg"], param, signed=True).double() / (1 - beta1**steps)
-    second = codec.load_moment(second, param, signed=False).double() / (1 - beta2**steps)
+    first = formats.load_moment(state["exp_avg"], param, signed=True).double() / (1 - beta1**steps)
+    second = formats.load_moment(second, param, signed=False).double() / (1 - beta2**steps)
     direction: Tensor = first / (second.sqrt() + group["eps"])
     return direction

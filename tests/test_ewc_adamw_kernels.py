@@ -25,7 +25,6 @@ from format_cases import IMPORTANCE, MOMENTS, ROUNDING, SHAPES, assert_close, ma
 from torch import Tensor
 
 from cl_optim import EWCAdamW
-from cl_optim.optim.ewc_adamw import _hyperparameters
 from cl_optim.optim.launch import gather
 
 ROOT = Path(__file__).parent.parent
@@ -72,17 +71,17 @@ def no_word_about_rounded_anchors():
 
 @torch.no_grad()
 def emulated_step(kernels: ModuleType, optimizer: EWCAdamW) -> None:
-    for group in optimizer.param_groups:
-        for batch in gather(group, optimizer.state):
-            plan = kernels.Plan(group["params"], batch.members, [], batch.states)
-            assert plan.possible
-            inputs = optimizer._inputs(batch)
-            rows = list(inputs.memories), list(inputs.coefficients)
-            size = plan.workspace(inputs.sums is not None)
-            workspace = torch.full((size,), 0xA5, dtype=torch.uint8)
-            hyper = vars(_hyperparameters(group))
-            call = (group["params"], *rows, workspace, *inputs[2:], hyper)
-            assert kernels.take_step([plan], [call])
+    step = optimizer._next_step()
+    for batch in gather(step.groups, step.state):
+        params = batch.group["params"]
+        plan = kernels.Plan(params, batch.members, [], batch.states)
+        assert plan.possible
+        inputs = optimizer._launch.inputs(step, batch)
+        rows = list(inputs.memories), list(inputs.coefficients)
+        size = plan.workspace(inputs.sums is not None)
+        workspace = torch.full((size,), 0xA5, dtype=torch.uint8)
+        call = (params, *rows, workspace, *inputs[2:], vars(step.hypers[batch.number]))
+        assert kernels.take_step([plan], [call])
 
 
 class Pair:

@@ -35,7 +35,7 @@ def fused(
     hyper: Hyperparameters,
     inputs: Inputs = NO_INPUTS,
 ) -> None:
-    """The compiled step; all tensors on one device that has kernels. Arguments as `foreach`."""
+    """Take the compiled step; all tensors are on one device that has kernels. See `foreach`."""
     torch.ops.cl_optim.ewc_adamw_(params, grads, *state, *inputs, **vars(hyper))
     # Writes through raw pointers pass by what tells autograd that a saved tensor has changed.
     torch.autograd.graph.increment_version(params)

@@ -51,7 +51,7 @@ class Hyperparameters:
             raise ValueError(f"penalty must be one of {PENALTIES}, not {self.penalty!r}.")
 
     def pull(self, dtype: torch.dtype, lr: float | Tensor) -> Any:
-        """2λ, times lr unless the penalty goes into the gradient; saturates at dtype's maximum.
+        """Return 2λ, times lr unless the penalty goes into the gradient; at most dtype's maximum.
 
         An infinite factor would turn an importance of 0 into NaN. A tensor if lr is one.
         """

@@ -43,11 +43,11 @@ class Plan:
 
     @property
     def possible(self) -> bool:
-        """Whether the tensors are such that there is one: dense, state in its parameter's order."""
+        """Tell if the tensors are such that there is one: dense, state in its parameter's order."""
         return bool(self.compiled.possible)
 
     def workspace(self, inputs: Inputs) -> Tensor | None:
-        """Memory that a step needs for the time being."""
+        """Allocate what a step needs for the time being."""
         size = self.compiled.workspace(inputs.sums is not None)
         return torch.empty(size, dtype=torch.uint8, device=self.device) if size else None
 
@@ -95,5 +95,5 @@ def take_step(calls: Sequence[Call]) -> bool:
 
 
 def snapshot(state: dict[Any, Any]) -> Any:
-    """What can say, by ``matches(state)``, whether a dict has the same keys and values, quickly."""
+    """Return what tells by ``matches(state)``, quickly, if a dict has the same keys and values."""
     return library.extension("cpu").Snapshot(state)

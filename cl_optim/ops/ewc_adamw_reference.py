@@ -40,7 +40,7 @@ def foreach(
     hyper: Hyperparameters,
     inputs: Inputs = NO_INPUTS,
 ) -> None:
-    """The reference step, with ``torch._foreach_*``.
+    """Take the reference step, with ``torch._foreach_*``.
 
     Args:
         params: float32, float64, bfloat16 or float16 tensors of any shapes; updated.
@@ -125,7 +125,7 @@ def foreach(
 
 
 def _weights(params: TensorList, state: State) -> list[Tensor]:
-    """The weights in the dtype of the arithmetic; the parameter itself if that is its own."""
+    """Return the weights in the dtype of the arithmetic; the parameter if that is its own."""
     weights = [p.to(formats.arithmetic_dtype(p)) for p in params]
     for weight, compensation in zip(weights, state.compensations, strict=False):
         if compensation.numel():

@@ -72,7 +72,7 @@ def encode_log8(
 def encode_log8_reference(
     values: Tensor, frozen: Tensor | None = None, random: Tensor | None = None
 ) -> Tensor:
-    """The same in plain PyTorch."""
+    """Encode in plain PyTorch; as `encode_log8`."""
     blocks = _blocks(values.float())
     scale, position = _on_grid(blocks)
     codes = _TOP + _rounded(position, random)
@@ -93,14 +93,14 @@ def decode_log8(packed: Tensor, shape: torch.Size) -> Tensor:
 
 
 def decode_log8_reference(packed: Tensor, shape: torch.Size) -> Tensor:
-    """The same in plain PyTorch."""
+    """Decode in plain PyTorch; as `decode_log8`."""
     scale, codes = _unpacked(packed)
     values = scale * _grid(_TOP - codes)
     return _shaped(torch.where((codes == 0) | (codes == FROZEN), 0.0, values), shape)
 
 
 def frozen_log8(packed: Tensor, shape: torch.Size) -> Tensor:
-    """Which weights have the code of frozen ones: bool of the given shape."""
+    """Find the weights that have the code of frozen ones: bool of the given shape."""
     return _shaped(_unpacked(packed)[1] == FROZEN, shape)
 
 
@@ -118,14 +118,14 @@ def freeze_log8_(packed: Tensor, frozen: Tensor) -> Tensor:
 
 
 def thaw_log8(packed: Tensor, codes: Tensor) -> Tensor:
-    """A copy in which frozen weights have the codes that they had before."""
+    """Make a copy in which frozen weights have the codes that they had before."""
     thawed = packed.clone()
     thawed[:, 4:].masked_scatter_(packed[:, 4:] == FROZEN, codes)
     return thawed
 
 
 def count_underflows(values: Tensor) -> int:
-    """How many values above 0 are too small for their block's scale in ``log8``."""
+    """Count the values above 0 that are too small for their block's scale in ``log8``."""
     blocks = _blocks(values.float())
     _, position = _on_grid(blocks)
     return int(((blocks > 0) & (position < 1 - _TOP - 0.5)).sum())
@@ -153,7 +153,7 @@ def decode_signed(packed: Tensor, shape: torch.Size) -> Tensor:
 
 
 def packed_shape(numel: int) -> tuple[int, int]:
-    """The shape of the packed tensor of so many values."""
+    """Return the shape of the packed tensor of so many values."""
     return -(-numel // BLOCK), PACKED_BLOCK
 
 
@@ -174,7 +174,7 @@ def stochastic_bfloat16(values: Tensor, random: Tensor) -> Tensor:
 
 
 def hashed(values: Tensor, time: Tensor | float = 0, use: int = 0) -> Tensor:
-    """Numbers in [0, 1) that look random: a hash of each value's place, of the time, of its bits.
+    """Make numbers in [0, 1) that look random: a hash of a value's place, the time, its bits.
 
     Args:
         values: float32. A place is where a value comes in memory, or in row-major order where the
@@ -195,7 +195,7 @@ def hashed(values: Tensor, time: Tensor | float = 0, use: int = 0) -> Tensor:
 
 
 def _mix(bits: Tensor) -> Tensor:
-    """The finaliser of MurmurHash3, on 32 bits of an int64."""
+    """Apply the finaliser of MurmurHash3, on 32 bits of an int64."""
     bits = bits ^ (bits >> 16)
     bits = (bits * 0x85EBCA6B) & 0xFFFFFFFF
     bits = bits ^ (bits >> 13)
@@ -207,7 +207,7 @@ def _mix(bits: Tensor) -> Tensor:
 
 
 def _on_grid(blocks: Tensor) -> tuple[Tensor, Tensor]:
-    """The blocks' scales [blocks, 1] and each value's position below them, ≤ 0, in steps."""
+    """Return the blocks' scales [blocks, 1] and each value's position below them, ≤ 0, in steps."""
     largest = blocks.amax(1, keepdim=True)
     # A maximum on the grid may have been rounded to just above it.
     top = (largest.double().log2() / STEP - 2**-10).ceil().clamp(_LOWEST_SCALE, _HIGHEST_SCALE)

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import logging
-import math
-import sys
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal, NamedTuple, TypeAlias, TypeVar, overload
 
 import torch
@@ -14,35 +11,31 @@ from torch._compile import _disable_dynamo
 from torch.optim.optimizer import ParamsT
 
 from cl_optim.importance import ImportanceLog
-from cl_optim.importance.names import compare_names, listed, match_names
-from cl_optim.ops import ewc_adamw as ops
-from cl_optim.ops import ewc_adamw_arguments as arguments
 from cl_optim.ops import formats
 from cl_optim.ops.capture import is_capturing
+from cl_optim.ops.ewc_adamw_arguments import Penalty
 from cl_optim.ops.ewc_adamw_reference import penalty_sums
-from cl_optim.ops.warn import warn
-from cl_optim.optim import protection
-from cl_optim.optim.groups import is_dtensor, name_of
-from cl_optim.optim.launch import Batch, Plans, are_alike, gather
+from cl_optim.optim import matching, protection
+from cl_optim.optim.cuda_graphs import check_capture, warn_of_captured
+from cl_optim.optim.groups import name_of
+from cl_optim.optim.launch import Launch, Projection, Step, refuse_sparse
+from cl_optim.optim.options import check_group, check_param, choose
 from cl_optim.optim.state import (
     MOMENTS,
-    check_rounding,
     check_state_dict,
     from_adamw,
-    has_moments,
     in_order,
     loaded,
-    misfit,
     weight_of,
 )
 from cl_optim.optim.suggest_lambda import suggest_lambda
 
 ANCHORS = ("latest", "exact")
-_LOGGER = logging.getLogger(__name__)
-
 # What a closure returns is what its step returns: a number, as torch types it, or a tensor.
 _Loss = TypeVar("_Loss")
-_Projection: TypeAlias = tuple[Mapping[Tensor, Tensor], Mapping[Tensor, Tensor]]
+_ImportanceDtype: TypeAlias = Literal["float32", "bfloat16", "log8"]
+_AnchorDtype: TypeAlias = Literal["float32", "bfloat16"] | None
+_StateDtype: TypeAlias = Literal["float32", "bfloat16", "8bit"]
 
 
 class Protected(NamedTuple):
@@ -150,11 +143,11 @@ class EWCAdamW(torch.optim.Optimizer):
         eps: float = 1e-8,
         weight_decay: float = 1e-2,
         ewc_lambda: float = 1.0,
-        penalty: arguments.Penalty = "gradient",
+        penalty: Penalty = "gradient",
         *,
-        importance_dtype: Literal["float32", "bfloat16", "log8"] = "float32",
-        anchor_dtype: Literal["float32", "bfloat16"] | None = None,
-        state_dtype: Literal["float32", "bfloat16", "8bit"] = "float32",
+        importance_dtype: _ImportanceDtype = "float32",
+        anchor_dtype: _AnchorDtype = None,
+        state_dtype: _StateDtype = "float32",
         rounding: Literal["nearest", "stochastic", "kahan"] = "nearest",
         importance_damping: float = 0.0,
         track_penalty: bool = False,
@@ -196,23 +189,14 @@ class EWCAdamW(torch.optim.Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, in mid-training, too; it is unprotected until the next `consolidate`."""
-        _check_group({**self.defaults, **param_group})
+        check_group({**self.defaults, **param_group})
         super().add_param_group(param_group)
         group = self.param_groups[-1]
+        formats.settle(group)
         try:
             for param in group["params"]:
-                if not param.is_floating_point():
-                    raise ValueError(
-                        f"parameter {name_of(group, param)} must be of a real floating-point "
-                        f"dtype, not {param.dtype}."
-                    )
-                if is_dtensor(param):
-                    raise ValueError(
-                        f"parameter {name_of(group, param)} must not be a DTensor: give the "
-                        "optimizer its local shard, param.to_local()."
-                    )
-                check_rounding(group, param, name_of(group, param))
-                _choose(group, param.device)
+                check_param(group, param)
+                choose(group, param.device)
         except (ValueError, RuntimeError):
             self.param_groups.pop()
             raise
@@ -227,19 +211,16 @@ class EWCAdamW(torch.optim.Optimizer):
         self._note_fixed()
 
     def _forget_steps(self) -> None:
-        """Begin anew with what is known of earlier steps only to make the next one faster."""
-        self._backend = ""
-        self._batches: list[Batch] = []
-        self._plans: Plans | None = None
-        self._projection: _Projection | None = None
-        self._sums: dict[tuple[int, torch.device], Tensor] = {}
-        self._fixed: list[Tensor] = []
+        """Begin anew with what is known of earlier steps."""
+        self._launch = Launch()
+        self._projection: Projection = ({}, {})
+        self._fixed: list[Tensor] = []  # what has no importance because it cannot move
         self._was_captured = False
 
     @property
     def backend(self) -> str:
-        """What the last step ran on: ``"cpu"``, ``"cuda"`` (compiled kernels), or ``"foreach"``."""
-        return self._backend
+        """Name what took the last step: compiled kernels (``"cpu"``, ``"cuda"``), ``"foreach"``."""
+        return self._launch.backend
 
     # --- the step ---------------------------------------------------------------------------------
 
@@ -268,50 +249,26 @@ class EWCAdamW(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         with torch.set_grad_enabled(self.defaults["differentiable"]):
-            self._step()
+            step = self._next_step()
+            if is_capturing():
+                check_capture(step, self._launch.sums)
+                self._was_captured = True
+            if not self._launch.repeat(step):
+                refuse_sparse(step.groups)
+                self._warn_of_moving()
+                self._launch.begin(step)
         return loss
 
-    def _step(self) -> None:
-        for group in self.param_groups:
-            _check_group(group)
-        if is_capturing():
-            self._check_capture()
-        if self._plans is not None and self._step_planned(self._plans):
-            return
-        for group in self.param_groups:
-            self._refuse_sparse(group)
-        self._warn_of_moving()
-        batches = [batch for group in self.param_groups for batch in gather(group, self.state)]
-        for batch in batches:
-            _refuse_misfits(batch)
-        self._clear_sums(kept={self._sums_key(batch) for batch in batches if batch.is_protected})
-        chosen = [_choose(batch.group, batch.device) for batch in batches]
-        inputs = [self._inputs(batch) for batch in batches]
-        for batch, given in zip(batches, inputs, strict=True):
-            amsgrad = batch.group["amsgrad"]
-            arguments.check(batch.params, batch.grads(), batch.lists(), amsgrad, given)
-        for batch, given, (self._backend, step) in zip(batches, inputs, chosen, strict=True):
-            hyper = _hyperparameters(batch.group)
-            step(batch.params, batch.grads(), batch.lists(), hyper=hyper, inputs=given)
-        # A plan is worth its making where steps are alike, and once where it is not possible.
-        compiled = bool(chosen) and all(step is ops.fused for _, step in chosen)
-        if not compiled or not are_alike(batches, self._batches):
-            self._plans = None
-        elif self._plans is None or self._plans.possible:
-            self._plans = Plans(batches, self)
-        self._batches = batches
-
-    def _step_planned(self, plans: Plans) -> bool:
-        if not plans.possible:
-            return False
-        chosen = [_choose(batch.group, batch.device) for batch in plans.batches]
-        inputs = [self._inputs(batch) for batch in plans.batches]
-        if any(step is not ops.fused for _, step in chosen):
-            return False
-        if not plans.step(self, _hyperparameters, inputs):
-            return False
-        self._backend = chosen[-1][0]
-        return True
+    def _next_step(self) -> Step:
+        return Step(
+            self.param_groups,
+            self.state,
+            [check_group(group) for group in self.param_groups],
+            self._projection,
+            # GradScaler sets these two for the time of a step.
+            getattr(self, "grad_scale", None),
+            getattr(self, "found_inf", None),
+        )
 
     def step_projected(
         self, memories: Mapping[Tensor, Tensor], coefficients: Mapping[Tensor, Tensor]
@@ -327,103 +284,21 @@ class EWCAdamW(torch.optim.Optimizer):
         try:
             self.step()
         finally:
-            self._projection = None
+            self._projection = ({}, {})
 
-    def _inputs(self, batch: Batch) -> arguments.Inputs:
-        def on_device(number: Tensor | None) -> Tensor | None:
-            return None if number is None else number.to(batch.device, torch.float32)
+    def _warn_of_moving(self) -> None:
+        moving = [param for param in self._fixed if param.grad is not None]
+        if moving:
+            self._fixed = [param for param in self._fixed if param.grad is None]
+            matching.warn_of_moving(moving, self.param_groups)
 
-        return arguments.Inputs(
-            *self._rows(batch),
-            _lr_tensor(batch.group, batch.device),
-            # GradScaler sets these two for the time of a step.
-            on_device(getattr(self, "grad_scale", None)),
-            on_device(getattr(self, "found_inf", None)),
-            self._sums_of(batch),
-        )
-
-    def _rows(self, batch: Batch) -> tuple[list[Tensor], list[Tensor]]:
-        memories, coefficients = self._projection or ({}, {})
-        if not memories:
-            return [], []
-        none = torch.empty(0, dtype=torch.float64, device=batch.device)
-        return (
-            [memories.get(param, param[None][:0]) for param in batch.params],
-            [coefficients.get(param, none) for param in batch.params],
-        )
-
-    def _sums_of(self, batch: Batch) -> Tensor | None:
-        if not batch.group["track_penalty"] or not batch.is_protected:
-            return None
-        key = self._sums_key(batch)
-        if key not in self._sums:
-            self._sums[key] = torch.zeros(2, dtype=torch.float64, device=batch.device)
-        return self._sums[key]
-
-    @staticmethod
-    def _sums_key(batch: Batch) -> tuple[int, torch.device]:
-        return id(batch.group), batch.device
-
-    def _clear_sums(self, kept: Collection[tuple[int, torch.device]] = ()) -> None:
-        # In place: a captured step writes there.
-        for key, sums in self._sums.items():
-            if key not in kept:
-                sums.zero_()
-
-    def _check_capture(self) -> None:
-        """Refuse a step that the CUDA graph which is being captured would not replay."""
-        for group in self.param_groups:
-            for param in group["params"]:
-                if param.grad is not None:
-                    self._check_captured(group, param)
-        for number, group in enumerate(self.param_groups):
-            lr = group["lr"]
-            # A scheduler leaves the rate that it began with.
-            if not _stays_tensor(group) and (isinstance(lr, Tensor) or "initial_lr" in group):
-                warn(
-                    f"the learning rate of group {number} is on the host: the CUDA graph that is "
-                    "being captured keeps the one of now, whatever a scheduler does. To change it "
-                    "between replays, make the optimizer with a tensor on the GPU, "
-                    "lr=torch.tensor(1e-3, device='cuda')."
-                )
-        self._was_captured = True
-
-    def _check_captured(self, group: dict[str, Any], param: Tensor) -> None:
-        state = self.state.get(param, {})
-        if not param.is_cuda:
-            raise RuntimeError(
-                f"parameter {name_of(group, param)} is on {param.device}, and the CUDA graph that "
-                "is being captured would not update it in replays: give it an optimizer whose "
-                "steps are outside of the graph."
-            )
-        tracked = group["track_penalty"] and "importance" in state
-        if not has_moments(state, param, group) or (
-            tracked and (id(group), param.device) not in self._sums
-        ):
-            raise RuntimeError(
-                f"the state of parameter {name_of(group, param)} would begin inside the CUDA graph "
-                "that is being captured, and anew at each replay: take one step before the "
-                "capture, as in the usual warm-up on a side stream."
-            )
+    def _note_fixed(self) -> None:
+        self._fixed = matching.unprotected(self.param_groups, self.state)
 
     def _warn_of_captured(self, what: str) -> None:
-        """Say that a graph goes on with what it was captured with."""
         if self._was_captured:
             self._was_captured = False
-            warn(
-                f"a step was captured in a CUDA graph before this {what}: its replays would go on "
-                "with the tensors of then, whose memory others may have by now. Capture the step "
-                "anew."
-            )
-
-    @staticmethod
-    def _refuse_sparse(group: dict[str, Any]) -> None:
-        for param in group["params"]:
-            if param.grad is not None and param.grad.layout is not torch.strided:
-                raise RuntimeError(
-                    f"the gradient of parameter {name_of(group, param)} must be dense, not "
-                    f"{param.grad.layout}: EWCAdamW updates every weight in every step."
-                )
+            warn_of_captured(what)
 
     # --- consolidation ----------------------------------------------------------------------------
 
@@ -484,15 +359,19 @@ class EWCAdamW(torch.optim.Optimizer):
                 "importance must be a mapping of tensors by parameter name, an ImportanceLog or "
                 f"None, not {type(importance).__name__}."
             )
-        matched = list(self._match(importance, model, strict))
-        masks = self._masks(frozen, self._named_params(model), strict) if frozen else []
+        for group in self.param_groups:
+            formats.settle(group)
+        if importance is None:
+            matched = matching.equal_importance(list(self._params()))
+        else:
+            named = matching.named_params(self.param_groups, model)
+            matched = matching.match_importance(importance, named, strict=strict)
+        masks = matching.match_masks(frozen, named, strict=strict) if frozen else []
         self._warn_of_captured("consolidate()")
-        self._plans = None  # it would keep the replaced tensors alive
-        self._batches = []
-        self._clear_sums()
+        self._launch.forget()  # it would keep the replaced tensors alive
         groups = {param: group for group in self.param_groups for param in group["params"]}
         if anchors == "latest":
-            _warn_of_rounded_anchors([param for param, _ in matched], groups)
+            protection.warn_of_rounded_anchors(groups)
         for param, new in matched:
             state = self.state[param]
             protection.merge(state, param, new, decay, groups[param], exact=anchors == "exact")
@@ -507,111 +386,9 @@ class EWCAdamW(torch.optim.Optimizer):
             group["consolidations"] += 1
         self._note_fixed()
 
-    def _match(
-        self, importance: Mapping[str, Tensor] | None, model: torch.nn.Module | None, strict: bool
-    ) -> Iterator[tuple[Tensor, Tensor | None]]:
-        """Each parameter with its checked importance, None where there is none for it."""
-        if importance is None:
-            fixed = self._cannot_move()
-            for param in self._params():
-                one = torch.ones((), device=param.device)
-                yield param, None if param in fixed else one.expand(param.shape)
-            return
-        named = self._named_params(model)
-        meanings = match_names(importance, named)
-        names = {meaning: name for name, meaning in meanings.items()}
-        match = compare_names(importance, named)
-        fixed = self._cannot_move()
-        match = match._replace(new=[name for name in match.new if named[name] not in fixed])
-        if strict and match.vanished:
-            raise ValueError(
-                f"importance names {listed(match.vanished)}, which this optimizer does not have "
-                "(strict=False ignores it)."
-            )
-        if strict and match.new:
-            raise ValueError(
-                f"importance has nothing for parameter {listed(match.new)} "
-                "(strict=False leaves it without)."
-            )
-        resized = []
-        for name, param in named.items():
-            new = importance[names[name]] if name in names else None
-            if not strict and isinstance(new, Tensor) and new.shape != param.shape:
-                resized.append(name)
-                new = None
-            if new is not None:
-                _check_importance(name, new, param)
-            yield param, new
-        if match.new or match.vanished or resized:
-            match = match._replace(resized=resized)
-            _LOGGER.warning("Consolidated with strict=False: %s", match)
-
-    def _cannot_move(self) -> set[Tensor]:
-        """What requires no gradient and has none; nothing, where all gradients are set by hand."""
-        params = list(self._params())
-        if not any(param.requires_grad for param in params):
-            return set()
-        return {param for param in params if not param.requires_grad and param.grad is None}
-
-    def _note_fixed(self) -> None:
-        """Remember what has no importance because it cannot move."""
-        fixed = self._cannot_move()
-        self._fixed = [
-            param
-            for group in self.param_groups
-            for param in group["params"]
-            if group["consolidations"]
-            and param in fixed
-            and "importance" not in self.state.get(param, {})
-        ]
-
-    def _warn_of_moving(self) -> None:
-        """Say once that a parameter moves now which consolidate() left without importance."""
-        moving = [param for param in self._fixed if param.grad is not None]
-        if not moving:
-            return
-        self._fixed = [param for param in self._fixed if param.grad is None]
-        names = [
-            name_of(group, param)
-            for group in self.param_groups
-            for param in group["params"]
-            if any(param is one for one in moving)
-        ]
-        warn(
-            f"parameter {listed(names)} did not require a gradient at the last consolidate(), and "
-            "is trained now without protection: call consolidate() with its importance once it "
-            "requires one."
-        )
-
     def _params(self) -> Iterator[Tensor]:
         for group in self.param_groups:
             yield from group["params"]
-
-    def _named_params(self, model: torch.nn.Module | None) -> dict[str, Tensor]:
-        if model is not None:
-            names: dict[Tensor, str] = {p: name for name, p in model.named_parameters()}
-            absent = [p for p in self._params() if p not in names]
-            if absent:
-                raise ValueError(
-                    f"model must hold the optimizer's parameters; {len(absent)} of them are not "
-                    f"in it, the first of shape {tuple(absent[0].shape)}."
-                )
-            return {names[param]: param for param in self._params()}
-        named: dict[str, Tensor] = {}
-        for group in self.param_groups:
-            if "param_names" not in group:
-                raise ValueError(
-                    "the optimizer was made without parameter names: make it from "
-                    "model.named_parameters(), or pass model=model to consolidate()."
-                )
-            for name, param in zip(group["param_names"], group["params"], strict=True):
-                if name in named:
-                    raise ValueError(
-                        f"two parameters have the name {name!r}: make the optimizer from the "
-                        "named_parameters() of one model, or pass model=model to consolidate()."
-                    )
-                named[name] = param
-        return named
 
     def _protected_states(self) -> list[tuple[Tensor, dict[str, Any]]]:
         return [
@@ -648,35 +425,15 @@ class EWCAdamW(torch.optim.Optimizer):
         states = self._protected_states()
         if not states:
             raise RuntimeError("freeze() needs importance: call consolidate() first.")
-        if isinstance(fraction, Mapping):
-            masks = self._masks(fraction, self._named_params(None), strict=True)
-            if any("importance" not in self.state.get(param, {}) for param, _ in masks):
-                raise ValueError("a mask is of a parameter that nothing protects.")
-            for param, mask in masks:
-                protection.pin(self.state[param], param, mask)
-            return protection.count_frozen(states)
-        return protection.freeze(states, fraction)
-
-    def _masks(
-        self, masks: Mapping[str, Tensor], named: Mapping[str, Tensor], strict: bool
-    ) -> list[tuple[Tensor, Tensor]]:
-        """Each parameter with its checked mask; what fits none is an error or is left out."""
-        names = match_names(masks, named)
-        matched = []
-        for name, mask in masks.items():
-            param = named[names[name]] if name in names else None
-            if not isinstance(mask, Tensor) or mask.dtype is not torch.bool:
-                raise TypeError(f"the mask of {name!r} must be a bool tensor.")
-            if param is not None and mask.shape == param.shape:
-                matched.append((param, mask.to(param.device)))
-            elif strict and param is None:
-                raise ValueError(f"a mask names {name!r}, which this optimizer does not have.")
-            elif strict:
-                raise ValueError(
-                    f"the mask of {name!r} must have the parameter's shape, not "
-                    f"{tuple(mask.shape)}."
-                )
-        return matched
+        if not isinstance(fraction, Mapping):
+            return protection.freeze(states, fraction)
+        named = matching.named_params(self.param_groups, None)
+        matched = matching.match_masks(fraction, named, strict=True)
+        if any("importance" not in self.state.get(param, {}) for param, _ in matched):
+            raise ValueError("a mask is of a parameter that nothing protects.")
+        for param, mask in matched:
+            protection.pin(self.state[param], param, mask)
+        return protection.count_frozen(states)
 
     @torch.no_grad()
     def unfreeze(self) -> None:
@@ -688,7 +445,7 @@ class EWCAdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def protected(self) -> Iterator[Protected]:
-        """What protects each parameter that is protected, in the optimizer's order."""
+        """Yield what protects each parameter that is protected, in the optimizer's order."""
         for group in self.param_groups:
             names = group.get("param_names", [None] * len(group["params"]))
             for name, param in zip(names, group["params"], strict=True):
@@ -700,7 +457,7 @@ class EWCAdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def penalty(self) -> Tensor:
-        """The penalty at the current weights, Σ_groups λ Σ F (θ − θ*)², frozen ones left out.
+        """Sum the penalty at the current weights, Σ_groups λ Σ F (θ − θ*)², frozen ones left out.
 
         Returns:
             A detached 0-dim float64 tensor, which nothing overflows that float32 parameters can
@@ -715,7 +472,7 @@ class EWCAdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def suggest_lambda(self, drift: float = 0.01) -> float:
-        r"""The λ at which weights that have drifted are pulled as hard as the task pushes.
+        r"""Find the λ at which weights that have drifted are pulled as hard as the task pushes.
 
         Solves :math:`‖2λFδ‖ = ‖g‖`, both norms over all protected weights that are not frozen, of
         parameters that the step would not skip. δ is ``drift`` times the root mean square of the
@@ -753,7 +510,7 @@ class EWCAdamW(torch.optim.Optimizer):
 
     @property
     def last_penalty(self) -> Tensor:
-        """The penalty as the last step met it, Σ_groups λ Σ F (θ − θ*)² before the update.
+        """Return the penalty as the last step met it, Σ_groups λ Σ F (θ − θ*)² before the update.
 
         Summed by the step itself, in the same order each time, over the parameters that it updated;
         nothing waits for a GPU until the number is read. A detached 0-dim float64 tensor on the
@@ -766,19 +523,13 @@ class EWCAdamW(torch.optim.Optimizer):
 
     @property
     def last_drift(self) -> Tensor:
-        """‖θ − θ*‖ of each group as the last step met it: float64 [groups]; see `last_penalty`."""
+        """Return ‖θ − θ*‖ of each group, float64 [groups], as the last step met it."""
         return self._tracked("last_drift")[:, 1].sqrt()
 
     def _tracked(self, what: str) -> Tensor:
         if not any(group["track_penalty"] for group in self.param_groups):
             raise RuntimeError(f"{what} needs an optimizer made with track_penalty=True.")
-        device = next(self._params()).device
-        nothing = torch.zeros(2, dtype=torch.float64, device=device)
-        rows = [
-            [sums.to(device) for (group_id, _), sums in self._sums.items() if group_id == id(group)]
-            for group in self.param_groups
-        ]
-        return torch.stack([sum(of_group, start=nothing) for of_group in rows])
+        return self._launch.sums.by_group(self.param_groups, next(self._params()).device)
 
     # --- state ------------------------------------------------------------------------------------
 
@@ -813,6 +564,8 @@ class EWCAdamW(torch.optim.Optimizer):
         def restore(optimizer: torch.optim.Optimizer) -> None:
             # torch casts all state but `step` to the parameter's dtype, and `step` stays the very
             # tensor of the state dict, which the next step would advance.
+            for group in self.param_groups:
+                formats.settle(group)
             groups = {param: group for group in self.param_groups for param in group["params"]}
             for index, param in enumerate(self._params()):
                 if saved[index]:
@@ -840,102 +593,5 @@ class EWCAdamW(torch.optim.Optimizer):
         names = [name_of(g, param) for g in self.param_groups for param in g["params"]]
         check_state_dict(state_dict, self.param_groups, names)
         for group in state_dict["param_groups"]:
-            _check_group({**self.defaults, **group})
+            check_group({**self.defaults, **group})
         return state_dict
-
-
-def _choose(group: Mapping[str, Any], device: torch.device) -> tuple[str, ops.Step]:
-    differentiable = group["differentiable"]
-    if differentiable and group["fused"]:
-        raise ValueError("differentiable=True and fused=True exclude each other: choose one.")
-    return ops.choose(
-        device.type, use_foreach=differentiable or group["foreach"], use_fused=group["fused"]
-    )
-
-
-def _stays_tensor(group: Mapping[str, Any]) -> bool:
-    """Whether the learning rate must not be read on the host: on a device, or for a gradient."""
-    lr = group["lr"]
-    return isinstance(lr, Tensor) and (lr.device.type != "cpu" or group["differentiable"])
-
-
-def _lr_tensor(group: Mapping[str, Any], device: torch.device) -> Tensor | None:
-    if not _stays_tensor(group):
-        return None
-    lr: Tensor = group["lr"]
-    return lr.to(device) if group["differentiable"] else lr.to(device, torch.float32)
-
-
-def _check_group(group: dict[str, Any]) -> None:
-    _hyperparameters(group)
-    formats.settle(group)
-    if not 0.0 <= group["importance_damping"] < math.inf:
-        raise ValueError(
-            f"importance_damping must be finite and at least 0, not {group['importance_damping']}."
-        )
-
-
-def _hyperparameters(group: Mapping[str, Any]) -> arguments.Hyperparameters:
-    beta1, beta2 = group["betas"]
-    mean = group["importance_mean"]
-    damping = group["importance_damping"] / mean if mean > 0.0 else 0.0
-    return arguments.Hyperparameters(
-        lr=0.0 if _stays_tensor(group) else float(group["lr"]),
-        beta1=float(beta1),
-        beta2=float(beta2),
-        eps=group["eps"],
-        weight_decay=group["weight_decay"],
-        ewc_lambda=group["ewc_lambda"],
-        damping=min(damping, sys.float_info.max),
-        penalty=group["penalty"],
-        amsgrad=group["amsgrad"],
-        maximize=group["maximize"],
-        stochastic=group["rounding"] == "stochastic",
-    )
-
-
-def _refuse_misfits(batch: Batch) -> None:
-    for param, state in zip(batch.params, batch.states, strict=True):
-        key = misfit(state, param)
-        if key is not None:
-            raise RuntimeError(
-                f"parameter {name_of(batch.group, param)} was cast to {param.dtype} after its "
-                f"{key!r} was made: optimizer.load_state_dict(optimizer.state_dict()) casts that, "
-                "too."
-            )
-
-
-def _warn_of_rounded_anchors(
-    params: list[Tensor], groups: Mapping[Tensor, Mapping[str, Any]]
-) -> None:
-    rounded = sum(protection.rounds_anchors(param, groups[param]) for param in params)
-    if rounded:
-        warn(
-            f"anchor_dtype rounds the anchors of {rounded} parameters: the penalty pulls them "
-            "towards weights that are up to 0.4 % off."
-        )
-
-
-def _check_importance(name: str, importance: Tensor, param: Tensor) -> None:
-    if (
-        not isinstance(importance, Tensor)
-        or importance.is_complex()
-        or importance.layout is not torch.strided
-    ):
-        raise ValueError(f"the importance of {name!r} must be a real, dense tensor.")
-    if importance.shape != param.shape:
-        raise ValueError(
-            f"the importance of {name!r} must have the parameter's shape {tuple(param.shape)}, "
-            f"not {tuple(importance.shape)}."
-        )
-    if importance.numel() == 0:
-        return
-    values = importance.detach().to(
-        formats.arithmetic_dtype(param)
-    )  # as they will be stored, at most
-    low, high = (bound.item() for bound in values.aminmax())  # NaN shows in both
-    if not (low >= 0.0 and high < float("inf")):
-        raise ValueError(
-            f"the importance of {name!r} must be finite and at least 0; it reaches from {low} "
-            f"to {high}."
-        )

@@ -1,30 +1,62 @@
-"""Which parameters take a step together, and launch plans where they do so again and again."""
+"""How a step is taken: which parameters together, and by launch plans where it is like the last."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
-from cl_optim.ops import ewc_adamw_plan as plans
-from cl_optim.ops.ewc_adamw_arguments import NO_INPUTS, Hyperparameters, Inputs, State
-from cl_optim.optim.state import has_moments, start_moments
+from cl_optim.ops import ewc_adamw as ops
+from cl_optim.ops import ewc_adamw_plan
+from cl_optim.ops.ewc_adamw_arguments import NO_INPUTS, Hyperparameters, Inputs, State, check
+from cl_optim.optim.groups import name_of
+from cl_optim.optim.options import choose, lr_tensor
+from cl_optim.optim.state import has_moments, misfit, start_moments
+from cl_optim.optim.tracking import Sums
+
+Projection: TypeAlias = tuple[Mapping[Tensor, Tensor], Mapping[Tensor, Tensor]]
+
+
+class Step(NamedTuple):
+    """A step that is to be taken.
+
+    Attributes:
+        groups: The optimizer's groups.
+        state: Its state.
+        hypers: The groups' hyperparameters.
+        projection: GEM's memory rows and their coefficients, by parameter.
+        grad_scale: What GradScaler has multiplied the gradients by.
+        found_inf: Whether they have overflowed: not 0.
+    """
+
+    groups: list[dict[str, Any]]
+    state: dict[Tensor, dict[str, Any]]
+    hypers: list[Hyperparameters]
+    projection: Projection
+    grad_scale: Tensor | None
+    found_inf: Tensor | None
 
 
 class Batch:
     """Parameters of a group that take their step in one call: of one device, all protected or none.
 
     Args:
+        number: The group's.
         group: The group.
         members: Which of its parameters.
         state: The optimizer's state.
     """
 
     def __init__(
-        self, group: dict[str, Any], members: list[int], state: Mapping[Tensor, dict[str, Any]]
+        self,
+        number: int,
+        group: dict[str, Any],
+        members: list[int],
+        state: Mapping[Tensor, dict[str, Any]],
     ) -> None:
+        self.number = number
         self.group = group
         self.members = members
         self.params: list[Tensor] = [group["params"][index] for index in members]
@@ -33,11 +65,11 @@ class Batch:
         self.is_protected = "importance" in self.states[0]
 
     def grads(self) -> list[Tensor]:
-        """The parameters' gradients."""
+        """Return the parameters' gradients."""
         return [param.grad for param in self.params if param.grad is not None]
 
     def lists(self) -> State:
-        """The state, as a step takes it."""
+        """Return the state, as a step takes it."""
 
         def of(key: str, used: bool = True) -> Sequence[Tensor]:
             return [state[key] for state in self.states] if used else []
@@ -54,91 +86,194 @@ class Batch:
             of("step"),
         )
 
-    def plan(self, skipped: list[int]) -> plans.Plan:
-        """A launch plan, which also sees to it that the skipped parameters have no gradient."""
-        return plans.Plan(self.device, self.group["params"], self.members, skipped, self.states)
+    def refuse_misfits(self) -> None:
+        """Raise RuntimeError where a parameter was cast and its state was not."""
+        for param, state in zip(self.params, self.states, strict=True):
+            key = misfit(state, param)
+            if key is not None:
+                raise RuntimeError(
+                    f"parameter {name_of(self.group, param)} was cast to {param.dtype} after its "
+                    f"{key!r} was made: optimizer.load_state_dict(optimizer.state_dict()) casts "
+                    "that, too."
+                )
 
 
-def gather(group: dict[str, Any], state: Mapping[Tensor, dict[str, Any]]) -> list[Batch]:
-    """The group's parameters that have gradients, in batches; their moments are begun."""
-    members: dict[tuple[torch.device, bool], list[int]] = {}
-    for index, param in enumerate(group["params"]):
-        if param.grad is None:
-            continue
-        of_param = state[param]
-        if not has_moments(of_param, param, group):
-            start_moments(of_param, param, group)
-        members.setdefault((param.device, "importance" in of_param), []).append(index)
-    return [Batch(group, indices, state) for indices in members.values()]
+def refuse_sparse(groups: list[dict[str, Any]]) -> None:
+    """Raise RuntimeError where a gradient is sparse."""
+    for group in groups:
+        for param in group["params"]:
+            if param.grad is not None and param.grad.layout is not torch.strided:
+                raise RuntimeError(
+                    f"the gradient of parameter {name_of(group, param)} must be dense, not "
+                    f"{param.grad.layout}: EWCAdamW updates every weight in every step."
+                )
 
 
-class Plans:
-    """The launch plans of all groups, for as long as the next step is like the last one.
+def gather(groups: list[dict[str, Any]], state: dict[Tensor, dict[str, Any]]) -> list[Batch]:
+    """Put the parameters that have gradients in batches, and begin their moments."""
+    batches = []
+    for number, group in enumerate(groups):
+        members: dict[tuple[torch.device, bool], list[int]] = {}
+        for index, param in enumerate(group["params"]):
+            if param.grad is None:
+                continue
+            of_param = state[param]
+            if not has_moments(of_param, param, group):
+                start_moments(of_param, param, group)
+            members.setdefault((param.device, "importance" in of_param), []).append(index)
+        batches += [Batch(number, group, indices, state) for indices in members.values()]
+    return batches
 
-    Args:
-        batches: The batches of the last step, one at least.
-        optimizer: The optimizer.
+
+class Launch:
+    """Takes an optimizer's steps, and keeps of the last one what makes a like one faster.
+
+    Attributes:
+        backend: What the last step ran on; empty before the first.
+        sums: What tracked steps have summed.
     """
 
-    def __init__(self, batches: list[Batch], optimizer: torch.optim.Optimizer) -> None:
-        self._groups = list(optimizer.param_groups)
-        self._state = plans.snapshot(optimizer.state)
+    def __init__(self) -> None:
+        self.backend = ""
+        self.sums = Sums()
+        self._batches: list[Batch] = []
+        self._planned: PlannedStep | None = None
+
+    def forget(self) -> None:
+        """Let go of the last step's tensors; there is no penalty yet of what comes."""
+        self._batches, self._planned = [], None
+        self.sums.clear()
+
+    def repeat(self, step: Step) -> bool:
+        """Take a step by plans, if it is like the last ones.
+
+        Returns:
+            Whether it is. If not, nothing has changed.
+        """
+        planned = self._planned
+        if planned is None or not planned.possible:
+            return False
+        chosen = [choose(batch.group, batch.device) for batch in planned.batches]
+        inputs = [self.inputs(step, batch) for batch in planned.batches]
+        if any(function is not ops.fused for _, function in chosen):
+            return False
+        if not planned.take(step, inputs):
+            return False
+        self.backend = chosen[-1][0]
+        return True
+
+    def begin(self, step: Step) -> None:
+        """Take any step, and plan the next one where this one was like the last."""
+        batches = gather(step.groups, step.state)
+        for batch in batches:
+            batch.refuse_misfits()
+        protected = [batch for batch in batches if batch.is_protected]
+        self.sums.clear(kept={Sums.key(batch.group, batch.device) for batch in protected})
+        chosen = [choose(batch.group, batch.device) for batch in batches]
+        inputs = [self.inputs(step, batch) for batch in batches]
+        for batch, given in zip(batches, inputs, strict=True):
+            check(batch.params, batch.grads(), batch.lists(), batch.group["amsgrad"], given)
+        for batch, given, (self.backend, function) in zip(batches, inputs, chosen, strict=True):
+            hyper = step.hypers[batch.number]
+            function(batch.params, batch.grads(), batch.lists(), hyper=hyper, inputs=given)
+        # A plan is worth its making where steps are alike, and once where it is not possible.
+        compiled = bool(chosen) and all(function is ops.fused for _, function in chosen)
+        if not compiled or not _are_alike(batches, self._batches):
+            self._planned = None
+        elif self._planned is None or self._planned.possible:
+            self._planned = PlannedStep(step, batches)
+        self._batches = batches
+
+    def inputs(self, step: Step, batch: Batch) -> Inputs:
+        """Return what a batch takes besides its tensors and hyperparameters."""
+
+        def on_device(number: Tensor | None) -> Tensor | None:
+            return None if number is None else number.to(batch.device, torch.float32)
+
+        tracked = batch.group["track_penalty"] and batch.is_protected
+        return Inputs(
+            *_rows(step.projection, batch),
+            lr_tensor(batch.group, batch.device),
+            on_device(step.grad_scale),
+            on_device(step.found_inf),
+            self.sums[Sums.key(batch.group, batch.device)] if tracked else None,
+        )
+
+
+def _rows(projection: Projection, batch: Batch) -> tuple[list[Tensor], list[Tensor]]:
+    memories, coefficients = projection
+    if not memories:
+        return [], []
+    none = torch.empty(0, dtype=torch.float64, device=batch.device)
+    return (
+        [memories.get(param, param[None][:0]) for param in batch.params],
+        [coefficients.get(param, none) for param in batch.params],
+    )
+
+
+def _are_alike(batches: list[Batch], others: list[Batch]) -> bool:
+    return [(id(batch.group), batch.members) for batch in batches] == [
+        (id(batch.group), batch.members) for batch in others
+    ]
+
+
+class PlannedStep:
+    """A step of all groups, each batch by its plan, for as long as the next one is like it.
+
+    Args:
+        step: The step.
+        batches: Its batches, one at least.
+    """
+
+    def __init__(self, step: Step, batches: list[Batch]) -> None:
+        self._groups = list(step.groups)
+        self._state = ewc_adamw_plan.snapshot(step.state)
         self._rounding = [group["rounding"] for group in self._groups]
         self.batches = batches
-        self.plans: list[plans.Plan] = []
+        self._plans: list[ewc_adamw_plan.Plan] = []
         waiting = [
             [index for index, param in enumerate(group["params"]) if param.grad is None]
             for group in self._groups
         ]
         for batch in batches:
             # One of a group's plans looks after the parameters that have no gradient.
-            place = next(i for i, group in enumerate(self._groups) if group is batch.group)
-            self.plans.append(batch.plan(waiting[place]))
-            waiting[place] = []
+            skipped, waiting[batch.number] = waiting[batch.number], []
+            params = batch.group["params"]
+            self._plans.append(
+                ewc_adamw_plan.Plan(batch.device, params, batch.members, skipped, batch.states)
+            )
         # Those of another group; all plans must be of one device type to be taken as one.
         device = batches[0].device
         self._idle = [
-            (group, plans.Plan(device, group["params"], [], indices, []))
-            for group, indices in zip(self._groups, waiting, strict=True)
+            (number, ewc_adamw_plan.Plan(device, self._groups[number]["params"], [], indices, []))
+            for number, indices in enumerate(waiting)
             if indices
         ]
-        self.possible = all(plan.possible for plan in self.plans) and all(
+        self.possible = all(plan.possible for plan in self._plans) and all(
             batch.device.type == device.type for batch in batches
         )
 
-    def step(
-        self,
-        optimizer: torch.optim.Optimizer,
-        hyper: Callable[[dict[str, Any]], Hyperparameters],
-        inputs: list[Inputs],
-    ) -> bool:
-        """Take the next step if all of the plans may; else nothing has changed.
+    def take(self, step: Step, inputs: list[Inputs]) -> bool:
+        """Take a step like it, if this one is and all of the plans may; else nothing has changed.
 
         Args:
-            optimizer: The optimizer.
-            hyper: Gives a group's hyperparameters.
-            inputs: What the step takes besides, by batch.
+            step: The step.
+            inputs: What it takes besides, by batch.
         """
-        groups = optimizer.param_groups
+        groups = step.groups
         if (
             len(groups) != len(self._groups)
             or not all(here is there for here, there in zip(groups, self._groups, strict=True))
             or [group["rounding"] for group in groups] != self._rounding
-            or not self._state.matches(optimizer.state)
+            or not self._state.matches(step.state)
         ):
             return False
         calls = [
-            plans.Call(plan, group["params"], hyper(group), NO_INPUTS) for group, plan in self._idle
+            ewc_adamw_plan.Call(plan, groups[number]["params"], step.hypers[number], NO_INPUTS)
+            for number, plan in self._idle
         ]
         calls += [
-            plans.Call(plan, batch.group["params"], hyper(batch.group), given)
-            for plan, batch, given in zip(self.plans, self.batches, inputs, strict=True)
+            ewc_adamw_plan.Call(plan, batch.group["params"], step.hypers[batch.number], given)
+            for plan, batch, given in zip(self._plans, self.batches, inputs, strict=True)
         ]
-        return plans.take_step(calls)
-
-
-def are_alike(batches: list[Batch], others: list[Batch]) -> bool:
-    """Whether two steps have the same batches."""
-    return [(id(batch.group), batch.members) for batch in batches] == [
-        (id(batch.group), batch.members) for batch in others
-    ]
+        return ewc_adamw_plan.take_step(calls)

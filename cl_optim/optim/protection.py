@@ -13,6 +13,7 @@ from cl_optim.importance.names import Lazy
 from cl_optim.importance.statistics import comparable, cut, sum_over
 from cl_optim.ops import formats
 from cl_optim.ops.importance_codec import hashed
+from cl_optim.ops.warn import warn
 from cl_optim.optim.state import weight_of
 
 
@@ -85,8 +86,21 @@ def _anchor(param: Tensor, state: Mapping[str, Any], group: Mapping[str, Any]) -
     return formats.like(param, dtype).copy_(weight_of(param, state))
 
 
-def rounds_anchors(param: Tensor, group: Mapping[str, Any]) -> bool:
-    """Tell where the anchor's format cannot hold the parameter's weights as they are."""
+def warn_of_rounded_anchors(groups: Mapping[Tensor, Mapping[str, Any]]) -> None:
+    """Say how many parameters have weights that the anchor's format cannot hold as they are.
+
+    Args:
+        groups: Each parameter's group.
+    """
+    rounded = sum(_rounds_anchor(param, group) for param, group in groups.items())
+    if rounded:
+        warn(
+            f"anchor_dtype rounds the anchors of {rounded} parameters: the penalty pulls them "
+            "towards weights that are up to 0.4 % off."
+        )
+
+
+def _rounds_anchor(param: Tensor, group: Mapping[str, Any]) -> bool:
     if group["anchor_dtype"] is None:
         return False
     dtype = formats.anchor_dtype(param, group["anchor_dtype"])

@@ -11,6 +11,7 @@ from torch import Tensor
 from cl_optim.importance.names import canonical_name
 from cl_optim.ops import formats
 from cl_optim.optim.groups import check_groups
+from cl_optim.optim.options import check_rounding
 
 MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 PROTECTION = ("importance", "anchor")
@@ -44,7 +45,7 @@ def start_moments(state: dict[str, Any], param: Tensor, group: Mapping[str, Any]
 
 
 def has_moments(state: Mapping[str, Any], param: Tensor, group: Mapping[str, Any]) -> bool:
-    """Whether `start_moments` has nothing to do."""
+    """Tell whether `start_moments` has nothing to do."""
     return (
         "step" in state
         and (not group["amsgrad"] or "max_exp_avg_sq" in state)
@@ -57,7 +58,7 @@ def _is_compensated(param: Tensor, group: Mapping[str, Any]) -> bool:
 
 
 def weight_of(param: Tensor, state: Mapping[str, Any]) -> Tensor:
-    """The weight in the dtype of the arithmetic, a copy: with Kahan summation more than θ shows."""
+    """Copy the weight in the dtype of the arithmetic: with Kahan summation, more than θ shows."""
     weight = formats.like(param).copy_(param.detach())
     return weight + state["compensation"] if "compensation" in state else weight
 
@@ -66,7 +67,7 @@ def weight_of(param: Tensor, state: Mapping[str, Any]) -> Tensor:
 
 
 def loaded(saved: Mapping[str, Any], param: Tensor, group: Mapping[str, Any]) -> dict[str, Any]:
-    """A saved state as the parameter's: never narrower than it was, if the arithmetic is as wide.
+    """Make a saved state the parameter's: never narrower, if the arithmetic is as wide.
 
     Moments take the group's format, which is saved with them or, where the state dict is AdamW's,
     the one that was asked for. The parameter may have another dtype than the one that was saved.
@@ -105,7 +106,7 @@ def _load_importance(state: dict[str, Any], param: Tensor) -> None:
 
 
 def misfit(state: Mapping[str, Any], param: Tensor) -> str | None:
-    """What of the state is for another dtype than the parameter has."""
+    """Return the key of what is for another dtype than the parameter has; None if all fits."""
     stored = formats.stored_dtypes(param)
     allowed = {
         "exp_avg": stored,
@@ -128,7 +129,7 @@ def _loaded_moment(
 
 
 def from_adamw(state_dict: dict[str, Any], param_groups: list[dict[str, Any]]) -> dict[str, Any]:
-    """A state dict of torch's AdamW, of any version, with what it lacks; any other as it is."""
+    """Add to a state dict of torch's AdamW, of any version, what it lacks; leave any other."""
     groups = state_dict.get("param_groups", ())
     if not groups or not all("betas" in group and "penalty" not in group for group in groups):
         return state_dict
@@ -152,7 +153,7 @@ def from_adamw(state_dict: dict[str, Any], param_groups: list[dict[str, Any]]) -
 
 
 def in_order(state_dict: dict[str, Any], param_groups: list[dict[str, Any]]) -> dict[str, Any]:
-    """The state dict with the parameters of each group in this optimizer's order.
+    """Return the state dict with the parameters of each group in this optimizer's order.
 
     They come in another one where a model's modules do. State dicts that do not name the very same
     parameters (without what wrappers put into names) are matched by place, as in torch.
@@ -176,7 +177,7 @@ def in_order(state_dict: dict[str, Any], param_groups: list[dict[str, Any]]) -> 
 
 
 def _names(group: Mapping[str, Any]) -> list[str]:
-    """The names of its parameters in the bare model; [] where it does not name each."""
+    """Return its parameters' names in the bare model; [] where it does not name each."""
     names, params = group.get("param_names", ()), group.get("params", ())
     return [canonical_name(name) for name in names] if len(names) == len(params) else []
 
@@ -205,15 +206,6 @@ def check_state_dict(
     for (index, group), param, name in zip(indices, params, names, strict=True):
         check_rounding(group, param, name)
         _check_state(state_dict["state"].get(index, {}), param, name)
-
-
-def check_rounding(group: Mapping[str, Any], param: Tensor, name: str) -> None:
-    """Raise ValueError where a parameter's dtype does not have the group's rounding."""
-    if group.get("rounding", "nearest") != "nearest" and param.dtype == torch.float16:
-        raise ValueError(
-            f"rounding must be 'nearest' for parameter {name}, which is float16: the others are "
-            "for bfloat16."
-        )
 
 
 def _check_state(state: Mapping[str, Any], param: Tensor, name: str) -> None:

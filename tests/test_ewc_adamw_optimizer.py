@@ -94,7 +94,9 @@ class TestConsolidate:
         optimizer.consolidate(importance, decay=0.0)
         assert torch.equal(optimizer.state[fixed.bias]["importance"], importance["0.bias"])
         # Fixed for one task, it keeps what protects it from an earlier one.
-        optimizer.consolidate({name: importance[name] for name in ("2.weight", "2.bias")}, 0.5)
+        optimizer.consolidate(
+            {name: importance[name] for name in ("2.weight", "2.bias")}, decay=0.5
+        )
         torch.testing.assert_close(
             optimizer.state[fixed.bias]["importance"], 0.5 * importance["0.bias"]
         )
@@ -290,7 +292,7 @@ class TestConsolidate:
         layers = [nn.Linear(2, 1, bias=False) for _ in range(2)]
         groups = [{"params": list(layer.named_parameters())} for layer in layers]
         optimizer = EWCAdamW(groups)
-        for call in (optimizer.consolidate, optimizer.freeze):
+        for call in (optimizer.consolidate, lambda masks: optimizer.freeze(masks=masks)):
             optimizer.consolidate(None)
             before = snapshot(optimizer)
             with pytest.raises(ValueError, match="two parameters have the name 'weight'"):
@@ -597,6 +599,8 @@ class TestBadInput:
         optimizer = EWCAdamW(model.parameters())
         with pytest.raises(ValueError, match=r"decay must be in \[0, 1\]"):
             optimizer.consolidate(None, decay=decay)
+        with pytest.raises(TypeError, match="takes 2 positional arguments"):
+            optimizer.consolidate(None, 0.5)
         assert not optimizer.state
 
     def test_anchors(self, model):

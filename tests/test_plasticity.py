@@ -134,8 +134,8 @@ class TestFreeze:
         optimizer = make(problem, importance_dtype=importance_dtype, **implementation)
         masks = {f"p{i}": torch.rand(p.shape) < 0.3 for i, p in enumerate(problem.params[:2])}
         half = {name: mask & (torch.rand(mask.shape) < 0.5) for name, mask in masks.items()}
-        assert optimizer.freeze(half) == sum(int(mask.sum()) for mask in half.values())
-        assert optimizer.freeze(masks) == sum(int(mask.sum()) for mask in masks.values())
+        assert optimizer.freeze(masks=half) == sum(int(mask.sum()) for mask in half.values())
+        assert optimizer.freeze(masks=masks) == sum(int(mask.sum()) for mask in masks.values())
         for protected in optimizer.protected():
             expected = masks.get(protected.name, torch.zeros_like(protected.frozen))
             assert torch.equal(protected.frozen, expected)
@@ -162,7 +162,7 @@ class TestFreeze:
         known = {f"p{i}": f for i, f in enumerate(problem.importances[:4])}
         optimizer.consolidate(known, strict=False)
         with pytest.raises(error, match=message):
-            optimizer.freeze(masks)
+            optimizer.freeze(masks=masks)
         assert not any(protected.frozen.any() for protected in optimizer.protected())
 
     @pytest.mark.parametrize("importance_dtype", IMPORTANCE)
@@ -201,6 +201,8 @@ class TestFreeze:
         for fraction in (-0.1, 1.1, math.nan):
             with pytest.raises(ValueError, match=r"fraction must be in \[0, 1\]"):
                 optimizer.freeze(fraction)
+        with pytest.raises(ValueError, match="fraction and masks exclude each other"):
+            optimizer.freeze(0.05, masks={"p0": torch.ones(3, dtype=torch.bool)})
 
     @pytest.mark.parametrize("scale", [1e-200, 1.0, 1e200])
     def test_float64_importance_is_ranked_in_float64(self, scale):
@@ -278,7 +280,7 @@ class TestDamping:
         weight = nn.Parameter(torch.zeros(100, dtype=torch.float64))
         optimizer = EWCAdamW([("w", weight)], importance_damping=1.0)
         optimizer.consolidate({"w": torch.full((100,), 1e308, dtype=torch.float64)})
-        optimizer.freeze({"w": torch.arange(100) < 50})
+        optimizer.freeze(masks={"w": torch.arange(100) < 50})
         optimizer.consolidate({"w": torch.zeros(100, dtype=torch.float64)})
         assert optimizer.param_groups[0]["importance_mean"] == pytest.approx(1e308)
 

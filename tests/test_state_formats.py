@@ -8,6 +8,7 @@ import subprocess
 import sys
 import textwrap
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -602,7 +603,7 @@ class TestStateDicts:
     [
         ({"importance_dtype": "int8"}, "importance_dtype must be one of"),
         ({"anchor_dtype": "log8"}, "anchor_dtype must be one of"),
-        ({"state_dtype": torch.bfloat16}, "state_dtype must be one of"),
+        ({"state_dtype": torch.float16}, "state_dtype must be one of"),
         ({"rounding": "up"}, "rounding must be one of"),
         ({"importance_damping": -1.0}, "importance_damping must be finite and at least 0"),
     ],
@@ -611,6 +612,42 @@ def test_bad_options(options, message):
     weight = torch.nn.Parameter(torch.ones(3))
     with pytest.raises(ValueError, match=message):
         EWCAdamW([weight], **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "names"),
+    [
+        ({"importance_dtype": torch.bfloat16}, {"importance_dtype": "bfloat16"}),
+        ({"importance_dtype": torch.float32}, {"importance_dtype": "float32"}),
+        ({"anchor_dtype": torch.bfloat16}, {"anchor_dtype": "bfloat16"}),
+        ({"anchor_dtype": torch.float32}, {"anchor_dtype": "float32"}),
+        ({"state_dtype": torch.bfloat16}, {"state_dtype": "bfloat16"}),
+    ],
+)
+def test_a_dtype_is_as_good_as_its_name(options, names):
+    """Given for all groups, for one, or set later; groups and checkpoints have the name."""
+
+    def trained(change: Callable[[EWCAdamW], None], group: dict[str, Any], **of_all: Any) -> Any:
+        torch.manual_seed(0)
+        weight = nn.Parameter(torch.randn(300))
+        optimizer = EWCAdamW([{"params": [("w", weight)], **group}], **of_all)
+        change(optimizer)
+        optimizer.consolidate({"w": torch.rand(300)})
+        for _ in range(2):
+            weight.grad = torch.randn(300)
+            optimizer.step()
+        return optimizer.state_dict()
+
+    expected = trained(lambda optimizer: None, {}, **names)
+    for found in (
+        trained(lambda optimizer: None, {}, **options),
+        trained(lambda optimizer: None, dict(options)),
+        trained(lambda optimizer: optimizer.param_groups[0].update(options), {}),
+    ):
+        assert found["param_groups"] == expected["param_groups"]
+        for key, value in expected["state"][0].items():
+            assert found["state"][0][key].dtype == value.dtype
+            assert torch.equal(found["state"][0][key], value)
 
 
 def test_float64_keeps_everything_in_float64():

@@ -33,9 +33,9 @@ from cl_optim.optim.suggest_lambda import suggest_lambda
 ANCHORS = ("latest", "exact")
 # What a closure returns is what its step returns: a number, as torch types it, or a tensor.
 _Loss = TypeVar("_Loss")
-_ImportanceDtype: TypeAlias = Literal["float32", "bfloat16", "log8"]
-_AnchorDtype: TypeAlias = Literal["float32", "bfloat16"] | None
-_StateDtype: TypeAlias = Literal["float32", "bfloat16", "8bit"]
+_ImportanceDtype: TypeAlias = Literal["float32", "bfloat16", "log8"] | torch.dtype
+_AnchorDtype: TypeAlias = Literal["float32", "bfloat16"] | torch.dtype | None
+_StateDtype: TypeAlias = Literal["float32", "bfloat16", "8bit"] | torch.dtype
 
 
 class Protected(NamedTuple):
@@ -100,10 +100,10 @@ class EWCAdamW(torch.optim.Optimizer):
         weight_decay: Decoupled weight decay, times lr.
         ewc_lambda: λ ≥ 0; may differ between groups.
         penalty: ``"gradient"``, ``"decoupled"`` or ``"proximal"``; may differ between groups.
-        importance_dtype: How F is stored: ``"float32"``, ``"bfloat16"`` or ``"log8"``, one byte
-            within 4.5 % (2⁻³² of the largest of 256 neighbours and less: more). Exact zeros stay
-            zero. Further tasks are merged with stochastic rounding: right on average, each time
-            within 9.2 % (0.8 % in bfloat16), which adds up.
+        importance_dtype: How F is stored: ``"float32"``, ``"bfloat16"`` (here and below also a
+            dtype) or ``"log8"``, one byte within 4.5 % (2⁻³² of the largest of 256 neighbours and
+            less: more). Exact zeros stay zero. Further tasks are merged with stochastic rounding:
+            right on average, each time within 9.2 % (0.8 % in bfloat16), which adds up.
         anchor_dtype: How θ* is stored: None for the parameter's own dtype, ``"float32"`` or
             ``"bfloat16"``, which pulls float32 weights towards rounded ones. Exact anchors are
             always float32.
@@ -166,9 +166,9 @@ class EWCAdamW(torch.optim.Optimizer):
             "weight_decay": weight_decay,
             "ewc_lambda": ewc_lambda,
             "penalty": penalty,
-            "importance_dtype": importance_dtype,
-            "anchor_dtype": anchor_dtype,
-            "state_dtype": state_dtype,
+            "importance_dtype": formats.canonical(importance_dtype),
+            "anchor_dtype": formats.canonical(anchor_dtype),
+            "state_dtype": formats.canonical(state_dtype),
             "rounding": rounding,
             "importance_damping": importance_damping,
             # What consolidate() leaves: F̂, and how often it was called.
@@ -306,6 +306,7 @@ class EWCAdamW(torch.optim.Optimizer):
     def consolidate(
         self,
         importance: Mapping[str, Tensor] | ImportanceLog | None,
+        *,
         decay: float = 1.0,
         anchors: Literal["latest", "exact"] = "latest",
         model: torch.nn.Module | None = None,
@@ -400,7 +401,9 @@ class EWCAdamW(torch.optim.Optimizer):
     # --- frozen weights ---------------------------------------------------------------------------
 
     @torch.no_grad()
-    def freeze(self, fraction: float | Mapping[str, Tensor] = 0.05) -> int:
+    def freeze(
+        self, fraction: float | None = None, *, masks: Mapping[str, Tensor] | None = None
+    ) -> int:
         """Pin the most important weights: they keep their bits, whatever is stepped or merged.
 
         The most important ones of all protected parameters together, λ aside; of equally important
@@ -408,27 +411,30 @@ class EWCAdamW(torch.optim.Optimizer):
         stay frozen even if it is smaller. A frozen weight is left out of the penalty.
 
         Args:
-            fraction: Of the protected weights, in [0, 1]; or masks of the weights to pin, by
-                parameter name.
+            fraction: Of the protected weights, in [0, 1]; 0.05 where there are no masks either.
+            masks: Which weights to pin instead: bool, of the parameter's shape, by its name.
 
         Returns:
             How many weights are frozen now.
 
         Raises:
             TypeError: A mask is not of bool.
-            ValueError: ``fraction`` is out of range, or a mask's name or shape is none of the
-                optimizer's. Nothing has been changed then.
+            ValueError: ``fraction`` is out of range or beside ``masks``, or a mask's name or shape
+                is none of the optimizer's. Nothing has been changed then.
             RuntimeError: Nothing has been consolidated.
         """
-        if not isinstance(fraction, Mapping) and not 0.0 <= fraction <= 1.0:
+        if fraction is not None and masks is not None:
+            raise ValueError("fraction and masks exclude each other: call freeze() for each.")
+        fraction = 0.05 if fraction is None else fraction
+        if not 0.0 <= fraction <= 1.0:
             raise ValueError(f"fraction must be in [0, 1], not {fraction}.")
         states = self._protected_states()
         if not states:
             raise RuntimeError("freeze() needs importance: call consolidate() first.")
-        if not isinstance(fraction, Mapping):
+        if masks is None:
             return protection.freeze(states, fraction)
         named = matching.named_params(self.param_groups, None)
-        matched = matching.match_masks(fraction, named, strict=True)
+        matched = matching.match_masks(masks, named, strict=True)
         if any("importance" not in self.state.get(param, {}) for param, _ in matched):
             raise ValueError("a mask is of a parameter that nothing protects.")
         for param, mask in matched:

@@ -145,7 +145,7 @@ class LoRAPenalty:
         return torch.stack([value.to(values[0].device) for value in values]).sum()
 
     @torch.no_grad()
-    def consolidate(self, importance: Mapping[str, Tensor], decay: float = 1.0) -> None:
+    def consolidate(self, importance: Mapping[str, Tensor], *, decay: float = 1.0) -> None:
         """Protect a further task: F ← decay·F + importance, ΔW* ← ΔW.
 
         Args:

@@ -1,209 +1,22 @@
 // Launch plans: the step for the same parameters and state again and again, without handing a
-// tensor to an operator, which takes longer than updating a small one. Tensors are read through
-// DLPack's C interface, some 40 ns each. Between that and the step's end no other thread may free
-// their memory: see take_step().
+// tensor to an operator, which takes longer than updating a small one. Between the look at the
+// tensors and the step's end no other thread may free their memory: see take_step().
 #pragma once
 
-#include <pybind11/gil_safe_call_once.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
-// torch's copy of a header of plain C, which it hides from users of the stable ABI.
-#undef TORCH_TARGET_VERSION
-#include <ATen/dlpack.h>
 
-#include <algorithm>
 #include <array>
-#include <cstring>
 #include <optional>
 #include <string>
 #include <tuple>
 #include <utility>
 #include <vector>
 
+#include "dlpack_tensors.h"
 #include "ewc_adamw_launch.h"
-#include "strides.h"
 
 namespace cl_optim {
-
-namespace py = pybind11;
-
-inline const DLPackExchangeAPI& dlpack() {
-  static const DLPackExchangeAPI* api = [] {
-    const py::object tensor = py::module_::import("torch").attr("Tensor");
-    const py::object capsule = tensor.attr("__dlpack_c_exchange_api__");
-    const auto* found = static_cast<const DLPackExchangeAPI*>(
-        PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
-    if (found == nullptr) throw py::error_already_set();
-    if (found->header.version.major != DLPACK_MAJOR_VERSION) {
-      throw std::runtime_error("torch speaks a version of DLPack that this build does not know");
-    }
-    return found;
-  }();
-  return *api;
-}
-
-// A look at a tensor, while it lives. Nothing where DLPack cannot say what it is (a sparse one).
-inline std::optional<DLTensor> look(PyObject* tensor) {
-  DLTensor seen;
-  if (dlpack().dltensor_from_py_object_no_sync(tensor, &seen) == 0) return seen;
-  PyErr_Clear();
-  return std::nullopt;
-}
-
-// Whether torch sees a tensor's elements negated (Tensor.is_neg()), which DLPack does not tell. To
-// ask torch takes longer than all else that is done for a tensor, and lets go of the GIL. The bit
-// is in the last word of torch's object, behind the sizes that it holds of up to five dimensions;
-// where exactly is found out from tensors with and without it.
-class NegativeBit {
- public:
-  static constexpr int kMostDims = 5;
-
-  static const NegativeBit& instance() {
-    // torch lets go of the GIL in between, for which a second thread must not wait holding it.
-    PYBIND11_CONSTINIT static py::gil_safe_call_once_and_store<NegativeBit> found;
-    return found.call_once_and_store_result(find).get_stored();
-  }
-
-  bool is_known() const { return mask_ != 0; }
-  // Of a tensor of kMostDims dimensions at most.
-  bool is_set(const DLTensor& tensor) const { return (word(tensor, index_) & mask_) != 0; }
-
- private:
-  // Words from the sizes on: five sizes and five strides come first, the object ends after the
-  // last.
-  static constexpr int kFirst = 10, kEnd = 14;
-
-  static uint64_t word(const DLTensor& tensor, int index) {
-    uint64_t value;
-    std::memcpy(&value, reinterpret_cast<const char*>(tensor.shape) + 8 * index, sizeof(value));
-    return value;
-  }
-
-  // Not known unless a single bit tells all pairs of tensors apart.
-  static NegativeBit find() {
-    std::array<uint64_t, kEnd> masks;
-    masks.fill(~uint64_t{0});
-    const py::module_ torch = py::module_::import("torch");
-    for (const std::vector<int>& shape : {std::vector<int>{}, {3}, {0, 2}, {2, 3, 4, 5, 6}}) {
-      for (const char* dtype : {"float32", "bfloat16", "uint8"}) {
-        const py::object plain = torch.attr("ones")(shape, py::arg("dtype") = torch.attr(dtype));
-        const py::object negated = torch.attr("_neg_view")(plain);
-        const auto a = look(plain.ptr()), b = look(negated.ptr());
-        if (!a || !b) return {};
-        for (int i = kFirst; i < kEnd; ++i) {
-          const uint64_t differs = word(*a, i) ^ word(*b, i);
-          masks[i] &= (differs & (differs - 1)) == 0 ? differs & word(*b, i) : 0;
-        }
-      }
-    }
-    NegativeBit found;
-    for (int i = kFirst; i < kEnd; ++i) {
-      if (masks[i] == 0) continue;
-      if (found.is_known()) return {};
-      found.index_ = i;
-      found.mask_ = masks[i];
-    }
-    return found;
-  }
-
-  int index_ = 0;
-  uint64_t mask_ = 0;
-};
-
-// torch's classes of tensors, and what these do not override.
-inline const std::array<PyObject*, 4>& known_classes() {
-  static const std::array<PyObject*, 4> known = [] {
-    const py::module_ torch = py::module_::import("torch");
-    const py::object type = torch.attr("Tensor"), parameter = torch.attr("nn").attr("Parameter");
-    return std::array{type.inc_ref().ptr(), parameter.inc_ref().ptr(),
-                      py::object(type.attr("__torch_dispatch__")).release().ptr(),
-                      py::object(parameter.attr("__torch_function__")).release().ptr()};
-  }();
-  return known;
-}
-
-// Whether no subclass at all is behind it.
-inline bool is_of_torchs_class(PyObject* tensor) {
-  const auto& known = known_classes();
-  auto* const type = reinterpret_cast<PyObject*>(Py_TYPE(tensor));
-  return type == known[0] || type == known[1];
-}
-
-// Whether it is a tensor that no subclass gives another meaning, nor lets Python code look on.
-inline bool is_plain(PyObject* tensor) {
-  if (is_of_torchs_class(tensor)) return true;
-  const auto& known = known_classes();
-  const py::handle its_type(reinterpret_cast<PyObject*>(Py_TYPE(tensor)));
-  return py::isinstance(tensor, known[0]) &&
-         py::object(its_type.attr("__torch_dispatch__")).ptr() == known[2] &&
-         py::object(its_type.attr("__torch_function__")).ptr() == known[3];
-}
-
-// Keeps a tensor's memory, also where the tensor is given other memory (p.data = ...).
-inline py::object storage_of(PyObject* tensor) {
-  static PyObject* const method =
-      py::object(py::module_::import("torch").attr("Tensor").attr("untyped_storage"))
-          .release()
-          .ptr();
-  PyObject* storage = PyObject_CallOneArg(method, tensor);
-  if (storage == nullptr) throw py::error_already_set();
-  return py::reinterpret_steal<py::object>(storage);
-}
-
-inline void* address(const DLTensor& tensor) {
-  return static_cast<char*>(tensor.data) + tensor.byte_offset;
-}
-
-inline std::optional<ScalarKind> scalar_kind(DLDataType type) {
-  if (type.lanes != 1) return std::nullopt;
-  if (type.code == kDLFloat && type.bits == 32) return ScalarKind::float32;
-  if (type.code == kDLFloat && type.bits == 64) return ScalarKind::float64;
-  if (type.code == kDLFloat && type.bits == 16) return ScalarKind::float16;
-  if (type.code == kDLBfloat && type.bits == 16) return ScalarKind::bfloat16;
-  if (type.code == kDLUInt && type.bits == 8) return ScalarKind::codes;
-  return std::nullopt;
-}
-
-inline int64_t numel_of(const DLTensor& tensor) {
-  int64_t numel = 1;
-  for (int d = 0; d < tensor.ndim; ++d) numel *= tensor.shape[d];
-  return numel;
-}
-
-inline bool is_contiguous(const DLTensor& tensor) {
-  int64_t expected = 1;
-  for (int d = tensor.ndim - 1; d >= 0; --d) {
-    if (tensor.shape[d] != 1 && tensor.strides && tensor.strides[d] != expected) return false;
-    expected *= tensor.shape[d];
-  }
-  return true;
-}
-
-inline bool is_dense(const DLTensor& tensor) {
-  return is_contiguous(tensor) || is_dense(tensor.ndim, tensor.shape, tensor.strides);
-}
-
-// Whether two tensors have their elements in the same places.
-inline bool same_order(const DLTensor& a, const DLTensor& b) {
-  if (a.ndim != b.ndim) return false;
-  for (int d = 0; d < a.ndim; ++d) {
-    if (a.shape[d] != b.shape[d]) return false;
-    if (a.shape[d] != 1 && a.strides && b.strides && a.strides[d] != b.strides[d]) return false;
-  }
-  return true;
-}
-
-inline bool operator==(const DLDevice& a, const DLDevice& b) {
-  return a.device_type == b.device_type && a.device_id == b.device_id;
-}
-
-inline bool operator==(const DLDataType& a, const DLDataType& b) {
-  return a.code == b.code && a.bits == b.bits && a.lanes == b.lanes;
-}
-
-inline bool is_alike(const DLTensor& a, const DLTensor& b) {
-  return a.device == b.device && a.dtype == b.dtype && same_order(a, b);
-}
 
 // Whether a dict has these very keys and values, in this order.
 inline bool same_items(const py::dict& dict, const std::vector<py::object>& items) {

@@ -8,8 +8,8 @@
 //   proximal    AdamW on g gives theta'; theta <- theta* + (theta' - theta*) / (1 + c),
 //               c = 2 lr lambda F
 //
-// Adam's own step may be damped where a weight is important, by 1 / (1 + damping F). The sign bit
-// of a stored importance marks a frozen weight, which keeps its bits.
+// Adam's own step may be damped where a weight is important, by 1 / (1 + damping F). A frozen
+// weight keeps its bits.
 #pragma once
 
 #include <cfloat>
@@ -18,14 +18,15 @@
 #include <type_traits>
 
 #include "float_types.h"
-#include "importance_codec.h"
+#include "formats.h"
 #include "memory_rows.h"
 
 namespace cl_optim {
 
 enum class Penalty : int { none, gradient, decoupled, proximal };
 
-// One call's hyperparameters, as the user gave them.
+// One call's hyperparameters, as the user gave them: whoever hands them over lists them by
+// for_each(), and nowhere else.
 struct EWCAdamWOptions {
   double lr;
   double beta1;
@@ -38,6 +39,22 @@ struct EWCAdamWOptions {
   bool amsgrad;
   bool maximize;
   bool stochastic;  // bfloat16 parameters are rounded stochastically
+
+  // Calls f(name, option) for each, in the order of the operator's arguments.
+  template <typename F>
+  void for_each(F&& f) {
+    f("lr", lr);
+    f("beta1", beta1);
+    f("beta2", beta2);
+    f("eps", eps);
+    f("weight_decay", weight_decay);
+    f("ewc_lambda", ewc_lambda);
+    f("damping", damping);
+    f("penalty", penalty);
+    f("amsgrad", amsgrad);
+    f("maximize", maximize);
+    f("stochastic", stochastic);
+  }
 };
 
 // What is summed over the weights as they are before a step.
@@ -115,13 +132,6 @@ struct EWCAdamWElement {
   T max_exp_avg_sq;
 };
 
-CL_OPTIM_HD bool is_frozen(float importance) { return float_bits(importance) >> 31; }
-CL_OPTIM_HD bool is_frozen(double importance) {
-  uint64_t bits;
-  memcpy(&bits, &importance, sizeof(bits));
-  return bits >> 63;
-}
-
 template <Penalty penalty, bool amsgrad, typename T>
 CL_OPTIM_HD EWCAdamWElement<T> ewc_adamw_element(EWCAdamWElement<T> x, T grad, T importance,
                                                  T anchor, const EWCAdamWConstants<T>& k) {
@@ -159,9 +169,8 @@ CL_OPTIM_HD EWCAdamWElement<T> ewc_adamw_element(EWCAdamWElement<T> x, T grad, T
 }
 
 // One tensor as the kernels see it: `numel` elements of each array, in the same order in memory.
-// The gradient has the parameter's type. Moments and importance have the type of the arithmetic,
-// or are bfloat16 or blocks of codes (importance_codec.h); the anchor has the parameter's type,
-// that of the arithmetic or bfloat16. Null where the update does not use it.
+// The gradient has the parameter's type; what types the others may have is in formats.h. Null
+// where the update does not use it.
 struct EWCAdamWTensor {
   void* param;
   const void* grad;

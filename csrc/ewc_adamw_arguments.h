@@ -81,10 +81,6 @@ inline DeviceNumbers device_numbers(const std::optional<Tensor>& lr,
           one_float("found_inf", found_inf, beside), penalty_sums(sums, beside)};
 }
 
-inline ScalarType arithmetic_type(ScalarType type) {
-  return type == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-}
-
 // The arrays of one call. A tensor whose strides differ from its parameter's takes part as a copy
 // in the parameter's memory order, which write_back() copies to where it came from. Codes are in
 // row-major order whatever the parameter's strides, so beside them all others are copied to it.
@@ -118,7 +114,6 @@ class EWCAdamWArguments {
   void add(const EWCAdamWLists& lists, const EWCAdamWGradients& gradients, size_t i) {
     const Tensor& given = lists.params[i];
     const ScalarType type = given.scalar_type();
-    const ScalarType wide = arithmetic_type(type);
     const bool is_protected = !lists.importances.empty();
     const bool row_major =
         is_codes(lists.exp_avgs[i]) || (is_protected && is_codes(lists.importances[i]));
@@ -131,7 +126,7 @@ class EWCAdamWArguments {
     t.param = param.mutable_data_ptr();
     t.grad = read("grads", gradients.grads[i], i, param, type);
     t.memory = memory(gradients, i, param, !in_place);
-    t.moment_kind = state_kind("exp_avgs", lists.exp_avgs[i], i, wide);
+    t.moment_kind = state_kind("exp_avgs", lists.exp_avgs[i], i, t.param_kind);
     const ScalarType moments = lists.exp_avgs[i].scalar_type();
     t.exp_avg = write("exp_avgs", lists.exp_avgs[i], i, param, moments);
     t.exp_avg_sq = write("exp_avg_sqs", lists.exp_avg_sqs[i], i, param, moments);
@@ -141,13 +136,12 @@ class EWCAdamWArguments {
     if (is_protected) {
       const Tensor& importance = lists.importances[i];
       const Tensor& anchor = lists.anchors[i];
-      t.importance_kind = state_kind("importances", importance, i, wide);
+      t.importance_kind = state_kind("importances", importance, i, t.param_kind);
       t.importance = read("importances", importance, i, param, importance.scalar_type());
-      const bool other =
-          anchor.scalar_type() == wide ||
-          (anchor.scalar_type() == ScalarType::BFloat16 && wide == ScalarType::Float);
-      t.anchor = read("anchors", anchor, i, param, other ? anchor.scalar_type() : type);
-      t.anchor_kind = scalar_kind(anchor.scalar_type(), "anchors", i);
+      const std::optional<ScalarKind> anchor_kind = scalar_kind(anchor.scalar_type());
+      const bool fits = anchor_kind && is_anchor_kind(*anchor_kind, t.param_kind);
+      t.anchor = read("anchors", anchor, i, param, fits ? anchor.scalar_type() : type);
+      t.anchor_kind = *anchor_kind;
     }
     if (!lists.compensations.empty() && lists.compensations[i].numel() != 0) {
       check(type == ScalarType::BFloat16, "compensations[", i, "] must be empty: params[", i,
@@ -165,15 +159,15 @@ class EWCAdamWArguments {
 
   static bool is_codes(const Tensor& tensor) { return tensor.scalar_type() == ScalarType::Byte; }
 
-  // The type of moments or importance.
-  static ScalarKind state_kind(const char* name, const Tensor& tensor, size_t i, ScalarType wide) {
+  // What moments or importance are made of.
+  static ScalarKind state_kind(const char* name, const Tensor& tensor, size_t i, ScalarKind param) {
     const ScalarType type = tensor.scalar_type();
-    const bool narrow = type == ScalarType::BFloat16 || type == ScalarType::Byte;
-    check(type == wide || (narrow && wide == ScalarType::Float), name, "[", i, "] must be ",
-          torch::headeronly::toString(wide),
-          wide == ScalarType::Float ? ", BFloat16 or codes (Byte)" : "", ", not ",
+    const std::optional<ScalarKind> kind =
+        is_codes(tensor) ? std::optional(ScalarKind::codes) : scalar_kind(type);
+    check(kind && is_state_kind(*kind, param), name, "[", i, "] must be ",
+          param == ScalarKind::float64 ? "Double" : "Float, BFloat16 or codes (Byte)", ", not ",
           torch::headeronly::toString(type));
-    return is_codes(tensor) ? ScalarKind::codes : scalar_kind(type, name, i);
+    return *kind;
   }
 
   static void check_length(const char* name, const TensorList& list, size_t expected) {
@@ -223,8 +217,8 @@ class EWCAdamWArguments {
   static void check_like(const char* name, const Tensor& tensor, size_t i, const Tensor& param,
                          ScalarType type) {
     if (type == ScalarType::Byte) {
-      check(tensor.dim() == 2 && tensor.size(0) == (param.numel() + kBlock - 1) / kBlock &&
-                tensor.size(1) == sizeof(PackedBlock) && tensor.is_contiguous(),
+      check(tensor.dim() == 2 && are_blocks(tensor.size(0), tensor.size(1), param.numel()) &&
+                tensor.is_contiguous(),
             name, "[", i, "] must be ", sizeof(PackedBlock), " bytes for each ", kBlock,
             " elements of params[", i, "]");
     } else {

@@ -367,8 +367,6 @@ void launch(const std::vector<EWCAdamWTensor>& tensors, const EWCAdamWOptions& o
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(cl_optim, CPU, m) {
-  m.impl("ewc_adamw_", TORCH_BOX(&ewc_adamw_<launch>));
-}
+STABLE_TORCH_LIBRARY_IMPL(cl_optim, CPU, m) { m.impl("ewc_adamw_", &ewc_adamw_<launch>); }
 
 }  // namespace cl_optim

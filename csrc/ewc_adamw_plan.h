@@ -10,6 +10,7 @@
 #include <optional>
 #include <string>
 #include <tuple>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -77,14 +78,15 @@ struct Call {
         grad_scale(call[5]),
         found_inf(call[6]),
         sums(call[7]) {
-    const auto number = [&](const char* name) { return call[8][name].cast<double>(); };
-    const auto flag = [&](const char* name) { return call[8][name].cast<bool>(); };
-    options = {number("lr"),           number("beta1"),
-               number("beta2"),        number("eps"),
-               number("weight_decay"), number("ewc_lambda"),
-               number("damping"),      parse_penalty(call[8]["penalty"].cast<std::string>()),
-               flag("amsgrad"),        flag("maximize"),
-               flag("stochastic")};
+    const py::dict given = call[8];
+    options.for_each([&](const char* name, auto& option) {
+      using T = std::decay_t<decltype(option)>;
+      if constexpr (std::is_same_v<T, Penalty>) {
+        option = parse_penalty(given[name].template cast<std::string>());
+      } else {
+        option = given[name].template cast<T>();
+      }
+    });
   }
 };
 
@@ -292,8 +294,8 @@ class Plan {
       case Form::number:
         return numel_of(seen) == 1;
       case Form::codes:
-        return seen.ndim == 2 && seen.shape[0] == (numel_of(param) + kBlock - 1) / kBlock &&
-               seen.shape[1] == sizeof(PackedBlock) && is_contiguous(seen) && is_contiguous(param);
+        return seen.ndim == 2 && are_blocks(seen.shape[0], seen.shape[1], numel_of(param)) &&
+               is_contiguous(seen) && is_contiguous(param);
       default:
         return same_order(seen, param);
     }
@@ -366,17 +368,6 @@ class Plan {
             (is_state_kind(t.importance_kind, *kind) && is_anchor_kind(t.anchor_kind, *kind))) &&
            (!has("compensation") ||
             (compensation_kind == ScalarKind::bfloat16 && *kind == ScalarKind::bfloat16));
-  }
-
-  // As the operator has it (ewc_adamw_arguments.h).
-  static bool is_state_kind(ScalarKind kind, ScalarKind param) {
-    if (param == ScalarKind::float64) return kind == ScalarKind::float64;
-    return kind == ScalarKind::float32 || kind == ScalarKind::bfloat16 || kind == ScalarKind::codes;
-  }
-
-  static bool is_anchor_kind(ScalarKind kind, ScalarKind param) {
-    if (param == ScalarKind::float64) return kind == ScalarKind::float64;
-    return kind == ScalarKind::float32 || kind == ScalarKind::bfloat16 || kind == param;
   }
 
   // What GEM adds to the gradient: rows [t, ...] of the parameter's layout, float64 [t].

@@ -7,7 +7,7 @@
 #include <algorithm>
 
 #include "check.h"
-#include "importance_codec.h"
+#include "formats.h"
 #include "simd.h"
 
 namespace cl_optim {
@@ -42,8 +42,7 @@ void for_each_block(int64_t count, F&& f) {
 }
 
 void check_log8(const Check& check, const Tensor& packed, const Tensor& values) {
-  check(packed.dim() == 2 && packed.size(1) == sizeof(PackedBlock) &&
-            packed.size(0) == (values.numel() + kBlock - 1) / kBlock &&
+  check(packed.dim() == 2 && are_blocks(packed.size(0), packed.size(1), values.numel()) &&
             packed.scalar_type() == ScalarType::Byte && packed.is_contiguous(),
         "packed must be contiguous uint8 [ceil(n / 256), 260]");
   check(values.scalar_type() == ScalarType::Float && values.is_contiguous(),

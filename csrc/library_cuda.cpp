@@ -48,7 +48,7 @@ void ewc_adamw_cuda_on(int device, const std::vector<EWCAdamWTensor>& tensors,
 }
 
 STABLE_TORCH_LIBRARY_IMPL(cl_optim, CUDA, m) {
-  m.impl("ewc_adamw_", TORCH_BOX(&ewc_adamw_<launch>));
+  m.impl("ewc_adamw_", &ewc_adamw_<launch>);
   m.impl("nnqp", TORCH_BOX(&nnqp<launch_nnqp>));
 }
 

@@ -7,6 +7,7 @@ reference. Both take the same arguments and do the same arithmetic.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import fields
 from typing import TypeAlias
 
 import torch
@@ -15,14 +16,14 @@ from cl_optim.ops import library
 from cl_optim.ops.ewc_adamw_arguments import NO_INPUTS, Hyperparameters, Inputs, State, TensorList
 from cl_optim.ops.ewc_adamw_reference import foreach
 
+_OPTIONS = ", ".join(f"{field.type} {field.name}" for field in fields(Hyperparameters))
+
 library.define(
     "ewc_adamw_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, "
     "Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] max_exp_avg_sqs, Tensor[] importances, "
     "Tensor[] anchors, Tensor(e!)[] compensations, Tensor(f!)[] steps, Tensor[] memories, "
     "Tensor[] coefficients, Tensor? lr_tensor, Tensor? grad_scale, Tensor? found_inf, "
-    "Tensor(g!)? sums, *, float lr, float beta1, float beta2, float eps, float weight_decay, "
-    "float ewc_lambda, float damping, str penalty, bool amsgrad, bool maximize, "
-    "bool stochastic) -> ()",
+    f"Tensor(g!)? sums, *, {_OPTIONS}) -> ()",
     cpu="compiled",
     cuda="compiled",
 )

@@ -22,6 +22,9 @@ PENALTIES: tuple[str, ...] = get_args(Penalty)
 class Hyperparameters:
     """What all tensors of one call share; checked on construction. Do not change one afterwards.
 
+    The operator's last arguments are its fields, in their order: ``EWCAdamWOptions::for_each`` in
+    ``csrc/ewc_adamw.h`` has the same.
+
     Raises:
         ValueError: A value is outside its range; the message names it.
     """

@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
+Groups = Sequence[Mapping[str, Any]]
+
 
 def name_of(group: Mapping[str, Any], param: Tensor) -> str:
     """Return the parameter's name; its place and shape where the optimizer was made without."""
@@ -23,7 +25,7 @@ def is_dtensor(param: Tensor) -> bool:
     return module is not None and isinstance(param, module.DTensor)
 
 
-def check_groups(state_dict: Mapping[str, Any], param_groups: Sequence[Mapping[str, Any]]) -> None:
+def check_groups(state_dict: Mapping[str, Any], param_groups: Groups) -> None:
     """Raise ValueError unless the state dict's groups have as many parameters as these."""
     for key in ("state", "param_groups"):
         if key not in state_dict:

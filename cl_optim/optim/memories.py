@@ -1,0 +1,286 @@
+"""Memories of earlier tasks: their closures, when their rows are computed, and how."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cl_optim.importance.unobserved import unobserved
+from cl_optim.ops import nnqp
+from cl_optim.optim.groups import Groups
+from cl_optim.optim.memory_rows import MemoryRows, check_dense, listed, with_elements
+
+
+@dataclass(eq=False)
+class Memory:
+    """A task that is kept; its row is in `MemoryRows`.
+
+    Attributes:
+        closure: None where only the row was loaded, until `Memories.remember` attaches one.
+        refresh_every: Steps after which the row is computed anew; None: never.
+        age: Steps taken since it was.
+    """
+
+    name: str
+    closure: Callable[[], object] | None
+    refresh_every: int | None
+    age: int = 0
+
+    @property
+    def due(self) -> bool:
+        """Tell whether the row is to be computed anew."""
+        return self.refresh_every is not None and self.age >= self.refresh_every
+
+
+class Memories:
+    """The memories of an optimizer, and their rows.
+
+    Args:
+        average: Whether the only row is the mean of all gradients; else row k is memory k's.
+        dtype: Of the rows; None: each parameter's own.
+
+    Attributes:
+        kept: The memories, in the order in which they were first remembered.
+    """
+
+    def __init__(self, average: bool, dtype: torch.dtype | None) -> None:
+        self.average = average
+        self.rows = MemoryRows(dtype)
+        self.kept: list[Memory] = []
+        self._mean_is_outdated = False
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Return the memories' names."""
+        return tuple(memory.name for memory in self.kept)
+
+    def remember(self, memory: Memory, groups: Groups, capacity: int | None, evict: str) -> None:
+        """Add a memory or replace the one of its name; to one without closure attach this one's.
+
+        Raises:
+            RuntimeError: There is no room, or a closure gave no gradient. Nothing has changed then.
+        """
+        index = next((k for k, m in enumerate(self.kept) if m.name == memory.name), None)
+        if index is not None and self.kept[index].closure is None:
+            self.kept[index].closure = memory.closure
+            self.kept[index].refresh_every = memory.refresh_every
+            return
+        kept = list(self.kept)
+        if index is not None:
+            kept[index] = memory
+        else:
+            kept = [*self._room_for(memory.name, capacity, evict), memory]
+        self.rows.follow(with_elements(groups))
+        values = _mean(kept, groups) if self.average else _gradient(memory, groups)
+        # From here on nothing raises.
+        for old in [m for m in self.kept if m not in kept and m.name != memory.name]:
+            self._remove(old)
+        if len(self.rows) < (1 if self.average else len(kept)):
+            self.rows.append()
+        self.kept = kept
+        if self.average:
+            self._write_mean(values)
+        else:
+            self.rows.write(kept.index(memory), values)
+
+    def _room_for(self, name: str, capacity: int | None, evict: str) -> list[Memory]:
+        """Return the memories that remain when another one comes."""
+        capacity = nnqp.MAX_SIZE if capacity is None else capacity
+        if len(self.kept) < capacity:
+            return self.kept
+        if evict == "error":
+            raise RuntimeError(
+                f"the capacity of {capacity} memories is reached, by {listed(self.names)}: "
+                f"forget one before {name!r} is remembered, or use evict='oldest'."
+            )
+        return self.kept[len(self.kept) - capacity + 1 :]
+
+    def forget(self, name: str) -> None:
+        """Drop a memory and its row.
+
+        Raises:
+            ValueError: There is no memory of this name.
+        """
+        memory = next((m for m in self.kept if m.name == name), None)
+        if memory is None:
+            known = listed(self.names) if self.kept else "there is none"
+            raise ValueError(f"no memory is named {name!r}: {known}.")
+        self._remove(memory)
+
+    def _remove(self, memory: Memory) -> None:
+        k = self.kept.index(memory)
+        del self.kept[k]
+        if not self.average:
+            self.rows.drop(k)
+        elif not self.kept:
+            self.rows.drop(0)
+            self._mean_is_outdated = False
+        else:
+            self._mean_is_outdated = True
+
+    def refresh(self, groups: Groups) -> None:
+        """Compute the rows anew that are due, for the parameters of these groups."""
+        self.rows.follow(with_elements(groups))
+        for memory in self.kept:
+            if memory.closure is None and (memory.refresh_every is not None or self.average):
+                raise RuntimeError(
+                    f"memory {memory.name!r} has no closure, since none is saved: call "
+                    f"remember({memory.name!r}, closure) to attach one, or forget it."
+                )
+        if self.average:
+            if self._mean_is_outdated or any(memory.due for memory in self.kept):
+                self._write_mean(_mean(self.kept, groups))
+            return
+        for memory in [memory for memory in self.kept if memory.due]:
+            gradient = _gradient(memory, groups)
+            if memory in self.kept:  # its closure may forget it
+                self.rows.write(self.kept.index(memory), gradient)
+                memory.age = 0
+
+    def _write_mean(self, values: Mapping[Tensor, Tensor]) -> None:
+        self.rows.write(0, values)
+        self._mean_is_outdated = False
+        for memory in self.kept:
+            memory.age = 0
+
+    def grow_older(self) -> None:
+        """Count a step."""
+        for memory in self.kept:
+            memory.age += 1
+
+    def outdate(self) -> None:
+        """Let the next step compute all rows anew, but for those that are never refreshed."""
+        for memory in self.kept:
+            memory.age = memory.refresh_every or memory.age
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out the closures, which belong to the model of the original."""
+        kept = [replace(memory, closure=None) for memory in self.kept]
+        return {**self.__dict__, "kept": kept}
+
+    def state_dict(self, groups: Groups) -> dict[str, Any]:
+        """Return everything but the closures; tensors are the very ones that are in use."""
+        self.rows.follow(with_elements(groups))
+        return {
+            "memories": [
+                {"name": m.name, "refresh_every": m.refresh_every, "age": m.age} for m in self.kept
+            ],
+            **self.rows.state_dict(_places(groups)),
+            "mean_is_outdated": self._mean_is_outdated,
+        }
+
+    def load(
+        self,
+        saved: Mapping[str, Any],
+        groups: Groups,
+        places: Sequence[int],
+        closures: Mapping[str, Callable[[], object] | None],
+    ) -> None:
+        """Copy from a state dict, where there are no memories yet.
+
+        Args:
+            saved: What `state_dict` returned.
+            groups: The optimizer's.
+            places: Of all its parameters in the state dict.
+            closures: By name of a memory, as far as there are some.
+
+        Raises:
+            ValueError: The state dict is truncated, damaged, or of other parameters.
+        """
+        for key in ("memories", "rows", "gram", "stale", "mean_is_outdated"):
+            if key not in saved:
+                raise ValueError(f"the state dict is truncated: its 'gem' has no {key!r}.")
+        try:
+            self.kept = [
+                Memory(m["name"], closures.get(m["name"]), m["refresh_every"], m["age"])
+                for m in saved["memories"]
+            ]
+        except KeyError as error:
+            raise ValueError(f"the state dict is truncated: a memory has no {error}.") from None
+        size = min(len(self.kept), 1) if self.average else len(self.kept)
+        own_places = [places[place] for place in _places(groups)]
+        self.rows.load(saved, with_elements(groups), own_places, size)
+        self._mean_is_outdated = bool(saved["mean_is_outdated"])
+
+
+def _places(groups: Groups) -> list[int]:
+    """Return the places of the parameters with elements among all."""
+    params = (param for group in groups for param in group["params"])
+    return [place for place, param in enumerate(params) if param.numel() > 0]
+
+
+def _mean(memories: Sequence[Memory], groups: Groups) -> dict[Tensor, Tensor]:
+    """Return the mean of the memories' gradients, by parameter."""
+    mean: dict[Tensor, Tensor] = {}
+    for memory in memories:
+        for param, value in _gradient(memory, groups).items():
+            mean[param] = mean[param] + value if param in mean else _wide(value)
+    return {param: value / len(memories) for param, value in mean.items()}
+
+
+def _gradient(memory: Memory, groups: Groups) -> dict[Tensor, Tensor]:
+    """Return the mean gradient of the closure's backward passes, by parameter."""
+    if memory.closure is None:
+        raise RuntimeError(
+            f"memory {memory.name!r} has no closure, since none is saved, and the mean of all "
+            f"memories needs it: call remember({memory.name!r}, closure) first, or forget it."
+        )
+    params = [param for param in with_elements(groups) if param.requires_grad]
+    passes = dict.fromkeys(params, 0)
+    sums: dict[Tensor, Tensor | None] = {}
+    reset = False
+
+    def count(param: Tensor) -> None:
+        nonlocal reset
+        passes[param] += 1
+        # Each pass adds to the tensor of the first one.
+        reset |= sums.setdefault(param, param.grad) is not param.grad
+
+    saved = [param.grad for param in params]
+    versions = [None if grad is None else grad._version for grad in saved]
+    handles = [
+        param.register_post_accumulate_grad_hook(count)  # type: ignore[no-untyped-call]
+        for param in params
+    ]
+    try:
+        for param in params:
+            param.grad = None
+        with torch.enable_grad(), unobserved():
+            memory.closure()
+        grads = {param: param.grad for param in params if param.grad is not None}
+    finally:
+        for handle in handles:
+            handle.remove()
+        for param, grad in zip(params, saved, strict=True):
+            param.grad = grad
+    if versions != [None if grad is None else grad._version for grad in saved]:
+        raise RuntimeError(
+            f"the closure of memory {memory.name!r} wrote into the gradients of the step, and "
+            "they are lost: under DistributedDataParallel with gradient_as_bucket_view=True it "
+            "must run the bare module, model.module."
+        )
+    total = max(passes.values(), default=0)
+    if total == 0 or not grads:
+        raise RuntimeError(
+            f"the closure of memory {memory.name!r} left no gradient on any parameter of this "
+            "optimizer: it must call backward() on a loss of the model that is trained."
+        )
+    for param, grad in grads.items():
+        check_dense(groups, param, grad, f"in memory {memory.name!r} ")
+    if reset:
+        raise RuntimeError(
+            f"the closure of memory {memory.name!r} must not reset gradients between its "
+            "backward passes: the row is made of their sum."
+        )
+    if total == 1:
+        return grads
+    return {param: _wide(grad) / total for param, grad in grads.items()}
+
+
+def _wide(value: Tensor) -> Tensor:
+    """Return it in float32 at least, so that dividing it rounds nothing that matters."""
+    return value.to(torch.promote_types(value.dtype, torch.float32))

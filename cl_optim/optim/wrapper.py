@@ -1,0 +1,90 @@
+"""What makes an optimizer around another one a torch.optim.Optimizer itself."""
+
+from __future__ import annotations
+
+from collections import OrderedDict, defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
+
+# Wrapped optimizers whose step is a part of a wrapper's just now, by id.
+_inside: set[int] = set()
+
+
+class Wrapper(torch.optim.Optimizer):
+    """An optimizer with the groups, state and defaults of the one that it wraps, and own hooks."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self.optimizer = optimizer
+        self._start_hooks()
+
+    def _start_hooks(self) -> None:
+        """Do what torch's __init__ does, but for groups and state, which are another's here."""
+        self._optimizer_step_pre_hooks = OrderedDict()
+        self._optimizer_step_post_hooks = OrderedDict()
+        self._optimizer_state_dict_pre_hooks = OrderedDict()
+        self._optimizer_state_dict_post_hooks = OrderedDict()
+        self._optimizer_load_state_dict_pre_hooks = OrderedDict()
+        self._optimizer_load_state_dict_post_hooks = OrderedDict()
+        self._patch_step_function()
+
+    # A load rebinds these, so they are looked up each time.
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """Return the wrapped optimizer's groups."""
+        return self.optimizer.param_groups
+
+    @param_groups.setter
+    def param_groups(self, value: list[dict[str, Any]]) -> None:
+        self.optimizer.param_groups = value
+
+    @property
+    def state(self) -> defaultdict[Tensor, Any]:
+        """Return the wrapped optimizer's state."""
+        return self.optimizer.state
+
+    @state.setter
+    def state(self, value: defaultdict[Tensor, Any]) -> None:
+        self.optimizer.state = value
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """Return the wrapped optimizer's defaults."""
+        return self.optimizer.defaults
+
+    @defaults.setter
+    def defaults(self, value: dict[str, Any]) -> None:
+        self.optimizer.defaults = value
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Reset all gradients, as the wrapped optimizer does it."""
+        self.optimizer.zero_grad(set_to_none)
+
+
+class _Once:
+    """A global step hook that is not called again for a part of a wrapper's step."""
+
+    def __init__(self, hook: Callable[..., Any]) -> None:
+        self._hook = hook
+
+    def __call__(self, optimizer: torch.optim.Optimizer, *args: Any) -> Any:
+        return None if id(optimizer) in _inside else self._hook(optimizer, *args)
+
+
+@contextmanager
+def inside_step(optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """Let a wrapped optimizer's step call its own hooks only: global ones are the wrapper's."""
+    hooks: Any
+    for hooks in (_global_optimizer_pre_hooks, _global_optimizer_post_hooks):
+        for key, hook in hooks.items():
+            if not isinstance(hook, _Once):
+                hooks[key] = _Once(hook)
+    _inside.add(id(optimizer))
+    try:
+        yield
+    finally:
+        _inside.discard(id(optimizer))

@@ -37,6 +37,16 @@ INNER: dict[str, Callable[..., Optimizer]] = {
     "ewc-gradient": functools.partial(EWCAdamW, lr=0.01, penalty="gradient"),
     "ewc-proximal": functools.partial(EWCAdamW, lr=0.01, penalty="proximal"),
 }
+FORWARDED = (
+    "consolidate",
+    "freeze",
+    "unfreeze",
+    "penalty",
+    "protected",
+    "suggest_lambda",
+    "last_penalty",
+    "last_drift",
+)
 # Found out by the wrapped optimizer itself, or by the wrapper reading a number.
 SKIPPING = pytest.mark.parametrize("inner", ["sgd", "sgd-fused", "adamw-fused", "ewc-gradient"])
 
@@ -1115,17 +1125,37 @@ class TestTorchOptimContract:
         scheduler.step()
 
     def test_what_protects_is_reached_through_it(self, model):
-        optimizer = GEM(EWCAdamW(model.named_parameters(), lr=0.01, ewc_lambda=2.0))
+        inner = EWCAdamW(model.named_parameters(), lr=0.01, ewc_lambda=2.0, track_penalty=True)
+        optimizer = GEM(inner)
+        for name in FORWARDED:
+            assert hasattr(optimizer, name)
         optimizer.consolidate({n: torch.rand_like(p) for n, p in model.named_parameters()})
-        assert optimizer.freeze(0.5) == optimizer.optimizer.freeze(0.5) > 0
+        assert optimizer.freeze(0.5) == inner.freeze(0.5) > 0
         train(model, optimizer, 2)
-        assert optimizer.penalty() == optimizer.optimizer.penalty() > 0
+        assert optimizer.penalty() == inner.penalty() > 0
+        assert optimizer.last_penalty == inner.last_penalty > 0
+        assert torch.equal(optimizer.last_drift, inner.last_drift)
+        assert optimizer.suggest_lambda(drift=0.1) == inner.suggest_lambda(drift=0.1)
         assert [p.name for p in optimizer.protected()] == [n for n, _ in model.named_parameters()]
         optimizer.unfreeze()
-        assert not any(p.frozen.any() for p in optimizer.optimizer.protected())
-        other = GEM(torch.optim.SGD(model.parameters()))
-        for name in ("consolidate", "freeze", "unfreeze", "penalty", "protected"):
-            assert not hasattr(other, name)
+        assert not any(p.frozen.any() for p in inner.protected())
+        for twin in (copy.deepcopy(optimizer), pickle.loads(pickle.dumps(optimizer))):
+            assert twin.penalty() == optimizer.penalty()
+            assert twin.penalty.__self__ is twin.optimizer
+
+    @pytest.mark.parametrize("name", FORWARDED)
+    def test_what_another_optimizer_does_not_have(self, model, name):
+        optimizer = GEM(torch.optim.SGD(model.parameters()))
+        assert not hasattr(optimizer, name)
+        message = f"^'{name}' is the wrapped optimizer's, and SGD has none: wrap a cl_optim.EWCAd"
+        with pytest.raises(AttributeError, match=message):
+            getattr(optimizer, name)
+
+    def test_what_is_forwarded_is_documented(self):
+        for name in FORWARDED:
+            assert f"``{name}``" in GEM.__doc__
+        for name in FORWARDED[:-2]:  # the methods
+            assert getattr(GEM, name).__doc__ == getattr(EWCAdamW, name).__doc__
 
     def test_zero_grad(self, model):
         optimizer = GEM(torch.optim.SGD(model.parameters()))

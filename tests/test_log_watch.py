@@ -174,7 +174,7 @@ def test_a_full_disk_ends_the_watching_not_the_training(tmp_path, monkeypatch):
 def test_the_optimizer_inside_another_is_watched(tmp_path):
     weight = nn.Parameter(torch.ones(2))
     optimizer = GEM(EWCAdamW([("a.weight", weight)]))
-    optimizer.optimizer.consolidate(None)
+    optimizer.consolidate(None)
     with ImportanceLog(tmp_path).watch(optimizer, every=1):
         weight.grad = torch.ones(2)
         optimizer.step()

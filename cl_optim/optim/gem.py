@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from operator import attrgetter
 from typing import Any, Literal, TypeVar, overload
 
 import torch
@@ -23,7 +22,7 @@ from cl_optim.optim.memories import Memories, Memory
 from cl_optim.optim.memory_rows import Products, check_dense, listed, one_device, with_elements
 from cl_optim.optim.projection import Blocks, Projection, Solver, cosines, report
 from cl_optim.optim.state import in_order
-from cl_optim.optim.wrapper import Wrapper, inside_step
+from cl_optim.optim.wrapper import Forwarded, Wrapper, inside_step
 
 BLOCKS = ("global", "group", "tensor")
 EVICT = ("error", "oldest")
@@ -64,8 +63,11 @@ class GEM(Wrapper):
     ``last_projection.projected_norm`` is what clipping after it would need. Hooks of all
     optimizers (``register_optimizer_step_pre_hook``) are called for this object, once a step; the
     wrapped optimizer's own find the projected gradient in ``.grad``.
-    :meth:`cl_optim.EWCAdamW.consolidate`, ``freeze``, ``unfreeze``, ``penalty`` and ``protected``
-    of a wrapped EWCAdamW are methods of this object, too.
+
+    Around a :class:`cl_optim.EWCAdamW` its calls stay the same: ``consolidate``, ``freeze``,
+    ``unfreeze``, ``penalty``, ``protected``, ``suggest_lambda``, ``last_penalty`` and
+    ``last_drift`` are forwarded to it. Around another optimizer they are an AttributeError. What
+    else it has is found at ``.optimizer``.
 
     What it guarantees is about the gradient. Momentum and Adam's preconditioning make another
     direction of it: ``track_update=True`` reports what the update itself does to each old loss.
@@ -174,12 +176,24 @@ class GEM(Wrapper):
 
     # --- the wrapped optimizer --------------------------------------------------------------------
 
-    # Where that is an EWCAdamW; an AttributeError where it is not.
-    consolidate = property(attrgetter("optimizer.consolidate"))
-    freeze = property(attrgetter("optimizer.freeze"))
-    unfreeze = property(attrgetter("optimizer.unfreeze"))
-    penalty = property(attrgetter("optimizer.penalty"))
-    protected = property(attrgetter("optimizer.protected"))
+    consolidate = Forwarded(EWCAdamW.consolidate)
+    freeze = Forwarded(EWCAdamW.freeze)
+    unfreeze = Forwarded(EWCAdamW.unfreeze)
+    penalty = Forwarded(EWCAdamW.penalty)
+    protected = Forwarded(EWCAdamW.protected)
+    suggest_lambda = Forwarded(EWCAdamW.suggest_lambda)
+
+    @property
+    def last_penalty(self) -> Tensor:
+        """Return :attr:`cl_optim.EWCAdamW.last_penalty` of the wrapped optimizer."""
+        penalty: Tensor = self._forwarded("last_penalty")
+        return penalty
+
+    @property
+    def last_drift(self) -> Tensor:
+        """Return :attr:`cl_optim.EWCAdamW.last_drift` of the wrapped optimizer."""
+        drift: Tensor = self._forwarded("last_drift")
+        return drift
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group to the wrapped optimizer; its rows are zero until they are refreshed."""

@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Concatenate, Generic, ParamSpec, TypeVar, overload
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
 
 # Wrapped optimizers whose step is a part of a wrapper's just now, by id.
 _inside: set[int] = set()
@@ -63,6 +66,35 @@ class Wrapper(torch.optim.Optimizer):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Reset all gradients, as the wrapped optimizer does it."""
         self.optimizer.zero_grad(set_to_none)
+
+    def _forwarded(self, name: str) -> Any:
+        try:
+            return getattr(self.optimizer, name)
+        except AttributeError as error:
+            raise AttributeError(
+                f"{name!r} is the wrapped optimizer's, and {type(self.optimizer).__name__} has "
+                "none: wrap a cl_optim.EWCAdamW."
+            ) from error
+
+
+class Forwarded(Generic[_P, _R]):
+    """A method of the wrapped optimizer, under its name; an AttributeError where it has none.
+
+    A descriptor, so that ``hasattr`` is right and types and documentation are the method's.
+    """
+
+    def __init__(self, method: Callable[Concatenate[Any, _P], _R]) -> None:
+        self._name = method.__name__
+        self.__doc__ = method.__doc__
+
+    @overload
+    def __get__(self, wrapper: None, owner: type[Wrapper]) -> Forwarded[_P, _R]: ...
+
+    @overload
+    def __get__(self, wrapper: Wrapper, owner: type[Wrapper]) -> Callable[_P, _R]: ...
+
+    def __get__(self, wrapper: Wrapper | None, owner: type[Wrapper]) -> Any:
+        return self if wrapper is None else wrapper._forwarded(self._name)
 
 
 class _Once:

@@ -73,12 +73,14 @@ struct NNQPMemory {
 };
 
 // One thread that is a team of its own. Other teams offer the same:
-//   rank, size               the thread among all of them
-//   row, rows, lane, lanes   the same threads as a grid; neighbouring lanes take neighbours in
-//   memory sync                     waits for all, and makes their writes visible argmax the index
-//   that comes with the largest value, the least of several;
-//                            a thread without a candidate gives the index -1
-//   any, sum                 over all threads; every thread gets the result, as from argmax
+//
+// - rank, size: the thread among all of them;
+// - row, rows, lane, lanes: the same threads as a grid; neighbouring lanes are for neighbours in
+//   memory;
+// - sync: waits for all, and makes their writes visible;
+// - argmax: the index that comes with the largest value, the least of several; a thread without a
+//   candidate gives the index -1;
+// - any, sum: over all threads. Every thread gets the result, as from argmax.
 struct SingleLane {
   CL_OPTIM_TEAM int rank() const { return 0; }
   CL_OPTIM_TEAM int size() const { return 1; }
@@ -179,7 +181,7 @@ class NNQPSolver {
     return dependent_ ? NNQPStatus::dependent : NNQPStatus::solved;
   }
 
-  // --- the problem, scaled -------------------------------------------------------------------
+  // --- the problem, scaled ---------------------------------------------------------------------
 
   CL_OPTIM_TEAM double q(int j, int i) const {
     return scale_[j] * gram_[j * size_ + i] * scale_[i];
@@ -340,7 +342,7 @@ class NNQPSolver {
     }
   }
 
-  // --- the active-set method ---------------------------------------------------------------------
+  // --- the active-set method -------------------------------------------------------------------
 
   CL_OPTIM_TEAM bool iterate() {
     while (true) {
@@ -499,8 +501,7 @@ class NNQPSolver {
     return true;
   }
 
-  // --- Cholesky
-  // ------------------------------------------------------------------------------------
+  // --- Cholesky --------------------------------------------------------------------------------
 
   CL_OPTIM_TEAM double& lower(int i, int j) const { return tableau_[i * stride_ + j]; }  // j < i
 
@@ -563,8 +564,7 @@ class NNQPSolver {
     }
   }
 
-  // --- the fallback
-  // ----------------------------------------------------------------------------------
+  // --- the fallback ----------------------------------------------------------------------------
 
   // Over-relaxed ADMM (Boyd et al. 2011, section 5.2): its system is always positive definite. Its
   // support, in order_, is where the active-set method begins again.

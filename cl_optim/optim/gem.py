@@ -410,9 +410,9 @@ class GEM(Wrapper):
         self, params: Sequence[Tensor], rows: Sequence[Tensor], v: Tensor, blocks: Sequence[int]
     ) -> Callable[[], object]:
         assert isinstance(self.optimizer, EWCAdamW)
-        memories = dict(zip(params, rows, strict=True))
-        coefficients = dict(zip(params, (v[block] for block in blocks), strict=True))
-        return partial(self.optimizer.step_projected, memories, coefficients)
+        rows_of = dict(zip(params, rows, strict=True))
+        coefficients_of = dict(zip(params, (v[block] for block in blocks), strict=True))
+        return partial(self.optimizer.step_projected, rows_of, coefficients_of)
 
     # --- reports ----------------------------------------------------------------------------------
 

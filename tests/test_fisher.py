@@ -503,7 +503,7 @@ def test_the_remedy_for_magnitudes_and_packed_sequences():
     model = Uses(lambda m, x: torch.cdist(x, m.linear.weight))
     message = r"'linear\.weight'.*; leave it out with unsupported='skip', or freeze what"
     with pytest.raises(NotImplementedError, match=message):
-        estimate_fisher(model, [torch.randn(4, 4)], importance="mas")
+        estimate_fisher(model, [torch.randn(4, 4)], kind="mas")
     with (
         pytest.raises(NotImplementedError, match=r"'linear\.weight'.*takes one\); freeze what"),
         FisherEstimator(model).observe(cu_seqlens=[0, 1, 4]),

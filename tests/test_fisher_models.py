@@ -607,7 +607,7 @@ def test_an_encoder_decoder_as_part_of_another_model():
     data = {"input_ids": tokens, "labels": tokens}
     model = make("gpt2")
     model.loss_function = lambda **_: tokens.double().mean()
-    assert estimate_fisher(model, [data], importance="mas").samples == 4
+    assert estimate_fisher(model, [data], kind="mas").samples == 4
 
 
 AUTO = transformers.models.auto.modeling_auto

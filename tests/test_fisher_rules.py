@@ -1224,7 +1224,7 @@ def test_experts_in_other_sums(use, monkeypatch):
         grads = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
         for name, g in zip(named, grads, strict=True):
             expected[name] += 0.0 if g is None else g.abs()
-    assert_sums(estimate_fisher(model, [x], importance="mas"), expected, 1e-5)
+    assert_sums(estimate_fisher(model, [x], kind="mas"), expected, 1e-5)
 
 
 def test_gathered_rows():

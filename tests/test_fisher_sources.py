@@ -164,16 +164,16 @@ def test_logits_reversal():
         def one(model: nn.Module, n: int, targets: Tensor = targets) -> Tensor:
             return F.cross_entropy(-model(x[n : n + 1].double()), targets[n : n + 1])
 
-        importance = estimate_fisher(model, [(x, y)], labels, importance="logits_reversal")
+        importance = estimate_fisher(model, [(x, y)], labels, kind="logits_reversal")
         assert_sums(importance, loop(model, one, len(x)), 1e-5)
-        assert importance.metadata["importance"] == "logits_reversal"
+        assert importance.metadata["kind"] == "logits_reversal"
     # It does not vanish for a confident model, where the Fisher information does.
     confident = copy.deepcopy(model)
     with torch.no_grad():
         confident[3].weight.mul_(1e3)
     sure = confident(x).argmax(-1)
     plain = estimate_fisher(confident, [(x, sure)], "empirical")["3.bias"].sum()
-    reversed_ = estimate_fisher(confident, [(x, sure)], importance="logits_reversal")[
+    reversed_ = estimate_fisher(confident, [(x, sure)], kind="logits_reversal")[
         "3.bias"
     ].sum()
     assert plain < 1e-3 < 0.1 < reversed_
@@ -198,7 +198,7 @@ def test_memory_aware_synapses(sequences):
             return y if sequences else y.mean(1)
 
     model, tokens = Model(), torch.randint(0, 9, (7, 5))
-    importance = estimate_fisher(model, [tokens[:4], tokens[4:]], importance="mas")
+    importance = estimate_fisher(model, [tokens[:4], tokens[4:]], kind="mas")
     wide = copy.deepcopy(model).double()
     named = dict(wide.named_parameters())
     expected = {name: torch.zeros_like(p) for name, p in named.items()}
@@ -207,7 +207,7 @@ def test_memory_aware_synapses(sequences):
         for name, g in zip(named, torch.autograd.grad(loss, list(named.values())), strict=True):
             expected[name] += g.abs()
     assert_sums(importance, expected, 1e-5)
-    assert importance.metadata["importance"] == "mas"
+    assert importance.metadata["kind"] == "mas"
 
 
 def test_importance_from_adam():
@@ -373,13 +373,13 @@ def test_convert_lambda():
     ("arguments", "message"),
     [
         ({"unsupported": "ignore"}, r"^unsupported must be one of \('error', 'sign', 'skip'\)"),
-        ({"importance": "mas", "unsupported": "sign"}, "^unsupported='sign' estimates sums of sq"),
-        ({"importance": "mas", "labels": "exact"}, "^importance='mas' takes neither labels nor"),
-        ({"importance": "logits_reversal", "labels": "exact"}, "needs labels='empirical' or 'pre"),
-        ({"importance": "adam"}, r"needs an optimizer: importance_from_adam\(optimizer"),
+        ({"kind": "mas", "unsupported": "sign"}, "^unsupported='sign' estimates sums of sq"),
+        ({"kind": "mas", "labels": "exact"}, "^kind='mas' takes neither labels nor"),
+        ({"kind": "logits_reversal", "labels": "exact"}, "needs labels='empirical' or 'pre"),
+        ({"kind": "adam"}, r"needs an optimizer: importance_from_adam\(optimizer"),
         (
-            {"importance": "si"},
-            r"^importance must be one of \('fisher', 'mas', 'log",
+            {"kind": "si"},
+            r"^kind must be one of \('fisher', 'mas', 'log",
         ),
         ({"loss": "mse"}, r"^loss must be one of \('auto', 'cross_entropy', 'causal_lm'\)"),
         ({"sign_draws": 0}, "^sign_draws must be at least 1"),

@@ -69,7 +69,7 @@ def importance_from_adam(
         raise ValueError("the optimizer has taken no step on a parameter of the model.")
     metadata = {
         "estimator": "importance_from_adam",
-        "importance": "adam",
+        "kind": "adam",
         "labels": "empirical",
         "sample": "batch",
         "batch_size": batch_size,

@@ -55,7 +55,7 @@ def estimate_fisher(
     per_sample_loss: Callable[[nn.Module, Any], Tensor] | None = None,
     *,
     loss: Loss = "auto",
-    importance: Kind = "fisher",
+    kind: Kind = "fisher",
     unsupported: Unsupported = "error",
     sign_draws: int = 16,
     verify: Verify = "first",
@@ -107,7 +107,7 @@ def estimate_fisher(
             logits at t are about the token at t + 1. ``"auto"``: the latter for those models of
             transformers whose own loss is so; for their encoder-decoders, and for decoders whose
             labels must be given shifted (``BartForCausalLM``), the former.
-        importance: What is summed. ``"fisher"``. ``"mas"``: Σ_n ∣∂‖logits‖²/∂θ∣, Memory Aware
+        kind: What is summed. ``"fisher"``. ``"mas"``: Σ_n ∣∂‖logits‖²/∂θ∣, Memory Aware
             Synapses, which needs no labels. ``"logits_reversal"``: the Fisher information of
             −logits with the data's labels (or ``"predicted"`` ones), EWC-DR: it does not vanish
             where the model is confident.
@@ -139,21 +139,21 @@ def estimate_fisher(
         2026, arXiv:2603.18596 (EWC-DR).
     """
     check_model(model)
-    meant = _check_arguments(batches, labels, max_samples, per_sample_loss, loss, importance)
+    meant = _check_arguments(batches, labels, max_samples, per_sample_loss, loss, kind)
     if unsupported not in get_args(Unsupported):
         raise ValueError(
             f"unsupported must be one of {get_args(Unsupported)}, not {unsupported!r}."
         )
-    if unsupported == "sign" and importance == "mas":
+    if unsupported == "sign" and kind == "mas":
         raise ValueError(
-            "unsupported='sign' estimates sums of squares, which importance='mas' is not."
+            "unsupported='sign' estimates sums of squares, which kind='mas' is not."
         )
     check_integer("sign_draws", sign_draws, 1)
     check_verify(verify)
     return estimate(
         model,
         batches,
-        Objective(meant, per_sample_loss, loss, importance, generator),
+        Objective(meant, per_sample_loss, loss, kind, generator),
         max_samples,
         Policy(unsupported),
         sign_draws,
@@ -169,7 +169,7 @@ class Objective:
     labels: Labels | None
     per_sample_loss: Callable[[nn.Module, Any], Tensor] | None = None
     loss: Loss = "auto"
-    importance: Kind = "fisher"
+    kind: Kind = "fisher"
     generator: torch.Generator | None = None
     by_probability: bool = False
 
@@ -196,7 +196,7 @@ class Objective:
                 logits,
                 targets,
                 self.generator,
-                reverse=self.importance == "logits_reversal",
+                reverse=self.kind == "logits_reversal",
                 by_probability=self.by_probability,
             )
 
@@ -235,7 +235,7 @@ def estimate(
         raise ValueError("batches has no samples.")
     metadata: dict[str, Any] = {
         "estimator": "estimate_fisher",
-        "importance": objective.importance,
+        "kind": objective.kind,
         "labels": one.labels,
         "loss": "per_sample_loss" if objective.per_sample_loss else one.loss,
         "max_samples": max_samples,
@@ -400,7 +400,7 @@ class _Pass:
             samples,
             self._policy,
             own_pass=True,
-            magnitudes=self._objective.importance == "mas",
+            magnitudes=self._objective.kind == "mas",
             check=check,
             weights=signs,
         )
@@ -530,7 +530,7 @@ def _check_arguments(
     max_samples: object,
     per_sample_loss: object,
     loss: object,
-    importance: object,
+    kind: object,
 ) -> Labels | None:
     """Return the labels that are meant."""
     if isinstance(batches, (Tensor, Mapping)) or not isinstance(batches, Iterable):
@@ -549,18 +549,18 @@ def _check_arguments(
             f"loss must be one of {get_args(Loss)}, not {loss!r}; a function of your own is "
             f"per_sample_loss."
         )
-    if importance == "adam":
-        raise ValueError("importance='adam' needs an optimizer: importance_from_adam(optimizer).")
-    if importance not in get_args(Kind):
-        raise ValueError(f"importance must be one of {get_args(Kind)}, not {importance!r}.")
-    if importance == "mas":
+    if kind == "adam":
+        raise ValueError("kind='adam' needs an optimizer: importance_from_adam(optimizer).")
+    if kind not in get_args(Kind):
+        raise ValueError(f"kind must be one of {get_args(Kind)}, not {kind!r}.")
+    if kind == "mas":
         if labels != "auto" or per_sample_loss is not None:
-            raise ValueError("importance='mas' takes neither labels nor per_sample_loss.")
+            raise ValueError("kind='mas' takes neither labels nor per_sample_loss.")
         return None
-    if importance == "logits_reversal":
+    if kind == "logits_reversal":
         if labels not in ("auto", "empirical", "predicted") or per_sample_loss is not None:
             raise ValueError(
-                "importance='logits_reversal' needs labels='empirical' or 'predicted', and no "
+                "kind='logits_reversal' needs labels='empirical' or 'predicted', and no "
                 "per_sample_loss."
             )
         return "empirical" if labels == "auto" else labels

@@ -365,7 +365,7 @@ def test_a_fisher_estimator_goes_on_bit_for_bit(tmp_path):
         for x in batches:
             with estimator.observe(batch_size=len(x)):
                 model(x).square().mean().backward()
-            estimator.step()
+            estimator.apply_decay()
 
     def make():
         torch.manual_seed(0)

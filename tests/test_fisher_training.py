@@ -272,7 +272,7 @@ def test_observing_does_not_wait_for_the_device():
         for scale in (1.0, torch.tensor(8.0)):
             with fisher.observe(3, loss_terms=torch.tensor(15), loss_scale=scale):
                 (F.cross_entropy(model(tokens).flatten(0, 1), tokens.flatten()) * scale).backward()
-        fisher.step()
+        fisher.apply_decay()
     assert fisher.finalize().samples == 6
 
 
@@ -494,7 +494,7 @@ def test_step_by_hand():
         parts.append(of_batch(model, x, y))
         with fisher.observe(6):
             F.cross_entropy(model(x), y).backward()
-        fisher.step()
+        fisher.apply_decay()
     assert_sums(fisher.finalize(), decayed(parts, 0.25), 1e-5)
 
 

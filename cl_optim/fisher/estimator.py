@@ -96,7 +96,7 @@ class FisherEstimator:
             samples from positions where the model does not, either; :func:`estimate_fisher` has the
             losses of single samples, and finds these, too. Waits for the device.
         during_training: Allow :meth:`attach`.
-        decay: What remains of sums and counts after each optimizer step (:meth:`step`), in (0, 1].
+        decay: What remains of sums and counts after each optimizer step (:meth:`apply_decay`), in (0, 1].
 
     Raises:
         TypeError: ``model`` is not a module.
@@ -304,7 +304,7 @@ class FisherEstimator:
             attached, self._attached = self._attached, None
             attached.remove()
 
-    def step(self) -> None:
+    def apply_decay(self) -> None:
         """Decay what has been summed: call it once per optimizer step (:meth:`attach` does)."""
         self._totals.decay(self._decay)
 
@@ -940,7 +940,7 @@ class _Attachment:
             self._proven = True
             totals.unstage()
         self._batches = totals.seen()
-        self._estimator.step()
+        self._estimator.apply_decay()
 
     def settle(self) -> None:
         """Add what has been observed so far."""

@@ -422,7 +422,6 @@ def test_misuse():
     for arguments, message in (
         ({"decay": 0.0}, r"^decay must be in \(0, 1\], not 0"),
         ({"verify": "always"}, "^verify must be 'first', True or False, not 'always'"),
-        ({"sample": "token"}, "^sample must be 'sequence', not 'token'"),
         ({"unsupported": "sign"}, r"use estimate_fisher\(..., unsupported='sign'\)"),
         ({"unsupported": "ignore"}, "^unsupported must be 'error' or 'skip'"),
     ):

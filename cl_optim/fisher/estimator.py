@@ -54,8 +54,8 @@ class FisherEstimator:
 
     This is the *empirical* Fisher: of the loss that is backpropagated, with the data's labels. It
     is exact per sample, in one backward pass: a sample is what the leading dimension of each
-    layer's input counts, so that for inputs [N, T, features] it is a sequence, whose tokens'
-    gradients add before the square. The parameters' ``grad`` is what it would be without, up to
+    layer's input counts (or, in a packed batch, one run of tokens), so that for inputs
+    [N, T, features] it is a sequence, whose tokens' gradients add before the square. The parameters' ``grad`` is what it would be without, up to
     rounding.
 
     Where the training loop should stay as it is, :meth:`attach` observes it from the outside:
@@ -81,8 +81,6 @@ class FisherEstimator:
 
     Args:
         model: The model whose parameters are observed.
-        sample: What a sample is: ``"sequence"``, everything under one index of the leading
-            dimension (or, in a packed batch, one run of tokens). There is no other choice yet.
         unsupported: What happens to a parameter that is used in an unsupported way: ``"error"``,
             or ``"skip"``, which leaves it out and lists it in the importance's metadata.
         verify: Check that the gradients put together from what was captured are the parameters'
@@ -110,23 +108,18 @@ class FisherEstimator:
     def __init__(
         self,
         model: nn.Module,
-        sample: Literal["sequence"] = "sequence",
-        unsupported: Literal["error", "skip", "sign"] = "error",
         *,
+        unsupported: Literal["error", "skip"] = "error",
         verify: Verify = "first",
         during_training: bool = False,
         decay: float = 1.0,
     ) -> None:
         check_model(model)
-        if sample != "sequence":
-            raise ValueError(f"sample must be 'sequence', not {sample!r}.")
-        if unsupported == "sign":
-            raise ValueError(
-                "unsupported='sign' needs the losses of single samples: use "
-                "estimate_fisher(..., unsupported='sign'), or 'skip' here."
-            )
         if unsupported not in ("error", "skip"):
-            raise ValueError(f"unsupported must be 'error' or 'skip', not {unsupported!r}.")
+            raise ValueError(
+                f"unsupported must be 'error' or 'skip', not {unsupported!r}; random signs need "
+                f"the losses of single samples: use estimate_fisher(..., unsupported='sign')."
+            )
         check_verify(verify)
         if not 0.0 < decay <= 1.0:
             raise ValueError(f"decay must be in (0, 1], not {decay}.")

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 import cl_optim
 from cl_optim.fisher import FisherEstimator, UnsupportedUseError, Use, estimate_fisher
-from cl_optim.fisher.per_sample import Geometry
+from cl_optim.fisher.per_sample.base import Geometry
 
 N = 3
 
@@ -151,7 +151,7 @@ def test_transposed_convolution(kind):
 
 def test_convolution_in_chunks(monkeypatch):
     """As it would be if the windows of one sample filled a chunk."""
-    monkeypatch.setattr("cl_optim.fisher.per_sample.CHUNK_BYTES", 1)
+    monkeypatch.setattr("cl_optim.fisher.per_sample.base.CHUNK_BYTES", 1)
     for kind in ("plain", "groups, dilation, stride"):
         layer, shape = CONVOLUTIONS[kind]
         check(Spatial(copy.deepcopy(layer)), torch.randn(N, *shape))
@@ -1214,7 +1214,7 @@ def chosen(m: nn.Module, x: Tensor, scores: Tensor) -> Tensor:
 def test_experts_in_other_sums(use, monkeypatch):
     """Σ|g|, and Σg² where a sample's gradients fill a chunk."""
     model, x = Routed(use).eval(), torch.randn(N, 5, 4)
-    monkeypatch.setattr("cl_optim.fisher.per_sample.CHUNK_BYTES", 1)
+    monkeypatch.setattr("cl_optim.fisher.per_sample.base.CHUNK_BYTES", 1)
     check(model, x)
     wide = copy.deepcopy(model).double()
     named = dict(wide.named_parameters())
@@ -1407,8 +1407,10 @@ def rule(input: Tensor, weight: Tensor, power: float = 1.0) -> Use:
 
 
 def test_register_fisher_rule(monkeypatch):
-    monkeypatch.setattr("cl_optim.fisher.rules.RULES", dict(cl_optim.fisher.rules.RULES))
-    monkeypatch.setattr("cl_optim.fisher.observation.RULES", cl_optim.fisher.rules.RULES)
+    monkeypatch.setattr(
+        "cl_optim.fisher.rules.registry.RULES", dict(cl_optim.fisher.rules.registry.RULES)
+    )
+    monkeypatch.setattr("cl_optim.fisher.observation.RULES", cl_optim.fisher.rules.registry.RULES)
     model = Uses(lambda m, x: scaled(x, m.p[0]), randn(4))
     x = torch.randn(N, 5, 4)
     message = r"scaled uses parameter 'p\.0', and there is no rule for that .*takes one"
@@ -1427,7 +1429,7 @@ def test_register_fisher_rule(monkeypatch):
 
 @pytest.mark.parametrize("own_pass", [False, True])
 def test_a_wrong_rule_is_caught(monkeypatch, own_pass):
-    rules = dict(cl_optim.fisher.rules.RULES)
+    rules = dict(cl_optim.fisher.rules.registry.RULES)
     monkeypatch.setattr("cl_optim.fisher.observation.RULES", rules)
 
     def wrong(input: Tensor, weight: Tensor, power: float = 1.0) -> Use:

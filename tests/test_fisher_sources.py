@@ -173,9 +173,7 @@ def test_logits_reversal():
         confident[3].weight.mul_(1e3)
     sure = confident(x).argmax(-1)
     plain = estimate_fisher(confident, [(x, sure)], "empirical")["3.bias"].sum()
-    reversed_ = estimate_fisher(confident, [(x, sure)], kind="logits_reversal")[
-        "3.bias"
-    ].sum()
+    reversed_ = estimate_fisher(confident, [(x, sure)], kind="logits_reversal")["3.bias"].sum()
     assert plain < 1e-3 < 0.1 < reversed_
 
 

@@ -145,9 +145,7 @@ def estimate_fisher(
             f"unsupported must be one of {get_args(Unsupported)}, not {unsupported!r}."
         )
     if unsupported == "sign" and kind == "mas":
-        raise ValueError(
-            "unsupported='sign' estimates sums of squares, which kind='mas' is not."
-        )
+        raise ValueError("unsupported='sign' estimates sums of squares, which kind='mas' is not.")
     check_integer("sign_draws", sign_draws, 1)
     check_verify(verify)
     return estimate(

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from cl_optim.fisher import nested
-from cl_optim.fisher.per_sample import FunctionOf, PerSample
+from cl_optim.fisher.per_sample.base import FunctionOf, PerSample
 from cl_optim.fisher.sources import Pulls, Source
 
 # Methods whose result is the tensor, or about it, and which must be called of that one.

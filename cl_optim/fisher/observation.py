@@ -32,7 +32,6 @@ from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakIdKeyDictionary
 
 from cl_optim.fisher import nested
-from cl_optim.fisher.attention import multi_head_attention
 from cl_optim.fisher.check import Check
 from cl_optim.fisher.functions import (
     Link,
@@ -44,7 +43,7 @@ from cl_optim.fisher.functions import (
     remaking,
 )
 from cl_optim.fisher.gathered import Gathered, Tracker
-from cl_optim.fisher.per_sample import (
+from cl_optim.fisher.per_sample.base import (
     Dense,
     Entries,
     FunctionOf,
@@ -53,7 +52,6 @@ from cl_optim.fisher.per_sample import (
     as_experts,
     combine,
 )
-from cl_optim.fisher.recurrent import RECURRENT
 from cl_optim.fisher.refusals import (
     FREEZE,
     Policy,
@@ -68,7 +66,9 @@ from cl_optim.fisher.refusals import (
     unknown_rows,
     unseen,
 )
-from cl_optim.fisher.rules import (
+from cl_optim.fisher.rules.attention import multi_head_attention
+from cl_optim.fisher.rules.recurrent import RECURRENT
+from cl_optim.fisher.rules.registry import (
     CASTS,
     ELEMENTWISE,
     EXPANSIONS,

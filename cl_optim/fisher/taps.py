@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from cl_optim.fisher.per_sample import PerSample
+from cl_optim.fisher.per_sample.base import PerSample
 from cl_optim.fisher.samples import Samples
 from cl_optim.fisher.sources import Source
 

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cl_optim.fisher.rules import UnsupportedUseError
+from cl_optim.fisher.rules.registry import UnsupportedUseError
 
 
 def multi_head_attention(

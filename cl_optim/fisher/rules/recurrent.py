@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cl_optim.fisher.rules import UnsupportedUseError
+from cl_optim.fisher.rules.registry import UnsupportedUseError
 
 State: TypeAlias = tuple[Tensor, ...]  # (h,), or of an LSTM (h, c)
 # From what the input gives to the gates, the state and what maps it: the next state.

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cl_optim.fisher.per_sample import (
+from cl_optim.fisher.per_sample.base import (
     Convolution,
     Convolved,
     Dense,

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 import cl_optim
 from cl_optim.fisher import FisherEstimator, UnsupportedUseError, Use, estimate_fisher
-from cl_optim.fisher.per_sample.base import Geometry
+from cl_optim.fisher.per_sample.views import Geometry
 
 N = 3
 

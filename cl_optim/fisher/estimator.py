@@ -55,8 +55,8 @@ class FisherEstimator:
     This is the *empirical* Fisher: of the loss that is backpropagated, with the data's labels. It
     is exact per sample, in one backward pass: a sample is what the leading dimension of each
     layer's input counts (or, in a packed batch, one run of tokens), so that for inputs
-    [N, T, features] it is a sequence, whose tokens' gradients add before the square. The parameters' ``grad`` is what it would be without, up to
-    rounding.
+    [N, T, features] it is a sequence, whose tokens' gradients add before the square. The
+    parameters' ``grad`` is what it would be without, up to rounding.
 
     Where the training loop should stay as it is, :meth:`attach` observes it from the outside:
 
@@ -94,7 +94,8 @@ class FisherEstimator:
             samples from positions where the model does not, either; :func:`estimate_fisher` has the
             losses of single samples, and finds these, too. Waits for the device.
         during_training: Allow :meth:`attach`.
-        decay: What remains of sums and counts after each optimizer step (:meth:`apply_decay`), in (0, 1].
+        decay: What remains of sums and counts after each optimizer step
+            (:meth:`apply_decay`), in (0, 1].
 
     Raises:
         TypeError: ``model`` is not a module.

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from cl_optim.fisher import nested
-from cl_optim.fisher.per_sample.base import FunctionOf, PerSample
+from cl_optim.fisher.per_sample.base import PerSample
+from cl_optim.fisher.per_sample.views import FunctionOf
 from cl_optim.fisher.sources import Pulls, Source
 
 # Methods whose result is the tensor, or about it, and which must be called of that one.

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from cl_optim.fisher import nested
-from cl_optim.fisher.rules.registry import ELEMENTWISE, UNARY, named
+from cl_optim.fisher.rules.families import ELEMENTWISE, UNARY, named
 from cl_optim.fisher.samples import Samples
 
 # Functions that leave rows where they are, if their results have them in front.

@@ -43,15 +43,10 @@ from cl_optim.fisher.functions import (
     remaking,
 )
 from cl_optim.fisher.gathered import Gathered, Tracker
-from cl_optim.fisher.per_sample.base import (
-    Dense,
-    Entries,
-    FunctionOf,
-    Geometry,
-    PerSample,
-    as_experts,
-    combine,
-)
+from cl_optim.fisher.per_sample.base import Dense, PerSample
+from cl_optim.fisher.per_sample.combine import combine
+from cl_optim.fisher.per_sample.tables import Entries
+from cl_optim.fisher.per_sample.views import FunctionOf, Geometry, as_experts
 from cl_optim.fisher.refusals import (
     FREEZE,
     Policy,
@@ -66,30 +61,35 @@ from cl_optim.fisher.refusals import (
     unknown_rows,
     unseen,
 )
-from cl_optim.fisher.rules.attention import multi_head_attention
-from cl_optim.fisher.rules.recurrent import RECURRENT
-from cl_optim.fisher.rules.registry import (
+from cl_optim.fisher.rules.einsum import einsum
+from cl_optim.fisher.rules.elementwise import (
+    each_row,
+    expand_gradient,
+    features_after_broadcast,
+    promoted,
+)
+from cl_optim.fisher.rules.families import (
+    BATCHED,
     CASTS,
     ELEMENTWISE,
     EXPANSIONS,
     IN_PLACE,
+    LOWERED,
+    PRODUCTS,
     RESHAPES,
-    RULES,
+    TRANSPOSES,
     UNARY,
     VIEWS,
-    UnsupportedUseError,
-    Use,
-    batched,
+)
+from cl_optim.fisher.rules.matrices import batched
+from cl_optim.fisher.rules.normalisation import refuse_batch_statistics
+from cl_optim.fisher.rules.registry import RULES, TAKEN_APART, UnsupportedUseError, Use
+from cl_optim.fisher.rules.tables import (
     check_embedding,
-    einsum,
-    embedding_bag,
-    expand_gradient,
-    features_after_broadcast,
     is_choice_of_matrices,
     is_lookup,
     lookup,
-    refuse_batch_statistics,
-    rows,
+    table_gradients,
 )
 from cl_optim.fisher.samples import Samples
 from cl_optim.fisher.sources import (
@@ -102,12 +102,6 @@ from cl_optim.fisher.sources import (
     within,
 )
 from cl_optim.fisher.taps import Call, Expand, Graph, Tap
-
-DECOMPOSED: dict[Callable[..., Any], Callable[..., Any]] = {
-    F.multi_head_attention_forward: multi_head_attention,
-    F.embedding_bag: embedding_bag,
-    **RECURRENT,
-}
 
 
 class Undecided:
@@ -337,7 +331,7 @@ class Observation(TorchFunctionMode):
         if self._check is not None:
             self._check.see(nested.tensors((args, kwargs)))
         result = self._handle(func, args, kwargs)
-        if func not in DECOMPOSED:
+        if func not in TAKEN_APART:
             self._rows.follow(func, args, kwargs, result)
         return result
 
@@ -357,7 +351,7 @@ class Observation(TorchFunctionMode):
             self.samples.see(args[0].shape)  # what samples and tokens are flattened from
         if not found or _reads_a_property(func):
             return func(*args, **kwargs)
-        decomposed = lookup if found and is_lookup(func, args) else DECOMPOSED.get(func)
+        decomposed = lookup if found and is_lookup(func, args) else TAKEN_APART.get(func)
         if decomposed is not None:
             try:
                 with self:
@@ -609,7 +603,7 @@ class Observation(TorchFunctionMode):
                 self._witness([found[id(tensor)]], result, features, made_of=tensors)
         if any(tensor.dim() == 0 for tensor in tensors):
             # A scalar takes part in type promotion less than what it was expanded to.
-            result = result.to(_promoted(tensors))
+            result = result.to(promoted(tensors))
         return result
 
     def _expand(
@@ -624,7 +618,7 @@ class Observation(TorchFunctionMode):
         if tensor.shape == torch.Size(shape) and tensor.dim() == 2 and self._rows.of(iter(rows)):
             gradients, features = each_row, 1
         else:
-            gradients = functools.partial(_expand_gradient, shape=tuple(tensor.shape))
+            gradients = functools.partial(expand_gradient, shape=tuple(tensor.shape))
         samples = self._samples_of(rows, shape, features, source.name)
         call = self._new_call(gradients, (source,), samples)
         given = tensor.detach() if self._own_pass else tensor
@@ -714,7 +708,7 @@ class Observation(TorchFunctionMode):
                 return inner.of(indices.long(), length)
             grads = inner.dense(0, count, dtype).reshape(count, -1, width)
             each = indices.reshape(1, -1).expand(count, -1)
-            return rows(Samples(count), each, grads, length, padding)
+            return table_gradients(Samples(count), each, grads, length, padding)
 
         make = remaking(func, args, kwargs, found)
         start = int(looked_up.storage_offset())
@@ -1223,19 +1217,6 @@ class Observation(TorchFunctionMode):
 # --- functions that are treated in a way of their own ---------------------------------------------
 
 _BACKWARD = {Tensor.backward, torch.autograd.backward, torch.autograd.grad}
-_TRANSPOSES = {Tensor.T.__get__, Tensor.mT.__get__, Tensor.H.__get__, Tensor.mH.__get__}  # type: ignore[attr-defined]
-# What autocast computes in a lower precision.
-_LOWERED = {F.linear, torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm} | {
-    torch.addmm, Tensor.addmm, F.conv1d, F.conv2d, F.conv3d, torch.bmm, Tensor.bmm,
-    F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d,
-}  # fmt: skip
-
-
-# Products of two stacks of matrices.
-BATCHED = {torch.bmm, Tensor.bmm, torch.matmul, Tensor.matmul, Tensor.__matmul__}
-
-PRODUCTS = BATCHED | {torch.functional.einsum, F.scaled_dot_product_attention}
-
 # Methods that tell what a tensor is like, and use none of its values.
 _METADATA = {"dim", "size", "numel", "stride", "__len__", "is_floating_point", "is_contiguous"} | {
     "ndimension", "nelement", "element_size", "storage_offset", "data_ptr", "get_device",
@@ -1290,7 +1271,7 @@ def _call_of(
 
 def _reads_a_property(func: Callable[..., Any]) -> bool:
     name = getattr(func, "__name__", "")
-    return name in ("__get__", "__set__", "__delete__") and func not in _TRANSPOSES
+    return name in ("__get__", "__set__", "__delete__") and func not in TRANSPOSES
 
 
 def in_backward() -> bool:
@@ -1305,7 +1286,7 @@ def _as_autocast_would(
     found: Mapping[int, Source],
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Round inputs as autocast is going to, so that the rounded ones are kept, and only those."""
-    if func not in _LOWERED:
+    if func not in LOWERED:
         return args, kwargs
     tensors = list(nested.tensors((args, kwargs)))
     device = tensors[0].device.type
@@ -1325,21 +1306,3 @@ def _meets_others(
 ) -> bool:
     """Whether a tensor that is not watched is among the arguments."""
     return any(id(tensor) not in found for tensor in nested.tensors((args, kwargs)))
-
-
-def _promoted(tensors: Sequence[Tensor]) -> torch.dtype:
-    """The dtype that an elementwise function of these has."""
-    floats = [tensor for tensor in tensors if tensor.dtype != torch.bool]
-    dtypes = [torch.result_type(floats[0], tensor) for tensor in floats]
-    dimensioned = [t.dtype for t in floats if t.dim() > 0 and t.is_floating_point()]
-    return functools.reduce(torch.promote_types, dimensioned or dtypes)
-
-
-def each_row(samples: Samples, grad: Tensor) -> tuple[PerSample]:
-    """Of something [R, D] that was used by rows of several samples, one by one."""
-    rows = torch.arange(len(grad), device=grad.device)
-    return (Entries(rows, samples.of_each(grad, 1), grad, samples.count, len(grad)),)
-
-
-def _expand_gradient(samples: Samples, grad: Tensor, *, shape: Sequence[int]) -> tuple[PerSample]:
-    return (expand_gradient(samples, grad, shape),)

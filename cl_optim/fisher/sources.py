@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from cl_optim.fisher import nested
-from cl_optim.fisher.per_sample.base import Geometry, PerSample, ScaledBy, ViewOf
+from cl_optim.fisher.per_sample.base import PerSample
+from cl_optim.fisher.per_sample.views import Geometry, ScaledBy, ViewOf
 
 # For each parameter that a tensor was made of, by name: turns per-sample gradients of the tensor
 # into those of the parameter.

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cl_optim.fisher.rules.registry import UnsupportedUseError
+from cl_optim.fisher.rules.registry import TAKEN_APART, UnsupportedUseError
 
 
 def multi_head_attention(
@@ -115,3 +115,6 @@ def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
     if mask.dtype != torch.bool:
         return mask.to(dtype)
     return torch.zeros_like(mask, dtype=dtype).masked_fill_(mask, -math.inf)
+
+
+TAKEN_APART[F.multi_head_attention_forward] = multi_head_attention

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cl_optim.fisher.rules.registry import UnsupportedUseError
+from cl_optim.fisher.rules.registry import TAKEN_APART, UnsupportedUseError
 
 State: TypeAlias = tuple[Tensor, ...]  # (h,), or of an LSTM (h, c)
 # From what the input gives to the gates, the state and what maps it: the next state.
@@ -122,13 +122,15 @@ def _cell(step: Step) -> Callable[..., Any]:
     return cell
 
 
-RECURRENT: dict[Callable[..., Any], Callable[..., Any]] = {
-    torch.lstm: _network(_lstm_step),
-    torch.gru: _network(_gru_step),
-    torch.rnn_tanh: _network(_tanh_step),
-    torch.rnn_relu: _network(_relu_step),
-    torch.lstm_cell: _cell(_lstm_step),
-    torch.gru_cell: _cell(_gru_step),
-    torch.rnn_tanh_cell: _cell(_tanh_step),
-    torch.rnn_relu_cell: _cell(_relu_step),
-}
+TAKEN_APART.update(
+    {
+        torch.lstm: _network(_lstm_step),
+        torch.gru: _network(_gru_step),
+        torch.rnn_tanh: _network(_tanh_step),
+        torch.rnn_relu: _network(_relu_step),
+        torch.lstm_cell: _cell(_lstm_step),
+        torch.gru_cell: _cell(_gru_step),
+        torch.rnn_tanh_cell: _cell(_tanh_step),
+        torch.rnn_relu_cell: _cell(_relu_step),
+    }
+)

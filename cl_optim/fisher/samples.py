@@ -38,7 +38,7 @@ class Samples:
         return self.offsets is not None
 
     def of_rows(self, shape: Sequence[int], device: torch.device) -> Tensor:
-        """Which sample each row is of, for a tensor of that shape that :meth:`holds` the samples.
+        """Return which sample each row is of, for a shape that :meth:`holds` the samples.
 
         Its own shape is that of the dimensions that the samples are in: [N], [N·T], [1, ΣT], ...
         """
@@ -58,7 +58,7 @@ class Samples:
             self.lengths |= {frames * tokens for tokens in inner}
 
     def holds(self, shape: Sequence[int], features: int) -> bool:
-        """Whether the leading dimensions of [..., *features] run over the samples."""
+        """Return whether the leading dimensions of [..., *features] run over the samples."""
         leading = shape[: len(shape) - features]
         if not leading:
             return False
@@ -97,21 +97,21 @@ class Samples:
         return sums.index_add_(0, sample, parts.to(sums.dtype))
 
     def of_each(self, tensor: Tensor, features: int) -> Tensor:
-        """Which sample each row of [..., *features] is of, [rows]."""
+        """Return which sample each row of [..., *features] is of, [rows]."""
         leading = tensor.shape[: tensor.dim() - features]
         sample = self.of_rows(leading, tensor.device)
         repeat = math.prod(leading) // max(1, sample.numel())
         return sample.reshape(-1).repeat_interleave(repeat)
 
     def pad(self, parts: Tensor) -> Tensor:
-        """Packed [ΣT, *features] as [N, longest T, *features], with zeros after each sample."""
+        """Return packed [ΣT, *features] as [N, longest T, *features], zeros after each sample."""
         position, sample, _ = self._layout(len(parts), parts.device)
         repeat = self._repeat(len(parts))
         padded = parts.new_zeros((self.count, self._longest() * repeat, *parts.shape[1:]))
         return padded.index_put_((sample, position), parts)
 
     def cu_seqlens(self, parts: Tensor) -> Tensor | None:
-        """Offsets into packed [ΣT, *features] as an int32 tensor; None for [N, T, *features]."""
+        """Return int32 offsets into packed [ΣT, *features]; None for [N, T, *features]."""
         return None if self.offsets is None else self._layout(len(parts), parts.device)[2]
 
     def _longest(self) -> int:
@@ -119,12 +119,12 @@ class Samples:
         return max((b - a for a, b in zip(self.offsets, self.offsets[1:], strict=False)), default=0)
 
     def _repeat(self, rows: int) -> int:
-        """Rows per token: more than one where [ΣT, H, *features] was seen as [ΣT·H, *features]."""
+        """Return rows per token: several where [ΣT, H, *features] was seen as [ΣT·H, *features]."""
         assert self.offsets is not None
         return rows // max(self.offsets[-1], 1)
 
     def _layout(self, rows: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-        """Of each row: its position in its sample, and its sample. And the offsets of the samples.
+        """Return of each row its position in its sample and its sample, and the samples' offsets.
 
         All are made from the host's offsets once, so that nothing waits for the device.
         """

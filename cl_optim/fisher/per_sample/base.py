@@ -60,13 +60,13 @@ class PerSample(ABC):
         return self.dense(0, 0, dtype).sum(0) if total is None else total
 
     def _parts(self, dtype: torch.dtype) -> Iterator[Tensor]:
-        """The gradients in chunks of samples; each may be overwritten."""
+        """Yield the gradients in chunks of samples; each may be overwritten."""
         step = samples_at_once(self._size() * dtype.itemsize)
         for start in range(0, self.samples, step):
             yield self.dense(start, min(start + step, self.samples), dtype)
 
     def _size(self) -> int:
-        """Elements formed for each sample."""
+        """Return how many elements are formed for each sample."""
         return math.prod(self.shape)
 
 
@@ -91,5 +91,5 @@ class Dense(PerSample):
 
 
 def at_most(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """Rounded to ``dtype`` if it is wider: a float32 parameter may be used as float64."""
+    """Round to ``dtype`` what is wider: a float32 parameter may be used as float64."""
     return tensor.to(dtype) if tensor.dtype.itemsize > dtype.itemsize else tensor

@@ -26,7 +26,7 @@ class Convolution:
     groups: int
 
     def windows(self, input: Tensor) -> Tensor:
-        """What each output position sees: [N, C, *spatial] → [N, groups, C/groups·kernel, L]."""
+        """Return what each position sees: [N, C, *spatial] → [N, groups, C/groups·kernel, L]."""
         around = [side for pair in reversed(self.padding) for side in pair]
         windows = F.pad(input, around) if any(around) else input
         spatial = len(self.kernel)
@@ -60,7 +60,7 @@ class Convolved(PerSample):
         self.shape = (grads.shape[1], input.shape[1] // geometry.groups, *geometry.kernel)
 
     def _factors(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
-        """Windows [N, groups, in·kernel, L] and gradients [N, groups, out, L]."""
+        """Return windows [N, groups, in·kernel, L] and gradients [N, groups, out, L]."""
         part = slice(start * self.frames, stop * self.frames)
         windows = self.geometry.windows(self.input[part])
         count, groups, frames = stop - start, self.geometry.groups, self.frames
@@ -74,7 +74,7 @@ class Convolved(PerSample):
         )
 
     def _step(self, gradient: bool) -> int:
-        """Samples per chunk, whose windows, and gradients if they are formed, are bounded."""
+        """Return how many samples have windows, and gradients if they are formed, at once."""
         channels = self.input.shape[1] * math.prod(self.geometry.kernel)
         size = self.frames * self.grads[:1, :1].numel() * channels
         if gradient:

@@ -122,7 +122,7 @@ class Experts(PerSample):
         return Experts(self.inputs, self.grads, expert, self.sample, self.samples, experts)
 
     def _each(self) -> Iterator[tuple[int, Outer]]:
-        """Each expert that has rows, and its gradients, transposed: [in, out]."""
+        """Yield each expert that has rows, and its gradients, transposed: [in, out]."""
         order = (self.expert * self.samples + self.sample).argsort(stable=True)
         counts = torch.bincount(self.expert, minlength=self.experts)[: self.experts]
         samples = torch.arange(self.samples + 1, device=order.device)
@@ -164,7 +164,7 @@ class Experts(PerSample):
 
 
 def _padding(sample: Tensor, cu_seqlens: Tensor) -> Callable[[Tensor], Tensor]:
-    """What makes [N, most rows, ...] of rows that are sorted by sample; waits for the device."""
+    """Return what makes [N, most rows, ...] of rows sorted by sample; that waits for the device."""
 
     def pad(parts: Tensor) -> Tensor:
         position = torch.arange(len(parts), device=parts.device) - cu_seqlens.long()[sample]

@@ -30,7 +30,7 @@ class Geometry:
         return tensor.as_strided((leading, *self.size), (each, *self.stride), offset)
 
     def is_injective(self) -> bool:
-        """Whether no element is in it twice."""
+        """Return whether no element is in it twice."""
         reach = 0
         for stride, size in sorted(zip(self.stride, self.size, strict=True)):
             if size > 1:
@@ -40,7 +40,7 @@ class Geometry:
         return True
 
     def is_apart_from(self, other: Geometry) -> bool:
-        """Whether the two surely share no element: slices of one tensor along its dimensions."""
+        """Return whether the two surely share no element: slices along the same dimensions."""
         if self._end() <= other.offset or other._end() <= self.offset:
             return True
         if self.stride != other.stride or 0 in self.stride:

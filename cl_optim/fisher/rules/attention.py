@@ -41,7 +41,7 @@ def multi_head_attention(
     average_attn_weights: bool = True,
     is_causal: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """As ``torch.nn.functional.multi_head_attention_forward``, with the samples in front inside."""
+    """Do what ``F.multi_head_attention_forward`` does, with the samples in front inside."""
     if query.dim() != 3:
         raise UnsupportedUseError("its input must have a dimension for samples")
     if static_k is not None or static_v is not None:
@@ -98,7 +98,7 @@ def _mask(
     key_padding_mask: Tensor | None,
     added: int,
 ) -> Tensor | None:
-    """Both masks as one term of the scores, [N or 1, heads or 1, T, S]."""
+    """Return both masks as one term of the scores, [N or 1, heads or 1, T, S]."""
     samples, heads, targets, _ = q.shape
     terms = []
     if attn_mask is not None:
@@ -111,7 +111,7 @@ def _mask(
 
 
 def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """A mask as what is added to the scores: True is −∞."""
+    """Return a mask as what is added to the scores: True is −∞."""
     if mask.dtype != torch.bool:
         return mask.to(dtype)
     return torch.zeros_like(mask, dtype=dtype).masked_fill_(mask, -math.inf)

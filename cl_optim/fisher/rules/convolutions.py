@@ -35,7 +35,7 @@ def convolution(
     dilation: int | Sequence[int] = 1,
     groups: int = 1,
 ) -> Use:
-    """``torch.nn.functional.conv1d``, ``conv2d`` and ``conv3d``."""
+    """Describe ``torch.nn.functional.conv1d``, ``conv2d`` and ``conv3d``."""
     spatial = weight.dim() - 2
     if input.dim() != weight.dim():
         raise UnsupportedUseError(
@@ -66,7 +66,7 @@ def transposed_convolution(
     groups: int = 1,
     dilation: int | Sequence[int] = 1,
 ) -> Use:
-    """``conv_transpose1d`` to ``3d``: a convolution whose input and output change places."""
+    """Describe ``conv_transpose1d`` to ``3d``: input and output of a convolution change places."""
     spatial = weight.dim() - 2
     if input.dim() != weight.dim():
         raise UnsupportedUseError(

@@ -16,7 +16,7 @@ from cl_optim.fisher.rules.registry import (
 
 
 def einsum(equation: Any, *operands: Any, is_weight: Callable[[Tensor], bool]) -> Tensor:
-    """``torch.einsum`` of data and a weight, as linear maps, products and permutations.
+    """Do what ``torch.einsum`` does of data and a weight, by linear maps and permutations.
 
     With labels as ``bthd,ehd->bthe``: h runs over several weights [e, d], d is summed over.
     """
@@ -67,7 +67,7 @@ def einsum(equation: Any, *operands: Any, is_weight: Callable[[Tensor], bool]) -
 
 
 def _labels(equation: str, dimensions: Sequence[int]) -> tuple[list[list[str]], list[str]]:
-    """Of the operands and of the output; those that ``...`` stands for are numbers."""
+    """Return those of the operands and of the output; numbers are what ``...`` stands for."""
     inputs, arrow, output = equation.replace(" ", "").partition("->")
     terms = []
     for term, dimension in zip(inputs.split(","), dimensions, strict=True):
@@ -84,7 +84,7 @@ def _labels(equation: str, dimensions: Sequence[int]) -> tuple[list[list[str]], 
 
 
 def _summed(tensor: Tensor, labels: list[str], kept: Sequence[str]) -> tuple[Tensor, list[str]]:
-    """Without the dimensions that only this tensor has, and the output has not."""
+    """Sum over the dimensions that only this tensor has, and the output has not."""
     alone = [i for i, label in enumerate(labels) if label not in kept]
     if not alone:
         return tensor, labels
@@ -92,7 +92,7 @@ def _summed(tensor: Tensor, labels: list[str], kept: Sequence[str]) -> tuple[Ten
 
 
 def _ordered(tensor: Tensor, labels: list[str], order: list[str]) -> Tensor:
-    """With its dimensions in that order."""
+    """Return the tensor with its dimensions in that order."""
     return tensor if labels == order else tensor.permute([labels.index(i) for i in order])
 
 

@@ -29,7 +29,7 @@ from cl_optim.fisher.samples import Samples
 
 @rule(*named("prelu"))
 def prelu(input: Tensor, weight: Tensor) -> Use:
-    """``torch.nn.functional.prelu``: one slope, or one for each channel."""
+    """Describe ``torch.nn.functional.prelu``: one slope, or one for each channel."""
     channels = weight.numel() > 1
 
     def gradients(samples: Samples, grad: Tensor, input: Tensor) -> Gradients:

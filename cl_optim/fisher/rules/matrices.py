@@ -30,7 +30,7 @@ def _outer(samples: Samples, inputs: Tensor, grads: Tensor) -> Outer:
 
 @rule(F.linear)
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Use:
-    """``torch.nn.functional.linear``."""
+    """Describe ``torch.nn.functional.linear``."""
     if weight.dim() != 2:
         raise UnsupportedUseError(f"its weight must have 2 dimensions, not {weight.dim()}")
 
@@ -44,7 +44,7 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Use:
 
 @rule(torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm)
 def matmul(input: Tensor, other: Tensor, **options: Any) -> Use:
-    """``input @ weight``."""
+    """Describe ``input @ weight``."""
     _refuse_options(options)
     if other.dim() != 2 or input.dim() < 2:
         raise UnsupportedUseError(
@@ -66,7 +66,7 @@ def grouped_mm(
     bias: Tensor | None = None,
     out_dtype: torch.dtype | None = None,
 ) -> Use:
-    """``torch.nn.functional.grouped_mm``: rows sorted by expert, times that expert's matrix.
+    """Describe ``grouped_mm``: rows sorted by expert, times that expert's matrix.
 
     Where an expert's rows begin has to be known on the host, which waits for the device.
     """
@@ -83,7 +83,7 @@ def grouped_mm(
 
 
 def batched(input: Tensor, weight: Tensor, transposed: bool, rows: int) -> Use:
-    """``bmm(input, weight)``, or if ``transposed`` the rows times the weight from the left.
+    """Describe ``bmm(input, weight)``, or if ``transposed`` the weight times rows.
 
     Args:
         input: [E, T, in], or, if transposed, [E, in, T].
@@ -111,7 +111,7 @@ def batched(input: Tensor, weight: Tensor, transposed: bool, rows: int) -> Use:
 def addmm(
     input: Tensor, mat1: Tensor, mat2: Tensor, *, beta: float = 1, alpha: float = 1, **options: Any
 ) -> Use:
-    """``bias + input @ weight``."""
+    """Describe ``bias + input @ weight``."""
     _refuse_options(options)
     if beta != 1 or alpha != 1:
         raise UnsupportedUseError(f"beta = {beta} and alpha = {alpha} are not supported, only 1")

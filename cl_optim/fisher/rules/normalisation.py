@@ -27,7 +27,7 @@ from cl_optim.fisher.samples import Samples
 def _affine(
     samples: Samples, grad: Tensor, normalized: Tensor | None, features: int
 ) -> tuple[Tensor | None, Tensor]:
-    """Per-sample gradients of weight and bias in x̂·weight + bias."""
+    """Return per-sample gradients of weight and bias in x̂·weight + bias."""
     dtype = wide(grad)
     weight = None
     if normalized is not None:
@@ -43,7 +43,7 @@ def layer_norm(
     bias: Tensor | None = None,
     eps: float = 1e-5,
 ) -> Use:
-    """``torch.nn.functional.layer_norm``."""
+    """Describe ``torch.nn.functional.layer_norm``."""
     shape = tuple(normalized_shape)
 
     def gradients(samples: Samples, grad: Tensor, input: Tensor | None) -> Gradients:
@@ -63,7 +63,7 @@ def rms_norm(
     weight: Tensor | None = None,
     eps: float | None = None,
 ) -> Use:
-    """``torch.nn.functional.rms_norm``."""
+    """Describe ``torch.nn.functional.rms_norm``."""
     shape = tuple(normalized_shape)
     # The default depends on the input's dtype, not on the wider one used below.
     epsilon = torch.finfo(input.dtype).eps if eps is None else eps
@@ -83,7 +83,7 @@ def group_norm(
     bias: Tensor | None = None,
     eps: float = 1e-5,
 ) -> Use:
-    """``torch.nn.functional.group_norm``."""
+    """Describe ``torch.nn.functional.group_norm``."""
 
     def gradients(samples: Samples, grad: Tensor, input: Tensor | None) -> Gradients:
         refuse_packed(samples, "group_norm")
@@ -108,7 +108,7 @@ def batch_norm(
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> Use:
-    """``torch.nn.functional.batch_norm`` with the running statistics."""
+    """Describe ``torch.nn.functional.batch_norm`` with the running statistics."""
 
     def gradients(
         samples: Samples,

@@ -44,7 +44,7 @@ def _relu_step(gates: Tensor, state: State, w_hh: Tensor, b_hh: Tensor | None) -
 
 
 def _network(step: Step) -> Callable[..., tuple[Tensor, ...]]:
-    """The function that an nn.LSTM, nn.GRU or nn.RNN calls, with that step."""
+    """Return what an nn.LSTM, nn.GRU or nn.RNN calls, with that step."""
 
     def network(
         input: Tensor,
@@ -89,7 +89,7 @@ def _network(step: Step) -> Callable[..., tuple[Tensor, ...]]:
 def _direction(
     step: Step, x: Tensor, state: State, weights: Sequence[Tensor], reverse: bool
 ) -> tuple[Tensor, State]:
-    """One layer in one direction: its outputs [N, T, hidden] and its last state."""
+    """Run one layer in one direction: return its outputs [N, T, hidden] and its last state."""
     w_ih, w_hh, *biases = weights
     b_ih, b_hh = biases or (None, None)
     if w_hh.shape[1] != state[0].shape[-1]:
@@ -105,7 +105,7 @@ def _direction(
 
 
 def _cell(step: Step) -> Callable[..., Any]:
-    """The function that an nn.LSTMCell, nn.GRUCell or nn.RNNCell calls, with that step."""
+    """Return what an nn.LSTMCell, nn.GRUCell or nn.RNNCell calls, with that step."""
 
     def cell(
         input: Tensor,

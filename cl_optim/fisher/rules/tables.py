@@ -57,7 +57,7 @@ def embedding(
     scale_grad_by_freq: bool = False,
     sparse: bool = False,
 ) -> Use:
-    """``torch.nn.functional.embedding``; ``padding_idx`` has no gradient."""
+    """Describe ``torch.nn.functional.embedding``; ``padding_idx`` has no gradient."""
     check_embedding(max_norm, scale_grad_by_freq, sparse)
     table = len(weight)
 
@@ -80,7 +80,7 @@ def embedding_bag(
     include_last_offset: bool = False,
     padding_idx: int | None = None,
 ) -> Tensor:
-    """``torch.nn.functional.embedding_bag`` as an embedding [B, L, D] and what is made of it.
+    """Do what ``embedding_bag`` does by an embedding [B, L, D] and what is made of it.
 
     Bags that are given by offsets are padded, for which the host waits for the longest.
     """
@@ -113,7 +113,7 @@ TAKEN_APART[F.embedding_bag] = embedding_bag
 
 
 def is_lookup(func: Callable[..., Any], args: tuple[Any, ...]) -> bool:
-    """Whether it is ``table[indices]`` with a tensor of integers."""
+    """Return whether it is ``table[indices]`` with a tensor of integers."""
     if func is not Tensor.__getitem__ or not isinstance(args[1], Tensor):
         return False
     table, indices = args
@@ -122,7 +122,7 @@ def is_lookup(func: Callable[..., Any], args: tuple[Any, ...]) -> bool:
 
 
 def is_choice_of_matrices(func: Callable[..., Any], args: tuple[Any, ...]) -> bool:
-    """Whether it is ``matrices[indices]`` with a tensor of integers [R]."""
+    """Return whether it is ``matrices[indices]`` with a tensor of integers [R]."""
     if func is not Tensor.__getitem__ or not isinstance(args[1], Tensor):
         return False
     matrices, indices = args
@@ -131,7 +131,7 @@ def is_choice_of_matrices(func: Callable[..., Any], args: tuple[Any, ...]) -> bo
 
 
 def lookup(table: Tensor, indices: Tensor) -> Tensor:
-    """``table[indices]`` as an embedding."""
+    """Look up ``table[indices]`` by an embedding."""
     indices = indices.long() % len(table)  # they may count from the end
     if table.dim() == 1:
         return F.embedding(indices, table.unsqueeze(1)).squeeze(-1)

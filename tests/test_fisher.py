@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from cl_optim.fisher import FisherEstimator, estimate_fisher
-from cl_optim.fisher.estimate import _log_once
+from cl_optim.fisher.objective import _log_once
 
 CLASSES = 5
 VOCABULARY = 13

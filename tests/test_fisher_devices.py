@@ -22,10 +22,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
 from cl_optim import GEM, EWCAdamW, FisherEstimator, estimate_fisher
-from cl_optim.fisher import estimator
-from cl_optim.fisher.check import Check
-from cl_optim.fisher.observation import Observation
+from cl_optim.fisher import totals
 from cl_optim.fisher.samples import Samples
+from cl_optim.fisher.self_check import SelfCheck
+from cl_optim.fisher.squares import Squares
 
 N, CLASSES, TOKENS, VOCABULARY = 6, 5, 7, 11
 # cuDNN convolves float32 in TF32 unless told otherwise.
@@ -191,13 +191,13 @@ def in_another_thread(loss: Tensor) -> Tensor:
 def threads(monkeypatch: pytest.MonkeyPatch) -> set[int]:
     """The threads in which gradients are squared."""
     idents: set[int] = set()
-    capture = Observation.capture
+    capture = Squares.capture
 
-    def recorded(self: Observation, *args: Any) -> Any:
+    def recorded(self: Squares, *args: Any) -> Any:
         idents.add(threading.get_ident())
         return capture(self, *args)
 
-    monkeypatch.setattr(Observation, "capture", recorded)
+    monkeypatch.setattr(Squares, "capture", recorded)
     return idents
 
 
@@ -270,14 +270,14 @@ def test_two_threads_of_one_backward_pass(monkeypatch):
     fisher = FisherEstimator(towers)
     with fisher.observe(N, loss_terms=1):
         sum(losses(towers, x)).backward()
-    scale, scaling, go_on = estimator._scale, threading.Event(), threading.Event()
+    scale, scaling, go_on = totals._scale, threading.Event(), threading.Event()
 
     def slowly(*arguments: Any) -> None:
         scaling.set()
         go_on.wait(0.2)  # time for the other thread to add, if it does not wait
         scale(*arguments)
 
-    monkeypatch.setattr(estimator, "_scale", slowly)
+    monkeypatch.setattr(totals, "_scale", slowly)
     with fisher.observe(N, loss_terms=1, loss_scale=8.0):
         first, second = (8 * loss for loss in losses(towers, x))
         thread = threading.Thread(target=first.backward)
@@ -462,7 +462,7 @@ def test_the_self_check_knows_of_tf32(precision, convolve_in):
         on_gpu = torch.ones(3, device="cuda")
     errors = {"rounded": 3e-3, "wrong": 2e-2, "small": 0.1}
     for tensor, allowed in ((on_gpu, precision == "tf32"), (torch.ones(3), False)):
-        check = Check()
+        check = SelfCheck()
         for name, error in errors.items():
             grad, noise = torch.randn(2, 64, 80) * (1e-3 if name == "small" else 1.0)
             check.lower(name, tensor)

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cl_optim.fisher.estimator import check_integer, provenance
+from cl_optim.fisher.checks import check_integer
+from cl_optim.fisher.model import provenance
 from cl_optim.importance.importance import Importance
 from cl_optim.ops import formats
 

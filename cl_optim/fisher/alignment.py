@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from cl_optim.fisher import nested
-from cl_optim.fisher.check import tolerance
 from cl_optim.fisher.observation import Observation
 from cl_optim.fisher.samples import Samples
+from cl_optim.fisher.self_check import tolerance
 from cl_optim.importance.unobserved import unobserved
 
 # Of one, two rows might have the same by chance.
@@ -131,7 +131,7 @@ def _is_exact(dtype: torch.dtype) -> bool:
 
 @contextmanager
 def _without_traces(model: nn.Module) -> Iterator[None]:
-    """Eval mode, no activations kept; flags, buffers and random states are restored."""
+    """Run in eval mode and keep no activations; flags, buffers and random states are restored."""
     training = [(module, module.training) for module in model.modules()]
     buffers = [
         (module._buffers, name, buffer)

@@ -12,13 +12,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cl_optim.fisher import nested
-from cl_optim.fisher.labels import IGNORED, MAX_EXACT_CLASSES, Labels, has_exact
 from cl_optim.fisher.language import (
     computes_loss,
     decodes_labels,
     next_token_targets,
     with_labels,
 )
+from cl_optim.fisher.objective import IGNORED, MAX_EXACT_CLASSES, Labels, has_exact
 
 # How far rounding may take a model's own loss from ours; a shift moves it by more.
 _SAME_LOSS, _SAME_LOSS_COARSE = 1e-3, 2e-2
@@ -41,19 +41,19 @@ class Batch:
     targets: Tensor | None
 
     def logits(self, model: nn.Module) -> object:
-        """What the model makes of it; of an output of transformers, its logits."""
+        """Return what the model makes of it; of an output of transformers, its logits."""
         output = model(**self.inputs) if self.named else model(self.inputs)
         return getattr(output, "logits", output)
 
     def counted(self, samples: int) -> Tensor:
-        """The samples that have a target that is not ignored."""
+        """Return the samples that have a target that is not ignored."""
         targets = self.targets
         if targets is None or targets.dim() == 0 or len(targets) != samples:
             return torch.arange(samples, device="cpu")
         return (targets != IGNORED).unsqueeze(-1).flatten(1).any(1).nonzero().squeeze(1)
 
     def take(self, rows: Tensor, samples: int) -> Batch:
-        """Those samples of it."""
+        """Take those samples of it."""
         inputs, targets = take((self.inputs, self.targets), rows, samples)
         return Batch(inputs, self.named, targets)
 
@@ -95,7 +95,7 @@ def read(batch: Any, model: nn.Module, labels: Labels | None, causal: bool, wher
 
 
 def _are_arguments(inputs: Mapping[Any, Any], model: nn.Module) -> bool:
-    """Whether the keys name parameters of the model's forward."""
+    """Return whether the keys name parameters of the model's forward."""
     parameters = inspect.signature(model.forward).parameters
     if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
         return all(isinstance(key, str) for key in inputs)
@@ -103,7 +103,7 @@ def _are_arguments(inputs: Mapping[Any, Any], model: nn.Module) -> bool:
 
 
 def leading(value: Any, where: str) -> int:
-    """The number of samples: the leading dimension of the first tensor."""
+    """Return the number of samples: the leading dimension of the first tensor."""
     first = next(nested.tensors(value), None)
     if first is None or first.dim() == 0:
         raise ValueError(f"{where} must have a tensor whose leading dimension runs over samples.")
@@ -111,7 +111,7 @@ def leading(value: Any, where: str) -> int:
 
 
 def take(value: Any, rows: Tensor, samples: int) -> Any:
-    """Those rows of all tensors that have ``samples`` rows."""
+    """Take those rows of all tensors that have ``samples`` rows."""
     if len(rows) == samples:
         return value
     return nested.map_tensors(
@@ -210,7 +210,7 @@ def check_own_loss(batch: Batch, model: nn.Module, causal: bool, where: str) -> 
 
 
 def kind(value: object) -> str:
-    """A few words about a value, for an error."""
+    """Describe a value in a few words, for an error."""
     if isinstance(value, Tensor):
         return f"a {str(value.dtype).removeprefix('torch.')} tensor of shape {list(value.shape)}"
     return "None" if value is None else f"a {type(value).__name__}"

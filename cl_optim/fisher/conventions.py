@@ -15,9 +15,12 @@ from torch import nn
 
 from cl_optim.fisher import batches as data
 from cl_optim.fisher import nested
-from cl_optim.fisher.estimate import Objective, estimate, evaluating
-from cl_optim.fisher.estimator import Totals, check_model, provenance, trained
+from cl_optim.fisher.checks import check_integer, check_model
+from cl_optim.fisher.estimate import estimate
+from cl_optim.fisher.model import evaluating, provenance, trained
+from cl_optim.fisher.objective import Objective
 from cl_optim.fisher.refusals import Policy
+from cl_optim.fisher.totals import Totals
 from cl_optim.importance.importance import Importance
 
 Published: TypeAlias = Literal["avalanche", "van_de_ven", "mammoth"]
@@ -81,8 +84,7 @@ def convert_lambda(
             raise ValueError(f"{argument} must be one of {list(CONVENTIONS)}, not {name!r}.")
     if not ewc_lambda >= 0:
         raise ValueError(f"ewc_lambda must be at least 0, not {ewc_lambda}.")
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, not {batch_size}.")
+    check_integer("batch_size", batch_size, 1)
 
     def strength(name: str) -> float:
         convention = CONVENTIONS[name]

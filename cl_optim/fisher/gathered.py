@@ -7,7 +7,7 @@ through functions that leave rows where they are, to where they are put back.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from cl_optim.fisher import nested
+from cl_optim.fisher.refusals import RefusedError, no_samples, not_the_batch, unknown_rows
 from cl_optim.fisher.rules.families import ELEMENTWISE, UNARY, named
 from cl_optim.fisher.samples import Samples
 
@@ -53,7 +54,7 @@ class Gathered(Samples):
         return True
 
     def rows(self, tensor: Tensor, features: int) -> tuple[Tensor, Tensor]:
-        """[rows, *features], and of each its sample; there may be several rows to one."""
+        """Return [rows, *features], and of each its sample; there may be several rows to one."""
         trailing = tensor.shape[tensor.dim() - features :]
         rows = tensor.reshape(-1, *trailing)
         repeat = len(rows) // max(1, self.sample.numel())
@@ -64,7 +65,7 @@ class Gathered(Samples):
         return self.rows(tensor, features)[1]
 
     def split(self, tensor: Tensor, features: int = 0) -> Tensor:
-        """The rows, those of each sample following one another."""
+        """Return the rows, those of each sample following one another."""
         rows, sample = self.rows(tensor, features)
         return rows[sample.argsort(stable=True)]
 
@@ -75,14 +76,14 @@ class Gathered(Samples):
         return sums.index_add_(0, sample, rows.to(sums.dtype))
 
     def cu_seqlens(self, parts: Tensor) -> Tensor:
-        """Where in what :meth:`split` returned each sample begins; nothing waits for the device."""
+        """Return where each sample begins in what :meth:`split` returned, without waiting."""
         repeat = len(parts) // max(1, self.sample.numel())
         ordered = self.sample.reshape(-1).sort().values
         samples = torch.arange(self.count + 1, device=ordered.device)
         return (torch.searchsorted(ordered, samples) * repeat).to(torch.int32)
 
     def pad(self, parts: Tensor) -> Tensor:
-        """What :meth:`split` returned as [N, most rows, *features]; waits for the device."""
+        """Return [N, most rows, *features] of what :meth:`split` returned; waits for the device."""
         offsets = self.cu_seqlens(parts).long()
         lengths = offsets.diff()
         sample = torch.arange(self.count, device=parts.device).repeat_interleave(lengths)
@@ -104,15 +105,54 @@ class Tracker:
         """Let go of everything."""
         self._known.clear()
 
-    def of(self, tensors: Iterator[Tensor]) -> tuple[Tensor | None] | None:
-        """Of which samples the rows are, (None,) if it is not known; None if they are in order."""
+    def of(self, tensors: Iterable[Tensor]) -> tuple[Tensor | None] | None:
+        """Return of which samples rows are, (None,) if unknown; None if they are in order."""
         for tensor in tensors:
             if tensor in self._known:
                 return (self._known[tensor],)
         return None
 
+    def samples_of(
+        self,
+        tensors: Sequence[Tensor],
+        shape: Sequence[int],
+        features: int,
+        name: str,
+        by_rule: bool = False,
+    ) -> Samples:
+        """Return where the samples are in something that was made of tensors.
+
+        Args:
+            tensors: What it was made of, with the same rows.
+            shape: Its own.
+            features: Number of its trailing feature dimensions.
+            name: The parameter that it meets.
+            by_rule: Whether it is the input of a rule, and not a parameter that is expanded.
+
+        Raises:
+            RefusedError: It is not known.
+        """
+        known, samples = self.of(tensors), self._samples
+        if known is not None:
+            (sample,) = known
+            if sample is None or sample.dim() > len(shape) - features:
+                error = ValueError(unknown_rows(list(shape), name))
+                raise RefusedError(error, [name], of_data=True)
+            return Gathered(samples.count, sample)
+        leading = shape[: len(shape) - features]
+        if not leading:
+            error = ValueError(no_samples(list(shape), samples, name))
+            raise RefusedError(error, [name], of_data=by_rule)
+        if not samples.holds(shape, features):
+            error = ValueError(not_the_batch(list(shape), samples, name))
+            of_data = samples.offsets is not None or leading[0] != 1
+            raise RefusedError(error, [name], of_data=of_data)
+        samples.record(shape, features)
+        samples.see(shape)
+        return samples
+
     def natural(self, tensor: Tensor) -> Tensor | None:
-        """The samples of rows that are in order, or that are known."""
+        """Return the samples of rows that are in order, or that are known."""
         if tensor in self._known:
             return self._known[tensor]  # type: ignore[no-any-return]
         if tensor.dim() == 0 or not self._samples.holds(tensor.shape, 0):
@@ -152,7 +192,7 @@ class Tracker:
         return tensor.is_floating_point() and self._samples.holds(tensor.shape, 0)
 
     def _is_in_order(self, made: Tensor, arguments: Any) -> bool:
-        """Whether rows met others that are in order, as where a residual is added."""
+        """Return whether rows met others that are in order, as where a residual is added."""
         return any(
             other.shape == made.shape
             and other.is_floating_point()
@@ -166,7 +206,7 @@ class Tracker:
     def _taken(
         self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], result: Any
     ) -> tuple[Tensor | None] | None:
-        """Of what is taken out of a tensor by index; None if the function does not do that."""
+        """Return the samples of what is taken out by index; None if nothing is."""
         name = getattr(func, "__name__", "")
         if name not in _TAKING or not args or not isinstance(args[0], Tensor):
             return None
@@ -217,7 +257,7 @@ class Tracker:
     def _repeated(
         self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[Tensor | None] | None:
-        """Of copies, one for each expert: [R, D] as [E·R, D], or [1, R, D] as [E, R, D]."""
+        """Return those of copies for each expert: [R, D] as [E·R, D], [1, R, D] as [E, R, D]."""
         tensor = args[0]
         sizes = (
             args[1:] if len(args) > 1 and isinstance(args[1], int) else args[1] if args[1:] else ()
@@ -241,7 +281,7 @@ class Tracker:
     def _put_back(
         self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
-        """Rows written into another tensor take their samples with them."""
+        """Let rows that are written into another tensor take their samples with them."""
         name = func.__name__
         if name in ("index_add_", "index_add"):
             dim, index, rows = (
@@ -274,7 +314,7 @@ class Tracker:
         given: Tensor,
         made: Tensor,
     ) -> Tensor | None:
-        """The samples of the rows of what a function made of rows."""
+        """Return the samples of the rows of what a function made of rows."""
         sample: Tensor | None = self._known[given]
         if sample is None:
             return None
@@ -311,7 +351,7 @@ _PUTTING_BACK = {"index_add_", "index_add", "__setitem__", "index_put_", "index_
 
 
 def _covering(sample: Tensor, tensor: Tensor, index: tuple[Any, ...]) -> Tensor:
-    """The samples of all that an index may choose: of [N, T, ...], of the tokens."""
+    """Return the samples of all that an index may choose: of [N, T, ...], of the tokens."""
     parts = [part for part in index if part is not None]
     covered = sum(part.dim() if part.dtype == torch.bool else 1 for part in parts)
     if covered <= sample.dim():
@@ -321,7 +361,7 @@ def _covering(sample: Tensor, tensor: Tensor, index: tuple[Any, ...]) -> Tensor:
 
 
 def _regrouped(sample: Tensor, shape: tuple[int, ...]) -> Tensor | None:
-    """For rows that were given another shape."""
+    """Return the samples of rows that were given another shape."""
     for leading in range(1, len(shape) + 1):
         if math.prod(shape[:leading]) == sample.numel():
             return sample.reshape(shape[:leading])

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from cl_optim.fisher import nested
-from cl_optim.fisher.labels import IGNORED
+from cl_optim.fisher.objective import IGNORED
 
 # Models of transformers named like causal language models, whose own loss compares the logits at t
 # with the label at t: decoders of encoder-decoders, and some of the oldest.
@@ -31,7 +31,7 @@ _UNPREPARED = frozenset({"FSMTForConditionalGeneration"})
 
 
 def is_causal_lm(model: nn.Module) -> bool:
-    """Whether a model of transformers, perhaps wrapped, predicts the next token.
+    """Return whether a model of transformers, perhaps wrapped, predicts the next token.
 
     Its logits at position t are then about the label at t + 1. That is for the whole to say: the
     decoder of an encoder-decoder may be a causal language model, but is given its labels shifted.
@@ -44,7 +44,7 @@ def is_causal_lm(model: nn.Module) -> bool:
 
 
 def predicts_next(name: str, loss_type: str | None, encoder_decoder: bool) -> bool:
-    """Whether the loss of a model of transformers, by its class, is of the next token."""
+    """Return whether the loss of a model of transformers, by its class, is of the next token."""
     if encoder_decoder or name in _ALIGNED:
         return False
     if loss_type is None:  # what these compute then is the loss of a causal language model
@@ -53,29 +53,29 @@ def predicts_next(name: str, loss_type: str | None, encoder_decoder: bool) -> bo
 
 
 def is_encoder_decoder(model: nn.Module) -> bool:
-    """Whether a model of transformers, perhaps wrapped, has a decoder with inputs of its own."""
+    """Return whether a model of transformers, perhaps wrapped, has a decoder with inputs."""
     whole: Any = _outermost(model)
     return whole is not None and bool(whole.config.is_encoder_decoder)
 
 
 def _outermost(model: nn.Module) -> nn.Module | None:
-    """The model of transformers in what wraps it."""
+    """Return the model of transformers in what wraps it."""
     return next((module for module in model.modules() if "loss_type" in vars(module)), None)
 
 
 def computes_loss(model: nn.Module) -> bool:
-    """Whether a model of transformers, perhaps wrapped, computes a loss of labels that it takes."""
+    """Return whether a model of transformers, perhaps wrapped, computes a loss of its labels."""
     whole = _outermost(model)
     return whole is not None and "labels" in inspect.signature(whole.forward).parameters
 
 
 def decodes_labels(model: nn.Module) -> bool:
-    """Whether a model of transformers, perhaps wrapped, gives its decoder the labels it takes."""
+    """Return whether a model of transformers, perhaps wrapped, gives its decoder the labels."""
     return is_encoder_decoder(model) and computes_loss(model)
 
 
 def with_labels(model: nn.Module, inputs: dict[str, Any], labels: Tensor) -> dict[str, Any]:
-    """The inputs of an encoder-decoder with its labels among them, as it is trained.
+    """Return an encoder-decoder's inputs with its labels among them, as it is trained.
 
     It then gives its decoder the labels, shifted by one in its own way; without them it would give
     it something else: BART the encoder's tokens.
@@ -90,7 +90,7 @@ def with_labels(model: nn.Module, inputs: dict[str, Any], labels: Tensor) -> dic
 
 
 def loss_tokens(model: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> int | Tensor:
-    """The number of tokens that a mean loss is over; a tensor, if the host does not know it."""
+    """Return how many tokens a mean loss is over; a tensor, if the host does not know it."""
     if kwargs.get("num_items_in_batch") is not None:
         items: int | Tensor = kwargs["num_items_in_batch"]
         return items
@@ -106,7 +106,7 @@ def loss_tokens(model: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> int |
 def next_token_targets(
     labels: Tensor | None, input_ids: Tensor | None, attention_mask: Tensor | None
 ) -> Tensor | None:
-    """Labels [N, T] aligned with the logits that predict them; −100 where there is no loss.
+    """Align labels [N, T] with the logits that predict them; −100 where there is no loss.
 
     What has another shape is returned as it is, for others to refuse.
 

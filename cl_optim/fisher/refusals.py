@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch.overrides import resolve_name
 
-from cl_optim.fisher.sources import Source
+from cl_optim.fisher.samples import Samples
 
 FREEZE = "freeze what should be left out with requires_grad_(False)."
 
@@ -31,6 +31,21 @@ class Policy:
     left: dict[str, str] = field(default_factory=dict)
     shared: dict[str, bool] = field(default_factory=dict)
 
+    def leave_out(self, refused: RefusedError, help_: str, *, restart: bool) -> None:
+        """Raise, or leave parameters out from now on.
+
+        Args:
+            refused: Says which, and why.
+            help_: What helps.
+            restart: Begin the batch anew without them.
+        """
+        if self.mode == "error":
+            raise type(refused.error)(f"{refused}; {help_}") from None
+        for name in refused.names:
+            self.left[name] = str(refused.error)
+        if restart:
+            raise RestartError from None
+
 
 class RefusedError(Exception):
     """A use that is not supported.
@@ -49,7 +64,7 @@ class RefusedError(Exception):
 
 
 def remedy(own_pass: bool, magnitudes: bool, packed: bool) -> str:
-    """What helps where a use of a parameter is not supported."""
+    """Say what helps where a use of a parameter is not supported."""
     if packed:  # there are no losses of single samples
         return FREEZE
     if magnitudes:  # random signs give squares
@@ -58,34 +73,28 @@ def remedy(own_pass: bool, magnitudes: bool, packed: bool) -> str:
     return f"estimate it by random signs with {how}, or {FREEZE}"
 
 
-def names_of(sources: Iterable[Source]) -> list[str]:
-    """The parameters' names, each once."""
-    return list(dict.fromkeys(name for source in sources for name in source.names))
-
-
 def listed(names: Iterable[str]) -> str:
-    """As part of a sentence."""
+    """Name parameters in a sentence."""
     unique = list(dict.fromkeys(names))
     return ("parameter " if len(unique) == 1 else "parameters ") + ", ".join(map(repr, unique))
 
 
 def describe(func: Callable[..., Any]) -> str:
-    """A function's name, with what it belongs to."""
+    """Return a function's name, with what it belongs to."""
     return resolve_name(func) or str(getattr(func, "__name__", func))
 
 
 def not_supported(
-    found: Mapping[int, Source], func: Callable[..., Any], error: Exception
+    names: Iterable[str], func: Callable[..., Any], error: Exception
 ) -> NotImplementedError:
-    """For a function whose rule does not cover this call."""
+    """Return the error for a function whose rule does not cover this call."""
     return NotImplementedError(
-        f"{describe(func)} uses {listed(names_of(found.values()))} in a way that is not supported: "
-        f"{error}"
+        f"{describe(func)} uses {listed(names)} in a way that is not supported: {error}"
     )
 
 
-def no_rule(names: list[str], func: Callable[..., Any]) -> RefusedError:
-    """For a function without a rule."""
+def no_rule(names: Sequence[str], func: Callable[..., Any]) -> RefusedError:
+    """Return the refusal of a function without a rule."""
     return RefusedError(
         NotImplementedError(
             f"{describe(func)} uses {listed(names)}, and there is no rule for that "
@@ -96,7 +105,7 @@ def no_rule(names: list[str], func: Callable[..., Any]) -> RefusedError:
 
 
 def not_the_samples(names: Sequence[str]) -> ValueError:
-    """For inputs with as many rows as samples that are something else."""
+    """Return the error for inputs with as many rows as samples that are something else."""
     return ValueError(
         f"{listed(names)} met inputs whose rows are as many as the samples, but are not in reverse "
         f"where the samples are: positions may come first, in sequences as long as the batch, rows "
@@ -107,15 +116,38 @@ def not_the_samples(names: Sequence[str]) -> ValueError:
 
 
 def unknown_rows(shape: list[int], name: str) -> str:
-    """For rows that come from several samples, of which it is not known which."""
+    """Say that it is not known which row is of which sample."""
     return (
         f"parameter {name!r} met rows of shape {shape} that were gathered from several samples, "
         f"and which row is of which sample is not known"
     )
 
 
+def no_samples(shape: list[int], samples: Samples, name: str) -> str:
+    """Say that something has no dimension for samples."""
+    return (
+        f"parameter {name!r} met an input of shape {shape}, which has no dimension for samples: it "
+        f"must begin with batch_size = {samples.count} samples"
+    )
+
+
+def not_the_batch(shape: list[int], samples: Samples, name: str) -> str:
+    """Say that something does not begin with the batch's samples."""
+    if samples.offsets is not None:
+        return (
+            f"parameter {name!r} met an input of shape {shape}, which does not begin with the "
+            f"{samples.offsets[-1]} tokens that cu_seqlens counts"
+        )
+    return (
+        f"parameter {name!r} met an input of shape {shape}, whose leading dimension is "
+        f"{shape[0]}, but batch_size is {samples.count}: the leading dimension must run "
+        f"over the samples (rows of unknown samples, as some mixtures of experts make them, "
+        f"are not supported)"
+    )
+
+
 def unseen(names: Sequence[str]) -> NotImplementedError:
-    """For a gradient that no function accounts for."""
+    """Return the error for a gradient that no function accounts for."""
     return NotImplementedError(
         f"{listed(names)} received a gradient from a use that was not seen (an autograd.Function, "
         f"a hook that replaces the gradient, a function called inside a checkpoint without a "

@@ -22,7 +22,7 @@ _WIDTH = 4096
 
 
 def tolerance(dtype: torch.dtype) -> float:
-    """How far rounding alone may take two computations in that dtype apart, relatively.
+    """Return how far rounding alone may take two computations in that dtype apart, relatively.
 
     Integers are not rounded.
     """
@@ -30,14 +30,14 @@ def tolerance(dtype: torch.dtype) -> float:
 
 
 def may_be_tf32(tensor: Tensor) -> bool:
-    """Whether products of such a tensor may be those of TF32; convolutions' are by default."""
+    """Return whether products of such a tensor may be TF32's; convolutions' are by default."""
     if not tensor.is_cuda or tensor.dtype != torch.float32:
         return False
     settings = torch.backends.cuda.matmul, torch.backends.cudnn.conv  # type: ignore[attr-defined]
     return any(setting.fp32_precision == "tf32" for setting in settings)
 
 
-class Check:
+class SelfCheck:
     """The self-check of one batch: Σ_n w_n g_n as captured must be the gradient of Σ_n w_n ℓ_n.
 
     Of each gradient it keeps a sketch: the sum of its rows of 4096 elements, each with a random
@@ -116,7 +116,7 @@ def _add(sums: dict[str, Tensor], name: str, term: Tensor) -> None:
 
 
 def _sketch(grad: Tensor) -> Tensor:
-    """Rows of the flattened gradient, added up with random signs, in float64."""
+    """Return the rows of the flattened gradient added up with random signs, in float64."""
     flat = grad.detach().reshape(-1)
     rows, rest = divmod(len(flat), _WIDTH)
     drawn = torch.randint(

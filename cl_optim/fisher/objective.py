@@ -1,14 +1,19 @@
-"""Which labels the Fisher information is taken with, and the gradients of the losses they give."""
+"""What is differentiated: with which labels, and the gradients of the losses they give."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Literal, TypeAlias, get_args
+import functools
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any, Literal, TypeAlias, get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 Labels: TypeAlias = Literal["auto", "exact", "sample", "predicted", "empirical"]
+Kind: TypeAlias = Literal["fisher", "mas", "logits_reversal"]
+Loss: TypeAlias = Literal["auto", "cross_entropy", "causal_lm"]
 LABELS: tuple[str, ...] = get_args(Labels)
 
 # A target with this value is left out, as in torch.nn.functional.cross_entropy.
@@ -18,13 +23,59 @@ MAX_EXACT_CLASSES = 100
 # Rows of logits whose labels are drawn at once: drawing takes two more copies of them.
 _DRAWN_AT_ONCE = 512
 
+_LOGGER = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What is differentiated."""
+
+    labels: Labels | None
+    per_sample_loss: Callable[[nn.Module, Any], Tensor] | None = None
+    loss: Loss = "auto"
+    kind: Kind = "fisher"
+    generator: torch.Generator | None = None
+    by_probability: bool = False
+
+    def decided(self, logits: Tensor) -> Objective:
+        """Return the same, with the labels that ``"auto"`` means for these logits."""
+        if self.labels != "auto":
+            return self
+        if has_exact(logits):
+            return replace(self, labels="exact")
+        many = "of sequences" if logits.dim() == 3 else f"of {logits.shape[-1]} classes"
+        _log_once(
+            f"labels='auto' is labels='sample' for logits {many}: labels are drawn from the model, "
+            f"since labels='exact' is for [N, C] with at most {MAX_EXACT_CLASSES} classes."
+        )
+        return replace(self, labels="sample")
+
+    def seeds(self, logits: Tensor, targets: Tensor | None) -> Iterator[Tensor]:
+        """Yield the losses' gradients with respect to the logits, one for each backward pass."""
+        if self.labels is None:
+            yield _norm_seed(logits, targets)
+        else:
+            yield from _seeds(
+                self.labels,
+                logits,
+                targets,
+                self.generator,
+                reverse=self.kind == "logits_reversal",
+                by_probability=self.by_probability,
+            )
+
+
+@functools.cache
+def _log_once(sentence: str) -> None:
+    _LOGGER.warning(sentence)
+
 
 def has_exact(logits: Tensor) -> bool:
-    """Whether the expectation over all labels of these logits is taken."""
+    """Return whether the expectation over all labels of these logits is taken."""
     return logits.dim() == 2 and logits.shape[-1] <= MAX_EXACT_CLASSES
 
 
-def seeds(
+def _seeds(
     labels: Labels,
     logits: Tensor,
     targets: Tensor | None = None,
@@ -76,7 +127,7 @@ def seeds(
 
 
 def _draw(p: Tensor, generator: torch.Generator | None) -> Tensor:
-    """A class for each row of p [..., C]: [..., 1]."""
+    """Draw a class for each row of p [..., C]: [..., 1]."""
     rows = p.flatten(0, -2)
     drawn = [
         torch.multinomial(
@@ -87,7 +138,7 @@ def _draw(p: Tensor, generator: torch.Generator | None) -> Tensor:
     return torch.cat(drawn).view(*p.shape[:-1], 1)
 
 
-def norm_seed(logits: Tensor, targets: Tensor | None) -> Tensor:
-    """The gradient of Σ ‖logits‖² over samples and tokens, those with target −100 left out."""
+def _norm_seed(logits: Tensor, targets: Tensor | None) -> Tensor:
+    """Return the gradient of Σ ‖logits‖² over samples and tokens without target −100."""
     seed = 2 * logits.detach()
     return seed if targets is None else seed * (targets != IGNORED).unsqueeze(-1)

@@ -1,0 +1,49 @@
+"""Refusals of arguments, each in one sentence."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal, TypeAlias
+
+from torch import Tensor, nn
+
+Verify: TypeAlias = Literal["first"] | bool
+Number: TypeAlias = int | float | Tensor
+
+
+def check_model(model: object) -> None:
+    """Refuse what is no module."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, not {type(model).__name__}.")
+
+
+def check_verify(verify: object) -> None:
+    """Refuse other values of ``verify``."""
+    if verify not in ("first", True, False):
+        raise ValueError(f"verify must be 'first', True or False, not {verify!r}.")
+
+
+def check_integer(argument: str, value: object, least: int, *, or_none: bool = False) -> None:
+    """Refuse what is no integer, or below ``least``."""
+    if or_none and value is None:
+        return
+    either, or_else = (" or None", ", or None") if or_none else ("", "")
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{argument} must be an integer{either}, not {type(value).__name__}.")
+    if value < least:
+        raise ValueError(f"{argument} must be at least {least}{or_else}, not {value}.")
+
+
+def check_number(argument: str, value: object) -> None:
+    """Refuse what is no positive number; the value of a tensor is not waited for."""
+    if isinstance(value, Tensor):
+        if value.numel() != 1:
+            raise ValueError(
+                f"{argument} must be a number or a tensor of one element, not a tensor of shape "
+                f"{list(value.shape)}."
+            )
+        return
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        raise TypeError(f"{argument} must be a number, not {type(value).__name__}.")
+    if not 0 < value < math.inf:
+        raise ValueError(f"{argument} must be positive and finite, not {value}.")

@@ -23,9 +23,9 @@ from torch.utils.checkpoint import checkpoint
 
 from cl_optim import GEM, EWCAdamW, FisherEstimator, estimate_fisher
 from cl_optim.fisher import totals
+from cl_optim.fisher.observe.self_check import SelfCheck
+from cl_optim.fisher.observe.squares import Squares
 from cl_optim.fisher.samples import Samples
-from cl_optim.fisher.self_check import SelfCheck
-from cl_optim.fisher.squares import Squares
 
 N, CLASSES, TOKENS, VOCABULARY = 6, 5, 7, 11
 # cuDNN convolves float32 in TF32 unless told otherwise.

@@ -1410,7 +1410,9 @@ def test_register_fisher_rule(monkeypatch):
     monkeypatch.setattr(
         "cl_optim.fisher.rules.registry.RULES", dict(cl_optim.fisher.rules.registry.RULES)
     )
-    monkeypatch.setattr("cl_optim.fisher.observation.RULES", cl_optim.fisher.rules.registry.RULES)
+    monkeypatch.setattr(
+        "cl_optim.fisher.observe.observation.RULES", cl_optim.fisher.rules.registry.RULES
+    )
     model = Uses(lambda m, x: scaled(x, m.p[0]), randn(4))
     x = torch.randn(N, 5, 4)
     message = r"scaled uses parameter 'p\.0', and there is no rule for that .*takes one"
@@ -1430,7 +1432,7 @@ def test_register_fisher_rule(monkeypatch):
 @pytest.mark.parametrize("own_pass", [False, True])
 def test_a_wrong_rule_is_caught(monkeypatch, own_pass):
     rules = dict(cl_optim.fisher.rules.registry.RULES)
-    monkeypatch.setattr("cl_optim.fisher.observation.RULES", rules)
+    monkeypatch.setattr("cl_optim.fisher.observe.observation.RULES", rules)
 
     def wrong(input: Tensor, weight: Tensor, power: float = 1.0) -> Use:
         use = rule(input, weight)

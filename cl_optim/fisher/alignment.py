@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from cl_optim.fisher import nested
-from cl_optim.fisher.observation import Observation
+from cl_optim.fisher.observe.observation import Observation
+from cl_optim.fisher.observe.self_check import tolerance
 from cl_optim.fisher.samples import Samples
-from cl_optim.fisher.self_check import tolerance
 from cl_optim.importance.unobserved import unobserved
 
 # Of one, two rows might have the same by chance.

@@ -16,11 +16,11 @@ from cl_optim.fisher.checks import Number
 from cl_optim.fisher.language import loss_tokens
 from cl_optim.fisher.loss_scale import CrossEntropy, calling_scaler, watch
 from cl_optim.fisher.model import eagerly, trained
-from cl_optim.fisher.observation import Observation
+from cl_optim.fisher.observe.observation import Observation
+from cl_optim.fisher.observe.sources import Graph
+from cl_optim.fisher.observe.taps import in_backward
 from cl_optim.fisher.observer import Observer
 from cl_optim.fisher.samples import Samples
-from cl_optim.fisher.sources import Graph
-from cl_optim.fisher.taps import in_backward
 from cl_optim.fisher.totals import Totals
 from cl_optim.importance.unobserved import is_unobserved
 

@@ -19,7 +19,7 @@ from cl_optim.fisher.checks import check_integer, check_model
 from cl_optim.fisher.estimate import estimate
 from cl_optim.fisher.model import evaluating, provenance, trained
 from cl_optim.fisher.objective import Objective
-from cl_optim.fisher.refusals import Policy
+from cl_optim.fisher.observe.refusals import Policy
 from cl_optim.fisher.totals import Totals
 from cl_optim.importance.importance import Importance
 

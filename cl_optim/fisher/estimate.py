@@ -15,8 +15,8 @@ from cl_optim.fisher import nested
 from cl_optim.fisher.checks import Verify, check_integer, check_model, check_verify
 from cl_optim.fisher.model import evaluating
 from cl_optim.fisher.objective import LABELS, Kind, Labels, Loss, Objective
+from cl_optim.fisher.observe.refusals import Policy
 from cl_optim.fisher.own_pass import OwnPass
-from cl_optim.fisher.refusals import Policy
 from cl_optim.fisher.totals import Totals
 from cl_optim.importance.importance import Importance
 

@@ -23,11 +23,11 @@ from cl_optim.fisher.checks import (
 )
 from cl_optim.fisher.loss_scale import CrossEntropy, watch
 from cl_optim.fisher.model import eagerly
-from cl_optim.fisher.observation import Observation
+from cl_optim.fisher.observe.observation import Observation
+from cl_optim.fisher.observe.refusals import Policy
+from cl_optim.fisher.observe.taps import in_backward
 from cl_optim.fisher.observer import Observer
-from cl_optim.fisher.refusals import Policy
 from cl_optim.fisher.samples import Samples
-from cl_optim.fisher.taps import in_backward
 from cl_optim.fisher.totals import Totals
 from cl_optim.importance.importance import Importance
 from cl_optim.importance.unobserved import is_unobserved

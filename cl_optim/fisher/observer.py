@@ -12,11 +12,11 @@ from cl_optim.fisher import nested
 from cl_optim.fisher.alignment import not_samples
 from cl_optim.fisher.checks import Verify
 from cl_optim.fisher.model import trained
-from cl_optim.fisher.observation import Observation
-from cl_optim.fisher.refusals import Policy, RefusedError, not_the_samples
+from cl_optim.fisher.observe.observation import Observation
+from cl_optim.fisher.observe.refusals import Policy, RefusedError, not_the_samples
+from cl_optim.fisher.observe.self_check import SelfCheck
+from cl_optim.fisher.observe.squares import Squares
 from cl_optim.fisher.samples import Samples
-from cl_optim.fisher.self_check import SelfCheck
-from cl_optim.fisher.squares import Squares
 from cl_optim.fisher.totals import Totals
 from cl_optim.ops.capture import is_capturing
 

@@ -15,11 +15,11 @@ from cl_optim.fisher.checks import Verify
 from cl_optim.fisher.language import is_causal_lm
 from cl_optim.fisher.model import eagerly, trained
 from cl_optim.fisher.objective import IGNORED, Labels, Objective
-from cl_optim.fisher.observation import Observation
-from cl_optim.fisher.refusals import FREEZE, Policy, RestartError
+from cl_optim.fisher.observe.observation import Observation
+from cl_optim.fisher.observe.refusals import FREEZE, Policy, RestartError
+from cl_optim.fisher.observe.self_check import SelfCheck
+from cl_optim.fisher.observe.squares import Squares
 from cl_optim.fisher.samples import Samples
-from cl_optim.fisher.self_check import SelfCheck
-from cl_optim.fisher.squares import Squares
 from cl_optim.fisher.totals import Totals
 
 

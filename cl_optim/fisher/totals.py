@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from cl_optim.fisher.checks import Number
 from cl_optim.fisher.model import provenance, trained
-from cl_optim.fisher.refusals import Policy
+from cl_optim.fisher.observe.refusals import Policy
 from cl_optim.importance.importance import Importance
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from cl_optim.fisher import nested
-from cl_optim.fisher.refusals import RefusedError, no_samples, not_the_batch, unknown_rows
+from cl_optim.fisher.observe.refusals import RefusedError, no_samples, not_the_batch, unknown_rows
 from cl_optim.fisher.rules.families import ELEMENTWISE, UNARY, named
 from cl_optim.fisher.samples import Samples
 

@@ -14,16 +14,16 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from cl_optim.fisher import nested
-from cl_optim.fisher.calls import Call
-from cl_optim.fisher.gathered import Tracker
+from cl_optim.fisher.observe.calls import Call
+from cl_optim.fisher.observe.gathered import Tracker
+from cl_optim.fisher.observe.sources import Source, then
+from cl_optim.fisher.observe.watched import Watched
 from cl_optim.fisher.per_sample.base import PerSample
 from cl_optim.fisher.per_sample.tables import Entries
 from cl_optim.fisher.rules.families import VIEWS
 from cl_optim.fisher.rules.registry import wide
 from cl_optim.fisher.rules.tables import check_embedding, table_gradients
 from cl_optim.fisher.samples import Samples
-from cl_optim.fisher.sources import Source, then
-from cl_optim.fisher.watched import Watched
 
 # Methods that tell what a tensor is like, and use none of its values.
 _METADATA = {"dim", "size", "numel", "stride", "__len__", "is_floating_point", "is_contiguous"} | {

@@ -27,12 +27,22 @@ from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 from torch.utils.hooks import RemovableHandle
 
 from cl_optim.fisher import nested
-from cl_optim.fisher.calls import Call
-from cl_optim.fisher.gathered import Tracker
-from cl_optim.fisher.lookups import Lookups
+from cl_optim.fisher.observe.calls import Call
+from cl_optim.fisher.observe.gathered import Tracker
+from cl_optim.fisher.observe.lookups import Lookups
+from cl_optim.fisher.observe.refusals import (
+    Policy,
+    RefusedError,
+    no_rule,
+    not_supported,
+    unknown_rows,
+)
+from cl_optim.fisher.observe.sources import Pending, Source, names_of, scaled, then
+from cl_optim.fisher.observe.squares import Squares
+from cl_optim.fisher.observe.taps import Taps, in_backward
+from cl_optim.fisher.observe.watched import Watched, leads_to
 from cl_optim.fisher.per_sample.base import PerSample
 from cl_optim.fisher.per_sample.views import FunctionOf, as_experts
-from cl_optim.fisher.refusals import Policy, RefusedError, no_rule, not_supported, unknown_rows
 from cl_optim.fisher.rules.einsum import einsum
 from cl_optim.fisher.rules.elementwise import (
     each_row,
@@ -64,10 +74,6 @@ from cl_optim.fisher.rules.registry import (
 )
 from cl_optim.fisher.rules.tables import is_choice_of_matrices, is_lookup, lookup
 from cl_optim.fisher.samples import Samples
-from cl_optim.fisher.sources import Pending, Source, names_of, scaled, then
-from cl_optim.fisher.squares import Squares
-from cl_optim.fisher.taps import Taps, in_backward
-from cl_optim.fisher.watched import Watched, leads_to
 
 _BACKWARD = {Tensor.backward, torch.autograd.backward, torch.autograd.grad}
 

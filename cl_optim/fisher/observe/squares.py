@@ -18,12 +18,12 @@ import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
+from cl_optim.fisher.observe.refusals import FREEZE, Policy, RefusedError, listed, remedy, unseen
+from cl_optim.fisher.observe.self_check import SelfCheck
+from cl_optim.fisher.observe.sources import Pending, Source, names_of
 from cl_optim.fisher.per_sample.base import Dense, PerSample
 from cl_optim.fisher.per_sample.combine import combine
-from cl_optim.fisher.refusals import FREEZE, Policy, RefusedError, listed, remedy, unseen
 from cl_optim.fisher.rules.registry import UnsupportedUseError
-from cl_optim.fisher.self_check import SelfCheck
-from cl_optim.fisher.sources import Pending, Source, names_of
 
 
 class Squares:

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cl_optim.fisher.observe.sources import Pullback, Pullbacks
 from cl_optim.fisher.per_sample.views import FunctionOf
-from cl_optim.fisher.sources import Pullback, Pullbacks
 
 
 class Points:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from cl_optim.fisher import nested
-from cl_optim.fisher.sources import Source, names_of
+from cl_optim.fisher.observe.sources import Source, names_of
 
 # Methods whose result is the tensor, or about it, and which must be called of that one.
 _OF_THE_TENSOR = {"requires_grad_", "retain_grad", "register_hook"}

@@ -16,12 +16,12 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from cl_optim.fisher import nested
-from cl_optim.fisher.calls import Call
-from cl_optim.fisher.functions import Link, Points
+from cl_optim.fisher.observe.calls import Call
+from cl_optim.fisher.observe.functions import Link, Points
+from cl_optim.fisher.observe.refusals import RefusedError
+from cl_optim.fisher.observe.sources import Source, itself, within
+from cl_optim.fisher.observe.squares import Squares
 from cl_optim.fisher.per_sample.views import Geometry
-from cl_optim.fisher.refusals import RefusedError
-from cl_optim.fisher.sources import Source, itself, within
-from cl_optim.fisher.squares import Squares
 
 
 class Watched:

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cl_optim.fisher.observe.sources import Graph, Pending
+from cl_optim.fisher.observe.squares import Squares
 from cl_optim.fisher.rules.registry import Use
-from cl_optim.fisher.sources import Graph, Pending
-from cl_optim.fisher.squares import Squares
 
 
 def in_backward() -> bool:

@@ -1,0 +1,8 @@
+"""One batch, from the forward pass that uses parameters to the squares that are summed.
+
+In the order of the way: ``observation`` meets a call of a function (``calls``) and asks its rule;
+``watched``, ``lookups`` and ``gathered`` say what its tensors are; ``taps`` leaves a tap in the
+graph, which in the backward pass hands the output gradient to ``squares``; these add up in the ops.
+
+May import: ``fisher.rules``, ``fisher.per_sample``, ``fisher.samples`` and ``fisher.nested``.
+"""

@@ -1,4 +1,16 @@
-"""The diagonal Fisher information, exactly per sample, in one pass and O(parameters) memory."""
+"""The diagonal Fisher information, exactly per sample, in one pass and O(parameters) memory.
+
+- ``rules/``: how each torch function uses parameters. **A new Fisher rule goes here**, in the file
+  of its family of functions.
+- ``per_sample/``: gradients of single samples in the factors that make them, and their squares.
+- ``observe/``: one batch, from the forward pass that meets parameters to the squares.
+- ``estimate``, ``own_pass``, ``objective``, ``batches``, ``language``: :func:`estimate_fisher`.
+- ``estimator``, ``observer``, ``attachment``, ``alignment``, ``loss_scale``:
+  :class:`FisherEstimator`; ``totals`` is what both sum in.
+- ``adam``, ``conventions``: other sources of importance, and other libraries' F and λ.
+
+May import: ``importance`` and ``ops``. Public is what is listed in ``__all__``.
+"""
 
 from cl_optim.fisher.adam import importance_from_adam
 from cl_optim.fisher.conventions import convert_lambda, published_fisher

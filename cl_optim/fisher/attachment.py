@@ -185,7 +185,7 @@ class Attachment:
                 # Until its backward pass comes here, what is recomputed is of another one.
                 observation.squares.active = False
                 tensor.grad_fn.register_prehook(self._output_hook(batch, graph))
-                checked = (observation.squares.check is not None) or not self._proven
+                checked = observation.squares.check is not None or not self._proven
                 if checked and self._observer.verify and isinstance(self._loss_terms, str):
                     watch(tensor, batch.found)
 

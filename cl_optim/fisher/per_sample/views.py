@@ -138,14 +138,14 @@ class FunctionOf(PerSample):
 
     Args:
         inner: The gradients with respect to what the function returned.
-        pull: Turns one of those into one with respect to the tensor.
+        pullback: Turns one of those into one with respect to the tensor.
         shape: The tensor's.
     """
 
     def __init__(
-        self, inner: PerSample, pull: Callable[[Tensor], Tensor], shape: Sequence[int]
+        self, inner: PerSample, pullback: Callable[[Tensor], Tensor], shape: Sequence[int]
     ) -> None:
-        self.inner, self.pull = inner, pull
+        self.inner, self.pullback = inner, pullback
         self.samples, self.shape = inner.samples, tuple(shape)
 
     def dense(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
@@ -153,12 +153,12 @@ class FunctionOf(PerSample):
         parts = self.inner.dense(start, stop, dtype)
         pulled = parts.new_zeros((stop - start, *self.shape))
         for one, part in zip(pulled, parts, strict=True):
-            one.copy_(self.pull(part))
+            one.copy_(self.pullback(part))
         return pulled
 
     def sum(self, dtype: torch.dtype, weights: Tensor | None = None) -> Tensor:
         """See :class:`PerSample`."""
-        return self.pull(self.inner.sum(dtype, weights)).to(dtype)
+        return self.pullback(self.inner.sum(dtype, weights)).to(dtype)
 
     def _size(self) -> int:
         return max(math.prod(self.shape), math.prod(self.inner.shape))

@@ -28,16 +28,8 @@ class Sum(PerSample):
         return first
 
 
-class Apart(PerSample):
+class Apart(Sum):
     """Several uses, each of another part of one tensor: no element has two of them."""
-
-    def __init__(self, uses: Sequence[PerSample]) -> None:
-        self.uses = list(uses)
-        self.samples, self.shape = uses[0].samples, uses[0].shape
-
-    def dense(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
-        """See :class:`PerSample`."""
-        return Sum(self.uses).dense(start, stop, dtype)
 
     def add_squares_(self, out: Tensor, total: Tensor | None = None) -> None:
         """See :class:`PerSample`."""

@@ -25,6 +25,15 @@ def _repeated(value: int | Sequence[int], dimensions: int) -> tuple[int, ...]:
     return values * dimensions if len(values) == 1 else values
 
 
+def _spatial_dimensions(input: Tensor, weight: Tensor) -> int:
+    if input.dim() != weight.dim():
+        raise UnsupportedUseError(
+            f"its input must have {weight.dim()} dimensions, the first for samples, not "
+            f"{input.dim()}"
+        )
+    return weight.dim() - 2
+
+
 @rule(F.conv1d, F.conv2d, F.conv3d)
 def convolution(
     input: Tensor,
@@ -36,12 +45,7 @@ def convolution(
     groups: int = 1,
 ) -> Use:
     """Describe ``torch.nn.functional.conv1d``, ``conv2d`` and ``conv3d``."""
-    spatial = weight.dim() - 2
-    if input.dim() != weight.dim():
-        raise UnsupportedUseError(
-            f"its input must have {weight.dim()} dimensions, the first for samples, not "
-            f"{input.dim()}"
-        )
+    spatial = _spatial_dimensions(input, weight)
     kernel = tuple(weight.shape[2:])
     dilations = _repeated(dilation, spatial)
     if padding == "same":
@@ -67,12 +71,7 @@ def transposed_convolution(
     dilation: int | Sequence[int] = 1,
 ) -> Use:
     """Describe ``conv_transpose1d`` to ``3d``: input and output of a convolution change places."""
-    spatial = weight.dim() - 2
-    if input.dim() != weight.dim():
-        raise UnsupportedUseError(
-            f"its input must have {weight.dim()} dimensions, the first for samples, not "
-            f"{input.dim()}"
-        )
+    spatial = _spatial_dimensions(input, weight)
     # Without what output_padding adds, each position of the input has a window in the output.
     added = zip(_repeated(padding, spatial), _repeated(output_padding, spatial), strict=True)
     geometry = Convolution(

@@ -228,12 +228,12 @@ def _report(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> i
             data = report_data(cl_optim.ImportanceLog(arguments.path, mode="r"))
         written = []
         if arguments.out is not None:
-            from cl_optim.importance.report_html import write_html
+            from cl_optim.importance.report import write_html
 
             write_html(data, arguments.out)
             written.append(arguments.out)
         if arguments.png is not None:
-            from cl_optim.importance.pictures import write_png
+            from cl_optim.importance.report import write_png
 
             arguments.png.mkdir(parents=True, exist_ok=True)
             written += write_png(data, arguments.png)
@@ -249,7 +249,7 @@ def _report(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> i
     else:
         from rich.console import Console
 
-        from cl_optim.importance.report_text import render_text
+        from cl_optim.importance.report import render_text
 
         if isinstance(sys.stdout, io.TextIOWrapper):
             sys.stdout.reconfigure(errors="replace")  # names that the terminal cannot show

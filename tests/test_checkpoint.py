@@ -26,7 +26,7 @@ from cl_optim.retention import (
     ReplayBuffer,
     checkpoint,
 )
-from cl_optim.retention.checkpoint import rng_state
+from cl_optim.retention.checkpoint.random_state import rng_state
 
 
 class Run:

@@ -16,8 +16,9 @@ from scipy.special import rel_entr
 from scipy.stats import entropy
 
 from cl_optim import cli
-from cl_optim.retention import diagnose, diagnostics, read_corpus
-from cl_optim.retention.corpora import words
+from cl_optim.retention import diagnose, read_corpus
+from cl_optim.retention.diagnosis import compare
+from cl_optim.retention.diagnosis.corpora import words
 
 IDS = st.lists(st.lists(st.integers(0, 12), min_size=1, max_size=9), min_size=1, max_size=9)
 
@@ -45,7 +46,7 @@ class TestFigures:
         old = [f"word{i % 97} and word{i % 31}" for i in range(500)]
         new = [f"Word{i % 53} or word{i % 7}." for i in range(500)]
         whole = diagnose([" ".join(old)], [" ".join(new)])
-        monkeypatch.setattr(diagnostics, "_PENDING", 3)
+        monkeypatch.setattr(compare, "_PENDING", 3)
         assert diagnose(iter(old), (text for text in new)) == whole
 
     def test_a_tokenizer_and_tensors_of_ids(self):
@@ -254,7 +255,7 @@ class TestFiles:
         path.write_text(text + "\nnext\n\n", encoding="utf-8")
         assert list(read_corpus(path)) == [text + "\n", "next\n"]
         for size in (5, 6, 7, 11):
-            monkeypatch.setattr("cl_optim.retention.corpora._CHUNK", size)
+            monkeypatch.setattr("cl_optim.retention.diagnosis.corpora._CHUNK", size)
             assert "".join(read_corpus(path)).strip().replace("\n", "") == text + "next"
 
     def test_jsonl(self, tmp_path):
@@ -287,7 +288,7 @@ class TestFiles:
         assert re.search(message, capsys.readouterr().err)
 
     def test_a_record_that_is_too_long(self, tmp_path, monkeypatch):
-        monkeypatch.setattr("cl_optim.retention.corpora._LONGEST_LINE", 1 << 20)
+        monkeypatch.setattr("cl_optim.retention.diagnosis.corpora._LONGEST_LINE", 1 << 20)
         (tmp_path / "a.jsonl").write_text('"a"\n"' + "b" * (1 << 20) + '"\n')
         with pytest.raises(ValueError, match=r"a.jsonl, line 2: is longer than 1 MB"):
             list(read_corpus(tmp_path / "a.jsonl"))

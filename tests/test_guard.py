@@ -31,7 +31,7 @@ from cl_optim.retention import (
     RichLogger,
     TensorBoardLogger,
 )
-from cl_optim.retention.checkpoint import rng_state
+from cl_optim.retention.checkpoint.random_state import rng_state
 
 
 class Script:
@@ -337,7 +337,7 @@ def test_resume_with_other_evaluations_or_groups_changes_nothing(tmp_path):
         other.load_state_dict({"baselines": {"old": 1.0}})
     model, _ = network()
     two = EWCAdamW([{"params": [p]} for p in model.parameters()])
-    with pytest.raises(CheckpointError, match=r"its groups have \[4\] parameters, here .*1, 1, 1"):
+    with pytest.raises(CheckpointError, match=r"its groups have \[4\] parameters, this .*1, 1, 1"):
         RetentionGuard(other.model, two, [scripted(1.0)], folder=tmp_path).resume()
     assert flatten(other.model.state_dict()) == before
 

@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from cl_optim.importance import Importance, sealed_file
+from cl_optim.importance import Importance, sealed_safetensors
 from cl_optim.importance.errors import DamagedError
 
 SUMS = {
@@ -91,7 +91,7 @@ def test_a_failed_save_leaves_the_old_file(tmp_path, importance, monkeypatch):
         filename.write_bytes(b"half of it")
         raise SafetensorError("I/O error: No space left on device (os error 28)")
 
-    monkeypatch.setattr("cl_optim.importance.files.save_file", fail)
+    monkeypatch.setattr("cl_optim.importance.tensor_files.save_file", fail)
     with pytest.raises(OSError, match=r"task.safetensors' cannot be written: No space left"):
         importance.save(path)
     assert path.read_bytes() == before
@@ -164,13 +164,13 @@ def test_save_copies_only_what_it_must(tmp_path, monkeypatch):
     whole, other = torch.rand(1000), torch.rand(2000)
     given = {"whole": whole, "view": other[:1000], "same": whole, "shape": torch.rand(4, 5)}
     saved = {}
-    original = sealed_file.save_tensors
+    original = sealed_safetensors.save_tensors
 
     def spy(tensors, path, metadata):
         saved.update(tensors)
         original(tensors, path, metadata)
 
-    monkeypatch.setattr(sealed_file, "save_tensors", spy)
+    monkeypatch.setattr(sealed_safetensors, "save_tensors", spy)
     Importance(given, 1).save(tmp_path / "x")
     kept = [name for name in given if saved[name].data_ptr() == given[name].data_ptr()]
     assert kept == ["whole", "shape"]
@@ -210,7 +210,7 @@ def test_what_a_killed_writer_left_is_swept_and_a_live_ones_is_not(
         writers.append(os.fork())
         if writers[-1] == 0:
             try:
-                monkeypatch.setattr(sealed_file, "save_tensors", partial(stand_still, told))
+                monkeypatch.setattr(sealed_safetensors, "save_tensors", partial(stand_still, told))
                 importance.save(tmp_path / "never")
             finally:
                 os._exit(1)

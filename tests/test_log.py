@@ -23,12 +23,12 @@ from torch import nn
 
 from cl_optim import EWCAdamW, Importance, ImportanceLog
 from cl_optim.importance import codecs, shards
+from cl_optim.importance.checksums import sealed, unsealed
 from cl_optim.importance.codecs import NAMES
 from cl_optim.importance.errors import DamagedError, LockedError, LogError
-from cl_optim.importance.manifest import FILE, SEAL, VERSION, locked, sealed, unsealed
+from cl_optim.importance.manifest import FILE, SEAL, VERSION, locked
 from cl_optim.importance.names import compare_names
-from cl_optim.importance.report import report_data, write_csv, write_json
-from cl_optim.importance.report_html import write_html
+from cl_optim.importance.report import report_data, write_csv, write_html, write_json
 
 
 def contents(folder: Path) -> dict[str, bytes]:

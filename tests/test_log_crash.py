@@ -18,7 +18,8 @@ from log_cases import SCALE, assert_is, importance_of, make_log, record_until_ki
 
 from cl_optim import ImportanceLog
 from cl_optim.importance import record
-from cl_optim.importance.manifest import FILE, SEAL, unsealed
+from cl_optim.importance.checksums import unsealed
+from cl_optim.importance.manifest import FILE, SEAL
 
 KILLS = 200
 

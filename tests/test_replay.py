@@ -729,7 +729,7 @@ class TestBadInput:
     @pytest.mark.parametrize(
         ("options", "message"),
         [
-            ({"capacity": 0}, "capacity must be a positive whole number, not 0"),
+            ({"capacity": 0}, "capacity must be a whole number of at least 1, not 0"),
             ({"capacity": 2, "policy": "fifo"}, "policy must be one of"),
             ({"capacity": 2, "policy": "class_balanced"}, "label goes with"),
             ({"capacity": 2, "label": "y"}, "label goes with"),
@@ -776,7 +776,7 @@ class TestBadInput:
         buffer.add(numbers(0, 2))
         with pytest.raises(ValueError, match="at most the 2 samples"):
             buffer.sample(3)
-        with pytest.raises(ValueError, match="positive"):
+        with pytest.raises(ValueError, match="at least 1, not 0"):
             buffer.sample(0)
         for ratio in (-0.1, 1.0, float("nan")):
             with pytest.raises(ValueError, match="ratio must be"):

@@ -21,11 +21,15 @@ from PIL import Image
 from rich.console import Console
 
 from cl_optim import Importance, ImportanceLog, cli
-from cl_optim.importance.files import csv_cell
-from cl_optim.importance.pictures import write_png
-from cl_optim.importance.report import report_data, write_csv, write_json
-from cl_optim.importance.report_html import render_html
-from cl_optim.importance.report_text import render_text
+from cl_optim.importance.report import (
+    render_html,
+    render_text,
+    report_data,
+    write_csv,
+    write_json,
+    write_png,
+)
+from cl_optim.importance.report.figures import csv_cell
 
 NASTY = "</script><b>$x_1$ & \u2028 “quoted” 《style》"
 

@@ -229,6 +229,6 @@ def test_no_warning_is_missing_here():
         "ops/warn.py": 1,
         "optim/ewc_adamw.py": 4,
         "optim/gem.py": 1,
-        "retention/checkpoint.py": 1,
-        "retention/guard.py": 1,
+        "retention/checkpoint/checkpoints.py": 1,
+        "retention/guard/guard.py": 1,
     }

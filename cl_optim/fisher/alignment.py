@@ -15,7 +15,7 @@ from cl_optim.fisher import nested
 from cl_optim.fisher.observe.observation import Observation
 from cl_optim.fisher.observe.self_check import tolerance
 from cl_optim.fisher.samples import Samples
-from cl_optim.importance.unobserved import unobserved
+from cl_optim.ops.passes import unobserved
 
 # Of one, two rows might have the same by chance.
 _PROJECTIONS = 8

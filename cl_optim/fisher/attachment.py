@@ -22,7 +22,7 @@ from cl_optim.fisher.observe.taps import in_backward
 from cl_optim.fisher.observer import Observer
 from cl_optim.fisher.samples import Samples
 from cl_optim.fisher.totals import Totals
-from cl_optim.importance.unobserved import is_unobserved
+from cl_optim.ops.passes import is_unobserved
 
 # Cross entropy as it was found, what its loss is said to be divided by, and N if that is said to be
 # the number of samples.

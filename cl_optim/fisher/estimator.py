@@ -30,7 +30,7 @@ from cl_optim.fisher.observer import Observer
 from cl_optim.fisher.samples import Samples
 from cl_optim.fisher.totals import Totals
 from cl_optim.importance.importance import Importance
-from cl_optim.importance.unobserved import is_unobserved
+from cl_optim.ops.passes import is_unobserved
 
 
 class FisherEstimator:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from cl_optim.importance.statistics import cut, flat_float32, overlap
 from cl_optim.ops import importance_codec
+from cl_optim.ops.checks import dtype_name
 
 Parts = dict[str, Tensor]
 _BLOCK = 256
@@ -212,18 +213,24 @@ _CODECS: dict[str, type[Codec]] = {
 NAMES = tuple(_CODECS)
 
 
-def codec(name: str, **options: Any) -> Codec:
-    """The codec of that name: ``"float32"``, ``"bfloat16"``, ``"log8"``, ``"topk"``, ``"rank1"``.
+def codec(name: str | torch.dtype, **options: Any) -> Codec:
+    """Return the codec of that name.
+
+    Args:
+        name: ``"float32"``, ``"bfloat16"``, ``"log8"``, ``"topk"`` or ``"rank1"``; a dtype counts
+            as its name.
+        options: The codec's.
 
     Raises:
         ValueError: There is no such codec.
     """
+    name = dtype_name(name)
     if name not in _CODECS:
         raise ValueError(f"codec must be one of {NAMES}, not {name!r}.")
     return _CODECS[name](**options)
 
 
-class Error(NamedTuple):
+class Distortion(NamedTuple):
     """What a codec does to an importance.
 
     Attributes:
@@ -241,7 +248,7 @@ class Error(NamedTuple):
     underflows: int
 
 
-def measure(how: Codec, importance: Mapping[str, Tensor], fraction: float = 0.05) -> Error:
+def measure(how: Codec, importance: Mapping[str, Tensor], fraction: float = 0.05) -> Distortion:
     """Encode and decode an importance, and say what it did to it.
 
     Args:
@@ -267,7 +274,7 @@ def measure(how: Codec, importance: Mapping[str, Tensor], fraction: float = 0.05
         relative = (error / values.double())[values > 0]
         largest = max(largest, relative.max().item() if relative.numel() else 0.0)
     jaccard = overlap([importance, decoded], fraction).jaccard[0, 1].item()
-    return Error(
+    return Distortion(
         bytes_per_weight=size / max(weights, 1),
         relative=math.sqrt(difference / norm) if norm else 0.0,
         largest=largest,

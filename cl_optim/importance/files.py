@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all."""
+"""Files that appear whole or not at all, and stay."""
 
 from __future__ import annotations
 
@@ -12,10 +12,6 @@ import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
-
-from safetensors import SafetensorError
-from safetensors.torch import save_file
-from torch import Tensor
 
 _TEMPORARY = re.compile(r"\.[0-9a-f]{32}\.tmp")
 _ABANDONED = 3600  # seconds
@@ -33,7 +29,7 @@ def whole(path: Path) -> Iterator[Path]:
     """
     if path.is_dir():
         raise IsADirectoryError(errno.EISDIR, f"{str(path)!r} cannot be written: it is a folder")
-    if _is_stream(path):
+    if is_stream(path):
         yield path
         return
     path = Path(os.path.realpath(path))
@@ -46,9 +42,27 @@ def whole(path: Path) -> Iterator[Path]:
         raise type(error)(error.errno, f"{str(path)!r} cannot be written: {reason}") from error
 
 
-def _is_stream(path: Path) -> bool:
+def is_stream(path: Path) -> bool:
+    """Return whether a path is no file that another one could replace."""
     is_link = str(path).startswith(("/dev/std", "/dev/fd/", "/proc/"))  # to what is open
     return is_link or (path.exists() and not path.is_file())
+
+
+def write_durably(path: Path, data: bytes) -> None:
+    """Write a file and wait until it is on disk."""
+    with open(path, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def fsync_folder(path: Path) -> None:
+    """Make the names in a folder durable."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 # --- what killed writers leave --------------------------------------------------------------------
@@ -110,43 +124,3 @@ def _sweep_one(left: Path) -> None:
         return
     finally:
         os.close(descriptor)
-
-
-# --- tables ---------------------------------------------------------------------------------------
-
-
-def csv_cell(value: object) -> object:
-    """The value as a cell of a CSV file that no spreadsheet takes for a formula.
-
-    Texts that could be one, such as a task's name, get an apostrophe before them; numbers stay.
-
-    References:
-        OWASP, CSV Injection.
-    """
-    is_formula = isinstance(value, str) and value.startswith(("=", "+", "-", "@", "\t", "\r", "\n"))
-    return f"'{value}" if is_formula else value
-
-
-# --- tensors --------------------------------------------------------------------------------------
-
-
-def save_tensors(
-    tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None
-) -> None:
-    """Write a safetensors file, which may be read by whom the umask lets.
-
-    Raises:
-        OSError: It cannot be written: the disk is full, say, or it is no file.
-    """
-    if _is_stream(path):  # safetensors would put a file in its place
-        raise OSError(errno.ESPIPE, "tensors need a file, not a stream or a device")
-    path.touch()
-    mode = path.stat().st_mode
-    try:
-        save_file(tensors, path, metadata=metadata)
-        path.chmod(mode)  # safetensors may have moved a private file here
-    except SafetensorError as error:  # which has the reason in its text
-        number = re.search(r"os error (\d+)", str(error))
-        if number is None:
-            raise OSError(errno.EIO, str(error)) from None
-        raise OSError(int(number[1]), os.strerror(int(number[1]))) from None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -14,11 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cl_optim.importance import sealed_file, statistics
+from cl_optim.importance import sealed_safetensors, statistics
 from cl_optim.importance.errors import DamagedError
 from cl_optim.importance.files import whole
-from cl_optim.importance.names import listed, named_like
+from cl_optim.importance.names import named_like
 from cl_optim.importance.statistics import Summaries, Summary
+from cl_optim.ops.checks import check_fraction, check_positive, listed
 from cl_optim.ops.warn import warn
 
 _FORMAT = "cl_optim.Importance/2"
@@ -88,9 +88,9 @@ class Importance(_Means):
             if not isinstance(value, Tensor) or value.dtype not in (torch.float32, torch.float64):
                 found = value.dtype if isinstance(value, Tensor) else type(value).__name__
                 raise TypeError(f"sums[{name!r}] must be a float32 or float64 tensor, not {found}.")
-        _check_count("samples", samples)
+        check_positive("samples", samples)
         if tokens is not None:
-            _check_count("tokens", tokens)
+            check_positive("tokens", tokens)
         super().__init__(dict(sums), samples)
         self._tokens = tokens
         try:
@@ -179,7 +179,7 @@ class Importance(_Means):
             ValueError: ``decay`` is out of range, a name is ambiguous, or a parameter has two
                 shapes.
         """
-        statistics.check_fraction("decay", decay)
+        check_fraction("decay", decay)
         newer = named_like(other, self)
         merged: dict[str, Tensor] = {}
         resized = []
@@ -288,7 +288,7 @@ class Importance(_Means):
             "metadata": json.dumps(self._metadata),
         }
         with whole(path) as file:
-            sealed_file.save(self._sums, file, header)
+            sealed_safetensors.save(self._sums, file, header)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], device: torch.device | str = "cpu") -> Importance:
@@ -303,7 +303,7 @@ class Importance(_Means):
         path = Path(path)
         if not path.is_file():
             raise FileNotFoundError(f"path {str(path)!r} is not a file.")
-        sums, header, is_verified = sealed_file.load(path, device)
+        sums, header, is_verified = sealed_safetensors.load(path, device)
         format_ = header.get("format")
         if format_ not in (_FORMAT, _UNSEALED_FORMAT):
             raise ValueError(
@@ -346,10 +346,3 @@ def _sources(importance: Mapping[str, Tensor], weight: float) -> list[dict[str, 
         source["samples"] = importance.samples
     source |= {key: metadata[key] for key in ("task", "labels", "estimator") if key in metadata}
     return [source]
-
-
-def _check_count(name: str, value: object) -> None:
-    if not isinstance(value, (int, float)) or isinstance(value, bool):
-        raise TypeError(f"{name} must be a number, not {type(value).__name__}.")
-    if not 0 < value < math.inf:
-        raise ValueError(f"{name} must be positive and finite, not {value}.")

@@ -15,24 +15,25 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor, nn
 
-from cl_optim.importance import codecs, record, statistics
+from cl_optim.importance import codecs, record
+from cl_optim.importance.checksums import Entry
 from cl_optim.importance.errors import LockedError, LogError
+from cl_optim.importance.files import fsync_folder
 from cl_optim.importance.importance import Importance
 from cl_optim.importance.manifest import (
     FILE,
     SEAL,
-    Entry,
     Manifest,
     being_written,
-    fsync_directory,
     locked,
 )
 from cl_optim.importance.names import match_names, without_wrappers
-from cl_optim.importance.record import Anchors, Record, sums_of
+from cl_optim.importance.record import Anchors, Record
+from cl_optim.ops.checks import check_fraction
 from cl_optim.ops.warn import warn
 
 if TYPE_CHECKING:
-    from cl_optim.importance.tensorboard import ScalarWriter
+    from cl_optim.importance.report.tensorboard import ScalarWriter
     from cl_optim.importance.watch import Watch
 
 _RECORDS = "records"
@@ -221,7 +222,7 @@ class ImportanceLog:
         model: nn.Module | None = None,
         anchors: Anchors = None,
         frozen: Mapping[str, Tensor] | None = None,
-        codec: str | codecs.Codec = "float32",
+        codec: str | torch.dtype | codecs.Codec = "float32",
     ) -> None:
         """Add a task's importance, durably: when this returns, it survives a crash.
 
@@ -235,7 +236,8 @@ class ImportanceLog:
             frozen: Masks, by name, of weights that are frozen from now on:
                 ``{p.name: p.frozen for p in optimizer.protected()}``.
             codec: How the importance is written: ``"float32"``, ``"bfloat16"``, ``"log8"``,
-                ``"topk"``, ``"rank1"``, or a :class:`~cl_optim.importance.codecs.Codec`.
+                ``"topk"``, ``"rank1"``, the dtype of one of the first two, or a
+                :class:`~cl_optim.importance.codecs.Codec`.
 
         Raises:
             ValueError: The task is in the log already, an importance is negative or not finite,
@@ -244,11 +246,14 @@ class ImportanceLog:
             OSError: The disk is full, or the folder cannot be written to. In all cases the log is
                 as it was.
         """
-        how = codecs.codec(codec) if isinstance(codec, str) else codec
+        how = codec if isinstance(codec, codecs.Codec) else codecs.codec(codec)
         self._check_task(task)
         _check_importance(importance)
-        _check_masks(frozen, importance)
+        bare = _bare(importance)
+        frozen = None if frozen is None else without_wrappers(frozen)
+        _check_masks(frozen or {}, bare.sums)
         _check_anchors(anchors)
+        anchors = without_wrappers(anchors) if isinstance(anchors, Mapping) else anchors
         if model is not None:
             _check_model(importance, model)
         with self._writing(f"task {task!r} cannot be recorded"):
@@ -259,11 +264,11 @@ class ImportanceLog:
             try:
                 if not partial.parent.exists():
                     partial.parent.mkdir()
-                    fsync_directory(self._path)
+                    fsync_folder(self._path)
                 partial.mkdir()
-                seal = record.write(partial, task, importance, model, anchors, frozen, how)
+                seal = record.write(partial, task, bare, model, anchors, frozen, how)
                 partial.rename(final)
-                fsync_directory(final.parent)
+                fsync_folder(final.parent)
                 self._append({"event": "record", "task": task, "id": name, "seal": seal})
             except BaseException:
                 if all(entry.get("id") != name for entry in self._manifest.read()):
@@ -321,7 +326,7 @@ class ImportanceLog:
             ValueError: A parameter has two shapes.
             DamagedError: A tensor is damaged.
         """
-        statistics.check_fraction("decay", decay)
+        check_fraction("decay", decay)
         chosen = self._chosen(tasks)
         if not chosen:
             raise LogError(f"there is no task to merge in the log {str(self._path)!r}.")
@@ -385,8 +390,7 @@ class ImportanceLog:
 
     def report(self, path: str | os.PathLike[str]) -> None:
         """Write the report, one self-contained HTML page."""
-        from cl_optim.importance.report import report_data
-        from cl_optim.importance.report_html import write_html
+        from cl_optim.importance.report import report_data, write_html
 
         write_html(report_data(self), Path(path))
 
@@ -396,7 +400,7 @@ class ImportanceLog:
         Args:
             writer: A ``torch.utils.tensorboard.SummaryWriter``, or what has its ``add_scalar``.
         """
-        from cl_optim.importance.tensorboard import add_log
+        from cl_optim.importance.report import add_log
 
         add_log(self, writer)
 
@@ -411,8 +415,20 @@ def _warn_of_unfinished(folder: Path) -> None:
     )
 
 
+def _sums(importance: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    return importance.sums if isinstance(importance, Importance) else importance
+
+
+def _bare(importance: Mapping[str, Tensor]) -> Importance:
+    """Return a checked importance under the names of the bare model; a mapping has one sample."""
+    sums = without_wrappers(_sums(importance))
+    if not isinstance(importance, Importance):
+        return Importance.lazy(sums, 1, None, {})
+    return Importance.lazy(sums, importance.samples, importance.tokens, importance.metadata)
+
+
 def _check_importance(importance: Mapping[str, Tensor]) -> None:
-    sums = sums_of(importance)
+    sums = _sums(importance)
     samples = importance.samples if isinstance(importance, Importance) else 1
     largest = torch.finfo(torch.float32).max * min(samples, 1)  # of sums, and of means over samples
     if not sums:
@@ -430,9 +446,8 @@ def _check_importance(importance: Mapping[str, Tensor]) -> None:
             )
 
 
-def _check_masks(frozen: Mapping[str, Tensor] | None, importance: Mapping[str, Tensor]) -> None:
-    sums = without_wrappers(sums_of(importance))
-    for name, mask in without_wrappers(frozen or {}).items():
+def _check_masks(frozen: Mapping[str, Tensor], sums: Mapping[str, Tensor]) -> None:
+    for name, mask in frozen.items():
         if not isinstance(mask, Tensor) or mask.dtype is not torch.bool:
             raise TypeError(f"frozen[{name!r}] must be a bool tensor.")
         if name not in sums:
@@ -457,7 +472,7 @@ def _check_anchors(anchors: Anchors) -> None:
 def _check_model(importance: Mapping[str, Tensor], model: nn.Module) -> None:
     params = dict(model.named_parameters())
     names = match_names(importance, params)
-    sums = sums_of(importance)
+    sums = _sums(importance)
     for name, value in sums.items():
         if name not in names:
             raise ValueError(f"the importance of {name!r} is of no parameter of the model.")

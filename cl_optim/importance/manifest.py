@@ -11,19 +11,17 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import json
 import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
-
-import xxhash
+from typing import BinaryIO
 
 from cl_optim._version import __version__
+from cl_optim.importance.checksums import Entry, sealed, unsealed
 from cl_optim.importance.errors import DamagedError, LockedError, LogError
-from cl_optim.importance.files import temporary_folder, whole
+from cl_optim.importance.files import fsync_folder, temporary_folder, whole, write_durably
 from cl_optim.ops.warn import warn
 
 FORMAT = "cl_optim.ImportanceLog"
@@ -32,50 +30,11 @@ FILE = "manifest.jsonl"
 SEAL = "manifest.seal"
 _LOCK = "lock"
 
-Entry = dict[str, Any]
-
-
-def checksum(data: Any) -> str:
-    """xxh3-128 of bytes or of an array, in hexadecimal."""
-    return xxhash.xxh3_128_hexdigest(data)
-
-
-def sealed(entry: Entry) -> bytes:
-    """An entry as a line with its checksum."""
-    body = json.dumps(entry, allow_nan=False).encode()
-    return f"{checksum(body)} ".encode() + body + b"\n"
-
-
-def unsealed(line: bytes) -> Entry | None:
-    """The entry of a line, None where the line is not what was written."""
-    seal, _, body = line.partition(b" ")
-    if not body.endswith(b"\n") or seal != checksum(body[:-1]).encode():
-        return None
-    entry: Entry = json.loads(body)
-    return entry
-
 
 def _completed(line: bytes) -> bytes | None:
     """A last line whose end alone is missing, or damaged, with its end; None for any other."""
     candidates = (line + b"\n", line[:-1] + b"\n")
     return next((whole for whole in candidates if unsealed(whole) is not None), None)
-
-
-def fsync_directory(path: Path) -> None:
-    """Make the names in a directory durable."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def write_durably(path: Path, data: bytes) -> None:
-    """Write a file and wait until it is on disk."""
-    with open(path, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 class Manifest:
@@ -105,7 +64,7 @@ class Manifest:
                 # A link, unlike a rename, does not replace another's.
                 with contextlib.suppress(FileExistsError):
                     os.link(beside / name, folder / name)
-        fsync_directory(folder)
+        fsync_folder(folder)
 
     def read(self) -> list[Entry]:
         """All intact entries after the header.

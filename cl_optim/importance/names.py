@@ -8,6 +8,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from cl_optim.ops.checks import listed
+
 # Path segments that DataParallel and DDP, torch.compile, FSDP, activation checkpointing and PEFT's
 # adapted layers put into names.
 _WRAPPERS = {
@@ -166,9 +168,3 @@ def compare_names(given: Iterable[str], known: Iterable[str]) -> NameMatch:
         new=[name for name in known if name not in found],
         vanished=[name for name in given if name not in meanings],
     )
-
-
-def listed(names: Sequence[str]) -> str:
-    """The first three names, and how many more there are."""
-    shown = ", ".join(repr(name) for name in names[:3])
-    return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"

@@ -18,15 +18,16 @@ from torch import Tensor, nn
 
 from cl_optim._version import __version__
 from cl_optim.importance import codecs, shards
+from cl_optim.importance.checksums import checksum, file_checksum, sealed, unsealed
 from cl_optim.importance.codecs import Codec
 from cl_optim.importance.errors import DamagedError, LogError
+from cl_optim.importance.files import fsync_folder, write_durably
 from cl_optim.importance.importance import Importance
-from cl_optim.importance.manifest import checksum, fsync_directory, sealed, unsealed, write_durably
 from cl_optim.importance.names import Lazy, without_wrappers
 from cl_optim.importance.statistics import Summaries, Summary, flat_float32
+from cl_optim.ops.checks import dtype_name
 
 _FILE = "record.json"
-_SEALED_CHUNK = 2**24
 
 Anchors = Mapping[str, Tensor] | str | os.PathLike[str] | None
 
@@ -37,7 +38,7 @@ Anchors = Mapping[str, Tensor] | str | os.PathLike[str] | None
 def write(
     folder: Path,
     task: str,
-    importance: Mapping[str, Tensor],
+    importance: Importance,
     model: nn.Module | None,
     anchors: Anchors,
     frozen: Mapping[str, Tensor] | None,
@@ -45,18 +46,26 @@ def write(
 ) -> str:
     """Write a checked record into an empty folder, durably.
 
+    Args:
+        folder: The record's own.
+        task: Its name.
+        importance: Under the names of the bare model, as are ``anchors`` and ``frozen``.
+        model: Whose parameters' names, shapes and dtypes are recorded.
+        anchors: The weights that the task leaves, or the checkpoint that has them.
+        frozen: Masks of frozen weights.
+        how: The codec of the importance.
+
     Returns:
         The checksum of its table, which the manifest keeps.
     """
-    sums = without_wrappers(sums_of(importance))
-    samples = importance.samples if isinstance(importance, Importance) else 1
+    sums = importance.sums
     table: dict[str, Any] = {
         "task": task,
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "cl_optim": __version__,
-        "samples": samples,
-        "tokens": importance.tokens if isinstance(importance, Importance) else None,
-        "metadata": importance.metadata if isinstance(importance, Importance) else {},
+        "samples": importance.samples,
+        "tokens": importance.tokens,
+        "metadata": importance.metadata,
         "codec": {"name": how.name, **how.options()},
         "shapes": {name: list(value.shape) for name, value in sums.items()},
         "model": None if model is None else fingerprint(model),
@@ -76,41 +85,31 @@ def write(
         # Not beside the encoder, which has a thread on every core and waits for the slowest.
         while not names.empty():
             name = names.get()
-            summaries.add(name, sums[name], samples)
+            summaries.add(name, sums[name], importance.samples)
         layers = summaries.layers()
         table["layers"] = {layer: list(summary) for layer, summary in layers.items()}
         table["whole"] = list(summaries.whole())
 
     table["importance"] = shards.write(folder, "importance", encoded(), beside=summarize)
     if isinstance(anchors, Mapping):
-        anchors = without_wrappers(anchors)
         table["anchors"] = shards.write(folder, "anchors", iter(anchors.items()))
         table["anchor_shapes"] = {name: list(value.shape) for name, value in anchors.items()}
     elif anchors is not None:
         table["checkpoint"] = _reference(Path(anchors))
     if frozen is not None:
-        frozen = without_wrappers(frozen)
         bits = ((name, _packed(mask)) for name, mask in frozen.items())
         table["frozen"] = shards.write(folder, "frozen", bits)
         table["frozen_shapes"] = {name: list(mask.shape) for name, mask in frozen.items()}
     line = sealed(table)
     write_durably(folder / _FILE, line)
-    fsync_directory(folder)
+    fsync_folder(folder)
     return checksum(line)
-
-
-def sums_of(importance: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    """The sums of an importance; any other mapping itself."""
-    return importance.sums if isinstance(importance, Importance) else importance
 
 
 def fingerprint(model: nn.Module) -> dict[str, list[Any]]:
     """Name → shape and dtype of each parameter."""
     params = without_wrappers(dict(model.named_parameters()))
-    return {
-        name: [list(param.shape), str(param.dtype).removeprefix("torch.")]
-        for name, param in params.items()
-    }
+    return {name: [list(param.shape), dtype_name(param.dtype)] for name, param in params.items()}
 
 
 def _packed(mask: Tensor) -> Tensor:
@@ -119,17 +118,7 @@ def _packed(mask: Tensor) -> Tensor:
 
 def _reference(checkpoint: Path) -> dict[str, Any]:
     path = checkpoint.resolve()
-    return {"path": str(path), "bytes": path.stat().st_size, "checksum": _file_checksum(path)}
-
-
-def _file_checksum(path: Path) -> str:
-    import xxhash
-
-    digest = xxhash.xxh3_128()
-    with open(path, "rb") as file:
-        while chunk := file.read(_SEALED_CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
+    return {"path": str(path), "bytes": path.stat().st_size, "checksum": file_checksum(path)}
 
 
 # --- reading --------------------------------------------------------------------------------------
@@ -252,7 +241,7 @@ class Record:
         if not path.is_file():
             raise LogError(f"the anchors of task {self.task!r}, {path}, are gone.")
         if path.stat().st_size != reference["bytes"] or (
-            _file_checksum(path) != reference["checksum"]
+            file_checksum(path) != reference["checksum"]
         ):
             raise DamagedError(f"the anchors of task {self.task!r}, {path}, have changed.")
         try:

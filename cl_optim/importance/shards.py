@@ -1,9 +1,9 @@
 """Tensors in safetensors files of limited size, with a checksum of every byte.
 
 While a shard is written, a second thread computes the checksums of its tensors, and what else there
-is to do. Reading looks at
-one tensor at a time: file size and header are checked when a file is first used, a tensor when it
-is read, and what differs from what was written is named and not returned.
+is to do. Reading looks at one tensor at a time: file size and header are checked when a file is
+first used, a tensor when it is read, and what differs from what was written is named and not
+returned.
 """
 
 from __future__ import annotations
@@ -19,10 +19,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from cl_optim.importance.checksums import checksum
 from cl_optim.importance.errors import DamagedError
-from cl_optim.importance.files import save_tensors
-from cl_optim.importance.manifest import checksum
-from cl_optim.importance.sealed_file import as_bytes
+from cl_optim.importance.tensor_files import as_bytes, read_header, save_tensors
 
 SHARD_BYTES = 512 * 2**20
 
@@ -60,7 +59,7 @@ def write(
             save_tensors(shard, path)
             with open(path, "r+b") as file:
                 os.fsync(file.fileno())
-                header = _header(file.read(8), file)
+                header = read_header(file)
             table.append(
                 {
                     "file": path.name,
@@ -101,11 +100,6 @@ def _pieces(key: str, tensor: Tensor, limit: int) -> Iterator[tuple[str, Tensor]
     step = limit // tensor.element_size()
     for number, piece in enumerate(torch.split(tensor.view(-1), step)):
         yield f"{number}/{key}", piece.clone()
-
-
-def _header(length: bytes, file: Any) -> bytes:
-    """The first bytes of a safetensors file, up to its tensors."""
-    return length + bytes(file.read(int.from_bytes(length, "little")))
 
 
 class Reader:

@@ -19,6 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from cl_optim.ops.checks import check_fraction
 from cl_optim.ops.importance_histogram import BINS, add_histogram_, bins
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
@@ -399,9 +400,3 @@ def _ratio(part: Tensor, whole: Tensor) -> Tensor:
     """``part / whole`` with 1 on the diagonal, 0 where a task has no importance at all."""
     ratio = torch.where(whole > 0, part / whole, 0.0).clamp(0.0, 1.0)
     return ratio.fill_diagonal_(1.0)
-
-
-def check_fraction(argument: str, value: float) -> None:
-    """Refuse what is not in [0, 1]."""
-    if not 0.0 <= value <= 1.0:
-        raise ValueError(f"{argument} must be in [0, 1], not {value}.")

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from cl_optim.importance.manifest import sealed, unsealed
+from cl_optim.importance.checksums import sealed, unsealed
 from cl_optim.importance.statistics import layer_of
+from cl_optim.ops.checks import check_whole
 from cl_optim.ops.ewc_adamw_reference import penalty_sums
 from cl_optim.ops.warn import warn
 
@@ -85,8 +86,7 @@ class Watch:
     """
 
     def __init__(self, optimizer: Any, folder: Path, every: int) -> None:
-        if not isinstance(every, int) or isinstance(every, bool) or every < 1:
-            raise ValueError(f"every must be a whole number of steps from 1 on, not {every!r}.")
+        check_whole("every", every)
         self._optimizer = _protecting(optimizer)
         if not all("param_names" in group for group in self._optimizer.param_groups):
             raise ValueError(

@@ -9,8 +9,9 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from cl_optim.importance.names import compare_names, listed, match_names
+from cl_optim.importance.names import compare_names, match_names
 from cl_optim.ops import formats
+from cl_optim.ops.checks import listed
 from cl_optim.ops.warn import warn
 from cl_optim.optim.groups import name_of
 

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cl_optim.importance.unobserved import unobserved
 from cl_optim.ops import nnqp
+from cl_optim.ops.passes import unobserved
 from cl_optim.optim.groups import Groups
 from cl_optim.optim.memory_rows import MemoryRows, check_dense, listed, with_elements
 

@@ -1,19 +1,35 @@
-"""Around training: diagnosis, replay, networks that grow, a guard that goes back."""
+"""Around training: diagnosis, replay, networks that grow, a guard that goes back.
+
+Public are the names that ``__all__`` lists, as names of this package; the folders are its rooms,
+and what else is in them is internal. It may import ``cl_optim.optim``, ``cl_optim.importance`` and
+``cl_optim.ops``, but no kernel. It loads neither rich, matplotlib nor a trainer.
+"""
 
 from cl_optim.retention import adapters
-from cl_optim.retention.checkpoint import CheckpointError, Checkpoints, CheckpointWarning, Stateful
-from cl_optim.retention.controller import LambdaController
-from cl_optim.retention.corpora import read_corpus
-from cl_optim.retention.diagnosis import Conflict, Diagnosis, LabelDrift
-from cl_optim.retention.diagnostics import diagnose
-from cl_optim.retention.evaluation import Check, Evaluation, Measured
-from cl_optim.retention.guard import RetentionGuard, RetentionWarning
-from cl_optim.retention.loggers import CSVLogger, Logger, RichLogger, TensorBoardLogger
+from cl_optim.retention.checkpoint import (
+    CheckpointError,
+    Checkpoints,
+    CheckpointWarning,
+    DataStream,
+    Stateful,
+)
+from cl_optim.retention.diagnosis import Conflict, Diagnosis, LabelDrift, diagnose, read_corpus
+from cl_optim.retention.guard import (
+    Check,
+    CSVLogger,
+    Evaluation,
+    LambdaController,
+    Logger,
+    Measured,
+    Report,
+    RetentionGuard,
+    RetentionWarning,
+    RichLogger,
+    TensorBoardLogger,
+    quantized,
+)
 from cl_optim.retention.progressive import Growth, ProgressiveNetwork
-from cl_optim.retention.quantized import quantized
 from cl_optim.retention.replay import MixedLoader, ReplayBuffer
-from cl_optim.retention.report import Report
-from cl_optim.retention.stream import DataStream
 
 __all__ = [
     "CSVLogger",

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cl_optim.importance.names import match_names
+from cl_optim.importance.names import match_names, named_like
+from cl_optim.ops.checks import check_fraction, check_whole
 
 _KEEP_WEIGHTS = ("gaussian", "eva", "orthogonal", "mica")  # names in peft of ways to begin at W
 
@@ -36,10 +37,7 @@ def train_last_layers(
     """
     modules = dict(model.named_modules())
     stack = _stack(model, modules, layers)
-    if not isinstance(n, int) or not 1 <= n <= len(stack):
-        raise ValueError(
-            f"n must be a whole number from 1 to {len(stack)}, the number of layers, not {n!r}."
-        )
+    check_whole("n", n, 1, len(stack), ", the number of layers")
     for name in also:
         if name not in modules:
             raise ValueError(f"also names {name!r}, which is no module of the model.")
@@ -155,8 +153,7 @@ class LoRAPenalty:
         Raises:
             ValueError: As in the class, or ``decay`` is out of range. Nothing has been changed.
         """
-        if not 0.0 <= decay <= 1.0:
-            raise ValueError(f"decay must be in [0, 1], not {decay}.")
+        check_fraction("decay", decay)
         new = self._match(importance)
         for name, layer in self._layers.items():
             total = decay * self._importance[name] + new[name]
@@ -178,11 +175,16 @@ class LoRAPenalty:
             ValueError: It belongs to another model. Nothing has been changed then.
         """
         loaded = self._match(state_dict["importance"])
+        anchors = named_like(state_dict["anchors"], loaded)
+        for name, value in anchors.items():
+            if name not in loaded or value.shape != loaded[name].shape:
+                raise ValueError(
+                    f"the state's anchor of {name!r}, of shape {tuple(value.shape)}, is of no "
+                    "adapted weight: load it for the model that it was saved of."
+                )
         self.ewc_lambda = state_dict["ewc_lambda"]
         self._importance = loaded
-        self._anchors = {
-            name: value.to(loaded[name].device) for name, value in state_dict["anchors"].items()
-        }
+        self._anchors = {name: value.to(loaded[name].device) for name, value in anchors.items()}
 
     def _term(self, name: str) -> Tensor:
         difference = _delta(self._layers[name])

@@ -16,7 +16,7 @@ from cl_optim.demo.text.corpora import Corpus
 from cl_optim.demo.text.model import ByteTransformer, Sizes, bits_per_byte, loss
 from cl_optim.demo.train import DivergedError
 from cl_optim.retention import Evaluation, ReplayBuffer, RetentionGuard
-from cl_optim.retention.evaluation import Role
+from cl_optim.retention.guard.evaluation import Role
 
 OLD_LR, NEW_LR = 3e-3, 1e-3
 _FISHER_WINDOWS = 500

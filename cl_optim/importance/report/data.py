@@ -1,14 +1,11 @@
-"""The report's figures: what the page, the pictures, the tables and the exports all show."""
+"""The report's figures: what the page, the pictures, the tables and the files of figures show."""
 
 from __future__ import annotations
 
-import csv
-import json
 import math
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from torch import Tensor
@@ -16,11 +13,10 @@ from torch import Tensor
 from cl_optim._version import __version__
 from cl_optim.importance import watch
 from cl_optim.importance.errors import LogError
-from cl_optim.importance.files import csv_cell, whole
 from cl_optim.importance.importance import Importance
 from cl_optim.importance.names import renamed
 from cl_optim.importance.record import Record
-from cl_optim.importance.statistics import SHARES, Overlap, layer_of, overlap
+from cl_optim.importance.statistics import Overlap, layer_of, overlap
 
 if TYPE_CHECKING:
     from cl_optim.importance.log import ImportanceLog
@@ -200,33 +196,3 @@ def _whole(entry: Data, figure: str, combine: Callable[[list[float]], float]) ->
     """A figure of the whole model; None where a layer's was not finite."""
     values = [layer[figure] for layer in entry["layers"].values()]
     return None if None in values else combine(values)
-
-
-# --- exports --------------------------------------------------------------------------------------
-
-
-def write_json(data: Data, path: Path) -> None:
-    """Write all figures."""
-    with whole(path) as file:
-        file.write_text(json.dumps(data, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-
-
-def write_csv(data: Data, path: Path) -> None:
-    """Write the figures of layers and tasks, a line for each pair."""
-    carriers = [f"carries_{share:.0%}".replace("%", "") for share in SHARES]
-    frozen = [f"frozen_at_{part['fraction']:.0%}".replace("%", "") for part in data["frozen"]]
-    with whole(path) as beside, open(beside, "w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(
-            ["layer", "task", "weights", "mean", "largest", "share", *carriers, *frozen, "frozen"]
-        )
-        for row, layer in enumerate(data["layers"]):
-            for column, task in enumerate(data["tasks"]):
-                if data["mean"][row][column] is None:
-                    continue
-                figures = [data[name][row][column] for name in ("mean", "largest", "share")]
-                parts = [part["layers"][row] for part in data["frozen"]]
-                names = (csv_cell(layer["name"]), csv_cell(task["name"]))
-                line = [*names, layer["weights"], *figures]
-                pinned = data["pinned"][row] if data["pinned"] else 0.0
-                writer.writerow([*line, *data["carriers"][row][column], *parts, pinned])

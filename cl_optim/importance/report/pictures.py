@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from cl_optim.importance.files import whole
+from cl_optim.importance.report.data import Data
 from cl_optim.importance.statistics import SHARES
 
 if TYPE_CHECKING:
@@ -28,11 +29,11 @@ _STYLE: dict[Any, Any] = {
 }
 
 
-def write_png(data: dict[str, Any], folder: Path) -> list[Path]:
+def write_png(data: Data, folder: Path) -> list[Path]:
     """Draw the layers, the carriers, the overlap and the freezing, and training if it was watched.
 
     Args:
-        data: What :func:`~cl_optim.importance.report.report_data` returned.
+        data: What :func:`~cl_optim.importance.report.data.report_data` returned.
         folder: Exists.
 
     Returns:
@@ -66,7 +67,7 @@ def _figure(width: float, height: float) -> Figure:
     return figure
 
 
-def _layers(data: dict[str, Any]) -> Figure:
+def _layers(data: Data) -> Figure:
     means = np.array(
         [[math.nan if value is None else value for value in row] for row in data["mean"]]
     )
@@ -85,7 +86,7 @@ def _layers(data: dict[str, Any]) -> Figure:
     return figure
 
 
-def _carriers(data: dict[str, Any]) -> Figure:
+def _carriers(data: Data) -> Figure:
     tasks = _tasks(data)
     figure = _figure(7, 1.3 + 0.28 * len(tasks))
     axes = figure.subplots()
@@ -101,7 +102,7 @@ def _carriers(data: dict[str, Any]) -> Figure:
     return figure
 
 
-def _overlap(data: dict[str, Any]) -> Figure:
+def _overlap(data: Data) -> Figure:
     tasks = _tasks(data)
     figure = _figure(2.5 + 0.45 * len(tasks), 2.0 + 0.4 * len(tasks))
     axes = figure.subplots()
@@ -116,7 +117,7 @@ def _overlap(data: dict[str, Any]) -> Figure:
     return figure
 
 
-def _frozen(data: dict[str, Any]) -> Figure:
+def _frozen(data: Data) -> Figure:
     layers = _layer_names(data)
     figure = _figure(7, 1.3 + 0.17 * len(layers))
     axes = figure.subplots()
@@ -135,7 +136,7 @@ def _frozen(data: dict[str, Any]) -> Figure:
     return figure
 
 
-def _training(data: dict[str, Any]) -> Figure:
+def _training(data: Data) -> Figure:
     runs = data["training"]
     figure = _figure(8, 0.4 + 2.4 * len(runs))
     grid = figure.subplots(len(runs), 2, squeeze=False)
@@ -159,11 +160,11 @@ def _numbers(values: list[float | None]) -> list[float]:
     return [math.nan if value is None else value for value in values]
 
 
-def _tasks(data: dict[str, Any]) -> list[str]:
+def _tasks(data: Data) -> list[str]:
     return [_short(task["name"]) for task in data["tasks"]]
 
 
-def _layer_names(data: dict[str, Any]) -> list[str]:
+def _layer_names(data: Data) -> list[str]:
     return [_short(layer["name"]) for layer in data["layers"]]
 
 

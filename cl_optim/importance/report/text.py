@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from rich import box
-from rich.console import Group, RenderableType
-from rich.table import Table
-from rich.text import Text
-
-from cl_optim.importance.report import TOP
+from cl_optim.importance.report.data import TOP, Data
 from cl_optim.importance.statistics import SHARES
+from cl_optim.ops.checks import require
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+    from rich.table import Table
+    from rich.text import Text
 
 _LAYERS = 20
 _OVERLAPS = 8  # more tasks do not fit into a terminal's width
 
 
-def render_text(data: dict[str, Any]) -> RenderableType:
-    """Tables of the tasks, of the layers with most importance, and of the tasks' overlap."""
+def render_text(data: Data) -> RenderableType:
+    """Return tables of the tasks, of the layers with most importance, and of the tasks' overlap.
+
+    Raises:
+        ModuleNotFoundError: rich is not installed.
+    """
+    require("rich", "cli", "A report in the terminal")
+    from rich.console import Group
+
     parts: list[RenderableType] = [_tasks(data), _layers(data)]
     if 1 < len(data["tasks"]) <= _OVERLAPS:
         parts.append(_overlap(data))
@@ -27,11 +35,16 @@ def render_text(data: dict[str, Any]) -> RenderableType:
 
 
 def _plain(name: Any) -> Text:
-    """A name as it is: not markup, nor what controls the terminal."""
+    """Return a name as it is: not markup, nor what controls the terminal."""
+    from rich.text import Text
+
     return Text("".join(c if c.isprintable() else "\ufffd" for c in str(name)))
 
 
 def _table(title: str, first: str, *columns: str | Text) -> Table:
+    from rich import box
+    from rich.table import Table
+
     table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
     table.add_column(first, overflow="fold")
     for column in columns:
@@ -39,7 +52,7 @@ def _table(title: str, first: str, *columns: str | Text) -> Table:
     return table
 
 
-def _tasks(data: dict[str, Any]) -> Table:
+def _tasks(data: Data) -> Table:
     carriers = [f"{share:.0%} in" for share in SHARES]
     columns = ("recorded", "labels", "samples", "weights", "mean", *carriers, "codec")
     table = _table(
@@ -59,8 +72,8 @@ def _tasks(data: dict[str, Any]) -> Table:
     return table
 
 
-def _layers(data: dict[str, Any]) -> Table:
-    """The layers by their largest share of any task's importance."""
+def _layers(data: Data) -> Table:
+    """Return the layers by their largest share of any task's importance."""
     count = len(data["layers"])
     order = sorted(range(count), key=lambda row: -max(part or 0 for part in data["share"][row]))
     frozen = [f"top {part['fraction']:.0%}" for part in data["frozen"]]
@@ -82,7 +95,7 @@ def _layers(data: dict[str, Any]) -> Table:
     return table
 
 
-def _overlap(data: dict[str, Any]) -> Table:
+def _overlap(data: Data) -> Table:
     tasks = [_plain(task["name"]) for task in data["tasks"]]
     title = f"Overlap of the {TOP:.0%} most important weights (common ones by all in either)"
     table = _table(title, "", *tasks)

@@ -5,96 +5,23 @@ from __future__ import annotations
 import copy
 import os
 import pickle
-import random
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
-import numpy as np
 import torch
-from torch import nn
 
+from cl_optim.importance.files import fsync_folder
+from cl_optim.ops.checks import check_whole
 from cl_optim.ops.warn import warn
-from cl_optim.retention import sealed
+from cl_optim.retention import sealed_torch
+from cl_optim.retention.checkpoint.errors import CheckpointError, CheckpointWarning
+from cl_optim.retention.checkpoint.parts import Stateful, check_part
+from cl_optim.retention.checkpoint.random_state import check_rng_state, rng_state, set_rng_state
 
 _FORMAT = "cl_optim.Checkpoint/2"
 _NAME = re.compile(r"step-(\d{12})\.pt")
-
-
-class CheckpointError(RuntimeError):
-    """A checkpoint cannot be written, or none can be read; the message says why."""
-
-
-class CheckpointWarning(UserWarning):
-    """A checkpoint could not be read, and an older one was taken."""
-
-
-@runtime_checkable
-class Stateful(Protocol):
-    """A part of a run: a model, optimizer, scheduler, scaler, stream of data."""
-
-    def state_dict(self) -> Any:
-        """All that the part needs to go on from here."""
-
-    def load_state_dict(self, state_dict: Any, /) -> Any:
-        """Go on from there."""
-
-
-@runtime_checkable
-class _Checked(Protocol):
-    def check_state_dict(self, state_dict: Any, /) -> None:
-        """Raise ValueError if :meth:`load_state_dict` would refuse it."""
-
-
-def rng_state() -> dict[str, Any]:
-    """The states of the global random number generators: Python's, numpy's, torch's on each device.
-
-    Only numbers, strings, tuples and tensors, which ``torch.load(weights_only=True)`` reads.
-    """
-    kind, keys, *rest = np.random.get_state(legacy=True)  # noqa: NPY002
-    started = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
-    return {
-        "python": random.getstate(),
-        "numpy": (kind, torch.from_numpy(np.asarray(keys, dtype=np.int64)), *rest),
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if started else [],
-    }
-
-
-def set_rng_state(state: Mapping[str, Any]) -> None:
-    """Restore what :func:`rng_state` returned."""
-    random.setstate(state["python"])
-    kind, keys, *rest = state["numpy"]
-    np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))  # noqa: NPY002
-    torch.set_rng_state(state["torch"])
-    if state["cuda"]:
-        torch.cuda.set_rng_state_all(state["cuda"])
-
-
-def check_rng_state(state: Mapping[str, Any]) -> None:
-    """Raise CheckpointError if :func:`set_rng_state` would refuse the state."""
-    kind, keys, *rest = state["numpy"]
-    numpy_state = (kind, keys.numpy().astype(np.uint32), *rest)
-    attempts: dict[str, Callable[[], object]] = {
-        "python": lambda: random.Random().setstate(state["python"]),
-        "numpy": lambda: np.random.RandomState().set_state(numpy_state),
-        "torch": lambda: torch.Generator().set_state(state["torch"]),
-    }
-    for name, attempt in attempts.items():
-        try:
-            attempt()
-        except (LookupError, RuntimeError, TypeError, ValueError) as error:
-            raise CheckpointError(
-                f"the checkpoint's random state of {name} does not fit this version of it: "
-                f"{error}; nothing has been restored."
-            ) from None
-    if len(state["cuda"]) > torch.cuda.device_count():
-        raise CheckpointError(
-            f"the checkpoint has random states of {len(state['cuda'])} GPUs, here there are "
-            f"{torch.cuda.device_count()}: restore it where there are as many, or load what you "
-            "need of torch.load(path, weights_only=True)['parts']."
-        )
 
 
 class Checkpoints:
@@ -124,8 +51,7 @@ class Checkpoints:
                     f"part {name!r} of a checkpoint must have state_dict() and load_state_dict(), "
                     f"which {type(part).__name__} has not."
                 )
-        if not isinstance(keep, int) or keep < 1:
-            raise ValueError(f"keep must be a whole number of at least 1, not {keep!r}.")
+        check_whole("keep", keep)
         self.folder = Path(folder)
         self.parts = dict(parts)
         self.keep = keep
@@ -158,12 +84,12 @@ class Checkpoints:
         path = self.path(step)
         temporary = path.with_name(f".{path.name}.tmp")  # one killed in the middle is overwritten
         try:
-            sealed.save(content, temporary)
+            sealed_torch.save(content, temporary)
             self._check_readable(temporary)
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
-        _sync_folder(self.folder)
+        fsync_folder(self.folder)
         self._prune(step)
         return path
 
@@ -201,7 +127,7 @@ class Checkpoints:
         raise CheckpointError(f"no checkpoint to restore from folder {self.folder}: {found}.")
 
     def _read(self, step: int) -> dict[str, Any]:
-        content = sealed.load(self.path(step))
+        content = sealed_torch.load(self.path(step))
         if not isinstance(content, dict) or content.get("format") != _FORMAT:
             raise ValueError(f"its format is not {_FORMAT}")
         return content
@@ -215,7 +141,7 @@ class Checkpoints:
             )
         check_rng_state(content["rng"])
         for name, part in self.parts.items():
-            _check_part(name, part, saved[name])
+            check_part(name, part, saved[name])
         before, random_before = {}, rng_state()
         try:
             for name, part in self.parts.items():
@@ -275,51 +201,3 @@ def _copied(state: Any) -> Any:
 def _unsupported(error: Exception) -> str:
     found = re.search(r"(?:GLOBAL|class) ([\w.]+)", str(error))
     return found[1] if found else str(error).splitlines()[0]
-
-
-def _check_part(name: str, part: Stateful, saved: Any) -> None:
-    if isinstance(part, (nn.Module, torch.optim.Optimizer)) and not isinstance(saved, Mapping):
-        raise CheckpointError(f"the checkpoint's {name!r} is not a {type(part).__name__}'s state.")
-    if isinstance(part, nn.Module):
-        _check_module(name, part, saved)
-        return
-    if isinstance(part, torch.optim.Optimizer):
-        _check_optimizer(name, part, saved)
-    if isinstance(part, _Checked):
-        try:
-            part.check_state_dict(saved)
-        except ValueError as error:
-            raise CheckpointError(f"the checkpoint's {name!r} does not fit: {error}") from None
-
-
-def _check_optimizer(name: str, optimizer: torch.optim.Optimizer, saved: Mapping[str, Any]) -> None:
-    own = [len(group["params"]) for group in optimizer.param_groups]
-    there = [len(group["params"]) for group in saved.get("param_groups", [])]
-    if own != there:
-        raise CheckpointError(
-            f"the checkpoint belongs to another {name}: its groups have {there} parameters, here "
-            f"they have {own}."
-        )
-
-
-def _check_module(name: str, module: nn.Module, saved: Mapping[str, Any]) -> None:
-    """Compare before loading: load_state_dict copies what fits before it complains."""
-    own = module.state_dict()
-    if own.keys() != saved.keys():
-        odd = sorted(own.keys() ^ saved.keys())[0]
-        raise CheckpointError(f"the checkpoint belongs to another {name}: {odd!r} is in one only.")
-    for key, value in own.items():
-        if isinstance(value, torch.Tensor) and value.shape != saved[key].shape:
-            raise CheckpointError(
-                f"the checkpoint belongs to another {name}: {key!r} has shape "
-                f"{tuple(saved[key].shape)} there, {tuple(value.shape)} here."
-            )
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make a rename in it durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

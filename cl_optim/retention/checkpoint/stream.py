@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 
-from cl_optim.retention.checkpoint import rng_state, set_rng_state
+from cl_optim.retention.checkpoint.random_state import rng_state, set_rng_state
 
 
 class DataStream:

@@ -10,14 +10,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cl_optim.retention.corpora import (
+from cl_optim.retention.diagnosis.corpora import (
     Record,
     Token,
     Tokenizer,
     fingerprint,
     records,
 )
-from cl_optim.retention.diagnosis import Conflict, Diagnosis, LabelDrift
+from cl_optim.retention.diagnosis.findings import Conflict, Diagnosis, LabelDrift
 
 MAX_VOCABULARY = 1_000_000
 MAX_PROMPTS = 200_000

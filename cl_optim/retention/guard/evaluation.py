@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-import torch
 from torch import nn
-
-from cl_optim.retention.checkpoint import rng_state, set_rng_state
 
 Role = Literal["old", "new", "mixed"]
 
@@ -47,7 +43,7 @@ class Evaluation:
             raise ValueError("name of an evaluation must not be empty.")
 
     def relative_loss(self, value: float, baseline: float) -> float:
-        """What part of the baseline is lost; negative: gained. A value that is not finite: ∞.
+        """Return what part of the baseline is lost; negative: gained. Not finite: ∞.
 
         Of a baseline of zero (a new task before it is learned) any change is infinite.
         """
@@ -98,34 +94,3 @@ class Check:
     action: str = ""
     rolled_back_to: int | None = None
     stopped: bool = False
-
-
-def check_baseline(name: str, value: float, guarded: bool) -> None:
-    """Refuse a baseline to which no loss can be compared.
-
-    Args:
-        name: The evaluation's.
-        value: The baseline.
-        guarded: Whether losses on this task are judged, relative to the baseline.
-
-    Raises:
-        ValueError: It is not finite, or it is zero and the task is guarded.
-    """
-    if not math.isfinite(value) or (guarded and value == 0.0):
-        rule = "finite and not zero, since losses are relative to it" if guarded else "finite"
-        raise ValueError(f"the baseline of evaluation {name!r} must be {rule}; it is {value}.")
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode and no gradients; afterwards modes and random states are what they were."""
-    modes = [(module, module.training) for module in model.modules()]
-    random = rng_state()
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module, training in modes:
-            module.training = training
-        set_rng_state(random)

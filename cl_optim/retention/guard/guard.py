@@ -11,20 +11,16 @@ from typing import Any, Literal, get_args
 import torch
 from torch import nn
 
+from cl_optim.ops.checks import check_whole
 from cl_optim.ops.warn import warn
 from cl_optim.optim.gem import GEM
 from cl_optim.retention.checkpoint import Checkpoints, Stateful
-from cl_optim.retention.controller import LambdaController, largest_lambda
-from cl_optim.retention.evaluation import (
-    Check,
-    Evaluation,
-    Measured,
-    check_baseline,
-    evaluating,
-)
-from cl_optim.retention.loggers import Logger
-from cl_optim.retention.quantized import Quantize, check_quantize, quantized
-from cl_optim.retention.report import Report
+from cl_optim.retention.guard.controller import LambdaController, largest_lambda
+from cl_optim.retention.guard.evaluation import Check, Evaluation
+from cl_optim.retention.guard.judge import Judge, packed
+from cl_optim.retention.guard.loggers import Logger
+from cl_optim.retention.guard.quantize import Quantize
+from cl_optim.retention.guard.report import Report
 
 Action = Literal["warn", "stop", "raise_lambda", "rollback"]
 
@@ -76,8 +72,9 @@ class RetentionGuard:
             ReplayBuffer (one on disk must not be added to during the run: its files cannot go
             back).
         useful: Old tasks whose forgetting is wanted: they are measured, and never in breach.
-        quantize: ``"int8"``: measure everything on a copy of the model with int8 weights, too. An
-            evaluation "English" has a second one "English (int8)" with its own baseline.
+        quantize: ``"int8"`` or ``torch.int8``: measure everything on a copy of the model with int8
+            weights, too. An evaluation "English" has a second one "English (int8)" with its own
+            baseline.
         loggers: Where each check is written.
         raise_by: For ``"raise_lambda"``: see :class:`LambdaController`.
         limit: The same.
@@ -114,17 +111,13 @@ class RetentionGuard:
         data: Stateful | None = None,
         extra: Mapping[str, Stateful] | None = None,
         useful: Iterable[str] = (),
-        quantize: Quantize | None = None,
+        quantize: Quantize | torch.dtype | None = None,
         loggers: Iterable[Logger] = (),
         raise_by: float = 3.0,
         limit: float = 1000.0,
     ) -> None:
-        self.evaluations = _check_evaluations(evaluations)
-        self.useful = _check_useful(useful, self.evaluations)
-        if not 0.0 < threshold < 1.0:
-            raise ValueError(f"threshold must be between 0 and 1, both excluded, not {threshold}.")
-        if not isinstance(every, int) or every < 1:
-            raise ValueError(f"every must be a whole number of at least 1, not {every!r}.")
+        self._judge = Judge(evaluations, threshold, useful, quantize)
+        check_whole("every", every)
         self._actions = _check_actions(on_breach)
         if "rollback" in self._actions and folder is None:
             raise ValueError("on_breach='rollback' needs a folder for its checkpoints.")
@@ -133,13 +126,9 @@ class RetentionGuard:
                 f"folder must be left out where {_processes()} processes train one model: each "
                 "would write its checkpoints there."
             )
-        if quantize is not None:
-            check_quantize(quantize)
         self.model = model
         self.optimizer = optimizer
-        self.threshold = threshold
         self.every = every
-        self.quantize = quantize
         self.loggers = tuple(loggers)
         self.history: list[Check] = []
         self.baselines: dict[str, float] = {}
@@ -184,16 +173,15 @@ class RetentionGuard:
                 f"folder {str(self._checkpoints.folder)!r} holds checkpoints of an earlier run: "
                 "resume() goes on from them; choose another folder to begin anew."
             )
-        values = self._measure()
+        values = self._judge.measure(self.model)
         for name in given:
             if name not in values:
                 raise ValueError(f"baselines has {name!r}, which is no evaluation's name.")
         start = {**values, **given}
-        for evaluation in self._all_evaluations():
-            check_baseline(evaluation.name, start[evaluation.name], self._is_guarded(evaluation))
+        self._judge.check_baselines(start)
         self.baselines = start
         try:
-            check = self._judge(values)
+            check = self._compare(values)
             self._record(check)
             self._save()
         except BaseException:
@@ -238,10 +226,10 @@ class RetentionGuard:
             CheckpointError: A roll-back finds no checkpoint that can be read.
         """
         self._require_started()
-        check = self._judge(self._measure())
+        check = self._compare(self._judge.measure(self.model))
         if check.breached:
             check = self._act(check)
-        elif self._controller is not None and self._is_safe(check):
+        elif self._controller is not None and self._judge.is_safe(check):
             self._controller.relax()
         self._record(check)
         if not check.breached:
@@ -251,7 +239,7 @@ class RetentionGuard:
     def report(self) -> Report:
         """What is retained of each task, what was learned, where it stopped, what to do next."""
         self._require_started()
-        return Report.of(self.history, self.threshold, self._wanted())
+        return Report.of(self.history, self._judge.threshold, self._judge.wanted)
 
     def state_dict(self) -> dict[str, Any]:
         """Steps, baselines, history and the controller's factor, as plain data that JSON can hold.
@@ -262,7 +250,7 @@ class RetentionGuard:
             "steps": self.steps,
             "stopped": self.stopped,
             "baselines": dict(self.baselines),
-            "history": [_packed(check) for check in self.history],
+            "history": [packed(check) for check in self.history],
             "controller": None if self._controller is None else self._controller.state_dict(),
         }
 
@@ -277,13 +265,15 @@ class RetentionGuard:
         self.stopped = state_dict["stopped"]
         self.baselines = dict(state_dict["baselines"])
         if not self.history:
-            self.history = [self._unpacked(check) for check in state_dict["history"]]
+            self.history = [
+                self._judge.unpacked(check, self.baselines) for check in state_dict["history"]
+            ]
         if self._controller is not None and state_dict["controller"] is not None:
             self._controller.load_state_dict(state_dict["controller"])
 
     def check_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Raise ValueError if the state is of a guard with other evaluations, or an older one."""
-        own = {evaluation.name for evaluation in self._all_evaluations()}
+        own = self._judge.names
         saved = set(state_dict["baselines"])  # none where it had not been started
         if saved and own != saved:
             raise ValueError(
@@ -315,69 +305,8 @@ class RetentionGuard:
         if not self.baselines:
             raise RuntimeError("the guard has no baselines yet: call start(), or resume(), first.")
 
-    # --- measuring --------------------------------------------------------------------------------
-
-    def _measure(self) -> dict[str, float]:
-        values = {}
-        for evaluation in self.evaluations:
-            with evaluating(self.model):  # each: one may leave the model in training mode
-                values[evaluation.name] = float(evaluation.measure(self.model))
-        if self.quantize is not None:
-            with evaluating(self.model):
-                copy = quantized(self.model, self.quantize)
-            for evaluation in self.evaluations:
-                with evaluating(copy):
-                    name = _quantized_name(evaluation, self.quantize)
-                    values[name] = float(evaluation.measure(copy))
-        return values
-
-    def _judge(self, values: Mapping[str, float]) -> Check:
-        measured = []
-        for evaluation in self._all_evaluations():
-            value, baseline = values[evaluation.name], self.baselines[evaluation.name]
-            loss = evaluation.relative_loss(value, baseline)
-            measured.append(Measured(evaluation, value, baseline, loss))
-        breached = tuple(
-            one.evaluation.name
-            for one in measured
-            if not math.isfinite(one.value)  # training diverged, whatever the task
-            or (self._is_guarded(one.evaluation) and one.loss > self.threshold)
-        )
-        return Check(self.steps, tuple(measured), breached, largest_lambda(self.optimizer))
-
-    def _unpacked(self, packed: Mapping[str, Any]) -> Check:
-        check = self._judge(packed["values"])
-        return replace(
-            check,
-            step=packed["step"],
-            breached=tuple(packed["breached"]),
-            ewc_lambda=packed["ewc_lambda"],
-            action=packed["action"],
-            rolled_back_to=packed["rolled_back_to"],
-            stopped=packed["stopped"],
-        )
-
-    def _all_evaluations(self) -> list[Evaluation]:
-        if self.quantize is None:
-            return self.evaluations
-        copies = [replace(e, name=_quantized_name(e, self.quantize)) for e in self.evaluations]
-        return self.evaluations + copies
-
-    def _is_guarded(self, evaluation: Evaluation) -> bool:
-        return evaluation.role == "old" and evaluation.name not in self._wanted()
-
-    def _wanted(self) -> set[str]:
-        """Whose forgetting is wanted, quantized or not."""
-        if self.quantize is None:
-            return set(self.useful)
-        return {*self.useful, *(f"{name} ({self.quantize})" for name in self.useful)}
-
-    def _is_safe(self, check: Check) -> bool:
-        return all(
-            one.loss <= self.threshold / 2
-            for one in check.measured
-            if self._is_guarded(one.evaluation)
-        )
+    def _compare(self, values: Mapping[str, float]) -> Check:
+        return self._judge.check(self.steps, values, self.baselines, largest_lambda(self.optimizer))
 
     def _record(self, check: Check) -> None:
         self.history.append(check)
@@ -451,43 +380,6 @@ def _processes() -> int:
     if not (distributed.is_available() and distributed.is_initialized()):
         return 1
     return distributed.get_world_size()
-
-
-def _packed(check: Check) -> dict[str, Any]:
-    """A check as plain data."""
-    return {
-        "step": check.step,
-        "values": {one.evaluation.name: one.value for one in check.measured},
-        "breached": list(check.breached),
-        "ewc_lambda": check.ewc_lambda,
-        "action": check.action,
-        "rolled_back_to": check.rolled_back_to,
-        "stopped": check.stopped,
-    }
-
-
-def _quantized_name(evaluation: Evaluation, quantize: Quantize) -> str:
-    return f"{evaluation.name} ({quantize})"
-
-
-def _check_evaluations(evaluations: Iterable[Evaluation]) -> list[Evaluation]:
-    checked = list(evaluations)
-    names = [evaluation.name for evaluation in checked]
-    twice = next((name for name in names if names.count(name) > 1), None)
-    if twice is not None:
-        raise ValueError(f"evaluations must have names of their own; {twice!r} is there twice.")
-    if not any(evaluation.role == "old" for evaluation in checked):
-        raise ValueError("evaluations must have at least one with role 'old', to be guarded.")
-    return checked
-
-
-def _check_useful(useful: Iterable[str], evaluations: Sequence[Evaluation]) -> tuple[str, ...]:
-    old = [evaluation.name for evaluation in evaluations if evaluation.role == "old"]
-    useful = (useful,) if isinstance(useful, str) else tuple(useful)
-    for name in useful:
-        if name not in old:
-            raise ValueError(f"useful names {name!r}, which is none of the old tasks {old}.")
-    return useful
 
 
 def _check_actions(on_breach: Action | Sequence[Action]) -> tuple[str, ...]:

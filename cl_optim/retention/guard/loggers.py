@@ -8,12 +8,12 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from rich.console import Console
-
-from cl_optim.importance.files import csv_cell
-from cl_optim.retention.evaluation import Check
+from cl_optim.importance.report.figures import csv_cell
+from cl_optim.ops.checks import require
+from cl_optim.retention.guard.evaluation import Check
 
 if TYPE_CHECKING:
+    from rich.console import Console
     from torch.utils.tensorboard import SummaryWriter
 
 _COLUMNS = ("step", "evaluation", "role", "value", "baseline", "loss", "ewc_lambda", "action")
@@ -87,9 +87,15 @@ class RichLogger:
 
     Args:
         console: Where; the terminal if None.
+
+    Raises:
+        ModuleNotFoundError: rich is not installed.
     """
 
     def __init__(self, console: Console | None = None) -> None:
+        require("rich", "cli", "RichLogger")
+        from rich.console import Console
+
         self.console = console or Console()
 
     def log(self, check: Check) -> None:

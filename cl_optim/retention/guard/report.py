@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-import io
 import math
+import textwrap
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from rich import box
-from rich.console import Console, Group, RenderableType
-from rich.table import Table
-from rich.text import Text
+from cl_optim.retention.guard.evaluation import Check, Measured
 
-from cl_optim.retention.evaluation import Check, Measured
+if TYPE_CHECKING:
+    from rich.console import RenderableType
 
 _WIDTH = 100
+_IS_TEXT = (True, True, False, False, False, True)  # of each column; the others are numbers
 
 
 @dataclass(frozen=True)
 class Report:
-    """Printable, by ``print`` and by rich.
+    """Printable, by ``print``, which needs no rich, and by rich.
 
     Attributes:
         check: The check of the present weights: the last one or, where that was rolled back, the
@@ -44,7 +44,7 @@ class Report:
 
     @classmethod
     def of(cls, history: Sequence[Check], threshold: float, useful: Collection[str]) -> Report:
-        """The report of a guard's checks; at least one."""
+        """Return the report of a guard's checks; at least one."""
         last = history[-1]
         ending = next((check for check in history if check.stopped), None)
         return cls(
@@ -59,24 +59,45 @@ class Report:
         )
 
     def __rich__(self) -> RenderableType:
+        from rich import box
+        from rich.console import Group
+        from rich.table import Table
+        from rich.text import Text
+
+        names, *rows = self._table()
         table = Table(box=box.SIMPLE_HEAD)
-        for name in ("task", "role", "start", f"step {self.check.step}", "retained", ""):
-            table.add_column(name, justify="left" if name in ("task", "role", "") else "right")
-        for one in self.check.measured:
-            table.add_row(
-                Text(one.evaluation.name),  # not markup
-                one.evaluation.role,
-                f"{one.baseline:.4g}",
-                f"{one.value:.4g}",
-                _retained(one),
-                self._remark(one),
-            )
+        for name, is_text in zip(names, _IS_TEXT, strict=True):
+            table.add_column(name, justify="left" if is_text else "right")
+        for row in rows:
+            table.add_row(*map(Text, row))  # not markup
         return Group(table, self._outcome(), Text(self.recommendation))
 
     def __str__(self) -> str:
-        text = io.StringIO()
-        Console(file=text, width=_WIDTH, highlight=False).print(self)
-        return text.getvalue().rstrip()
+        rows = self._table()
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = [
+            "  ".join(
+                f" {cell:<{width}}" if is_text else f" {cell:>{width}}"
+                for cell, width, is_text in zip(row, widths, _IS_TEXT, strict=True)
+            )
+            for row in rows
+        ]
+        rule = "─" * (len(lines[0]) + 1)
+        lines = ["", *(f" {line}".rstrip() for line in (lines[0], rule, *lines[1:])), ""]
+        for sentence in (self._outcome(), self.recommendation):
+            lines += textwrap.wrap(sentence, _WIDTH, break_on_hyphens=False)
+        return "\n".join(lines)
+
+    def _table(self) -> list[tuple[str, ...]]:
+        """Return the columns' names, then a row for each evaluation."""
+        rows: list[tuple[str, ...]] = [
+            ("task", "role", "start", f"step {self.check.step}", "retained", "")
+        ]
+        for one in self.check.measured:
+            start, now = f"{one.baseline:.4g}", f"{one.value:.4g}"
+            name, role = one.evaluation.name, one.evaluation.role
+            rows.append((name, role, start, now, _retained(one), self._remark(one)))
+        return rows
 
     def _remark(self, one: Measured) -> str:
         name = one.evaluation.name

@@ -5,29 +5,24 @@ from __future__ import annotations
 import atexit
 import copy
 import math
+import operator
 import os
 import weakref
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
-from torch.utils.data import get_worker_info
 
 from cl_optim.importance.errors import DamagedError
-from cl_optim.importance.files import whole
-from cl_optim.importance.manifest import fsync_directory
-from cl_optim.retention import sealed
-from cl_optim.retention.lock import FolderLock
-from cl_optim.retention.samples import Layout, count, flatten, replace, unflatten
-from cl_optim.retention.stores import Memory, Records
+from cl_optim.ops.checks import check_whole
+from cl_optim.retention.replay.choices import Draws, Policy, Slots
+from cl_optim.retention.replay.folder import Folder
+from cl_optim.retention.replay.samples import Layout, count, flatten, replace, unflatten
+from cl_optim.retention.replay.stores import Memory, Records
 
-POLICIES = ("reservoir", "class_balanced", "ring")
 _FORMAT = "cl_optim.ReplayBuffer/1"
-_SAMPLES, _STATE, _CHANGED = "samples.bin", "state.pt", "changed"
-_WITHOUT_CHECKSUMS = "state.safetensors"  # of the versions before
 
 
 class ReplayBuffer:
@@ -84,17 +79,16 @@ class ReplayBuffer:
     def __init__(
         self,
         capacity: int,
-        policy: Literal["reservoir", "class_balanced", "ring"] = "reservoir",
+        policy: Policy = "reservoir",
         seed: int = 0,
         path: str | os.PathLike[str] | None = None,
         label: Callable[[Any], Tensor] | str | int | None = None,
         *,
         read_only: bool = False,
     ) -> None:
-        if isinstance(capacity, bool) or not isinstance(capacity, int) or capacity < 1:
-            raise ValueError(f"capacity must be a positive whole number, not {capacity!r}.")
-        if policy not in POLICIES:
-            raise ValueError(f"policy must be one of {POLICIES}, not {policy!r}.")
+        check_whole("capacity", capacity)
+        if policy not in get_args(Policy):
+            raise ValueError(f"policy must be one of {get_args(Policy)}, not {policy!r}.")
         if (label is not None) != (policy == "class_balanced"):
             raise ValueError(
                 "label goes with policy='class_balanced', which needs it to know a sample's class."
@@ -102,27 +96,29 @@ class ReplayBuffer:
         if read_only and path is None:
             raise ValueError("read_only=True needs the path of a buffer that is there already.")
         self.capacity, self.policy = capacity, policy
-        self.seen = 0
         self._label = label
+        self._slots, self._draws = Slots(capacity, policy, seed), Draws(seed + 1)
         self._layout: Layout | None = None
         self._store: Memory | Records | None = None
-        self._labels = torch.zeros(
-            capacity if label is not None else 0, dtype=torch.int64, device="cpu"
-        )
-        self._seen_of: dict[int, int] = {}
-        self._full: set[int] = set()  # classes that have once been the largest
         self._owed = 0.0  # the fraction of a sample that `mix` has still to add
-        self._adding, self._drawing = (torch.Generator().manual_seed(seed + i) for i in (0, 1))
-        self._worker_seed: int | None = None  # of the DataLoader's worker that this is in
-        self._folder = None if path is None else Path(path).absolute()
-        self._lock: FolderLock | None = None
+        self._folder = None if path is None else Folder(Path(path).absolute(), read_only)
         if self._folder is not None:
-            self._open(self._folder, read_only)
+            try:
+                self._open(self._folder)
+            except BaseException:
+                self._folder.release()
+                raise
             if read_only:
-                self._drawing.manual_seed(seed + 1)
+                self._draws = Draws(seed + 1)
+            _OPEN.add(self)
+
+    @property
+    def seen(self) -> int:
+        """The number of samples ever added."""
+        return self._slots.seen
 
     def __len__(self) -> int:
-        return min(self.seen, self.capacity)
+        return self._slots.used
 
     def __repr__(self) -> str:
         place = "" if self._folder is None else f", path={str(self._folder)!r}"
@@ -138,22 +134,8 @@ class ReplayBuffer:
         self.close()
 
     def __del__(self) -> None:
-        if getattr(self, "_lock", None) is not None:
+        if getattr(self, "_folder", None) is not None:
             self.close()
-
-    def __getstate__(self) -> dict[str, Any]:
-        state = {**self.__dict__, "_lock": None}  # two that add would destroy each other's samples
-        # As arrays: torch sends neither two generators nor an empty tensor to a spawned process.
-        state.update({key: state[key].get_state().numpy() for key in ("_adding", "_drawing")})
-        return {**state, "_labels": self._labels.numpy()}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        for key in ("_adding", "_drawing"):
-            generator = torch.Generator()
-            generator.set_state(torch.from_numpy(state[key]))
-            setattr(self, key, generator)
-        self._labels = torch.from_numpy(state["_labels"])
 
     def __copy__(self) -> ReplayBuffer:
         return copy.deepcopy(self)
@@ -186,8 +168,7 @@ class ReplayBuffer:
         store = self._store_for(layout)
         before, layout_before = self._counters(), self._layout
         try:
-            places = self._places(classes, size)
-            self.seen += size
+            places = self._slots.take(size, classes)
             self._layout, self._store = layout, store
             if places:
                 slots, rows = torch.tensor(list(places.items()), device="cpu").unbind(1)
@@ -201,28 +182,15 @@ class ReplayBuffer:
         """Where the next samples go; on disk it counts as changed from now on."""
         if self._folder is None:
             return self._store or Memory(layout, self.capacity)
-        if not self._adds:
+        if not self._folder.adds:
             raise RuntimeError(
                 f"this buffer only draws from {str(self._folder)!r}: it was opened with "
                 "read_only=True, was closed, or is a copy (by pickle or copy, or in a forked "
                 "process) of the buffer that adds there; add to that one."
             )
-        store = self._store or Records.create(self._folder / _SAMPLES, layout, self.capacity)
-        (self._folder / _CHANGED).touch()
+        store = self._store or Records.create(self._folder.samples, layout, self.capacity)
+        self._folder.begin_change()
         return store
-
-    @property
-    def _adds(self) -> bool:
-        """Whether the folder is this buffer's."""
-        return self._lock is not None and self._lock.held and not self._lock.shared
-
-    def _places(self, classes: list[int] | None, size: int) -> dict[int, int]:
-        """Slot → row of the batch, of those that are kept."""
-        if classes is not None:
-            return self._places_by_class(classes)
-        if self.policy == "ring":
-            return {(self.seen + i) % self.capacity: i for i in range(size)}
-        return self._reservoir_places(size)
 
     def _classes(self, batch: Any, size: int) -> list[int] | None:
         if self._label is None:
@@ -239,44 +207,6 @@ class ReplayBuffer:
             )
         return [int(value) for value in classes.tolist()]
 
-    def _reservoir_places(self, size: int) -> dict[int, int]:
-        """Slot → row of the batch; a later row takes the slot of an earlier one."""
-        index = torch.arange(self.seen, self.seen + size, dtype=torch.float64, device="cpu")
-        drawn = (torch.empty_like(index).uniform_(generator=self._adding) * (index + 1)).long()
-        slots = torch.where(index < self.capacity, index.long(), drawn).tolist()
-        return {slot: row for row, slot in enumerate(slots) if slot < self.capacity}
-
-    def _places_by_class(self, classes: list[int]) -> dict[int, int]:
-        places: dict[int, int] = {}
-        used = len(self)
-        kept = Counter(self._labels[:used].tolist())
-        for row, own in enumerate(classes):
-            self._seen_of[own] = self._seen_of.get(own, 0) + 1
-            if used < self.capacity:
-                slot, used = used, used + 1
-            else:
-                largest = max(kept.values())
-                self._full.update(label for label, n in kept.items() if n == largest)
-                if own in self._full:
-                    if self._draw(self._seen_of[own]) >= kept[own]:
-                        continue
-                    victim = own
-                else:
-                    victim = min(label for label, n in kept.items() if n == largest)
-                slot = self._member(victim)
-                kept[victim] -= 1
-            self._labels[slot] = own
-            kept[own] += 1
-            places[slot] = row
-        return places
-
-    def _member(self, label: int) -> int:
-        members = (self._labels == label).nonzero().flatten()
-        return int(members[self._draw(len(members))])
-
-    def _draw(self, below: int) -> int:
-        return int(torch.randint(below, (), generator=self._adding, device="cpu"))
-
     # --- draws ------------------------------------------------------------------------------------
 
     def sample(self, n: int, replacement: bool = False) -> Any:
@@ -292,8 +222,7 @@ class ReplayBuffer:
         Raises:
             ValueError: n is not positive, or more than there are; a sample on disk is damaged.
         """
-        if n < 1:
-            raise ValueError(f"n must be a positive whole number, not {n!r}.")
+        check_whole("n", operator.index(n))
         if not len(self):
             raise ValueError("The buffer is empty: add samples before drawing some.")
         if n > len(self) and not replacement:
@@ -301,9 +230,8 @@ class ReplayBuffer:
                 f"n must be at most the {len(self)} samples in the buffer, not {n}, unless "
                 "replacement=True."
             )
-        if replacement:
-            return self._take(self._any(n, self._draws()))
-        return self._take(self._distinct(n, self._draws()))
+        draw = self._draws.any if replacement else self._draws.distinct
+        return self._take(draw(n, len(self)))
 
     def samples(self) -> Any:
         """All samples, as one batch (a copy)."""
@@ -311,33 +239,13 @@ class ReplayBuffer:
             raise ValueError("The buffer is empty: it has no samples.")
         return self._take(torch.arange(len(self), device="cpu"))
 
-    def _draws(self) -> torch.Generator:
-        """The generator of draws; the workers of a DataLoader begin with copies of one."""
-        worker = get_worker_info()
-        if worker is not None and worker.seed != self._worker_seed:
-            self._worker_seed = worker.seed
-            own = int(torch.randint(1 << 62, (), generator=self._drawing, device="cpu"))
-            self._drawing.manual_seed(own ^ worker.seed)
-        return self._drawing
-
-    def _distinct(self, n: int, generator: torch.Generator) -> Tensor:
-        if 4 * n >= len(self):
-            return torch.randperm(len(self), generator=generator, device="cpu")[:n]
-        chosen: dict[int, None] = {}
-        while len(chosen) < n:  # seldom twice: at most a quarter is taken
-            chosen.update(dict.fromkeys(self._any(n, generator).tolist()))
-        return torch.tensor(list(chosen)[:n], device="cpu")
-
-    def _any(self, n: int, generator: torch.Generator) -> Tensor:
-        return torch.randint(len(self), (n,), generator=generator, device="cpu")
-
     def _take(self, slots: Tensor) -> Any:
         assert self._layout is not None
         assert self._store is not None
         try:
             leaves = self._store.read(slots)
         except DamagedError as error:
-            if self._lock is not None and self._lock.held:
+            if self._folder is not None and self._folder.held:
                 raise
             raise DamagedError(
                 f"{error} Or samples were added to it since this copy of it was made: copy it anew."
@@ -464,16 +372,13 @@ class ReplayBuffer:
         Raises:
             OSError: The disk is full, or refuses otherwise.
         """
-        if self._folder is None or not self._adds or not (self._folder / _CHANGED).exists():
+        if self._folder is None or not self._folder.adds or not self._folder.changed:
             return
         state = self._counters()
         if isinstance(self._store, Records):
             self._store.sync()
             state["sums"] = self._store.packed_sums()
-        with whole(self._folder / _STATE) as file:
-            sealed.save(state, file)
-        fsync_directory(self._folder)
-        (self._folder / _CHANGED).unlink()
+        self._folder.save(state)
 
     def close(self) -> None:
         """Flush, and let others have the folder; from now on this buffer only draws.
@@ -481,22 +386,18 @@ class ReplayBuffer:
         A ``with`` block does so at its end. In memory there is nothing to do.
         """
         self.flush()
-        if self._lock is not None:
-            self._lock.release()
+        if self._folder is not None:
+            self._folder.release()
 
     def _counters(self) -> dict[str, Any]:
         return {
             "format": _FORMAT,
             "capacity": self.capacity,
             "policy": self.policy,
-            "seen": self.seen,
-            "seen_of": [[label, n] for label, n in self._seen_of.items()],
-            "full": sorted(self._full),
             "owed": self._owed,
             "layout": self._layout.dumps() if self._layout else "",
-            "labels": self._labels.clone(),
-            "adding": self._adding.get_state(),
-            "drawing": self._drawing.get_state(),
+            "drawing": self._draws.get_state(),
+            **self._slots.state_dict(),
         }
 
     def _check_state(self, state: Mapping[str, Any], name: str) -> None:
@@ -513,60 +414,20 @@ class ReplayBuffer:
         self, state: Mapping[str, Any], layout: Layout | None, store: Memory | Records | None
     ) -> None:
         self._layout, self._store = layout, store
-        self.seen, self._owed = state["seen"], state["owed"]
-        self._seen_of = dict(state["seen_of"])
-        self._full = set(state["full"])
-        self._labels = state["labels"].cpu().clone()
-        self._adding.set_state(state["adding"].cpu())
-        self._drawing.set_state(state["drawing"].cpu())
+        self._owed = state["owed"]
+        self._slots.load_state_dict(state)
+        self._draws.set_state(state["drawing"])
 
-    def _open(self, folder: Path, read_only: bool) -> None:
-        if not read_only:
-            folder.mkdir(parents=True, exist_ok=True)
-        elif not (folder / _STATE).exists():
-            raise ValueError(
-                f"path {str(folder)!r} has no buffer that was filled and flushed, which "
-                "read_only=True needs."
-            )
-        lock = FolderLock(folder, read_only, _in_use(folder))
-        try:
-            self._load(folder)
-        except BaseException:
-            lock.release()
-            raise
-        self._lock = lock
-        _OPEN.add(self)
-
-    def _load(self, folder: Path) -> None:
-        if (folder / _CHANGED).exists():
-            raise ValueError(
-                f"path {str(folder)!r} has a buffer that was changed and not flushed when its "
-                "process ended: its samples may be torn. Delete the folder and fill it anew."
-            )
-        if (folder / _WITHOUT_CHECKSUMS).exists():
-            raise ValueError(
-                f"path {str(folder)!r} has a buffer of an earlier version of cl_optim, without "
-                "checksums: read its samples() with that version and add() them in a new folder."
-            )
-        file = folder / _STATE
-        if not file.exists():
+    def _open(self, folder: Folder) -> None:
+        state = folder.load()
+        if state is None:
             return
-        state = sealed.load(file)
         self._check_state(state, f"path {str(folder)!r}")
         if not state["layout"]:  # an addition that failed was the first
             return
         layout = Layout.loads(state["layout"])
-        store = Records.open(folder / _SAMPLES, layout, self.capacity, state["sums"])
+        store = Records.open(folder.samples, layout, self.capacity, state["sums"])
         self._restore(state, layout, store)
-
-
-def _in_use(folder: Path) -> str:
-    """What to do where a folder is locked."""
-    return (
-        "close() that buffer first; where several processes add (torchrun), give each a folder of "
-        f'its own, path=f"{folder}/rank{{rank}}"; where they only draw, fill the buffer in one, '
-        "close() it, and open it in each with read_only=True and seed=rank"
-    )
 
 
 _OPEN: weakref.WeakSet[ReplayBuffer] = weakref.WeakSet()

@@ -12,8 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cl_optim.ops.checks import dtype_name
+
 _DTYPES = {
-    str(dtype).removeprefix("torch."): dtype
+    dtype_name(dtype): dtype
     for dtype in (
         *(torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64),
         *(torch.float16, torch.bfloat16, torch.float32, torch.float64),
@@ -120,7 +122,7 @@ class Layout:
         return cls(
             structure,
             {
-                place: (str(leaf.dtype).removeprefix("torch."), tuple(leaf.shape[1:]))
+                place: (dtype_name(leaf.dtype), tuple(leaf.shape[1:]))
                 for place, leaf in leaves.items()
             },
         )

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from cl_optim.importance.errors import DamagedError
 from cl_optim.importance.files import whole
-from cl_optim.retention.samples import Layout
+from cl_optim.retention.replay.samples import Layout
 
 
 class Memory:

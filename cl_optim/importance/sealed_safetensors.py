@@ -13,15 +13,15 @@ from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from io import BufferedReader
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from cl_optim.importance.checksums import checksum
 from cl_optim.importance.errors import DamagedError
-from cl_optim.importance.files import save_tensors
-from cl_optim.importance.manifest import checksum
+from cl_optim.importance.tensor_files import as_bytes, read_header, save_tensors
 
 _SUMS, _SEAL = "checksums", "header_checksum"
 _ZEROS = "0" * 32
@@ -63,7 +63,7 @@ def save(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str])
         sums = {name: pool.submit(checksum, as_bytes(value)) for name, value in apart.items()}
         save_tensors(apart, path, blank)
     with open(path, "r+b") as file:
-        header = _header(file)
+        header = read_header(file)
         found = {name: future.result() for name, future in sums.items()}
         header = _filled(header, _SUMS, json.dumps(found))
         header = _filled(header, _SEAL, checksum(header))
@@ -82,18 +82,6 @@ def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         taken.add(value.data_ptr())
         apart[name] = value
     return apart
-
-
-def as_bytes(tensor: Tensor) -> Any:
-    """The memory of a contiguous tensor, as a NumPy array of bytes."""
-    return tensor.reshape(-1).view(torch.uint8).numpy()
-
-
-def _header(file: BinaryIO) -> bytes:
-    """The first bytes of a safetensors file, up to its tensors; all, if it is none."""
-    length = file.read(8)
-    size = os.fstat(file.fileno()).st_size
-    return length + file.read(min(int.from_bytes(length, "little"), size))
 
 
 def _place(header: bytes, key: str) -> int:
@@ -123,7 +111,7 @@ def load(
         ValueError: It is not a safetensors file.
     """
     with open(path, "rb") as file:
-        header = _header(file)
+        header = read_header(file)
         place = _place(header, _SEAL)
         if place < 0:
             return *_unverified(path, device), False

@@ -3,40 +3,45 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
-from typing import Literal, get_args
+from typing import Literal, cast, get_args
 
+import torch
 from torch import nn
+
+from cl_optim.ops.checks import dtype_name, require
 
 Quantize = Literal["int8"]
 
 
-def check_quantize(quantize: str) -> None:
-    """Find out before training, not at the first evaluation.
+def check_quantize(quantize: str | torch.dtype) -> Quantize:
+    """Return a format's name; find out before training, not at the first evaluation.
 
     Raises:
         ValueError: The format is unknown.
         ModuleNotFoundError: torchao is not installed.
     """
+    quantize = dtype_name(quantize)
     if quantize not in get_args(Quantize):
         raise ValueError(f"quantize must be one of {get_args(Quantize)} or None, not {quantize!r}.")
-    if importlib.util.find_spec("torchao") is None:
-        raise ModuleNotFoundError(
-            "quantize='int8' needs torchao: pip install 'cl-optim[quantize]'.", name="torchao"
-        )
+    require("torchao", "quantize", "quantize='int8'")
+    return cast(Quantize, quantize)
 
 
-def quantized(model: nn.Module, quantize: Quantize) -> nn.Module:
-    """A deep copy of the model whose Linear layers have int8 weights, one scale for each row.
+def quantized(model: nn.Module, quantize: Quantize | torch.dtype) -> nn.Module:
+    """Copy a model, with int8 weights in the copy's Linear layers, one scale for each row.
 
     The model itself is not changed. Weights are quantized, activations are not, so that the copy
     runs wherever the model does.
+
+    Args:
+        model: It is copied deeply.
+        quantize: ``"int8"`` or ``torch.int8``.
 
     Raises:
         ValueError: The format is unknown, or the model has no Linear layer.
         ModuleNotFoundError: torchao is not installed.
     """
-    check_quantize(quantize)
+    quantize = check_quantize(quantize)
     if not any(isinstance(module, nn.Linear) for module in model.modules()):
         raise ValueError(
             f"quantize={quantize!r} quantizes nn.Linear layers; {type(model).__name__} has none."

@@ -1,0 +1,68 @@
+"""The parts of a run, and whether a saved state fits them: compared before anything is changed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import nn
+
+from cl_optim.ops.checks import check_groups
+from cl_optim.retention.checkpoint.errors import CheckpointError
+
+
+@runtime_checkable
+class Stateful(Protocol):
+    """A part of a run: a model, optimizer, scheduler, scaler, stream of data."""
+
+    def state_dict(self) -> Any:
+        """All that the part needs to go on from here."""
+
+    def load_state_dict(self, state_dict: Any, /) -> Any:
+        """Go on from there."""
+
+
+@runtime_checkable
+class _Checked(Protocol):
+    def check_state_dict(self, state_dict: Any, /) -> None:
+        """Raise ValueError if :meth:`load_state_dict` would refuse it."""
+
+
+def check_part(name: str, part: Stateful, saved: Any) -> None:
+    """Refuse a saved state of which it can be seen that a part would refuse it.
+
+    Args:
+        name: The part's.
+        part: A part of the run.
+        saved: Its state in a checkpoint.
+
+    Raises:
+        CheckpointError: It is of another kind, or of a part of another size.
+    """
+    if isinstance(part, (nn.Module, torch.optim.Optimizer)) and not isinstance(saved, Mapping):
+        raise CheckpointError(f"the checkpoint's {name!r} is not a {type(part).__name__}'s state.")
+    if isinstance(part, nn.Module):
+        _check_module(name, part, saved)
+        return
+    try:
+        if isinstance(part, torch.optim.Optimizer):
+            check_groups(saved, part.param_groups)
+        if isinstance(part, _Checked):
+            part.check_state_dict(saved)
+    except ValueError as error:
+        raise CheckpointError(f"the checkpoint's {name!r} does not fit: {error}") from None
+
+
+def _check_module(name: str, module: nn.Module, saved: Mapping[str, Any]) -> None:
+    """Compare before loading: load_state_dict copies what fits before it complains."""
+    own = module.state_dict()
+    if own.keys() != saved.keys():
+        odd = sorted(own.keys() ^ saved.keys())[0]
+        raise CheckpointError(f"the checkpoint belongs to another {name}: {odd!r} is in one only.")
+    for key, value in own.items():
+        if isinstance(value, torch.Tensor) and value.shape != saved[key].shape:
+            raise CheckpointError(
+                f"the checkpoint belongs to another {name}: {key!r} has shape "
+                f"{tuple(saved[key].shape)} there, {tuple(value.shape)} here."
+            )

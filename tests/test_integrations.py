@@ -659,7 +659,7 @@ def test_importing_the_package_loads_no_trainer():
     code = (
         "import sys, cl_optim, cl_optim.retention, cl_optim.integrations\n"
         "heavy = {'transformers', 'lightning', 'accelerate', 'torchao', 'peft', 'matplotlib', "
-        "'sklearn', 'triton', 'tensorboard'}\n"
+        "'sklearn', 'triton', 'tensorboard', 'rich'}\n"
         "print(sorted(heavy & set(sys.modules)))"
     )
     result = subprocess.run(

@@ -38,11 +38,11 @@ class Codec(ABC):
     parts: tuple[str, ...]
 
     def options(self) -> dict[str, Any]:
-        """What :func:`codec` needs besides the name to make it again."""
+        """Return what :func:`codec` needs besides the name to make it again."""
         return {}
 
     def encoder(self, values: Mapping[str, Tensor]) -> Callable[[Tensor], Parts]:
-        """What encodes each of these tensors; made from all, so that it can rank them."""
+        """Make what encodes each of these tensors; it sees all, so that it can rank them."""
         return self.encode
 
     @abstractmethod
@@ -61,11 +61,11 @@ class Float32(Codec):
     parts = ("values",)
 
     def encode(self, values: Tensor) -> Parts:
-        """As they are."""
+        """Leave them as they are."""
         return {"values": values}
 
     def decode(self, parts: Parts, shape: torch.Size) -> Tensor:
-        """As they are."""
+        """Leave them as they are."""
         return parts["values"].view(shape)
 
 
@@ -96,11 +96,11 @@ class Log8(Codec):
     parts = ("blocks",)
 
     def encode(self, values: Tensor) -> Parts:
-        """The nearest codes, as the optimizer keeps them."""
+        """Return the nearest codes, as the optimizer keeps them."""
         return {"blocks": importance_codec.encode_log8(values)}
 
     def decode(self, parts: Parts, shape: torch.Size) -> Tensor:
-        """The codes' values."""
+        """Return the codes' values."""
         return importance_codec.decode_log8(parts["blocks"], shape)
 
 
@@ -123,11 +123,11 @@ class TopK(Codec):
         self.fraction = fraction
 
     def options(self) -> dict[str, Any]:
-        """The fraction."""
+        """Return the fraction."""
         return {"fraction": self.fraction}
 
     def encoder(self, values: Mapping[str, Tensor]) -> Callable[[Tensor], Parts]:
-        """An encoder with one threshold for all."""
+        """Make an encoder with one threshold for all."""
         total = sum(value.numel() for value in values.values())
         # Rounded like the values: what is not below it stays so.
         threshold = float(np.float32(cut(values, math.ceil(self.fraction * total)).value))
@@ -155,7 +155,7 @@ class TopK(Codec):
         return {"mask": torch.from_numpy(np.concatenate(masks)), "means": torch.cat(means)}
 
     def decode(self, parts: Parts, shape: torch.Size) -> Tensor:
-        """Each weight has its block's mean of its kind."""
+        """Give each weight its block's mean of its kind."""
         means = parts["means"]
         values = means.new_empty(len(means), _BLOCK)
         bits = np.unpackbits(parts["mask"].numpy(), count=values.numel())
@@ -180,7 +180,7 @@ class Rank1(Codec):
     parts = ("rows", "columns")
 
     def encode(self, values: Tensor) -> Parts:
-        """Row means and column sums over the mean of the row means."""
+        """Return row means, and column sums over the mean of the row means."""
         matrix = _matrix(values)
         rows = matrix.new_zeros(matrix.shape[0], dtype=torch.float64)
         columns = matrix.new_zeros(matrix.shape[1], dtype=torch.float64)
@@ -196,7 +196,7 @@ class Rank1(Codec):
         }
 
     def decode(self, parts: Parts, shape: torch.Size) -> Tensor:
-        """The outer product."""
+        """Return the outer product."""
         product = torch.outer(parts["rows"], parts["columns"])
         return product.clamp_(max=torch.finfo(product.dtype).max).view(shape)
 

@@ -106,7 +106,7 @@ class Importance(_Means):
         tokens: float | None,
         metadata: Mapping[str, Any],
     ) -> Importance:
-        """An importance whose sums are read only when they are asked for; they are not checked.
+        """Make one whose sums are read only when they are asked for; they are not checked.
 
         Args:
             sums: A mapping that makes its tensors on access, such as a file's.
@@ -163,7 +163,7 @@ class Importance(_Means):
     def merge(
         self, other: Mapping[str, Tensor], decay: float = 1.0, strict: bool = True
     ) -> Importance:
-        """``decay`` × this importance + the other: what online EWC protects after both tasks.
+        """Return ``decay`` × this + the other: what online EWC protects after both tasks.
 
         A parameter that only one of them knows has only that one's importance; names match without
         what wrappers put into them. Means over samples are added, not raw sums: the result does not
@@ -206,7 +206,7 @@ class Importance(_Means):
         return Importance(merged, samples=1, metadata={"merged": sources})
 
     def normalize(self) -> Importance:
-        """The same importance on the scale where the mean weight has 1.
+        """Return the same importance on the scale where the mean weight has 1.
 
         Estimators differ by orders of magnitude, and the best λ with them; on this scale it moves
         less. The factor is in the metadata, as ``"normalized_by"``.
@@ -223,7 +223,7 @@ class Importance(_Means):
         return Importance(sums, samples=1, metadata={**self._metadata, "normalized_by": mean})
 
     def top(self, fraction: float) -> dict[str, Tensor]:
-        """Masks of the most important fraction of all weights.
+        """Return masks of the most important fraction of all weights.
 
         Args:
             fraction: In [0, 1]; rounded to a number of weights. Ties go to those that come first.
@@ -234,11 +234,11 @@ class Importance(_Means):
         return statistics.top_masks(self, fraction)
 
     def quantile(self, q: float) -> float:
-        """The smallest importance that at least a fraction ``q`` of all weights does not exceed."""
+        """Return the smallest importance that at least a fraction ``q`` of all does not exceed."""
         return statistics.quantile(self, q)
 
     def overlap(self, other: Mapping[str, Tensor], fraction: float = 0.05) -> dict[str, float]:
-        """How much this importance and another have in common, each from 0 to 1.
+        """Return how much this importance and another have in common, each from 0 to 1.
 
         Args:
             other: Any mapping; a parameter that it does not know counts as 0. Names match without
@@ -256,7 +256,7 @@ class Importance(_Means):
         return {name: value[0, 1].item() for name, value in found._asdict().items()}
 
     def per_layer(self) -> dict[str, Summary]:
-        """Layer → what its importance looks like; a layer is a parameter's name up to its last dot.
+        """Describe each layer's importance; a layer is a parameter's name up to its last dot.
 
         Returns:
             For each layer weights, mean, maximum, quantiles and the fractions of its weights that
@@ -337,7 +337,7 @@ class Importance(_Means):
 
 
 def _sources(importance: Mapping[str, Tensor], weight: float) -> list[dict[str, Any]]:
-    """Of what an importance was merged, with their weights."""
+    """Return of what an importance was merged, with their weights."""
     metadata = importance.metadata if isinstance(importance, Importance) else {}
     if "merged" in metadata:
         return [{**source, "weight": weight * source["weight"]} for source in metadata["merged"]]

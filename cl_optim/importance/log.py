@@ -108,7 +108,7 @@ class ImportanceLog:
     # --- after a crash ----------------------------------------------------------------------------
 
     def _unlisted(self) -> list[Path]:
-        """Folders of records that are not in the manifest."""
+        """Return the folders of records that are not in the manifest."""
         records = self._path / _RECORDS
         if not records.is_dir():
             return []
@@ -143,7 +143,7 @@ class ImportanceLog:
                     _warn_of_unfinished(folder)
 
     def _unfinished(self) -> list[Path]:
-        """Of what is not listed, what no damaged or lost line can have listed."""
+        """Return of what is not listed what no damaged or lost line can have listed."""
         return [
             folder
             for folder in self._unlisted()
@@ -176,7 +176,7 @@ class ImportanceLog:
         return [task for task in recorded if task not in self._listed()]
 
     def _listed(self) -> dict[str, Entry]:
-        """Task → the manifest's entry of its record."""
+        """Return task → the manifest's entry of its record."""
         listed: dict[str, Entry] = {}
         for entry in self._entries:
             if entry["event"] == "forget":
@@ -192,7 +192,7 @@ class ImportanceLog:
         return task in self._listed()
 
     def __getitem__(self, task: str) -> Record:
-        """The record of a task, with its statistics, anchors and frozen weights.
+        """Return the record of a task, with its statistics, anchors and frozen weights.
 
         Raises:
             LogError: There is no such task.
@@ -205,7 +205,7 @@ class ImportanceLog:
         return Record(self._path / _RECORDS / entry["id"], entry["seal"])
 
     def load(self, task: str) -> Importance:
-        """The importance of a task; each tensor is read and verified when it is asked for.
+        """Return a task's importance; a tensor is read and verified when it is asked for.
 
         Raises:
             LogError: There is no such task.
@@ -314,7 +314,7 @@ class ImportanceLog:
     def merge(
         self, tasks: Sequence[str] | None = None, decay: float = 1.0, strict: bool = True
     ) -> Importance:
-        """What online EWC protects after these tasks: Σ decayᵏ F of the k-th from the last.
+        """Return what online EWC protects after these tasks: Σ decayᵏ F of the k-th from the last.
 
         Args:
             tasks: In their order; all that are not forgotten if None.
@@ -341,7 +341,7 @@ class ImportanceLog:
         return self.tasks if tasks is None else list(tasks)
 
     def frozen(self, tasks: Sequence[str] | None = None, strict: bool = True) -> dict[str, Tensor]:
-        """The masks of all weights that any of these tasks froze; empty where none did.
+        """Return the masks of all weights that any of these tasks froze; empty where none did.
 
         Args:
             tasks: All that are not forgotten if None.

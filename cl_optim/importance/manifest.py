@@ -32,7 +32,7 @@ _LOCK = "lock"
 
 
 def _completed(line: bytes) -> bytes | None:
-    """A last line whose end alone is missing, or damaged, with its end; None for any other."""
+    """Return a last line of which only the end is missing, or damaged, whole; else None."""
     candidates = (line + b"\n", line[:-1] + b"\n")
     return next((whole for whole in candidates if unsealed(whole) is not None), None)
 
@@ -67,7 +67,7 @@ class Manifest:
         fsync_folder(folder)
 
     def read(self) -> list[Entry]:
-        """All intact entries after the header.
+        """Read all intact entries after the header.
 
         Raises:
             LogError: It is not a log's manifest, or one of a newer format.
@@ -206,7 +206,7 @@ def _try_lock(file: BinaryIO, kind: int) -> bool:
 
 
 def being_written(folder: Path) -> bool:
-    """Whether a writer is at work; needs no right to write."""
+    """Return whether a writer is at work; needs no right to write."""
     try:
         file = open(folder / _LOCK, "rb")  # noqa: SIM115
     except FileNotFoundError:

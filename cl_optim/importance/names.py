@@ -23,7 +23,7 @@ _PEFT_PREFIX = ["base_model", "model"]
 
 
 def canonical_name(name: str) -> str:
-    """The name that a parameter has in the bare model.
+    """Return the name that a parameter has in the bare model.
 
     Example:
         >>> canonical_name("module._orig_mod.layers.0.weight")
@@ -38,7 +38,7 @@ def canonical_name(name: str) -> str:
 
 
 def match_names(given: Iterable[str], known: Iterable[str]) -> dict[str, str]:
-    """Which known name each given name means: the same name, or the same one without wrappers.
+    """Find which known name each given name means: the same, or the same without wrappers.
 
     Returns:
         A known name for each given name that has one.
@@ -99,20 +99,20 @@ class Lazy(Mapping[str, Tensor]):
 
 
 def renamed(values: Mapping[str, Tensor], names: Mapping[str, str]) -> Lazy:
-    """A view of a mapping under other names; what is not in ``names`` keeps its own."""
+    """Return a view of a mapping under other names; what is not in ``names`` keeps its own."""
     old = {names.get(name, name): name for name in values}
     return Lazy(old, lambda name: values[old[name]])
 
 
 def without_wrappers(values: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    """The mapping under the names of the bare model; where two would be one, they stay."""
+    """Return a mapping under the names of the bare model; where two would be one, they stay."""
     bare = {name: canonical_name(name) for name in values}
     times = Counter(bare.values())
     return renamed(values, {name: new for name, new in bare.items() if new and times[new] == 1})
 
 
 def named_like(values: Mapping[str, Tensor], known: Iterable[str]) -> Mapping[str, Tensor]:
-    """The mapping under the known names that its names mean (:func:`match_names`).
+    """Return a mapping under the known names that its names mean (:func:`match_names`).
 
     Raises:
         ValueError: A name is ambiguous.
@@ -147,7 +147,7 @@ class NameMatch(NamedTuple):
 
 
 def compare_names(given: Iterable[str], known: Iterable[str]) -> NameMatch:
-    """Which parameters have an importance, which are new, which have vanished.
+    """Say which parameters have an importance, which are new, which have vanished.
 
     Args:
         given: The names of an importance: ``log.merge()``.

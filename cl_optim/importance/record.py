@@ -183,7 +183,7 @@ class Record:
         return sum(shard["bytes"] for kind in kinds for shard in self._table.get(kind, ()))
 
     def importance(self) -> Importance:
-        """Its importance; a tensor is read and verified when it is asked for."""
+        """Return its importance; a tensor is read and verified when it is asked for."""
         shapes = self._table["shapes"]
         reader = self._reader("importance")
 
@@ -197,7 +197,7 @@ class Record:
         return Importance.lazy(Lazy(shapes, read), table["samples"], table["tokens"], metadata)
 
     def anchors(self) -> Mapping[str, Tensor] | None:
-        """The weights that the task left, None where they were not recorded.
+        """Return the weights that the task left, None where they were not recorded.
 
         Raises:
             LogError: They are in a checkpoint that is not safetensors, which only its owner's
@@ -216,7 +216,7 @@ class Record:
         return Lazy(shapes, read)
 
     def frozen(self) -> Mapping[str, Tensor] | None:
-        """The masks of frozen weights, None where they were not recorded."""
+        """Return the masks of frozen weights, None where they were not recorded."""
         if "frozen" not in self._table:
             return None
         shapes, reader = self._table["frozen_shapes"], self._reader("frozen")

@@ -72,7 +72,7 @@ def save(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str])
 
 
 def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors on the CPU, each with a memory of its own, as safetensors wants them."""
+    """Return the tensors on the CPU, each with a memory of its own, as safetensors wants."""
     apart: dict[str, Tensor] = {}
     taken = set()
     for name, given in tensors.items():
@@ -85,14 +85,14 @@ def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _place(header: bytes, key: str) -> int:
-    """Where the text of a metadata key begins; -1 where there is none."""
+    """Find where the text of a metadata key begins; -1 where there is none."""
     start = f'"{key}":"'.encode()  # within texts quotes are escaped
     found = header.find(start)
     return found if found < 0 else found + len(start)
 
 
 def _filled(header: bytes, key: str, text: str) -> bytes:
-    """The header with another text of the same length at a metadata key."""
+    """Return the header with another text of the same length at a metadata key."""
     escaped, place = json.dumps(text)[1:-1].encode(), _place(header, key)
     return header[:place] + escaped + header[place + len(escaped) :]
 

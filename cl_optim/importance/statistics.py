@@ -30,18 +30,18 @@ _CHUNK = 2**20  # as much as stays in a cache
 
 
 def flat_float32(values: Tensor) -> Tensor:
-    """The values as a float32 vector on the CPU; a view where they are that already."""
+    """Return the values as a float32 vector on the CPU; a view where they are that already."""
     return _flat(values).to(torch.float32)
 
 
 def _flat(values: Tensor) -> Tensor:
-    """The values as a vector on the CPU, float64 ones as they are, all others in float32."""
+    """Return the values as a vector on the CPU, in float64 where they are, else in float32."""
     dtype = torch.float64 if values.dtype == torch.float64 else torch.float32
     return values.detach().reshape(-1).to("cpu", dtype)
 
 
 def sum_over(values: Tensor, divisor: float) -> float:
-    """Σ values / divisor in float64, which the sum of large float64 values alone would leave.
+    """Return Σ values / divisor in float64, which the sum alone of large values would leave.
 
     0 where there are no values.
     """
@@ -65,7 +65,7 @@ class Histogram:
 
     @classmethod
     def of(cls, tensors: Iterable[Tensor]) -> Histogram:
-        """The histogram of the values of some tensors."""
+        """Make the histogram of the values of some tensors."""
         histogram = cls()
         for values in tensors:
             histogram.add(values)
@@ -112,7 +112,7 @@ class Histogram:
         return int(self.counts[0])
 
     def quantiles(self, fractions: Sequence[float]) -> tuple[float, ...]:
-        """For each fraction the smallest value that so many of the values do not exceed."""
+        """Return for each fraction the smallest value that so many of the values do not exceed."""
         if not self.total:
             return (0.0,) * len(fractions)
         ranks = self.counts.new_tensor([max(1, math.ceil(q * self.total)) for q in fractions])
@@ -120,7 +120,7 @@ class Histogram:
         return tuple(min(value, self.largest) for value in middles.tolist())
 
     def carriers(self, shares: Sequence[float]) -> tuple[float, ...]:
-        """For each share the smallest fraction of the values that makes up so much of their sum."""
+        """Return for each share the smallest fraction of the values that has so much of the sum."""
         counts, middles = self.counts.flip(0), _middles().flip(0)
         masses, numbers = (counts * middles).cumsum(0), counts.cumsum(0)
         if not float(masses[-1]) > 0:
@@ -136,7 +136,7 @@ class Histogram:
 
 @functools.lru_cache(1)
 def _middles() -> Tensor:
-    """The middle of each bin, float64; 0 for the lowest."""
+    """Return the middle of each bin, float64; 0 for the lowest."""
     edges = (torch.arange(BINS, dtype=torch.int32, device="cpu") << 16).view(torch.float32).double()
     middles = edges.clone()
     middles[1:-1] = (edges[1:-1] + edges[2:]) / 2
@@ -168,7 +168,7 @@ class Summary(NamedTuple):
 
     @classmethod
     def of(cls, histogram: Histogram) -> Summary:
-        """The summary of values with that histogram."""
+        """Make the summary of values with that histogram."""
         return cls(
             weights=histogram.total,
             mean=histogram.sum / max(histogram.total, 1),
@@ -192,11 +192,11 @@ class Summaries:
             histogram.add(chunk if divisor == 1 else chunk / divisor)
 
     def layers(self) -> dict[str, Summary]:
-        """Layer → summary, in the order in which the layers came."""
+        """Return layer → summary, in the order in which the layers came."""
         return {layer: Summary.of(values) for layer, values in self._histograms.items()}
 
     def whole(self) -> Summary:
-        """The summary of all weights."""
+        """Return the summary of all weights."""
         total = Histogram()
         for histogram in self._histograms.values():
             total += histogram
@@ -204,7 +204,7 @@ class Summaries:
 
 
 def layer_of(name: str) -> str:
-    """The layer that a parameter belongs to.
+    """Return the layer that a parameter belongs to.
 
     Example:
         >>> layer_of("blocks.0.attention.weight")
@@ -226,7 +226,7 @@ class Cut(NamedTuple):
 
 
 def cut(values: Mapping[str, Tensor], count: int) -> Cut:
-    """Where the ``count`` largest of all values end.
+    """Find where the ``count`` largest of all values end.
 
     Ranks are those of float32; where a tensor is float64, those of float64.
 
@@ -251,7 +251,7 @@ def cut(values: Mapping[str, Tensor], count: int) -> Cut:
 
 
 def _cut_float64(values: Mapping[str, Tensor], count: int) -> Cut:
-    """`cut`, 16 bits after 16 bits of a float64, the upper ones first."""
+    """Find `cut` 16 bits after 16 bits of a float64, the upper ones first."""
     prefix = 0
     for shift in (48, 32, 16, 0):
         counts = torch.zeros(2**16, dtype=torch.int64, device="cpu")
@@ -267,13 +267,13 @@ def _cut_float64(values: Mapping[str, Tensor], count: int) -> Cut:
 
 
 def comparable(values: Tensor, threshold: float) -> Tensor:
-    """The values in a dtype that has the threshold, which torch would round to theirs."""
+    """Return the values in a dtype that has the threshold, which torch would round to theirs."""
     is_exact = torch.tensor(threshold, dtype=values.dtype, device="cpu").item() == threshold
     return values if is_exact else values.double()
 
 
 def _place(counts: Tensor, count: int) -> tuple[int, int]:
-    """The bin of the ``count``-th largest value, and which one of those in this bin it is."""
+    """Find the bin of the ``count``-th largest value, and which of those in it that is."""
     larger = counts.flip(0).cumsum(0).flip(0) - counts
     place = int(((larger < count) & (larger + counts >= count)).nonzero()[0])
     return place, count - int(larger[place])
@@ -286,12 +286,12 @@ def _pieces(values: Mapping[str, Tensor], dtype: torch.dtype) -> Iterator[Tensor
 
 
 def _lower_bits(values: Tensor, upper: int) -> Tensor:
-    """The lower 16 bits of the values in a bin."""
+    """Return the lower 16 bits of the values in a bin."""
     return values.view(torch.int32)[bins(values) == upper] & 0xFFFF
 
 
 def top_masks(values: Mapping[str, Tensor], fraction: float) -> dict[str, Tensor]:
-    """Masks of the most important weights of all; ties go to those that come first.
+    """Return masks of the most important weights of all; ties go to those that come first.
 
     Args:
         values: Parameter name → importance, finite and ≥ 0.
@@ -316,7 +316,7 @@ def top_masks(values: Mapping[str, Tensor], fraction: float) -> dict[str, Tensor
 
 
 def quantile(values: Mapping[str, Tensor], q: float) -> float:
-    """The smallest value that at least a fraction ``q`` of all values does not exceed, exactly."""
+    """Return exactly the smallest value that at least a fraction ``q`` of all does not exceed."""
     check_fraction("q", q)
     total = sum(value.numel() for value in values.values())
     if not total:
@@ -397,6 +397,6 @@ def overlap(importances: Iterable[Mapping[str, Tensor]], fraction: float = 0.05)
 
 
 def _ratio(part: Tensor, whole: Tensor) -> Tensor:
-    """``part / whole`` with 1 on the diagonal, 0 where a task has no importance at all."""
+    """Return ``part / whole`` with 1 on the diagonal, 0 where a task has no importance at all."""
     ratio = torch.where(whole > 0, part / whole, 0.0).clamp(0.0, 1.0)
     return ratio.fill_diagonal_(1.0)

@@ -61,7 +61,7 @@ class ProtectingOptimizer(Protocol):
     param_groups: list[dict[str, Any]]
 
     def protected(self) -> Iterable[ProtectedParameter]:
-        """Each protected parameter."""
+        """Return each protected parameter."""
 
     def register_step_post_hook(self, hook: Callable[..., None]) -> RemovableHandle:
         """Call the hook after each step."""
@@ -156,7 +156,7 @@ def _protecting(optimizer: Any) -> ProtectingOptimizer:
 
 @torch.no_grad()
 def _layers(protected: Iterable[ProtectedParameter]) -> dict[str, dict[str, Any]]:
-    """Layer → penalty λ Σ F Δ², drift ‖Δ‖, quantiles of F from evenly spaced weights."""
+    """Return layer → penalty λ Σ F Δ², drift ‖Δ‖, quantiles of F from evenly spaced weights."""
     sums: dict[str, list[Tensor]] = defaultdict(list)
     samples: dict[str, list[Tensor]] = defaultdict(list)
     for one in protected:
@@ -185,7 +185,7 @@ def _layers(protected: Iterable[ProtectedParameter]) -> dict[str, dict[str, Any]
 
 
 def read(folder: Path) -> list[list[dict[str, Any]]]:
-    """The entries of each watch in a folder, oldest first; half a last line is left out.
+    """Read the entries of each watch in a folder, oldest first, without half a last line.
 
     So is a damaged one, with a warning.
     """

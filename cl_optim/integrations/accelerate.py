@@ -19,7 +19,7 @@ def retention_guard(
     evaluations: Iterable[Evaluation],
     **options: Any,
 ) -> RetentionGuard:
-    """A guard of what ``accelerator.prepare`` returned, in the accelerator's checkpoints.
+    """Make a guard of what ``accelerator.prepare`` returned, in the accelerator's checkpoints.
 
     ``accelerator.save_state()`` and ``load_state()`` then hold its baselines and history, too:
     after a load, do not call ``start()``. In the loop, count optimizer steps only:

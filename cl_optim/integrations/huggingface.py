@@ -89,5 +89,5 @@ class RetentionCallback(TrainerCallback):
 
 
 def _states(state: TrainerState) -> dict[str, Any]:
-    """What Trainer writes into each checkpoint for its callbacks; declared as a list, a dict."""
+    """Return what Trainer writes into checkpoints for its callbacks; declared a list, a dict."""
     return cast("dict[str, Any]", state.stateful_callbacks)

@@ -78,7 +78,7 @@ class RetentionCallback(Callback):
             trainer.should_stop = True
 
     def state_dict(self) -> dict[str, Any]:
-        """The guard's state; empty before training."""
+        """Return the guard's state; empty before training."""
         return {} if self.guard is None else self.guard.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

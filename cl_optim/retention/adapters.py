@@ -126,7 +126,7 @@ class LoRAPenalty:
         self._anchors: dict[str, Tensor] = {}
 
     def __call__(self) -> Tensor:
-        """The penalty, 0-dim and differentiable."""
+        """Return the penalty, 0-dim and differentiable."""
         terms = [self._term(name) for name in self._layers]
         return torch.stack([term.to(terms[0].device) for term in terms]).sum()
 
@@ -161,7 +161,7 @@ class LoRAPenalty:
             self._anchors[name] = _delta(layer)
 
     def state_dict(self) -> dict[str, Any]:
-        """λ, importance and anchors."""
+        """Return λ, importance and anchors."""
         return {
             "ewc_lambda": self.ewc_lambda,
             "importance": dict(self._importance),
@@ -217,7 +217,7 @@ class LoRAPenalty:
 
 
 def _lora_layers(model: nn.Module) -> dict[str, Any]:
-    """The adapted layers by the name of their frozen weight."""
+    """Return the adapted layers by the name of their frozen weight."""
     from peft.tuners.lora import LoraLayer
 
     for module in model.modules():
@@ -245,6 +245,6 @@ def _lora_layers(model: nn.Module) -> dict[str, Any]:
 
 
 def _delta(layer: Any) -> Tensor:
-    """ΔW of the active adapters, of the weight's shape, in float32."""
+    """Return ΔW of the active adapters, of the weight's shape, in float32."""
     deltas = [layer.get_delta_weight(name).float() for name in layer.active_adapters]
     return torch.stack(deltas).sum(0) if len(deltas) > 1 else deltas[0]

@@ -69,7 +69,7 @@ class LateralAdapter(nn.Module):
         self.scales = nn.Parameter(torch.full((columns,), _FIRST_SCALE, **place))
 
     def forward(self, inputs: Sequence[Tensor]) -> Tensor:
-        """Of the layer's inputs in the older columns, what is added to its output."""
+        """Return what is added to the layer's output, from its inputs in the older columns."""
         scaled = [scale * value for scale, value in zip(self.scales, inputs, strict=True)]
         added: Tensor = self.up(F.relu(self.project(torch.cat(scaled, dim=self.dim))))
         return added
@@ -135,11 +135,11 @@ class ProgressiveNetwork(nn.Module):
         return older
 
     def new_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Names and parameters of the newest column and its adapters, as optimizers take them."""
+        """Return names and parameters of the newest column and its adapters, for an optimizer."""
         return ((name, param) for name, param in self.named_parameters() if param.requires_grad)
 
     def growth(self) -> list[Growth]:
-        """The parameters that each column added."""
+        """Count the parameters that each column added."""
         rows: list[Growth] = []
         total = 0
         for number, parts in enumerate(zip(self.columns, self.adapters, strict=True)):

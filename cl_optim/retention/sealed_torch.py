@@ -36,7 +36,7 @@ class _Sealing:
         return len(data)
 
     def flush(self) -> None:
-        """Nothing is held back."""
+        """Do nothing: all has been written."""
 
     def seal(self) -> bytes:
         return _MARK + self._hash.hexdigest().encode()

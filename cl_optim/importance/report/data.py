@@ -30,7 +30,7 @@ Data: TypeAlias = dict[str, Any]
 
 
 def report_data(log: ImportanceLog) -> Data:
-    """All figures of a report, as JSON knows them.
+    """Return all figures of a report, as JSON knows them.
 
     Rows are layers in the model's order, columns are the tasks that are not forgotten. A figure of
     a layer that a task does not know is None. Reads every tensor of these tasks.
@@ -63,7 +63,7 @@ def report_data(log: ImportanceLog) -> Data:
 
 
 def _in_order(lists: list[list[str]]) -> list[str]:
-    """All layers of all records; one that a model got later comes after its neighbour there."""
+    """Return all records' layers; one that a model got later comes after its neighbour there."""
     ordered: list[str] = []
     for layers in lists:
         place = 0
@@ -77,7 +77,7 @@ def _in_order(lists: list[list[str]]) -> list[str]:
 
 
 def _encodable(name: str) -> str:
-    """The name, with half surrogate pairs replaced: no file can hold them."""
+    """Return a name with half surrogate pairs replaced: no file can hold them."""
     return name.encode(errors="replace").decode()
 
 
@@ -113,14 +113,14 @@ def _table(
 
 
 def _share(record: Record, layer: str) -> float:
-    """The layer's part of the task's importance."""
+    """Return the layer's part of the task's importance."""
     total = record.whole.mean * record.whole.weights
     summary = record.layers[layer]
     return summary.mean * summary.weights / total if total else 0.0
 
 
 def _apart(records: list[Record]) -> list[Mapping[str, Tensor]]:
-    """The importances; a parameter that has got another shape is one of its own."""
+    """Return the importances; a parameter that has got another shape is one of its own."""
     shapes = defaultdict(set)
     for record in records:
         for name, shape in record.shapes.items():
@@ -143,7 +143,7 @@ def _overlap(found: Overlap) -> Data:
 
 
 def _frozen(merged: Importance, layers: list[str]) -> list[Data]:
-    """For each fraction of all weights the fraction of each layer's that is among the top."""
+    """Return, for each fraction of all weights, that of each layer's that is among the top."""
     result = []
     for fraction in FROZEN:
         frozen, weights = dict.fromkeys(layers, 0), dict.fromkeys(layers, 0)
@@ -156,7 +156,7 @@ def _frozen(merged: Importance, layers: list[str]) -> list[Data]:
 
 
 def _pinned(log: ImportanceLog, layers: list[str], records: list[Record]) -> list[float] | None:
-    """The fraction of each layer's weights that the tasks froze; None where nothing is frozen."""
+    """Return which fraction of each layer's weights the tasks froze; None where none is."""
     pinned = dict.fromkeys(layers, 0)
     for name, mask in log.frozen(strict=False).items():
         pinned[layer_of(name)] += int(mask.sum())
@@ -166,7 +166,7 @@ def _pinned(log: ImportanceLog, layers: list[str], records: list[Record]) -> lis
 
 
 def _training(entries: list[Data]) -> Data:
-    """Curves of a watch: the whole model's, and the most drifting layers'."""
+    """Return the curves of a watch: the whole model's, and the most drifting layers'."""
     shown = entries[:: max(1, math.ceil(len(entries) / _POINTS))]
     if shown[-1] is not entries[-1]:
         shown.append(entries[-1])
@@ -193,6 +193,6 @@ def _training(entries: list[Data]) -> Data:
 
 
 def _whole(entry: Data, figure: str, combine: Callable[[list[float]], float]) -> float | None:
-    """A figure of the whole model; None where a layer's was not finite."""
+    """Return a figure of the whole model; None where a layer's was not finite."""
     values = [layer[figure] for layer in entry["layers"].values()]
     return None if None in values else combine(values)

@@ -156,7 +156,7 @@ def _training(data: Data) -> Figure:
 
 
 def _numbers(values: list[float | None]) -> list[float]:
-    """A curve, with a gap where a number was not finite."""
+    """Return a curve, with a gap where a number was not finite."""
     return [math.nan if value is None else value for value in values]
 
 
@@ -169,7 +169,7 @@ def _layer_names(data: Data) -> list[str]:
 
 
 def _short(name: str) -> str:
-    """At most 40 characters, the first and the last, without what no font has."""
+    """Return at most 40 characters, the first and the last, without what no font has."""
     name = "".join(c if c.isprintable() else "\ufffd" for c in name)
     return name if len(name) <= _LONGEST_NAME else f"{name[:19]}…{name[-20:]}"
 

@@ -64,7 +64,7 @@ class Checkpoints:
         return sorted(int(match[1]) for match in names if match)
 
     def path(self, step: int) -> Path:
-        """Where the checkpoint of a step is."""
+        """Return where the checkpoint of a step is."""
         return self.folder / f"step-{step:012d}.pt"
 
     def save(self, step: int) -> Path:
@@ -186,7 +186,7 @@ class Checkpoints:
 
 
 def _copied(state: Any) -> Any:
-    """A state that does not change with its part; tensors in main memory, to spare a GPU's."""
+    """Copy a state, so that it does not change with its part; into main memory, not a GPU's."""
     if isinstance(state, torch.Tensor):
         return state.detach().to("cpu", copy=True)
     if isinstance(state, dict):

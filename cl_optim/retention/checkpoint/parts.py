@@ -17,7 +17,7 @@ class Stateful(Protocol):
     """A part of a run: a model, optimizer, scheduler, scaler, stream of data."""
 
     def state_dict(self) -> Any:
-        """All that the part needs to go on from here."""
+        """Return all that the part needs to go on from here."""
 
     def load_state_dict(self, state_dict: Any, /) -> Any:
         """Go on from there."""

@@ -67,7 +67,7 @@ class DataStream:
             yield batch
 
     def state_dict(self) -> dict[str, Any]:
-        """The position: numbers and the random state."""
+        """Return the position: numbers and the random state."""
         return {
             "epoch": self._epoch,
             "taken": self._taken,

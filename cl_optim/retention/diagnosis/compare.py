@@ -163,7 +163,7 @@ class _Vocabulary:
         self._pending.clear()
 
     def counts(self) -> NDArray[np.float64]:
-        """[2, V]; the last column is the rest, if there is one."""
+        """Return [2, V]; the last column is the rest, if there is one."""
         counts = np.zeros((2, len(self._index) + (sum(self.rest) > 0)))
         for side in (0, 1):
             for index, count in self._counts[side].items():

@@ -39,7 +39,7 @@ _TELL_EVERY = 1 << 20
 
 
 def words(text: str) -> list[str]:
-    """Words (of at most 64 characters; longer ones are cut) and punctuation marks.
+    """Return words (of at most 64 characters; longer ones are cut) and punctuation marks.
 
     Casefolded and in Unicode's NFKC form; a letter's combining marks belong to its word.
     """
@@ -56,7 +56,7 @@ def _words_with_marks() -> re.Pattern[str]:
 
 
 def fingerprint(text: str) -> int:
-    """A 64-bit hash of a text, whatever its case, white space, and stops and quotes around words.
+    """Hash a text to 64 bits, whatever its case, white space, and marks around its words.
 
     "What is 2+2?" and "what is 2+2" have the same one, as have Unicode compatibility forms (NFKC);
     "What is 2-2?" has another: dashes and symbols count. Reordered or replaced words are not
@@ -143,7 +143,7 @@ def _of_mapping(
 
 
 def _fields(item: Mapping[str, Any]) -> tuple[str, str | None, int | str | None] | None:
-    """The text, the answer and the label of an item; None where it is neither of the two kinds."""
+    """Return the text, answer and label of an item; None where it is of neither kind."""
     prompt, answer = item.get("prompt"), item.get("answer")
     if isinstance(prompt, str) and isinstance(answer, str):
         return prompt, answer, None

@@ -162,7 +162,7 @@ class Diagnosis:
         return RECIPE
 
     def to_json(self) -> dict[str, Any]:
-        """All of it, as JSON knows it."""
+        """Return all of it, as JSON knows it."""
         derived = ("verdict", "reasons", "notes", "strategy", "recipe")
         return {**asdict(self), **{name: getattr(self, name) for name in derived}}
 

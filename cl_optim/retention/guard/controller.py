@@ -52,12 +52,12 @@ class LambdaController:
         return self.factor >= self._limit
 
     def raise_lambda(self) -> None:
-        """After a breach."""
+        """Raise λ after a breach."""
         self._notice()
         self._set(min(self.factor * self._raise_by, self._limit))
 
     def relax(self) -> None:
-        """After a check in which nothing was lost that matters."""
+        """Lower λ after a check in which nothing was lost that matters."""
         self._notice()
         self._set(max(self.factor / self._raise_by**0.5, 1.0))
 
@@ -66,7 +66,7 @@ class LambdaController:
         self._set(self.factor)
 
     def state_dict(self) -> dict[str, Any]:
-        """The factor and the λ that the user chose."""
+        """Return the factor and the λ that the user chose."""
         self._notice()
         return {"factor": self.factor, "chosen": list(self._chosen)}
 
@@ -92,6 +92,6 @@ class LambdaController:
 
 
 def largest_lambda(optimizer: torch.optim.Optimizer) -> float | None:
-    """The largest λ among the groups; None where they have none."""
+    """Return the largest λ among the groups; None where they have none."""
     lambdas = [g["ewc_lambda"] for g in optimizer.param_groups if "ewc_lambda" in g]
     return max(lambdas, default=None)

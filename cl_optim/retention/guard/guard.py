@@ -237,12 +237,12 @@ class RetentionGuard:
         return check
 
     def report(self) -> Report:
-        """What is retained of each task, what was learned, where it stopped, what to do next."""
+        """Say what is retained of each task, what was learned, where it stopped, what is next."""
         self._require_started()
         return Report.of(self.history, self._judge.threshold, self._judge.wanted)
 
     def state_dict(self) -> dict[str, Any]:
-        """Steps, baselines, history and the controller's factor, as plain data that JSON can hold.
+        """Return steps, baselines, history and the controller's factor, as JSON can hold them.
 
         Not the model's nor the optimizer's: for trainers that keep those themselves.
         """

@@ -124,7 +124,7 @@ class Report:
 
 
 def _present(history: Sequence[Check]) -> Check:
-    """The check of the weights that there are now, as near as there is one."""
+    """Return the check of the weights that there are now, as near as there is one."""
     last = history[-1]
     if last.rolled_back_to is None:
         return last
@@ -138,7 +138,7 @@ def _is_finite(check: Check) -> bool:
 
 
 def _has_lost(check: Check) -> bool:
-    """Whether there was a breach by forgetting, not only by numbers that are not finite."""
+    """Return whether there was a breach by forgetting, not only by numbers that are not finite."""
     return any(
         math.isfinite(one.value) for one in check.measured if one.evaluation.name in check.breached
     )
@@ -149,7 +149,7 @@ def _checks(number: int) -> str:
 
 
 def _retained(one: Measured) -> str:
-    """What is left of the baseline; of a new task, what was gained on it."""
+    """Say what is left of the baseline; of a new task, what was gained on it."""
     if not math.isfinite(one.value):
         return "nothing: not finite"
     if one.baseline == 0.0:

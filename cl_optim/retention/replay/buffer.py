@@ -179,7 +179,7 @@ class ReplayBuffer:
             raise
 
     def _store_for(self, layout: Layout) -> Memory | Records:
-        """Where the next samples go; on disk it counts as changed from now on."""
+        """Return where the next samples go; on disk it counts as changed from now on."""
         if self._folder is None:
             return self._store or Memory(layout, self.capacity)
         if not self._folder.adds:
@@ -234,7 +234,7 @@ class ReplayBuffer:
         return self._take(draw(n, len(self)))
 
     def samples(self) -> Any:
-        """All samples, as one batch (a copy)."""
+        """Return all samples, as one batch (a copy)."""
         if not len(self):
             raise ValueError("The buffer is empty: it has no samples.")
         return self._take(torch.arange(len(self), device="cpu"))
@@ -322,7 +322,7 @@ class ReplayBuffer:
     # --- state ------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """The counters, the generators and, unless on disk, a copy of the samples.
+        """Return the counters, the generators and, unless on disk, a copy of the samples.
 
         Additions to a buffer on disk are flushed; its samples stay in the files, so the state can
         be loaded as long as nothing has been added since.

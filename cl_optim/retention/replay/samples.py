@@ -63,7 +63,7 @@ def unflatten(leaves: Mapping[str, Tensor], structure: Any, place: str = "batch"
 
 
 def replace(batch: Any, leaves: Mapping[str, Tensor], place: str = "batch") -> Any:
-    """The batch with other tensors in it, in the same kinds of containers, as far as known."""
+    """Return the batch with other tensors in it, in the same kinds of containers if known."""
     if isinstance(batch, Tensor):
         return leaves[place]
     if isinstance(batch, Mapping):
@@ -80,7 +80,7 @@ def replace(batch: Any, leaves: Mapping[str, Tensor], place: str = "batch") -> A
 
 
 def count(leaves: Mapping[str, Tensor]) -> int:
-    """The number of samples in a batch.
+    """Count the samples in a batch.
 
     Raises:
         ValueError: A tensor has no first dimension, or not as long a one as the others.
@@ -111,7 +111,7 @@ class Layout:
 
     @classmethod
     def of(cls, leaves: Mapping[str, Tensor], structure: Any) -> Layout:
-        """The layout of a batch.
+        """Make the layout of a batch.
 
         Raises:
             TypeError: A dtype that cannot be kept.
@@ -155,12 +155,12 @@ class Layout:
                 )
 
     def allocate(self, capacity: int) -> dict[str, Tensor]:
-        """Tensors [capacity, *shape] in memory, by place."""
+        """Make tensors [capacity, *shape] in memory, by place."""
         return {
             place: torch.empty(capacity, *shape, dtype=dtype, device="cpu")
             for place, (shape, dtype) in self.shapes().items()
         }
 
     def shapes(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-        """The shape and the dtype of one sample's tensors, by place."""
+        """Return the shape and the dtype of one sample's tensors, by place."""
         return {place: (shape, _DTYPES[dtype]) for place, (dtype, shape) in self.leaves.items()}

@@ -95,7 +95,7 @@ class Records:
         return records
 
     def packed_sums(self) -> Tensor:
-        """The checksums as int64, which files of tensors know."""
+        """Return the checksums as int64, which files of tensors know."""
         return torch.from_numpy(self.sums.view(np.int64).copy())
 
     def read(self, slots: Tensor) -> dict[str, Tensor]:
@@ -176,7 +176,7 @@ def _reserve(file: BinaryIO, size: int) -> None:
 
 
 def _bytes(leaf: Tensor) -> NDArray[np.uint8]:
-    """[n, *shape] as [n, bytes of one]."""
+    """Return [n, *shape] as [n, bytes of one]."""
     plain = leaf.resolve_conj().resolve_neg().contiguous()
     data: NDArray[np.uint8] = plain.view(-1).view(torch.uint8).numpy()
     return data.reshape(len(leaf), plain[:1].nbytes)

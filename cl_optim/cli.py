@@ -221,19 +221,20 @@ def _add_report(parser: argparse.ArgumentParser) -> None:
 def _report(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> int:
     if arguments.png is not None and importlib.util.find_spec("matplotlib") is None:
         parser.error("--png needs matplotlib: pip install 'cl-optim[demo]'.")
-    from cl_optim.importance.report import report_data, write_csv, write_json
+    from cl_optim.importance.report.data import report_data
+    from cl_optim.importance.report.figures import write_csv, write_json
 
     try:
         with _warnings_as_sentences(parser.prog):
             data = report_data(cl_optim.ImportanceLog(arguments.path, mode="r"))
         written = []
         if arguments.out is not None:
-            from cl_optim.importance.report import write_html
+            from cl_optim.importance.report.html import write_html
 
             write_html(data, arguments.out)
             written.append(arguments.out)
         if arguments.png is not None:
-            from cl_optim.importance.report import write_png
+            from cl_optim.importance.report.pictures import write_png
 
             arguments.png.mkdir(parents=True, exist_ok=True)
             written += write_png(data, arguments.png)
@@ -249,7 +250,7 @@ def _report(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> i
     else:
         from rich.console import Console
 
-        from cl_optim.importance.report import render_text
+        from cl_optim.importance.report.text import render_text
 
         if isinstance(sys.stdout, io.TextIOWrapper):
             sys.stdout.reconfigure(errors="replace")  # names that the terminal cannot show

@@ -30,7 +30,7 @@ from cl_optim.demo.report import Results
 from cl_optim.demo.scenarios import Split, Task
 from cl_optim.demo.sweep import Score
 from cl_optim.demo.train import Config, DivergedError, Run, train
-from cl_optim.importance.report import report_data
+from cl_optim.importance.report.data import report_data
 
 DOCS = Path(__file__).parent.parent / "docs"
 TINY = Config(tasks=2, epochs=1, hidden=32, batch_size=64)

@@ -28,7 +28,9 @@ from cl_optim.importance.codecs import NAMES
 from cl_optim.importance.errors import DamagedError, LockedError, LogError
 from cl_optim.importance.manifest import FILE, SEAL, VERSION, locked
 from cl_optim.importance.names import compare_names
-from cl_optim.importance.report import report_data, write_csv, write_html, write_json
+from cl_optim.importance.report.data import report_data
+from cl_optim.importance.report.figures import write_csv, write_json
+from cl_optim.importance.report.html import write_html
 
 
 def contents(folder: Path) -> dict[str, bytes]:

@@ -13,7 +13,9 @@ from torch.utils.tensorboard import SummaryWriter
 
 from cl_optim import GEM, EWCAdamW, ImportanceLog
 from cl_optim.importance import watch
-from cl_optim.importance.report import report_data, write_json, write_png
+from cl_optim.importance.report.data import report_data
+from cl_optim.importance.report.figures import write_json
+from cl_optim.importance.report.pictures import write_png
 from cl_optim.importance.watch import read
 
 

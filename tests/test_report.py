@@ -21,15 +21,11 @@ from PIL import Image
 from rich.console import Console
 
 from cl_optim import Importance, ImportanceLog, cli
-from cl_optim.importance.report import (
-    render_html,
-    render_text,
-    report_data,
-    write_csv,
-    write_json,
-    write_png,
-)
-from cl_optim.importance.report.figures import csv_cell
+from cl_optim.importance.report.data import report_data
+from cl_optim.importance.report.figures import csv_cell, write_csv, write_json
+from cl_optim.importance.report.html import render_html
+from cl_optim.importance.report.pictures import write_png
+from cl_optim.importance.report.text import render_text
 
 NASTY = "</script><b>$x_1$ & \u2028 “quoted” 《style》"
 

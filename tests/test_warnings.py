@@ -21,8 +21,7 @@ from cl_optim.importance.importance import _UNSEALED_FORMAT
 from cl_optim.importance.manifest import FILE
 from cl_optim.ops import library, squared_grad
 from cl_optim.ops.warn import warn
-from cl_optim.retention import Evaluation, RetentionGuard
-from cl_optim.retention.checkpoint import Checkpoints
+from cl_optim.retention import Checkpoints, Evaluation, RetentionGuard
 
 PACKAGE = Path(cl_optim.__file__).parent
 

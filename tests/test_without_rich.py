@@ -10,8 +10,10 @@ import pytest
 SETUP = """
 import sys
 sys.modules["rich"] = None  # an import of it fails
-import torch, cl_optim, cl_optim.importance.report, cl_optim.integrations
-from cl_optim.importance.report import render_text, report_data, write_csv, write_html
+import torch, cl_optim, cl_optim.integrations
+from cl_optim.importance.report.data import report_data
+from cl_optim.importance.report.figures import write_csv
+from cl_optim.importance.report.text import render_text
 from cl_optim.retention import CSVLogger, Evaluation, RetentionGuard, RichLogger, diagnose
 """
 REMEDY = 'needs rich: pip install "cl-optim[cli]"'
@@ -41,7 +43,7 @@ repr(report)
 log = cl_optim.ImportanceLog("log")
 log.record("a", cl_optim.Importance({"weight": torch.ones(2, 2)}, 1))
 log.report("page.html")
-write_csv(report_data(log), __import__("pathlib").Path("figures.csv"))
+write_csv(report_data(log), log.path / "figures.csv")
 print(diagnose(["a b"], ["b c"]))
 """,
         tmp_path,

@@ -390,7 +390,8 @@ class ImportanceLog:
 
     def report(self, path: str | os.PathLike[str]) -> None:
         """Write the report, one self-contained HTML page."""
-        from cl_optim.importance.report import report_data, write_html
+        from cl_optim.importance.report.data import report_data
+        from cl_optim.importance.report.html import write_html
 
         write_html(report_data(self), Path(path))
 
@@ -400,7 +401,7 @@ class ImportanceLog:
         Args:
             writer: A ``torch.utils.tensorboard.SummaryWriter``, or what has its ``add_scalar``.
         """
-        from cl_optim.importance.report import add_log
+        from cl_optim.importance.report.tensorboard import add_log
 
         add_log(self, writer)
 

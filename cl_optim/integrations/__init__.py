@@ -4,4 +4,7 @@
 Trainer as ``optimizers=(optimizer, None)``, returned by Lightning's ``configure_optimizers()``, and
 prepared by Accelerate. What Accelerate and the Trainer wrap them in (``trainer.optimizer``) has
 them as its ``.optimizer``: call ``consolidate()`` and ``remember()`` there.
+
+Public are ``huggingface.RetentionCallback``, ``lightning.RetentionCallback`` and
+``accelerate.retention_guard``. It may import everything below, and uses ``cl_optim.retention`` only.
 """

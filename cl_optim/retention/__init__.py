@@ -6,30 +6,20 @@ and what else is in them is internal. It may import ``cl_optim.optim``, ``cl_opt
 """
 
 from cl_optim.retention import adapters
-from cl_optim.retention.checkpoint import (
-    CheckpointError,
-    Checkpoints,
-    CheckpointWarning,
-    DataStream,
-    Stateful,
-)
-from cl_optim.retention.diagnosis import Conflict, Diagnosis, LabelDrift, diagnose, read_corpus
-from cl_optim.retention.guard import (
-    Check,
-    CSVLogger,
-    Evaluation,
-    LambdaController,
-    Logger,
-    Measured,
-    Report,
-    RetentionGuard,
-    RetentionWarning,
-    RichLogger,
-    TensorBoardLogger,
-    quantized,
-)
+from cl_optim.retention.checkpoint.checkpoints import Checkpoints, CheckpointWarning
+from cl_optim.retention.checkpoint.parts import CheckpointError, Stateful
+from cl_optim.retention.checkpoint.stream import DataStream
+from cl_optim.retention.diagnosis.compare import diagnose
+from cl_optim.retention.diagnosis.corpora import read_corpus
+from cl_optim.retention.diagnosis.findings import Conflict, Diagnosis, LabelDrift
+from cl_optim.retention.guard.controller import LambdaController
+from cl_optim.retention.guard.evaluation import Check, Evaluation, Measured
+from cl_optim.retention.guard.guard import RetentionGuard, RetentionWarning
+from cl_optim.retention.guard.loggers import CSVLogger, Logger, RichLogger, TensorBoardLogger
+from cl_optim.retention.guard.quantize import quantized
+from cl_optim.retention.guard.report import Report
 from cl_optim.retention.progressive import Growth, ProgressiveNetwork
-from cl_optim.retention.replay import MixedLoader, ReplayBuffer
+from cl_optim.retention.replay.buffer import MixedLoader, ReplayBuffer
 
 __all__ = [
     "CSVLogger",

@@ -6,12 +6,12 @@ import html
 import json
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 from cl_optim.importance.files import whole
-from cl_optim.importance.report.data import Data
 
 
-def render_html(data: Data) -> str:
+def render_html(data: dict[str, Any]) -> str:
     """Return the page: template, style, script and figures in one."""
     page = resources.files("cl_optim.importance.report") / "page"
     template, style, script = (
@@ -33,7 +33,7 @@ def render_html(data: Data) -> str:
     return "".join(filled)
 
 
-def write_html(data: Data, path: Path) -> None:
+def write_html(data: dict[str, Any], path: Path) -> None:
     """Write the page."""
     with whole(path) as file:
         file.write_text(render_html(data), encoding="utf-8")

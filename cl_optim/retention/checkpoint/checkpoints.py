@@ -16,12 +16,20 @@ from cl_optim.importance.files import fsync_folder
 from cl_optim.ops.checks import check_whole
 from cl_optim.ops.warn import warn
 from cl_optim.retention import sealed_torch
-from cl_optim.retention.checkpoint.errors import CheckpointError, CheckpointWarning
-from cl_optim.retention.checkpoint.parts import Stateful, check_part
-from cl_optim.retention.checkpoint.random_state import check_rng_state, rng_state, set_rng_state
+from cl_optim.retention.checkpoint.parts import (
+    CheckpointError,
+    Stateful,
+    check_part,
+    check_rng_state,
+)
+from cl_optim.retention.checkpoint.random_state import rng_state, set_rng_state
 
 _FORMAT = "cl_optim.Checkpoint/2"
 _NAME = re.compile(r"step-(\d{12})\.pt")
+
+
+class CheckpointWarning(UserWarning):
+    """A checkpoint could not be read, and an older one was taken."""
 
 
 class Checkpoints:

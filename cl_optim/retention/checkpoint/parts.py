@@ -1,15 +1,20 @@
-"""The parts of a run, and whether a saved state fits them: compared before anything is changed."""
+"""The parts of a run, and whether what was saved fits them: told before anything is changed."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import random
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol, runtime_checkable
 
+import numpy as np
 import torch
 from torch import nn
 
 from cl_optim.ops.checks import check_groups
-from cl_optim.retention.checkpoint.errors import CheckpointError
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint cannot be written, or none can be read; the message says why."""
 
 
 @runtime_checkable
@@ -66,3 +71,28 @@ def _check_module(name: str, module: nn.Module, saved: Mapping[str, Any]) -> Non
                 f"the checkpoint belongs to another {name}: {key!r} has shape "
                 f"{tuple(saved[key].shape)} there, {tuple(value.shape)} here."
             )
+
+
+def check_rng_state(state: Mapping[str, Any]) -> None:
+    """Raise CheckpointError if ``set_rng_state`` would refuse the state."""
+    kind, keys, *rest = state["numpy"]
+    numpy_state = (kind, keys.numpy().astype(np.uint32), *rest)
+    attempts: dict[str, Callable[[], object]] = {
+        "python": lambda: random.Random().setstate(state["python"]),
+        "numpy": lambda: np.random.RandomState().set_state(numpy_state),
+        "torch": lambda: torch.Generator().set_state(state["torch"]),
+    }
+    for name, attempt in attempts.items():
+        try:
+            attempt()
+        except (LookupError, RuntimeError, TypeError, ValueError) as error:
+            raise CheckpointError(
+                f"the checkpoint's random state of {name} does not fit this version of it: "
+                f"{error}; nothing has been restored."
+            ) from None
+    if len(state["cuda"]) > torch.cuda.device_count():
+        raise CheckpointError(
+            f"the checkpoint has random states of {len(state['cuda'])} GPUs, here there are "
+            f"{torch.cuda.device_count()}: restore it where there are as many, or load what you "
+            "need of torch.load(path, weights_only=True)['parts']."
+        )

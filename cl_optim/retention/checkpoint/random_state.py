@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import torch
-
-from cl_optim.retention.checkpoint.errors import CheckpointError
 
 
 def rng_state() -> dict[str, Any]:
@@ -35,28 +33,3 @@ def set_rng_state(state: Mapping[str, Any]) -> None:
     torch.set_rng_state(state["torch"])
     if state["cuda"]:
         torch.cuda.set_rng_state_all(state["cuda"])
-
-
-def check_rng_state(state: Mapping[str, Any]) -> None:
-    """Raise CheckpointError if :func:`set_rng_state` would refuse the state."""
-    kind, keys, *rest = state["numpy"]
-    numpy_state = (kind, keys.numpy().astype(np.uint32), *rest)
-    attempts: dict[str, Callable[[], object]] = {
-        "python": lambda: random.Random().setstate(state["python"]),
-        "numpy": lambda: np.random.RandomState().set_state(numpy_state),
-        "torch": lambda: torch.Generator().set_state(state["torch"]),
-    }
-    for name, attempt in attempts.items():
-        try:
-            attempt()
-        except (LookupError, RuntimeError, TypeError, ValueError) as error:
-            raise CheckpointError(
-                f"the checkpoint's random state of {name} does not fit this version of it: "
-                f"{error}; nothing has been restored."
-            ) from None
-    if len(state["cuda"]) > torch.cuda.device_count():
-        raise CheckpointError(
-            f"the checkpoint has random states of {len(state['cuda'])} GPUs, here there are "
-            f"{torch.cuda.device_count()}: restore it where there are as many, or load what you "
-            "need of torch.load(path, weights_only=True)['parts']."
-        )

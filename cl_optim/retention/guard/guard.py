@@ -14,7 +14,8 @@ from torch import nn
 from cl_optim.ops.checks import check_whole
 from cl_optim.ops.warn import warn
 from cl_optim.optim.gem import GEM
-from cl_optim.retention.checkpoint import Checkpoints, Stateful
+from cl_optim.retention.checkpoint.checkpoints import Checkpoints
+from cl_optim.retention.checkpoint.parts import Stateful
 from cl_optim.retention.guard.controller import LambdaController, largest_lambda
 from cl_optim.retention.guard.evaluation import Check, Evaluation
 from cl_optim.retention.guard.judge import Judge, packed
@@ -116,7 +117,9 @@ class RetentionGuard:
         raise_by: float = 3.0,
         limit: float = 1000.0,
     ) -> None:
-        self._judge = Judge(evaluations, threshold, useful, quantize)
+        self._judge = Judge(evaluations, useful, quantize)
+        if not 0.0 < threshold < 1.0:
+            raise ValueError(f"threshold must be between 0 and 1, both excluded, not {threshold}.")
         check_whole("every", every)
         self._actions = _check_actions(on_breach)
         if "rollback" in self._actions and folder is None:
@@ -128,6 +131,7 @@ class RetentionGuard:
             )
         self.model = model
         self.optimizer = optimizer
+        self.threshold = threshold
         self.every = every
         self.loggers = tuple(loggers)
         self.history: list[Check] = []
@@ -229,7 +233,9 @@ class RetentionGuard:
         check = self._compare(self._judge.measure(self.model))
         if check.breached:
             check = self._act(check)
-        elif self._controller is not None and self._judge.is_safe(check):
+        elif self._controller is not None and not self._judge.breached(
+            check.measured, self.threshold / 2
+        ):
             self._controller.relax()
         self._record(check)
         if not check.breached:
@@ -239,7 +245,7 @@ class RetentionGuard:
     def report(self) -> Report:
         """Say what is retained of each task, what was learned, where it stopped, what is next."""
         self._require_started()
-        return Report.of(self.history, self._judge.threshold, self._judge.wanted)
+        return Report.of(self.history, self.threshold, self._judge.wanted)
 
     def state_dict(self) -> dict[str, Any]:
         """Return steps, baselines, history and the controller's factor, as JSON can hold them.
@@ -306,7 +312,9 @@ class RetentionGuard:
             raise RuntimeError("the guard has no baselines yet: call start(), or resume(), first.")
 
     def _compare(self, values: Mapping[str, float]) -> Check:
-        return self._judge.check(self.steps, values, self.baselines, largest_lambda(self.optimizer))
+        measured = self._judge.compare(values, self.baselines)
+        breached = self._judge.breached(measured, self.threshold)
+        return Check(self.steps, measured, breached, largest_lambda(self.optimizer))
 
     def _record(self, check: Check) -> None:
         self.history.append(check)

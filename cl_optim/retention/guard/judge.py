@@ -22,14 +22,12 @@ class Judge:
 
     Args:
         evaluations: As for :class:`~cl_optim.retention.RetentionGuard`, as are the others.
-        threshold: The relative loss that is too much.
         useful: Old tasks whose forgetting is wanted.
         quantize: A format: everything is measured on a copy of the model in it, too.
 
     Attributes:
-        threshold: As above.
-        wanted: The evaluations of useful tasks, quantized or not.
         names: Those of all evaluations.
+        wanted: Those of useful tasks, quantized or not.
 
     Raises:
         ValueError: An argument is out of range, or two do not go together.
@@ -39,15 +37,11 @@ class Judge:
     def __init__(
         self,
         evaluations: Iterable[Evaluation],
-        threshold: float,
         useful: Iterable[str],
         quantize: Quantize | torch.dtype | None,
     ) -> None:
         self._plain = _checked(evaluations)
         useful = _checked_useful(useful, self._plain)
-        if not 0.0 < threshold < 1.0:
-            raise ValueError(f"threshold must be between 0 and 1, both excluded, not {threshold}.")
-        self.threshold = threshold
         self._quantize = None if quantize is None else check_quantize(quantize)
         self._quantized = (
             []
@@ -90,44 +84,39 @@ class Judge:
                     f"{rule if guarded else 'finite'}; it is {value}."
                 )
 
-    def check(
-        self,
-        step: int,
-        values: Mapping[str, float],
-        baselines: Mapping[str, float],
-        ewc_lambda: float | None,
-    ) -> Check:
-        """Compare what was measured at a step with the baselines, both by an evaluation's name."""
+    def breached(self, measured: Iterable[Measured], threshold: float) -> tuple[str, ...]:
+        """Name the guarded tasks that lost more than a threshold, and what is not finite."""
+        return tuple(
+            one.evaluation.name
+            for one in measured
+            if not math.isfinite(one.value)  # training diverged, whatever the task
+            or (self._guards(one.evaluation) and one.loss > threshold)
+        )
+
+    def compare(
+        self, values: Mapping[str, float], baselines: Mapping[str, float]
+    ) -> tuple[Measured, ...]:
+        """Compare what was measured with the baselines, both by an evaluation's name."""
         measured = []
         for evaluation in self._all:
             value, baseline = values[evaluation.name], baselines[evaluation.name]
             loss = evaluation.relative_loss(value, baseline)
             measured.append(Measured(evaluation, value, baseline, loss))
-        breached = tuple(
-            one.evaluation.name
-            for one in measured
-            if not math.isfinite(one.value)  # training diverged, whatever the task
-            or (self._guards(one.evaluation) and one.loss > self.threshold)
-        )
-        return Check(step, tuple(measured), breached, ewc_lambda)
-
-    def is_safe(self, check: Check) -> bool:
-        """Return whether no guarded task has lost more than half the threshold."""
-        return all(
-            one.loss <= self.threshold / 2 for one in check.measured if self._guards(one.evaluation)
-        )
+        return tuple(measured)
 
     def _guards(self, evaluation: Evaluation) -> bool:
         return evaluation.role == "old" and evaluation.name not in self.wanted
 
     def unpacked(self, check: Mapping[str, Any], baselines: Mapping[str, float]) -> Check:
         """Return the check that :func:`packed` made plain data of."""
-        return replace(
-            self.check(check["step"], check["values"], baselines, check["ewc_lambda"]),
-            breached=tuple(check["breached"]),
-            action=check["action"],
-            rolled_back_to=check["rolled_back_to"],
-            stopped=check["stopped"],
+        return Check(
+            check["step"],
+            self.compare(check["values"], baselines),
+            tuple(check["breached"]),
+            check["ewc_lambda"],
+            check["action"],
+            check["rolled_back_to"],
+            check["stopped"],
         )
 
 

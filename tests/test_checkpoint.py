@@ -24,8 +24,8 @@ from cl_optim.retention import (
     CheckpointWarning,
     DataStream,
     ReplayBuffer,
-    checkpoint,
 )
+from cl_optim.retention.checkpoint import checkpoints
 from cl_optim.retention.checkpoint.random_state import rng_state
 
 
@@ -301,7 +301,7 @@ def test_random_states_that_do_not_fit_are_refused_before_anything_is_loaded(
 ):
     run = Run(tmp_path)
     state = rng_state()
-    monkeypatch.setattr(checkpoint, "rng_state", lambda: {**state, **change(state)})
+    monkeypatch.setattr(checkpoints, "rng_state", lambda: {**state, **change(state)})
     run.checkpoints.save(0)
     monkeypatch.undo()
     before = run.train(1).bits()

@@ -245,7 +245,7 @@ class ReplayBuffer:
         try:
             leaves = self._store.read(slots)
         except DamagedError as error:
-            if self._folder is not None and self._folder.held:
+            if self._folder is not None and self._folder.is_held:
                 raise
             raise DamagedError(
                 f"{error} Or samples were added to it since this copy of it was made: copy it anew."
@@ -396,7 +396,7 @@ class ReplayBuffer:
             "policy": self.policy,
             "owed": self._owed,
             "layout": self._layout.dumps() if self._layout else "",
-            "drawing": self._draws.get_state(),
+            "drawing": self._draws.generator.get_state(),
             **self._slots.state_dict(),
         }
 
@@ -416,7 +416,7 @@ class ReplayBuffer:
         self._layout, self._store = layout, store
         self._owed = state["owed"]
         self._slots.load_state_dict(state)
-        self._draws.set_state(state["drawing"])
+        self._draws.generator.set_state(state["drawing"].cpu())
 
     def _open(self, folder: Folder) -> None:
         state = folder.load()

@@ -131,10 +131,13 @@ class Draws:
 
     Args:
         seed: Of the draws.
+
+    Attributes:
+        generator: What they come from outside of workers.
     """
 
     def __init__(self, seed: int) -> None:
-        self._generator = _Generator().manual_seed(seed)
+        self.generator = _Generator().manual_seed(seed)
         self._worker_seed: int | None = None  # of the DataLoader's worker that this is in
 
     def distinct(self, n: int, below: int) -> Tensor:
@@ -156,17 +159,9 @@ class Draws:
         worker = get_worker_info()
         if worker is not None and worker.seed != self._worker_seed:
             self._worker_seed = worker.seed
-            own = int(torch.randint(1 << 62, (), generator=self._generator, device="cpu"))
-            self._generator.manual_seed(own ^ worker.seed)
-        return self._generator
-
-    def get_state(self) -> Tensor:
-        """Return the generator's state."""
-        return self._generator.get_state()
-
-    def set_state(self, state: Tensor) -> None:
-        """Go on from what :meth:`get_state` returned."""
-        self._generator.set_state(state.cpu())
+            own = int(torch.randint(1 << 62, (), generator=self.generator, device="cpu"))
+            self.generator.manual_seed(own ^ worker.seed)
+        return self.generator
 
 
 def _any(n: int, below: int, generator: torch.Generator) -> Tensor:

@@ -47,7 +47,7 @@ class Folder:
         return str(self.path)
 
     @property
-    def held(self) -> bool:
+    def is_held(self) -> bool:
         """Whether the lock is this object's."""
         return self._lock is not None and self._lock.held
 

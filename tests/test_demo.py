@@ -32,7 +32,7 @@ from cl_optim.demo.sweep import Score
 from cl_optim.demo.train import Config, DivergedError, Run, train
 from cl_optim.importance.report.data import report_data
 
-DOCS = Path(__file__).parent.parent / "docs"
+RESULTS = Path(__file__).parent.parent / "bench" / "results"
 TINY = Config(tasks=2, epochs=1, hidden=32, batch_size=64)
 TINY_EXPERIMENT = replace(PERMUTED_DIGITS, config=TINY)
 PERMUTED = {method.key: method for method in PERMUTED_DIGITS.methods}
@@ -432,7 +432,7 @@ class TestSweep:
         ids=lambda experiment: experiment.key,
     )
     def test_the_settings_in_the_code_are_those_that_the_sweep_chose(self, experiment: Experiment):
-        record = json.loads((DOCS / f"sweep-{experiment.key}.json").read_text())
+        record = json.loads((RESULTS / f"sweep-{experiment.key}.json").read_text())
         kinds = {method.key: type(method) for method in experiment.methods}
         scores = [
             Score(

@@ -1,8 +1,8 @@
 """What the demo can run: data, tasks, methods, and the settings that the sweep chose for each.
 
-Every lr and λ below is what ``cl-optim demo --sweep --out docs`` found for the experiment, with
-``--scenario`` and ``--data`` as in its key; sweep.py has the rule, docs/sweep-*.md the grids. The
-sweep sees neither the test split nor the seeds that are reported.
+Every lr and λ below is what ``cl-optim demo --sweep --out bench/results`` found for the experiment,
+with ``--scenario`` and ``--data`` as in its key; sweep.py has the rule, bench/results/sweep-*.md the
+grids. The sweep sees neither the test split nor the seeds that are reported.
 """
 
 from __future__ import annotations

@@ -1,5 +1,11 @@
+import sys
+from pathlib import Path
+
 import pytest
 import torch
+
+# For `bench.retention`; at the end, so that a cl_optim that is installed comes first.
+sys.path.append(str(Path(__file__).parents[1]))
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import importlib.util
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
 import cl_optim
+from bench.retention import __main__ as retention
 from cl_optim import cli
 from cl_optim.demo import commands
 from cl_optim.demo.train import DivergedError
@@ -31,18 +33,10 @@ ROOT = Path(__file__).parent.parent
         (["demo", "--tasks", "1"], "--tasks: must be a whole number from 2 to 50, not '1'"),
         (["demo", "--epochs", "-3"], "--epochs: must be a whole number from 1 to 1000, not '-3'"),
         (["demo", "--epochs", "2.5"], "not '2.5'"),
-        (["demo", "--data", "mnist"], "'mnist'"),
         (["demo", "--scenario", "class"], "'class'"),
-        (["demo", "--data-dir", "x"], "--data-dir goes with --data fashion-mnist"),
-        (["demo", "--data", "fashion-mnist", "--data-dir", "x"], "does not exist"),
         (["demo", "--scenario", "split", "--tasks", "3"], "cannot be split into 3 equal tasks"),
         (["demo", "--lambda=1"], "unrecognized arguments: --lambda=1"),
-        (["demo", "txet"], "'txet'"),
-        (["demo", "text", "--seeds", "0"], "--seeds: must be a whole number from 1 to 1000"),
-        (["demo", "text", "--width", "6"], "--width must be a multiple of 4, not 6"),
-        (["demo", "text", "old.txt"], "give both texts, OLD and NEW, or none"),
-        (["demo", "text", "old.txt", "new.txt"], "cannot read text old.txt: No such file"),
-        (["demo", "text", "/dev/null", "/dev/null"], "must have at least 81,920 bytes"),
+        (["demo", "text"], "unrecognized arguments: text"),
         (["info", "--seeds", "1"], "unrecognized arguments: --seeds 1"),
     ],
 )
@@ -51,14 +45,43 @@ def test_a_wrong_argument_is_one_sentence(arguments, message, capsys, tmp_path, 
     assert refused(arguments, capsys).count(message) == 1
 
 
-def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "required: COMMAND"),
+        (["run"], "required: SCENARIO"),
+        (["run", "class"], "'class'"),
+        (["run", "split", "--data", "mnist"], "'mnist'"),
+        (["run", "split", "--data-dir", "x"], "--data-dir goes with --data fashion-mnist"),
+        (["run", "split", "--data", "fashion-mnist", "--data-dir", "x"], "does not exist"),
+        (["sweep", "formats"], "scenario formats has no sweep"),
+        (["published", "--seeds", "1"], "--seeds: must be a whole number from 2 to 1000, not '1'"),
+        (["text", "--seeds", "0"], "--seeds: must be a whole number from 1 to 1000"),
+        (["text", "--width", "6"], "--width must be a multiple of 4, not 6"),
+        (["text", "old.txt"], "give both texts, OLD and NEW, or none"),
+        (["text", "old.txt", "new.txt"], "cannot read text old.txt: No such file"),
+        (["text", "/dev/null", "/dev/null"], "must have at least 81,920 bytes"),
+    ],
+)
+def test_so_it_is_of_experiments(arguments, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    error = refused(arguments, capsys, retention.main, "python -m bench.retention")
+    assert error.count(message) == 1
+
+
+def refused(
+    arguments: list[str],
+    capsys: pytest.CaptureFixture[str],
+    main: Callable[[list[str]], int] = cli.main,
+    program: str = "cl-optim",
+) -> str:
     """The one line on stderr of a command that must not run."""
     with pytest.raises(SystemExit) as exit_:
-        cli.main(arguments)
+        main(arguments)
     out, err = capsys.readouterr()
     assert exit_.value.code == 2
     assert out == ""
-    assert err.startswith("cl-optim")
+    assert err.startswith(program)
     assert err.count("\n") == 1
     return err
 

@@ -14,21 +14,18 @@ import torch
 from scipy import stats
 from torch import nn
 
+from bench.retention import __main__ as retention
+from bench.retention import commands, sweep
+from bench.retention.experiments import EXPERIMENTS, GEM_DIGITS
+from bench.retention.grids import GRIDS, Grid, sweep_seeds
+from bench.retention.sweep import Score
 from cl_optim import ImportanceLog, cli
-from cl_optim.demo import experiments, metrics, scenarios, sweep
-from cl_optim.demo.experiments import (
-    EXPERIMENTS,
-    GEM_DIGITS,
-    PERMUTED_DIGITS,
-    SPLIT_DIGITS,
-    Experiment,
-    Grid,
-)
+from cl_optim.demo import experiments, metrics, scenarios
+from cl_optim.demo.experiments import PERMUTED_DIGITS, SPLIT_DIGITS, Experiment
 from cl_optim.demo.methods import MEMORY_SAMPLES, Learner, Method, Protected, Remembering
 from cl_optim.demo.metrics import Interval
 from cl_optim.demo.report import Results
 from cl_optim.demo.scenarios import Split, Task
-from cl_optim.demo.sweep import Score
 from cl_optim.demo.train import Config, DivergedError, Run, train
 from cl_optim.importance.report.data import report_data
 
@@ -420,15 +417,16 @@ class TestSweep:
         assert math.isnan(sweep.score(method, TINY_EXPERIMENT, data, seeds=1).acc)
 
     def test_edges_are_noted(self):
-        grid = next(grid for grid in PERMUTED_DIGITS.grids if grid.method.key == "l2-sp")
+        grids = GRIDS[PERMUTED_DIGITS.key]
+        grid = next(grid for grid in grids if grid.method.key == "l2-sp")
         method = replace(PERMUTED["l2-sp"], lr=grid.lrs[0], ewc_lambda=grid.lambdas[-1])
-        assert sweep.at_edge(method, PERMUTED_DIGITS) == ["lr", "λ"]
+        assert sweep.at_edge(method, grids) == ["lr", "λ"]
         method = replace(method, lr=grid.lrs[1], ewc_lambda=grid.lambdas[1])
-        assert sweep.at_edge(method, PERMUTED_DIGITS) == []
+        assert sweep.at_edge(method, grids) == []
 
     @pytest.mark.parametrize(
         "experiment",
-        [experiment for experiment in EXPERIMENTS if experiment.grids],
+        [e for data in EXPERIMENTS.values() for e in data if e.key in GRIDS],
         ids=lambda experiment: experiment.key,
     )
     def test_the_settings_in_the_code_are_those_that_the_sweep_chose(self, experiment: Experiment):
@@ -441,8 +439,10 @@ class TestSweep:
             )
             for score in record["scores"]
         ]
-        assert {s.method for s in scores} == {m for g in experiment.grids for m in g.candidates()}
-        assert len(record["seeds"]) == experiment.sweep_seeds
+        assert {s.method for s in scores} == {
+            m for g in GRIDS[experiment.key] for m in g.candidates()
+        }
+        assert len(record["seeds"]) == sweep_seeds(experiment)
         chosen = sweep.choose(scores, experiment.learning_loss)
         assert set(chosen.values()) == set(experiment.methods)
 
@@ -507,9 +507,9 @@ class TestCommands:
     def test_demo_of_gem(self, tmp_path, capsys, monkeypatch):
         methods = tuple(GEM[key] for key in ("adamw", "gem-10", "a-gem-10"))
         tiny = replace(GEM_DIGITS, methods=methods, config=TINY)
-        monkeypatch.setattr(experiments, "EXPERIMENTS", [PERMUTED_DIGITS, tiny])
-        arguments = ["demo", "--scenario", "gem", "--seeds", "1", "--tasks", "3"]
-        assert cli.main([*arguments, "--out", str(tmp_path)]) == 0
+        monkeypatch.setitem(EXPERIMENTS, "digits", (PERMUTED_DIGITS, tiny))
+        arguments = ["run", "gem", "--seeds", "1", "--tasks", "3"]
+        assert retention.main([*arguments, "--out", str(tmp_path)]) == 0
         assert not list(tmp_path.glob("permuted*"))
         text = capsys.readouterr().out
         record = json.loads((tmp_path / "gem-permuted-digits.json").read_text())
@@ -524,11 +524,9 @@ class TestCommands:
         assert "ACC(GEM every 10) − ACC(AdamW) = " in text
 
     def test_no_gem_on_fashion_mnist(self, tmp_path, capsys, monkeypatch):
-        monkeypatch.setattr("cl_optim.demo.fashion_mnist.fashion_mnist", lambda folder: None)
+        monkeypatch.setattr(commands, "fashion_mnist", lambda folder: None)
         with pytest.raises(SystemExit):
-            cli.main(
-                ["demo", "--data", "fashion-mnist", "--scenario", "gem", "--out", str(tmp_path)]
-            )
+            retention.main(["run", "gem", "--data", "fashion-mnist", "--out", str(tmp_path)])
         assert "there is no scenario gem for --data fashion-mnist" in capsys.readouterr().err
 
     def test_sweep(self, tmp_path, capsys, monkeypatch):
@@ -536,10 +534,10 @@ class TestCommands:
             Grid(PERMUTED["adamw"], (1e-3, 1e-2)),
             Grid(PERMUTED["ewc-gradient"], (1e-2,), (1.0, 1e7)),
         )
-        tiny = replace(TINY_EXPERIMENT, grids=grids)
-        monkeypatch.setattr(experiments, "EXPERIMENTS", [tiny])
-        arguments = ["demo", "--sweep", "--seeds", "1", "--tasks", "2", "--epochs", "1"]
-        assert cli.main([*arguments, "--out", str(tmp_path)]) == 0
+        monkeypatch.setitem(GRIDS, TINY_EXPERIMENT.key, grids)
+        monkeypatch.setitem(EXPERIMENTS, "digits", (TINY_EXPERIMENT,))
+        arguments = ["sweep", "permuted", "--seeds", "1", "--tasks", "2", "--epochs", "1"]
+        assert retention.main([*arguments, "--out", str(tmp_path)]) == 0
         text = capsys.readouterr().out
         record = json.loads((tmp_path / "sweep-permuted-digits.json").read_text())
         assert record["seeds"] == [1000]

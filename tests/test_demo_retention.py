@@ -10,9 +10,12 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from cl_optim import cli
-from cl_optim.demo import experiments, metrics, published, scenarios
-from cl_optim.demo.experiments import RETENTION_DIGITS, SPLIT_DIGITS
+from bench.retention import __main__ as retention
+from bench.retention import published
+from bench.retention.experiments import EXPERIMENTS, RETENTION_DIGITS
+from bench.retention.retention_table import fwt
+from cl_optim.demo import metrics, scenarios
+from cl_optim.demo.experiments import PERMUTED_DIGITS, SPLIT_DIGITS
 from cl_optim.demo.train import Config, network, train
 
 METHODS = {method.key: method for method in RETENTION_DIGITS.methods}
@@ -26,8 +29,8 @@ def scenario():
 
 def test_forward_transfer_by_hand():
     r = np.array([[0.9, 0.6, 0.2], [0.8, 0.8, 0.7], [0.7, 0.7, 0.9]])
-    assert metrics.fwt(r, np.array([0.1, 0.5, 0.4])) == pytest.approx((0.1 + 0.3) / 2)
-    assert metrics.fwt(r[:1, :1], np.array([0.5])) == 0
+    assert fwt(r, np.array([0.1, 0.5, 0.4])) == pytest.approx((0.1 + 0.3) / 2)
+    assert fwt(r[:1, :1], np.array([0.5])) == 0
 
 
 def test_what_a_run_records(scenario):
@@ -97,17 +100,15 @@ def test_replay_remembers():
 def test_command_and_table(tmp_path, capsys, monkeypatch):
     methods = tuple(METHODS[k] for k in ("adamw", "gem-10", "replay", "ewc-replay", "progressive"))
     tiny = replace(RETENTION_DIGITS, methods=methods, config=TINY)
-    monkeypatch.setattr(experiments, "EXPERIMENTS", [tiny])
-    arguments = ["demo", "--scenario", "retention", "--seeds", "2"]
-    assert cli.main([*arguments, "--out", str(tmp_path)]) == 0
+    monkeypatch.setitem(EXPERIMENTS, "digits", (tiny,))
+    arguments = ["run", "retention", "--seeds", "2"]
+    assert retention.main([*arguments, "--out", str(tmp_path)]) == 0
     text = capsys.readouterr().out
     record = json.loads((tmp_path / "retention-split-digits.json").read_text())
     for method in methods:
         runs = [run for run in record["runs"] if run["method"]["key"] == method.key]
         row = next(line for line in text.splitlines() if line.startswith(f" {method.label}  "))
-        transfer = np.mean(
-            [metrics.fwt(np.array(r["matrix"]), np.array(r["initial"])) for r in runs]
-        )
+        transfer = np.mean([fwt(np.array(r["matrix"]), np.array(r["initial"])) for r in runs])
         assert f" {100 * transfer:+.1f} ± " in row
         assert f" {runs[0]['parameters']:,} " in row
     assert "GEM keeps 16 samples" in " ".join(text.split())
@@ -116,8 +117,9 @@ def test_command_and_table(tmp_path, capsys, monkeypatch):
 def test_bench_prints_published_beside_measured(tmp_path, capsys, monkeypatch):
     methods = tuple(m for m in SPLIT_DIGITS.methods if m.key in ("adamw", "ewc-gradient"))
     tiny = replace(SPLIT_DIGITS, methods=methods, config=TINY)
-    monkeypatch.setattr(experiments, "EXPERIMENTS", [tiny])
-    assert cli.main(["bench", "retention", "--seeds", "2", "--out", str(tmp_path)]) == 0
+    permuted = replace(PERMUTED_DIGITS, methods=methods, config=replace(TINY, epochs=1))
+    monkeypatch.setitem(EXPERIMENTS, "digits", (tiny, permuted))
+    assert retention.main(["published", "--seeds", "2", "--out", str(tmp_path)]) == 0
     text = capsys.readouterr().out
     record = json.loads((tmp_path / "split-digits.json").read_text())
     for method, figure in zip(methods, ("85.41 ± .88", "99.12 ± .16"), strict=True):

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from cl_optim.demo import fashion_mnist as module
-from cl_optim.demo.fashion_mnist import DEBIAN_FOLDER, fashion_mnist
+from bench.retention import fashion_mnist as module
+from bench.retention.fashion_mnist import DEBIAN_FOLDER, fashion_mnist
 from cl_optim.demo.scenarios import DataError
 
 

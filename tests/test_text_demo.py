@@ -10,12 +10,11 @@ import pytest
 import torch
 from torch import nn
 
-from cl_optim import cli
-from cl_optim.demo.scenarios import DataError
-from cl_optim.demo.text.corpora import SMALLEST, corpus, english, from_file, python_code
-from cl_optim.demo.text.model import ByteTransformer, Sizes, bits_per_byte, loss
-from cl_optim.demo.text.results import Before, Results
-from cl_optim.demo.text.runs import (
+from bench.retention import __main__ as retention
+from bench.retention.text.corpora import SMALLEST, corpus, english, from_file, python_code
+from bench.retention.text.model import ByteTransformer, Sizes, bits_per_byte, loss
+from bench.retention.text.results import Before, Results
+from bench.retention.text.runs import (
     ADAMW,
     METHODS,
     Method,
@@ -25,6 +24,7 @@ from cl_optim.demo.text.runs import (
     learn_new,
     learn_old,
 )
+from cl_optim.demo.scenarios import DataError
 
 SIZES = Sizes(
     width=8, layers=1, heads=2, context=16, batch=8, old_steps=6, new_steps=4, kept=32, held_out=9
@@ -179,7 +179,7 @@ def test_the_command_writes_table_json_and_picture_for_any_two_files(tmp_path, c
     new.write_bytes(b"def f(x):\n    return x + 1\n\n" * 4000)
     sizes = ["--width", "8", "--layers", "1", "--context", "16", "--batch", "4"]
     steps = ["--old-steps", "4", "--new-steps", "15", "--seeds", "1", "--processes", "1"]
-    assert cli.main(["demo", "text", str(old), str(new), *sizes, *steps, "--out", str(out)]) == 0
+    assert retention.main(["text", str(old), str(new), *sizes, *steps, "--out", str(out)]) == 0
     printed = capsys.readouterr().out
     assert "The guard at work" in printed
     record = json.loads((out / "text-demo.json").read_text())

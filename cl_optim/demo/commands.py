@@ -3,26 +3,69 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from rich.console import Console
+from rich import box
+from rich.console import Console, RenderableType
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from cl_optim import ImportanceLog
-from cl_optim.demo import report, sweep
+from cl_optim.demo import experiments, report
 from cl_optim.demo.experiments import EWC_GRADIENT, Experiment
 from cl_optim.demo.report import Results
-from cl_optim.demo.scenarios import Task
-from cl_optim.demo.sweep import Score
+from cl_optim.demo.scenarios import Task, digits
 from cl_optim.demo.train import Run, one_thread, train
 
 _LOGGED = EWC_GRADIENT.key
 
 
+def demo(
+    scenario: str, tasks: int | None, epochs: int | None, seeds: int | None, out: Path
+) -> None:
+    """Run the experiments of a scenario, or those of both.
+
+    Args:
+        scenario: ``"permuted"``, ``"split"`` or ``"both"``.
+        tasks: How many; None: the experiment's number, and so of the next two.
+        epochs: Per task.
+        seeds: How many.
+        out: An existing directory.
+
+    Raises:
+        DataError: The classes cannot be dealt out to so many tasks.
+        DivergedError: Training failed.
+        LogError: Something that is no log stands where the log would.
+    """
+    data, console = digits(), new_console()
+    chosen = [
+        experiment.resized(tasks, epochs)
+        for experiment in experiments.EXPERIMENTS
+        if scenario in ("both", experiment.scenario)
+    ]
+    check(chosen, data)
+    for experiment in chosen:
+        run_demo(experiment, data, seeds or experiment.seeds, out, console)
+
+
+def check(chosen: Sequence[Experiment], data: Task) -> None:
+    """Build each scenario once, so that what cannot be built is refused before any training.
+
+    Raises:
+        DataError: The classes cannot be dealt out to so many tasks.
+    """
+    for experiment in chosen:
+        experiment.build(data, experiment.config.tasks, 0)
+
+
 def run_demo(
-    experiment: Experiment, data: Task, seeds: int, out: Path, console: Console
+    experiment: Experiment,
+    data: Task,
+    seeds: int,
+    out: Path,
+    console: Console,
+    render: Callable[[Results, box.Box], RenderableType] = report.render,
 ) -> Results:
     """Train every method with every seed; print the tables, write them and the picture.
 
@@ -34,6 +77,7 @@ def run_demo(
         seeds: How many; they are 0, 1, ...
         out: An existing directory.
         console: Where to print.
+        render: Makes tables and sentences of the results.
     """
     runs: list[Run] = []
     log = _new_log(out / f"{experiment.key}-log") if experiment.scenario == "permuted" else None
@@ -53,8 +97,8 @@ def run_demo(
                     train(method, scenario, experiment.config, seed, "test", advance, recorded)
                 )
     results = Results(experiment, tuple(runs))
-    console.print(report.render(results))
-    written = report.write(results, out)
+    console.print(render(results, box.SIMPLE_HEAD))
+    written = report.write(results, out, render)
     if log is not None and log.tasks:
         page = out / f"{experiment.key}-importance.html"
         log.report(page)
@@ -64,41 +108,24 @@ def run_demo(
 
 
 def _new_log(path: Path) -> ImportanceLog:
-    """A log in place of an earlier demo's."""
+    """Begin a log in place of an earlier demo's."""
     if path.exists():
         ImportanceLog(path, mode="r")  # refuses what is no log
         shutil.rmtree(path)
     return ImportanceLog(path)
 
 
-def run_sweep(
-    experiment: Experiment, data: Task, seeds: int, out: Path, console: Console
-) -> list[Score]:
-    """Score every candidate on the validation split; print and write the grids and the choice.
-
-    Args:
-        experiment: Whose settings to choose.
-        data: Its data.
-        seeds: How many; they begin at ``sweep.FIRST_SEED``.
-        out: An existing directory.
-        console: Where to print.
-    """
-    candidates = [method for grid in experiment.grids for method in grid.candidates()]
-    scores = []
-    with one_thread(), progress_bar(console) as progress:
-        bar = progress.add_task("", total=len(candidates))
-        for method in candidates:
-            progress.update(bar, description=f"{method.label}, lr={method.lr:g}")
-            scores.append(sweep.score(method, experiment, data, seeds))
-            progress.advance(bar)
-    console.print(report.render_sweep(experiment, scores, seeds))
-    announce(report.write_sweep(experiment, scores, seeds, out), console)
-    return scores
+def new_console() -> Console:
+    """Return where to print: the terminal, or as wide as the tables are."""
+    console = Console()
+    if not console.is_terminal:
+        console.width = report.WIDTH
+    return console
 
 
 @contextmanager
 def progress_bar(console: Console) -> Iterator[Progress]:
-    """A bar that goes away at the end."""
+    """Show a bar that goes away at the end."""
     columns = (
         TextColumn("{task.description:<24}"),
         BarColumn(),

@@ -16,37 +16,30 @@ Matrix = NDArray[np.float64]
 
 
 def acc(r: Matrix) -> float:
-    """Mean accuracy over all tasks at the end (Lopez-Paz & Ranzato 2017, eq. 2)."""
+    """Return the mean accuracy over all tasks at the end (Lopez-Paz & Ranzato 2017, eq. 2)."""
     return float(r[-1].mean())
 
 
 def bwt(r: Matrix) -> float:
-    """Backward transfer, final minus just-learned accuracy (Lopez-Paz & Ranzato 2017, eq. 3).
+    """Return backward transfer, final minus just-learned accuracy.
 
-    The mean over the T−1 tasks before the last; 0 where there is only one task.
+    Lopez-Paz & Ranzato 2017, eq. 3: the mean over the T−1 tasks before the last; 0
+    where there is only one task.
     """
     return float((r[-1] - r.diagonal())[:-1].mean()) if len(r) > 1 else 0.0
 
 
 def forgetting(r: Matrix) -> float:
-    """Best accuracy before the last task minus the final one (Chaudhry et al. 2018, eq. 3).
+    """Return the best accuracy before the last task minus the final one.
 
-    The mean over the T−1 tasks before the last; 0 where there is only one task.
+    Chaudhry et al. 2018, eq. 3: the mean over the T−1 tasks before the last; 0
+    where there is only one task.
     """
     return float((r[:-1].max(axis=0) - r[-1])[:-1].mean()) if len(r) > 1 else 0.0
 
 
-def fwt(r: Matrix, initial: Matrix) -> float:
-    """Forward transfer: accuracy on a task just before learning it, minus the untrained network's.
-
-    Lopez-Paz & Ranzato 2017, eq. 4: the mean over the T−1 tasks after the first; ``initial`` is
-    [T]. Where each task has a head of its own, that head is untrained at both times.
-    """
-    return float((r.diagonal(1) - initial[1:]).mean()) if len(r) > 1 else 0.0
-
-
 def learning_accuracy(r: Matrix) -> float:
-    """Mean accuracy on each task right after learning it: whether the network still learns."""
+    """Return the mean accuracy on each task right after learning it: does it still learn?"""
     return float(r.diagonal().mean())
 
 
@@ -64,7 +57,7 @@ class Interval:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Interval:
-        """The interval of one value per seed; of paired differences, a paired interval."""
+        """Return the interval of one value per seed; of paired differences, a paired interval."""
         from scipy.stats import t
 
         n = len(values)

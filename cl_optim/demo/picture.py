@@ -79,7 +79,7 @@ def draw(results: Results, path: Path) -> None:
 
 
 def _curves(axes: Axes, results: Results, method: Method, colours: NDArray[np.float64]) -> None:
-    """One method: a line for each task, from where its training begins."""
+    """Show one method: a line for each task, from where its training begins."""
     runs = results.of(method)
     tasks = results.experiment.config.tasks
     steps = np.mean([run.curve_steps for run in runs], axis=0)  # tasks may differ in length
@@ -108,7 +108,7 @@ def _curves(axes: Axes, results: Results, method: Method, colours: NDArray[np.fl
 
 
 def _summary(axes: Axes, results: Results) -> None:
-    """The final accuracy of every method, each named beside its interval."""
+    """Show the final accuracy of every method, each named beside its interval."""
     for place, method in enumerate(results.methods):
         colour = _PROTECTED if method.protects else _PLAIN
         acc = results.interval(method, metrics.acc)

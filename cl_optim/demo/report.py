@@ -1,4 +1,4 @@
-"""What the demo and the sweep print and write: tables, sentences, JSON."""
+"""What the demo prints and writes: tables, sentences, JSON."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import io
 import json
 import math
 import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,11 +18,10 @@ from rich.table import Table
 from rich.text import Text
 
 import cl_optim
-from cl_optim.demo import metrics, sweep
+from cl_optim.demo import metrics
 from cl_optim.demo.experiments import ADAMW, ADAMW_SLOW, Experiment
-from cl_optim.demo.methods import Method, Protected, Remembering, Replaying
+from cl_optim.demo.methods import Method, Protected, Remembering
 from cl_optim.demo.metrics import Interval, Matrix
-from cl_optim.demo.sweep import Score, choose
 from cl_optim.demo.train import Run
 from cl_optim.ops import library
 
@@ -41,13 +40,6 @@ _DEFINITIONS = (
     "after learning it. Joint training sees all tasks at once: the ceiling. Every lr and λ is the "
     "best for validation ACC among those that learn (learning accuracy at most {:.0f} points below "
     "AdamW's best)."
-)
-_RETENTION = (
-    " FWT: accuracy just before learning a task minus the untrained network's (eq. 4); every task "
-    "has a head of its own here, untrained at both times, so that nothing but chance is expected. "
-    "Replay fills half of each batch with the samples that GEM keeps. Progressive: a frozen column "
-    "of the same width for each task, with lateral adapters at the head. Seconds: of all steps and "
-    "ends of tasks."
 )
 _GEM = (
     " GEM keeps {} samples of each task and computes their gradients anew in each "
@@ -75,38 +67,73 @@ class Results:
 
     @property
     def methods(self) -> list[Method]:
-        """In the order of their first runs."""
+        """Return them in the order of their first runs."""
         return list(dict.fromkeys(run.method for run in self.runs))
 
     @property
     def seeds(self) -> list[int]:
-        """In ascending order."""
+        """Return them in ascending order."""
         return sorted({run.seed for run in self.runs})
 
     def of(self, method: Method) -> list[Run]:
-        """A method's runs, by seed."""
+        """Return a method's runs, by seed."""
         return sorted((r for r in self.runs if r.method == method), key=lambda run: run.seed)
 
     def interval(self, method: Method, metric: Callable[[Matrix], float]) -> Interval:
-        """A metric's mean over seeds."""
+        """Return a metric's mean over seeds."""
         return Interval.of([metric(run.matrix) for run in self.of(method)])
 
     def paired(
         self, method: Method, baseline: Method, metric: Callable[[Matrix], float]
     ) -> Interval:
-        """The mean over seeds of the difference between two methods with the same seed."""
+        """Return the mean over seeds of the difference of two methods with the same seed."""
         pairs = zip(self.of(method), self.of(baseline), strict=True)
         return Interval.of([metric(a.matrix) - metric(b.matrix) for a, b in pairs])
 
 
-def render(results: Results, table_box: box.Box = box.SIMPLE_HEAD) -> RenderableType:
-    """The tables and sentences of a demo."""
+def main_table(results: Results, table_box: box.Box) -> Table:
+    """Return a row for each method: its settings, metrics and times."""
+    names = [name for name, _ in _METRICS]
+    table = number_table(
+        table_box, "Method", "lr", "λ", *names, "Step,\nµs", "Optimizer,\nµs", "Task end,\nms"
+    )
+    for method in results.methods:
+        runs = results.of(method)
+        table.add_row(
+            *settings_of(method),
+            *(
+                ""
+                if method.joint and metric is not metrics.acc
+                else in_percent(results.interval(method, metric), signed=metric is metrics.bwt)
+                for _, metric in _METRICS
+            ),
+            with_interval(Interval.of([1e6 * run.step_seconds for run in runs]), ".0f"),
+            with_interval(Interval.of([1e6 * run.optimizer_seconds for run in runs]), ".0f"),
+            with_interval(Interval.of([1e3 * run.end_task_seconds for run in runs]), ".0f"),
+        )
+    return table
+
+
+def render(
+    results: Results,
+    table_box: box.Box,
+    main: Callable[[Results, box.Box], Table] = main_table,
+    more: str = "",
+) -> RenderableType:
+    """Return the tables and sentences of a demo.
+
+    Args:
+        results: Of all its runs.
+        table_box: How tables look; ``box.MARKDOWN`` for a file.
+        main: Makes the table of all methods.
+        more: Sentences that follow the definitions of what is in it.
+    """
     config = results.experiment.config
     seeds = len(results.seeds)
     definitions = _DEFINITIONS.format(100 * results.experiment.learning_loss)
     if any(method.key == ADAMW_SLOW.key for method in results.methods):
         definitions += _SLOW
-    samples = [m.samples for m in results.methods if isinstance(m, (Remembering, Replaying))]
+    samples = [m.samples for m in results.methods if isinstance(m, Remembering)]
     if samples:
         definitions += _GEM.format(max(samples))
     interval = " ± 95 % t-interval" if seeds > 1 else ""
@@ -115,10 +142,7 @@ def render(results: Results, table_box: box.Box = box.SIMPLE_HEAD) -> Renderable
         f"with {config.hidden} hidden units, batches of {config.batch_size}, {config.epochs} epoch"
         f"{'s' * (config.epochs > 1)} per task. Accuracies in per cent: mean{interval}."
     )
-    main = _retention_table if results.experiment.scenario == "retention" else _main_table
-    if main is _retention_table:
-        definitions += _RETENTION
-    parts: list[RenderableType] = [setting, "", main(results, table_box), definitions, ""]
+    parts: list[RenderableType] = [setting, "", main(results, table_box), definitions + more, ""]
     parts += [_backend(results), ""]
     parts += [_paired_table(results, table_box), *_headlines(results)]
     if any(run.conflicts.size for run in results.runs):
@@ -126,51 +150,11 @@ def render(results: Results, table_box: box.Box = box.SIMPLE_HEAD) -> Renderable
     return Group(*(Text(part) if isinstance(part, str) else part for part in parts))
 
 
-def _main_table(results: Results, table_box: box.Box) -> Table:
-    names = [name for name, _ in _METRICS]
-    table = _table(
-        table_box, "Method", "lr", "λ", *names, "Step,\nµs", "Optimizer,\nµs", "Task end,\nms"
-    )
-    for method in results.methods:
-        runs = results.of(method)
-        table.add_row(
-            *_settings(method),
-            *(
-                ""
-                if method.joint and metric is not metrics.acc
-                else _percent(results.interval(method, metric), signed=metric is metrics.bwt)
-                for _, metric in _METRICS
-            ),
-            _number(Interval.of([1e6 * run.step_seconds for run in runs]), ".0f"),
-            _number(Interval.of([1e6 * run.optimizer_seconds for run in runs]), ".0f"),
-            _number(Interval.of([1e3 * run.end_task_seconds for run in runs]), ".0f"),
-        )
-    return table
-
-
-def _retention_table(results: Results, table_box: box.Box) -> Table:
-    headers = ("lr", "λ", "ACC", "BWT", "FWT", "Learning\nacc.", "Parameters", "Seconds")
-    table = _table(table_box, "Method", *headers)
-    for method in results.methods:
-        runs = results.of(method)
-        transfer = Interval.of([metrics.fwt(run.matrix, run.initial) for run in runs])
-        table.add_row(
-            *_settings(method),
-            _percent(results.interval(method, metrics.acc)),
-            "" if method.joint else _percent(results.interval(method, metrics.bwt), signed=True),
-            "" if method.joint else _percent(transfer, signed=True),
-            "" if method.joint else _percent(results.interval(method, metrics.learning_accuracy)),
-            f"{runs[0].parameters:,}",
-            _number(Interval.of([run.seconds for run in runs]), ".2f"),
-        )
-    return table
-
-
 def _paired_table(results: Results, table_box: box.Box) -> Table:
     baselines = [m for m in results.methods if not (m.protects or m.joint)]
     compared = (("ACC", metrics.acc), ("learning acc.", metrics.learning_accuracy))
     headers = [f"{name} −\n{baseline.label}" for baseline in baselines for name, _ in compared]
-    table = _table(table_box, "Paired difference", *headers)
+    table = number_table(table_box, "Paired difference", *headers)
     for method in results.methods:
         if method.protects:
             differences = [
@@ -178,15 +162,15 @@ def _paired_table(results: Results, table_box: box.Box) -> Table:
                 for baseline in baselines
                 for _, metric in compared
             ]
-            table.add_row(method.label, *(_percent(d, signed=True) for d in differences))
+            table.add_row(method.label, *(in_percent(d, signed=True) for d in differences))
     return table
 
 
 def _conflicts_table(results: Results, table_box: box.Box) -> Table:
-    """How often the gradient of a new task would have raised an old task's loss, and whose."""
+    """Show how often a new task's gradient would have raised an old task's loss, and whose."""
     tasks = results.experiment.config.tasks
     headers = [f"with\ntask {number}" for number in range(1, tasks)]
-    table = _table(table_box, "Steps in conflict, %", "with\nany", *headers)
+    table = number_table(table_box, "Steps in conflict, %", "with\nany", *headers)
     for method in results.methods:
         conflicts = [run.conflicts for run in results.of(method)]
         if not conflicts[0].size:
@@ -196,12 +180,12 @@ def _conflicts_table(results: Results, table_box: box.Box) -> Table:
             for number in range(tasks)
             if not math.isnan(conflicts[0][-1, number])
         ]
-        table.add_row(method.label, *(_percent(share) for share in shares))
+        table.add_row(method.label, *(in_percent(share) for share in shares))
     return table
 
 
-def _table(table_box: box.Box, first: str, *others: str) -> Table:
-    """A table of numbers after a column of words; in Markdown, headers have one line only."""
+def number_table(table_box: box.Box, first: str, *others: str) -> Table:
+    """Begin a table of numbers after a column of words; in Markdown, headers have one line."""
     markdown = table_box is box.MARKDOWN
     table = Table(box=table_box, collapse_padding=not markdown, pad_edge=markdown)
     table.add_column(first, no_wrap=True)
@@ -233,7 +217,7 @@ def _headline(results: Results, method: Method, adamw: Method) -> str:
 
 
 def _backend(results: Results) -> str:
-    """Which implementation took the steps of EWCAdamW."""
+    """Say which implementation took the steps of EWCAdamW."""
     backends = sorted({run.backend for run in results.runs if isinstance(run.method, Protected)})
     if backends == ["cpu"]:
         simd = library.backends()["cpu"].info["simd"]
@@ -248,92 +232,33 @@ def _backend(results: Results) -> str:
     )
 
 
-def _percent(interval: Interval, *, signed: bool = False) -> str:
-    percent = Interval(100 * interval.mean, 100 * interval.half_width)
-    return _number(percent, "+.1f" if signed else ".1f")
+def in_percent(interval: Interval, *, signed: bool = False) -> str:
+    """Return a fraction and its interval in per cent."""
+    scaled = Interval(100 * interval.mean, 100 * interval.half_width)
+    return with_interval(scaled, "+.1f" if signed else ".1f")
 
 
-def _number(interval: Interval, form: str) -> str:
+def with_interval(interval: Interval, form: str) -> str:
+    """Return a mean and its interval, of which one seed has none."""
     mean = format(interval.mean, form)
     if math.isnan(interval.half_width):
         return mean
     return f"{mean} ± {format(interval.half_width, form.lstrip('+'))}"
 
 
-def render_sweep(
-    experiment: Experiment,
-    scores: Sequence[Score],
-    seeds: int,
-    table_box: box.Box = box.SIMPLE_HEAD,
-) -> RenderableType:
-    """The grid of every method with its validation ACC, and what was chosen."""
-    chosen = choose(scores, experiment.learning_loss)
-    last = sweep.FIRST_SEED + seeds - 1
-    parts: list[RenderableType] = [
-        Text(
-            f"{experiment.name}: validation ACC (learning accuracy) in per cent, mean over seeds "
-            f"{sweep.FIRST_SEED} to {last}. Chosen (*): the highest ACC among those whose learning "
-            f"accuracy is at most {100 * experiment.learning_loss:.0f} points below AdamW's best."
-        )
-    ]
-    for key in dict.fromkeys(score.method.key for score in scores):
-        of_method = [score for score in scores if score.method.key == key]
-        parts += [Text(), _grid_table(of_method, chosen.get(key), table_box)]
-    parts += [Text(), _chosen_table(experiment, chosen, table_box)]
-    return Group(*parts)
-
-
-def _grid_table(scores: Sequence[Score], best: Method | None, table_box: box.Box) -> Table:
-    """One method: a row for each learning rate, a column for each λ."""
-    lambdas = dict.fromkeys(_lambda(score.method) for score in scores)
-    headers = ["ACC" if value is None else f"λ = {value:g}" for value in lambdas]
-    table = _table(table_box, scores[0].method.label, *headers)
-    for lr in dict.fromkeys(score.method.lr for score in scores):
-        cells = [_cell(s, s.method == best) for s in scores if s.method.lr == lr]
-        table.add_row(f"lr = {lr:g}", *cells)
-    return table
-
-
-def _cell(score: Score, best: bool) -> str:
-    if math.isnan(score.acc):
-        return "diverged"
-    learning = (
-        "" if math.isnan(score.learning_accuracy) else f" ({_points(score.learning_accuracy)})"
-    )
-    return f"{_points(score.acc)}{learning}{' *' if best else ''}"
-
-
-def _chosen_table(experiment: Experiment, chosen: dict[str, Method], table_box: box.Box) -> Table:
-    table = _table(table_box, "Chosen", "lr", "λ", "in experiments.py", "note")
-    for method in experiment.methods:
-        best = chosen.get(method.key)
-        if best is None:
-            table.add_row(method.label, "", "", "", "no candidate learns well enough")
-            continue
-        edges = sweep.at_edge(best, experiment)
-        table.add_row(
-            *_settings(best),
-            "the same" if best == method else " ".join(_settings(method)[1:]),
-            f"{' and '.join(edges)} at the edge of the grid" if edges else "",
-        )
-    return table
-
-
-def _settings(method: Method) -> tuple[str, str, str]:
-    value = _lambda(method)
+def settings_of(method: Method) -> tuple[str, str, str]:
+    """Return a method's label, learning rate and λ, as a table has them."""
+    value = lambda_of(method)
     return method.label, f"{method.lr:g}", "" if value is None else f"{value:g}"
 
 
-def _lambda(method: Method) -> float | None:
+def lambda_of(method: Method) -> float | None:
+    """Return a method's λ; None for one without."""
     return method.ewc_lambda if isinstance(method, Protected) else None
 
 
-def _points(fraction: float) -> str:
-    return f"{100 * fraction:.1f}"
-
-
 def versions() -> dict[str, str]:
-    """Of everything that makes the numbers."""
+    """Return those of everything that makes the numbers."""
     return {
         "cl_optim": cl_optim.__version__,
         "torch": torch.__version__,
@@ -342,7 +267,7 @@ def versions() -> dict[str, str]:
 
 
 def to_json(results: Results) -> dict[str, Any]:
-    """Every run, and the versions that made it, as JSON knows it."""
+    """Return every run, and the versions that made it, as JSON knows it."""
     return {
         "experiment": results.experiment.name,
         "config": asdict(results.experiment.config),
@@ -357,48 +282,27 @@ def to_json(results: Results) -> dict[str, Any]:
                 },
                 "matrix": run.matrix.tolist(),
                 "initial": run.initial.tolist(),
-                "conflicts": [[_finite(c) for c in task] for task in run.conflicts.tolist()],
+                "conflicts": [[finite(c) for c in task] for task in run.conflicts.tolist()],
                 "curve_steps": run.curve_steps.tolist(),
-                "curves": [[_finite(a) for a in point] for point in run.curves.round(4).tolist()],
+                "curves": [[finite(a) for a in point] for point in run.curves.round(4).tolist()],
             }
             for run in results.runs
         ],
     }
 
 
-def write(results: Results, directory: Path) -> list[Path]:
+def write(
+    results: Results,
+    directory: Path,
+    rendered: Callable[[Results, box.Box], RenderableType] = render,
+) -> list[Path]:
     """Write JSON, Markdown and a PNG named after the experiment into an existing directory."""
     from cl_optim.demo import picture  # needs matplotlib, which nothing else here does
 
     paths = [directory / f"{results.experiment.key}.{kind}" for kind in ("json", "md", "png")]
     paths[0].write_text(json.dumps(to_json(results)) + "\n", encoding="utf-8")
-    write_markdown(render(results, box.MARKDOWN), paths[1])
+    write_markdown(rendered(results, box.MARKDOWN), paths[1])
     picture.draw(results, paths[2])
-    return paths
-
-
-def write_sweep(
-    experiment: Experiment, scores: Sequence[Score], seeds: int, directory: Path
-) -> list[Path]:
-    """Write JSON and Markdown named after the experiment into an existing directory."""
-    paths = [directory / f"sweep-{experiment.key}.{kind}" for kind in ("json", "md")]
-    chosen = choose(scores, experiment.learning_loss)
-    record = {
-        "experiment": experiment.name,
-        "versions": versions(),
-        "seeds": list(range(sweep.FIRST_SEED, sweep.FIRST_SEED + seeds)),
-        "scores": [
-            {
-                "method": asdict(score.method),
-                "acc": _finite(score.acc),
-                "learning_accuracy": _finite(score.learning_accuracy),
-            }
-            for score in scores
-        ],
-        "chosen": {key: asdict(method) for key, method in chosen.items()},
-    }
-    paths[0].write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    write_markdown(render_sweep(experiment, scores, seeds, box.MARKDOWN), paths[1])
     return paths
 
 
@@ -411,5 +315,6 @@ def write_markdown(content: RenderableType, path: Path, width: int = 200) -> Non
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-def _finite(value: float) -> float | None:
+def finite(value: float) -> float | None:
+    """Return None for NaN, which JSON does not know."""
     return None if math.isnan(value) else value

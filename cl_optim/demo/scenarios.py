@@ -64,12 +64,12 @@ class Scenario:
 
 
 def generator(seed: int, purpose: str) -> torch.Generator:
-    """A stream of random numbers of its own for each purpose of a seed."""
+    """Return a stream of random numbers of its own for each purpose of a seed."""
     return torch.Generator().manual_seed(zlib.crc32(f"{purpose} {seed}".encode()))
 
 
 def digits() -> Task:
-    """Scikit-learn's handwritten digits, 8×8 pixels in [0, 1]: 1140 + 297 + 360 samples.
+    """Load scikit-learn's handwritten digits, 8×8 pixels in [0, 1]: 1140 + 297 + 360 samples.
 
     The three sets are disjoint, stratified by class and always the same.
     """
@@ -91,7 +91,7 @@ def digits() -> Task:
 
 
 def permuted(data: Task, tasks: int, seed: int) -> Scenario:
-    """Permuted pixels (domain-incremental): each task shuffles the pixels in its own way.
+    """Permute pixels (domain-incremental): each task shuffles the pixels in its own way.
 
     The first task leaves the pixels where they are; each later one has a permutation drawn from
     the seed, the same for all of its images. The classes, and so the head, are shared.

@@ -114,14 +114,14 @@ class Network(nn.Module):
         self.task = 0
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits of the task's classes, [samples, classes]."""
+        """Return logits of the task's classes, [samples, classes]."""
         head = self.heads[self.task if len(self.heads) > 1 else 0]
         logits: Tensor = head(F.relu(self.hidden(x)))
         return logits
 
 
 def network(scenario: Scenario, hidden: int, seed: int) -> Network:
-    """A network whose weights the seed fixes."""
+    """Make a network whose weights the seed fixes."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return Network(scenario, hidden)
@@ -204,7 +204,7 @@ def _stages(scenario: Scenario, joint: bool) -> list[Stage]:
 def _batches(
     stage: Stage, config: Config, order: torch.Generator
 ) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """All epochs' batches, each of one task; one gather per epoch keeps Python out of the step."""
+    """Yield all batches, each of one task; one gather per epoch keeps Python out of the step."""
     for _ in range(config.epochs):
         batches: list[tuple[int, Tensor, Tensor]] = []
         for task, data in stage:

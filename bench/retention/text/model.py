@@ -54,7 +54,7 @@ class Block(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """[N, T, width] → the same."""
+        """Mix and transform [N, T, width]."""
         n, t, width = x.shape
         qkv = self.qkv(self.norm_1(x)).view(n, t, 3, self.heads, width // self.heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)
@@ -78,20 +78,20 @@ class ByteTransformer(nn.Module):
         nn.init.normal_(self.places, std=0.02)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits of the byte after each, [N, T, 256]."""
+        """Return logits of the byte after each, [N, T, 256]."""
         hidden = self.bytes(x) + self.places[: x.shape[1]]
         logits: Tensor = self.head(self.norm(self.blocks(hidden)))
         return logits
 
 
 def loss(model: nn.Module, windows: Tensor) -> Tensor:
-    """Mean nats per byte of windows [N, T + 1]."""
+    """Return mean nats per byte of windows [N, T + 1]."""
     logits = model(windows[:, :-1])
     return F.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten())
 
 
 @torch.inference_mode()
 def bits_per_byte(model: nn.Module, windows: Tensor) -> float:
-    """Mean bits per byte of held-out windows."""
+    """Return mean bits per byte of held-out windows."""
     parts = [loss(model, part).item() * len(part) for part in torch.split(windows, 64)]
     return sum(parts) / len(windows) / math.log(2)

@@ -1,4 +1,4 @@
-"""What ``cl-optim demo text`` does, with its progress bar."""
+"""What ``python -m bench.retention text`` does, with its progress bar."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ import torch
 from rich.console import Console
 from rich.progress import Progress, TaskID
 
+from bench.retention.text import report
+from bench.retention.text.corpora import Corpus
+from bench.retention.text.model import Sizes
+from bench.retention.text.results import Before, Results
+from bench.retention.text.runs import ADAMW, METHODS, learn_new, learn_old, watch
 from cl_optim.demo.commands import announce, progress_bar
-from cl_optim.demo.text import report
-from cl_optim.demo.text.corpora import Corpus
-from cl_optim.demo.text.model import Sizes
-from cl_optim.demo.text.results import Before, Results
-from cl_optim.demo.text.runs import ADAMW, METHODS, learn_new, learn_old, watch
 
 _Result = TypeVar("_Result")
 
@@ -82,7 +82,7 @@ def run_text_demo(
 
 
 def _collect(futures: list[Future[_Result]], bar: Progress, task: TaskID) -> list[_Result]:
-    """The results in the order of the jobs; the first failure ends them all."""
+    """Return the results in the order of the jobs; the first failure ends them all."""
     for done in as_completed(futures):
         if done.exception() is not None:
             for other in futures:

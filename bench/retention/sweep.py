@@ -1,4 +1,4 @@
-"""How the settings in experiments.py were chosen: ``cl-optim demo --sweep``.
+"""How the settings of the experiments are chosen: ``python -m bench.retention sweep``.
 
 Every candidate is trained with seeds of the sweep's own and judged on the validation split. For
 each method the candidate with the highest validation ACC is chosen, among those whose learning
@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from bench.retention.grids import Grid
 from cl_optim.demo import metrics
 from cl_optim.demo.experiments import ADAMW, ADAMW_SLOW, Experiment
 from cl_optim.demo.methods import Method, Protected
@@ -59,7 +60,7 @@ def score(method: Method, experiment: Experiment, data: Task, seeds: int) -> Sco
 
 
 def choose(scores: Iterable[Score], learning_loss: float) -> dict[str, Method]:
-    """The best candidate of each method by the rule above, by the method's key.
+    """Return the best candidate of each method by the rule above, by the method's key.
 
     A method is absent where none of its candidates qualifies.
 
@@ -83,10 +84,10 @@ def choose(scores: Iterable[Score], learning_loss: float) -> dict[str, Method]:
     return chosen
 
 
-def at_edge(method: Method, experiment: Experiment) -> list[str]:
-    """Which of a chosen method's settings are the first or last of their grid."""
+def at_edge(method: Method, grids: Iterable[Grid]) -> list[str]:
+    """Name the settings of a chosen method that are the first or last of their grid."""
     key = ADAMW.key if method.key == ADAMW_SLOW.key else method.key
-    grid = next(g for g in experiment.grids if g.method.key == key)
+    grid = next(g for g in grids if g.method.key == key)
     edges = ["lr"] if method.lr in (grid.lrs[0], grid.lrs[-1]) else []
     if isinstance(method, Protected) and method.ewc_lambda in (grid.lambdas[0], grid.lambdas[-1]):
         edges.append("λ")

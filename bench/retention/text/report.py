@@ -14,11 +14,11 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from bench.retention.text.results import Results
+from bench.retention.text.runs import GUARD_EVERY, LAMBDA_WITH_REPLAY, METHODS
 from cl_optim.demo.metrics import Interval
 from cl_optim.demo.picture import STYLE
 from cl_optim.demo.report import versions, write_markdown
-from cl_optim.demo.text.results import Results
-from cl_optim.demo.text.runs import GUARD_EVERY, LAMBDA_WITH_REPLAY, METHODS
 
 _COLOURS = {
     "AdamW": "#d55e00",
@@ -30,7 +30,7 @@ _COLOURS = {
 
 
 def render(results: Results, table_box: box.Box = box.SIMPLE_HEAD) -> RenderableType:
-    """The table and sentences."""
+    """Return the table and sentences."""
     old, new, sizes = results.old, results.new, results.sizes
     seeds = len(results.before)
     setting = (
@@ -90,7 +90,7 @@ def _to_json(results: Results) -> dict[str, Any]:
 
 
 def draw(results: Results, path: Path) -> None:
-    """The frontier: what is kept of the old text against the cost on the new one."""
+    """Draw the frontier: what is kept of the old text against the cost on the new one."""
     import matplotlib as mpl
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

@@ -1,4 +1,4 @@
-"""Published figures beside measured ones: ``cl-optim bench retention``.
+"""Published figures beside measured ones: ``python -m bench.retention published``.
 
 None of the published settings is the demo's, so that the figures are no test of each other: what is
 to be compared is which methods keep what was learned, and how much. Each row says what differs.
@@ -70,7 +70,7 @@ PUBLISHED = (
 
 
 def table(results: list[Results], style: box.Box = box.SIMPLE_HEAD) -> Table:
-    """A row for each published figure whose method was run."""
+    """Return a row for each published figure whose method was run."""
     shown = Table(box=style, show_lines=style is not box.MARKDOWN)
     for header in ("Method", "measured", "published", "measured on", "published for", "source"):
         shown.add_column(header, no_wrap=header in ("Method", "measured", "published"))

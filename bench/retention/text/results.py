@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from bench.retention.text.model import Sizes
+from bench.retention.text.runs import ADAMW, FRACTIONS, METHODS, Method, Run
 from cl_optim.demo.metrics import Interval
-from cl_optim.demo.text.model import Sizes
-from cl_optim.demo.text.runs import ADAMW, FRACTIONS, METHODS, Method, Run
 
 
 @dataclass(frozen=True)
@@ -42,30 +42,30 @@ class Results:
     seconds: float
 
     def of(self, method: Method) -> list[Run]:
-        """A method's runs, by seed."""
+        """Return a method's runs, by seed."""
         return sorted((r for r in self.runs if r.method == method), key=lambda run: run.seed)
 
     def old_bpb(self, method: Method) -> Interval:
-        """Bits per byte on the old text."""
+        """Return bits per byte on the old text."""
         return Interval.of([run.old_bpb for run in self.of(method)])
 
     def new_bpb(self, method: Method) -> Interval:
-        """Bits per byte on the new text."""
+        """Return bits per byte on the new text."""
         return Interval.of([run.new_bpb for run in self.of(method)])
 
     def kept(self, method: Method) -> Interval:
-        """(bpb_AdamW − bpb_method) / (bpb_AdamW − bpb_before) on the old text.
+        """Return (bpb_AdamW − bpb_method) / (bpb_AdamW − bpb_before) on the old text.
 
         NaN where AdamW forgot nothing.
         """
         return Interval.of(self._kept(method))
 
     def cost(self, method: Method) -> Interval:
-        """bpb_method / bpb_AdamW − 1 on the new text."""
+        """Return bpb_method / bpb_AdamW − 1 on the new text."""
         return Interval.of(self._cost(method))
 
     def verdict(self, fraction: float) -> tuple[Interval, Interval, bool]:
-        """EWC + replay against replay alone at a fraction: more kept, more cost, and who wins.
+        """Compare EWC + replay with replay alone at a fraction: more kept, more cost, who wins.
 
         It wins where it keeps more, by a paired 95 % interval above 0, and costs no more on the new
         text than replay alone: an interval that is not above 0.
@@ -81,7 +81,7 @@ class Results:
 
     @property
     def verdicts(self) -> list[str]:
-        """A sentence for each fraction, and the recommendation."""
+        """Return a sentence for each fraction, and the recommendation."""
         if not self.forgotten:
             return [f"AdamW did not forget {self.old} with every seed: there is nothing to keep."]
         if len(self.before) == 1:
@@ -105,7 +105,7 @@ class Results:
 
     @property
     def forgotten(self) -> bool:
-        """Whether AdamW forgot something of the old text with each seed."""
+        """Say whether AdamW forgot something of the old text with each seed."""
         pairs = zip(self.of(ADAMW), self.before, strict=True)
         return all(run.old_bpb > before.old_bpb for run, before in pairs)
 

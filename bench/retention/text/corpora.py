@@ -34,26 +34,26 @@ class Corpus:
     held_out: Tensor
 
     def windows(self, count: int, length: int, generator: torch.Generator) -> Tensor:
-        """Random windows of the training text, [count, length] int64."""
+        """Draw random windows of the training text, [count, length] int64."""
         starts = torch.randint(len(self.train) - length, (count, 1), generator=generator)
         return self.train[starts + torch.arange(length)].long()
 
     def held_out_windows(self, count: int, length: int) -> Tensor:
-        """At most so many windows of the held-out text, evenly spread, [n, length] int64."""
+        """Return at most so many windows of the held-out text, evenly spread, [n, length] int64."""
         starts = torch.arange(0, len(self.held_out) - length, length)
         chosen = starts[torch.linspace(0, len(starts) - 1, min(count, len(starts))).long()]
         return self.held_out[chosen[:, None] + torch.arange(length)].long()
 
 
 def english() -> Corpus:
-    """The help texts of CPython's own ``pydoc_data.topics``."""
+    """Read the help texts of CPython's own ``pydoc_data.topics``."""
     from pydoc_data.topics import topics
 
     return corpus("English", "\n\n".join(topics[key] for key in sorted(topics)).encode())
 
 
 def python_code() -> Corpus:
-    """The standard library's modules, the first 1.5 MB in alphabetical order."""
+    """Read the standard library's modules, the first 1.5 MB in alphabetical order."""
     files = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
     if not files:
         raise DataError("the standard library's source is not there: give two text files.")
@@ -62,7 +62,7 @@ def python_code() -> Corpus:
 
 
 def from_file(path: Path) -> Corpus:
-    """Any file; its bytes need not be UTF-8.
+    """Read any file; its bytes need not be UTF-8.
 
     Raises:
         DataError: It cannot be read, or is too short.
@@ -92,5 +92,5 @@ def corpus(name: str, content: bytes) -> Corpus:
 
 
 def python_version() -> str:
-    """Whose topics and library the default texts are."""
+    """Return the version whose topics and library the default texts are."""
     return ".".join(map(str, sys.version_info[:3]))

@@ -9,11 +9,11 @@ from typing import Final
 import torch
 from torch import Tensor
 
+from bench.retention.text.corpora import Corpus
+from bench.retention.text.model import ByteTransformer, Sizes, bits_per_byte, loss
 from cl_optim import GEM, EWCAdamW, Importance, estimate_fisher
 from cl_optim.demo.methods import WEIGHT_DECAY
 from cl_optim.demo.scenarios import generator
-from cl_optim.demo.text.corpora import Corpus
-from cl_optim.demo.text.model import ByteTransformer, Sizes, bits_per_byte, loss
 from cl_optim.demo.train import DivergedError
 from cl_optim.retention import Evaluation, ReplayBuffer, RetentionGuard
 from cl_optim.retention.guard.evaluation import Role
@@ -131,7 +131,7 @@ def learn_new(method: Method, learned: Learned, old: Corpus, new: Corpus, sizes:
 def watch(
     method: Method, learned: Learned, old: Corpus, new: Corpus, sizes: Sizes, folder: str
 ) -> RetentionGuard:
-    """The same training with a guard that goes back and stops when 10 % of the old is lost."""
+    """Train likewise, with a guard that goes back and stops when 10 % of the old is lost."""
     model = ByteTransformer(sizes)
     model.load_state_dict(learned.weights)
     optimizer = _optimizer(method, model, learned, old, sizes)
@@ -181,7 +181,7 @@ def _measure(model: ByteTransformer, old: Corpus, new: Corpus, sizes: Sizes) -> 
 
 
 def _kept(seed: int, old: Corpus, sizes: Sizes) -> ReplayBuffer:
-    """The windows of the old text that are still there when the new one is learned."""
+    """Keep windows of the old text that are still there when the new one is learned."""
     kept = ReplayBuffer(sizes.kept, seed=seed)
     kept.add(old.windows(sizes.kept, sizes.context + 1, generator(seed, "kept windows")))
     return kept
@@ -210,7 +210,7 @@ def _optimizer(
 
 
 def _batches(method: Method, seed: int, old: Corpus, new: Corpus, sizes: Sizes) -> Iterator[Tensor]:
-    """Windows of the new text, of which a part is replaced by kept windows of the old."""
+    """Yield windows of the new text, of which a part is replaced by kept windows of the old."""
     kept = _kept(seed, old, sizes)
     draw_new, rounding = generator(seed, "new windows"), generator(seed, "replayed windows")
     share = method.replay * sizes.batch

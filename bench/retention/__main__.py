@@ -1,0 +1,160 @@
+"""The command line: ``python -m bench.retention``, from the checkout's root."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TypeAlias
+
+from bench.retention.commands import Choice, run, run_published, run_sweeps
+from bench.retention.text.commands import run_text_demo
+from bench.retention.text.corpora import english, from_file, python_code
+from bench.retention.text.model import Sizes
+from cl_optim.cli import Parser, train
+from cl_optim.demo.arguments import MAX_SEEDS, add_length, add_out, whole_number
+from cl_optim.demo.commands import new_console
+
+Command: TypeAlias = Callable[[Choice], object]
+
+SCENARIOS = ("permuted", "split", "gem", "formats", "retention")
+OUT = Path("runs/retention")
+_RUN = (
+    "Train every method of a scenario on one task after another; print what each remembers, and "
+    "draw it. permuted and split: the demo's. gem: permuted digits with all variants of gradient "
+    "memories, around AdamW and around SGD. formats: the same with importance, anchors and moments "
+    "in fewer bytes. retention: split classes with replay and progressive networks, too."
+)
+_SWEEP = (
+    "Choose the learning rates and λ of a scenario's methods on a validation split and seeds of "
+    "its own; print the grids."
+)
+_PUBLISHED = (
+    "Run the scenarios permuted and split, and print published figures beside the measured."
+)
+_SIZES = (
+    ("width", 4096, "of the transformer, a multiple of 4"),
+    ("layers", 64, "of the transformer"),
+    ("context", 4096, "bytes in a window"),
+    ("batch", 4096, "windows in a step"),
+    ("old-steps", 10**6, "steps of learning OLD"),
+    ("new-steps", 10**6, "steps of learning NEW"),
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+        argv: Its arguments; ``sys.argv`` if None.
+
+    Returns:
+        The exit code: 0, or 1 where training failed.
+
+    Raises:
+        SystemExit: With code 2, after a sentence on stderr, where an argument is wrong.
+    """
+    parser = Parser(
+        prog="python -m bench.retention", description="Experiments beyond cl-optim demo."
+    )
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    for name, command, help_, description in (
+        ("run", run, "every method of a scenario, side by side", _RUN),
+        ("sweep", run_sweeps, "choose learning rates and λ anew", _SWEEP),
+        ("published", run_published, "measured figures beside published ones", _PUBLISHED),
+    ):
+        _add_choice(commands.add_parser(name, help=help_, description=description), command)
+    _add_text(commands.add_parser("text", help="two texts: English, then Python code"))
+    arguments = parser.parse_args(argv)
+    chosen: Callable[[argparse.Namespace], int] = arguments.run
+    return chosen(arguments)
+
+
+def _add_choice(parser: argparse.ArgumentParser, command: Command) -> None:
+    """Add arguments that choose experiments; published figures are of two scenarios."""
+    _add_data(parser)
+    if command is run_published:
+        whole = whole_number(2, MAX_SEEDS)
+        parser.add_argument("--seeds", type=whole, metavar="N", help="runs per method")
+        parser.set_defaults(scenarios=("permuted", "split"), tasks=None, epochs=None)
+    else:
+        parser.add_argument(
+            "scenarios", choices=SCENARIOS, nargs="+", metavar="SCENARIO", help=", ".join(SCENARIOS)
+        )
+        add_length(parser, seeds="the scenario's number", epochs="the scenario's number")
+    add_out(parser, OUT)
+    parser.set_defaults(run=lambda arguments: _carry_out(parser, arguments, command))
+
+
+def _add_data(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--data", choices=("digits", "fashion-mnist"), default="digits",
+        help="scikit-learn's handwritten digits, or Fashion-MNIST (digits)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--data-dir", type=Path, metavar="DIR",
+        help="the folder of Fashion-MNIST's gzipped IDX files (Debian's, else torchvision's)",
+    )  # fmt: skip
+
+
+def _carry_out(
+    parser: argparse.ArgumentParser, arguments: argparse.Namespace, command: Command
+) -> int:
+    if arguments.data_dir is not None and arguments.data != "fashion-mnist":
+        parser.error("--data-dir goes with --data fashion-mnist.")
+    choice = Choice(
+        scenarios=arguments.scenarios,
+        data=arguments.data,
+        folder=arguments.data_dir,
+        tasks=arguments.tasks,
+        epochs=arguments.epochs,
+        seeds=arguments.seeds,
+        out=arguments.out,
+    )
+    return train(parser, "this", arguments.out, lambda: command(choice))
+
+
+def _add_text(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "A byte-level transformer learns English (CPython's help texts), then Python code (the "
+        "standard library), or any two files: with AdamW, EWC, GEM, replay, and EWC with replay. "
+        "What each keeps of the first text, and what that costs on the second."
+    )
+    parser.add_argument("old", type=Path, nargs="?", metavar="OLD", help="the text to keep")
+    parser.add_argument("new", type=Path, nargs="?", metavar="NEW", help="the text to learn")
+    whole = whole_number
+    parser.add_argument("--seeds", type=whole(1, MAX_SEEDS), default=3, metavar="N", help="(3)")
+    parser.add_argument(
+        "--processes", type=whole(1, 256), default=2, metavar="P",
+        help="runs at the same time, each with one thread (2)",
+    )  # fmt: skip
+    add_out(parser, OUT)
+    for name, high, help_ in _SIZES:
+        parser.add_argument(f"--{name}", type=whole(1, high), metavar="N", help=help_)
+    parser.set_defaults(run=lambda arguments: _text(parser, arguments))
+
+
+def _text(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> int:
+    if (arguments.old is None) != (arguments.new is None):
+        parser.error("give both texts, OLD and NEW, or none.")
+    names = (name.replace("-", "_") for name, *_ in _SIZES)
+    given = {name: value for name in names if (value := getattr(arguments, name)) is not None}
+    sizes = replace(Sizes(), **given)
+    if sizes.width % sizes.heads:
+        parser.error(f"--width must be a multiple of {sizes.heads}, not {sizes.width}.")
+
+    def run_on_texts() -> None:
+        if arguments.old is None:
+            old, new = english(), python_code()
+        else:
+            old, new = from_file(arguments.old), from_file(arguments.new)
+        seeds, processes, out = arguments.seeds, arguments.processes, arguments.out
+        run_text_demo(old, new, sizes, seeds, processes, out, new_console())
+
+    return train(parser, "this", arguments.out, run_on_texts)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,128 @@
+"""What the commands of ``python -m bench.retention`` do, but for ``text``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich import box
+
+from bench.retention import experiments, published, retention_table, sweep, sweep_report
+from bench.retention.fashion_mnist import fashion_mnist
+from bench.retention.grids import GRIDS, sweep_seeds
+from bench.retention.sweep import Score
+from cl_optim.demo import report
+from cl_optim.demo.commands import announce, check, new_console, progress_bar, run_demo
+from cl_optim.demo.experiments import Experiment
+from cl_optim.demo.report import Results
+from cl_optim.demo.scenarios import DataError, Task, digits
+from cl_optim.demo.train import one_thread
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What a command is to run.
+
+    Attributes:
+        scenarios: Names of scenarios.
+        data: ``"digits"`` or ``"fashion-mnist"``.
+        folder: Of Fashion-MNIST's files; None: where Debian, else torchvision, puts them.
+        tasks: How many; None: the experiment's number, and so of the next two.
+        epochs: Per task.
+        seeds: How many.
+        out: An existing directory.
+    """
+
+    scenarios: Sequence[str]
+    data: str
+    folder: Path | None
+    tasks: int | None
+    epochs: int | None
+    seeds: int | None
+    out: Path
+
+    def experiments(self) -> list[Experiment]:
+        """Return the experiments.
+
+        Raises:
+            DataError: There is none for a scenario.
+        """
+        known = {e.scenario: e for e in experiments.EXPERIMENTS[self.data]}
+        for scenario in self.scenarios:
+            if scenario not in known:
+                raise DataError(f"there is no scenario {scenario} for --data {self.data}.")
+        return [known[scenario].resized(self.tasks, self.epochs) for scenario in self.scenarios]
+
+    def load(self) -> Task:
+        """Return the data.
+
+        Raises:
+            DataError: They are not there, or damaged.
+        """
+        return digits() if self.data == "digits" else fashion_mnist(self.folder)
+
+
+def run(choice: Choice) -> list[Results]:
+    """Train every method of the experiments; print, write and draw the results.
+
+    Raises:
+        DataError: There is no such experiment, or its data are not there, or not what is needed.
+        DivergedError: Training failed.
+        LogError: Something that is no log stands where the log of an experiment would.
+    """
+    chosen, data, console = choice.experiments(), choice.load(), new_console()
+    check(chosen, data)
+    return [
+        run_demo(
+            experiment,
+            data,
+            choice.seeds or experiment.seeds,
+            choice.out,
+            console,
+            retention_table.render if experiment.scenario == "retention" else report.render,
+        )
+        for experiment in chosen
+    ]
+
+
+def run_published(choice: Choice) -> None:
+    """Run likewise, and print and write published figures beside those that were measured."""
+    results = run(choice)
+    console = new_console()
+    console.print(published.table(results))
+    path = choice.out / f"published-{choice.data}.md"
+    report.write_markdown(published.table(results, box.MARKDOWN), path, width=400)
+    announce([path], console)
+
+
+def run_sweeps(choice: Choice) -> None:
+    """Choose settings anew; print and write the grids and the choice.
+
+    Raises:
+        DataError: As in `run`, or the experiment has no sweep.
+    """
+    chosen, data = choice.experiments(), choice.load()
+    for experiment in chosen:
+        if experiment.key not in GRIDS:
+            raise DataError(
+                f"scenario {experiment.scenario} has no sweep: its settings are another's."
+            )
+    check(chosen, data)
+    for experiment in chosen:
+        _sweep(experiment, data, choice.seeds or sweep_seeds(experiment), choice.out)
+
+
+def _sweep(experiment: Experiment, data: Task, seeds: int, out: Path) -> None:
+    """Score every candidate on the validation split."""
+    grids, console = GRIDS[experiment.key], new_console()
+    candidates = [method for grid in grids for method in grid.candidates()]
+    scores: list[Score] = []
+    with one_thread(), progress_bar(console) as progress:
+        bar = progress.add_task("", total=len(candidates))
+        for method in candidates:
+            progress.update(bar, description=f"{method.label}, lr={method.lr:g}")
+            scores.append(sweep.score(method, experiment, data, seeds))
+            progress.advance(bar)
+    console.print(sweep_report.render(experiment, grids, scores, seeds))
+    announce(sweep_report.write(experiment, grids, scores, seeds, out), console)

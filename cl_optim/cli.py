@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib.util
-import io
 import json
 import platform
 import sys
@@ -142,45 +141,25 @@ def _add_report(parser: argparse.ArgumentParser) -> None:
 
 
 def _report(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> int:
-    if arguments.png is not None and importlib.util.find_spec("matplotlib") is None:
-        parser.error("--png needs matplotlib: pip install 'cl-optim[demo]'.")
+    exports = (arguments.out, arguments.png, arguments.json, arguments.csv)
+    if arguments.png is not None:
+        require(parser, "--png", "demo", "matplotlib")
+    elif not any(exports):
+        require(parser, "printing a report", "cli", "rich")
+    from cl_optim.importance.report import command
     from cl_optim.importance.report.data import report_data
-    from cl_optim.importance.report.figures import write_csv, write_json
 
     try:
         with _warnings_as_sentences(parser.prog):
             data = report_data(cl_optim.ImportanceLog(arguments.path, mode="r"))
-        written = []
-        if arguments.out is not None:
-            from cl_optim.importance.report.html import write_html
-
-            write_html(data, arguments.out)
-            written.append(arguments.out)
-        if arguments.png is not None:
-            from cl_optim.importance.report.pictures import write_png
-
-            arguments.png.mkdir(parents=True, exist_ok=True)
-            written += write_png(data, arguments.png)
-        for write, path in ((write_json, arguments.json), (write_csv, arguments.csv)):
-            if path is not None:
-                write(data, path)
-                written.append(path)
+        written = command.write(data, *exports)
     except (ValueError, OSError) as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)
         return 1
     if written:
         print("Written: " + ", ".join(map(str, written)))
     else:
-        from rich.console import Console
-
-        from cl_optim.importance.report.text import render_text
-
-        if isinstance(sys.stdout, io.TextIOWrapper):
-            sys.stdout.reconfigure(errors="replace")  # names that the terminal cannot show
-        console = Console(emoji=False)
-        if not console.is_terminal:
-            console.width = 120
-        console.print(render_text(data))
+        command.show(data)
     return 0
 
 
@@ -212,27 +191,18 @@ def _add_diagnose(parser: argparse.ArgumentParser) -> None:
 
 
 def _diagnose(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> int:
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+    if not arguments.json:
+        require(parser, "printing a diagnosis", "cli", "rich")
+    from cl_optim.retention.diagnosis.command import diagnose_files, show
 
-    from cl_optim.retention import diagnose, read_corpus
-
-    columns = TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn()
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-
-        def stream(path: Path) -> Iterator[object]:
-            bar = progress.add_task(path.name, total=path.stat().st_size if path.is_file() else 0)
-            yield from read_corpus(path, lambda read: progress.update(bar, completed=read))
-
-        try:
-            diagnosis = diagnose(stream(arguments.old), stream(arguments.new))
-        except (OSError, ValueError) as error:
-            progress.stop()
-            parser.error(str(error))
+    try:
+        diagnosis = diagnose_files(arguments.old, arguments.new)
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
     if arguments.json:
         print(json.dumps(diagnosis.to_json(), ensure_ascii=False, indent=2))
     else:
-        Console().print(diagnosis, soft_wrap=True)
+        show(diagnosis)
     return 0
 
 

@@ -15,13 +15,13 @@ OLD_TRITON := "from importlib.metadata import distributions; print(*('numpy<2.4'
   for d in distributions() if d.name == 'triton' and d.version.startswith('3.6.')))"
 SOURCES := pyproject.toml setup.py $(wildcard csrc/*)
 
-.PHONY: demo sweep test gpu-test gpu-prebuild bench bench-peers lint wheel install clean
+.PHONY: demo sweep test gpu-test gpu-prebuild bench bench-peers bench-retention lint wheel install clean
 
 demo: install
 	$(VENV)/bin/cl-optim demo
 
 sweep: install
-	$(VENV)/bin/cl-optim demo --sweep
+	$(RUN) -m bench.retention sweep permuted split
 
 # A process for each core, so one thread in each; tests of threads ask for theirs. Whole files at a
 # time: what a file builds once is built once.
@@ -47,6 +47,13 @@ bench-peers: install $(PEERS)/.installed
 	$(PEERS)/bin/python -m pytest bench/peers --benchmark-json=runs/bench-peers.json -q -p no:cacheprovider
 	$(RUN) bench/summary.py runs/bench-peers.json
 	$(PEERS)/bin/python bench/peers/failures.py
+
+# The tables of bench/results that make demo does not write; those of Fashion-MNIST need its files:
+# python -m bench.retention run permuted split retention --data fashion-mnist.
+bench-retention: install
+	$(RUN) -m bench.retention run gem formats retention
+	$(RUN) -m bench.retention text
+	$(RUN) -m bench.retention published
 
 $(PEERS)/.installed: $(VENV)/.torch bench/peers/requirements.txt
 	$(PYTHON) -m venv $(PEERS)

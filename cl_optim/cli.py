@@ -56,11 +56,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     return run(arguments)
 
 
-def require(parser: argparse.ArgumentParser, what: str, extra: str, *modules: str) -> None:
-    """Refuse to go on without modules, and name the extra that has them."""
+def _require_demo(parser: argparse.ArgumentParser, what: str, *modules: str) -> None:
     missing = [name for name in modules if importlib.util.find_spec(name) is None]
     if missing:
-        parser.error(f"{what} needs {', '.join(missing)}: pip install 'cl-optim[{extra}]'.")
+        parser.error(f"{what} needs {', '.join(missing)}: pip install 'cl-optim[demo]'.")
+
+
+def _require_rich(parser: argparse.ArgumentParser, what: str) -> None:
+    if importlib.util.find_spec("rich") is None:
+        parser.error(f'{what} needs rich: pip install "cl-optim[cli]"')
 
 
 # --- cl-optim demo ---
@@ -102,7 +106,7 @@ def train(parser: argparse.ArgumentParser, what: str, out: Path, run: Callable[[
     Returns:
         The exit code: 1 where training diverged.
     """
-    require(parser, what, "demo", "matplotlib", "rich", "scipy", "sklearn")
+    _require_demo(parser, what, "matplotlib", "rich", "scipy", "sklearn")
     try:  # before the training, not after it
         out.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=out):
@@ -143,9 +147,9 @@ def _add_report(parser: argparse.ArgumentParser) -> None:
 def _report(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> int:
     exports = (arguments.out, arguments.png, arguments.json, arguments.csv)
     if arguments.png is not None:
-        require(parser, "--png", "demo", "matplotlib")
+        _require_demo(parser, "--png", "matplotlib")
     elif not any(exports):
-        require(parser, "printing a report", "cli", "rich")
+        _require_rich(parser, "printing a report")
     from cl_optim.importance.report import command
     from cl_optim.importance.report.data import report_data
 
@@ -192,7 +196,7 @@ def _add_diagnose(parser: argparse.ArgumentParser) -> None:
 
 def _diagnose(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> int:
     if not arguments.json:
-        require(parser, "printing a diagnosis", "cli", "rich")
+        _require_rich(parser, "printing a diagnosis")
     from cl_optim.retention.diagnosis.command import diagnose_files, show
 
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -104,6 +105,32 @@ def test_a_missing_extra_is_named(capsys, monkeypatch, tmp_path):
     error = refused(["demo", "--out", str(tmp_path / "out")], capsys)
     assert "the demo needs matplotlib, sklearn: pip install 'cl-optim[demo]'" in error
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments", [["report", "log"], ["diagnose", "old.txt", "new.txt"]], ids=lambda a: a[0]
+)
+def test_tables_need_rich(arguments, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "rich", None)
+    assert refused(arguments, capsys).endswith(' needs rich: pip install "cl-optim[cli]"\n')
+
+
+def test_what_is_no_table_needs_no_rich(tmp_path):
+    cl_optim.ImportanceLog(tmp_path / "log").record("a", {"w": torch.rand(4)})
+    (tmp_path / "text").write_text("the cat sat")
+    program = (
+        "import sys; sys.modules['rich'] = None\n"
+        "from cl_optim.cli import main\n"
+        "assert main(['report', 'log', '-o', 'page.html']) == 0\n"
+        "assert main(['diagnose', 'text', 'text', '--json']) == 0\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    result = subprocess.run(
+        [sys.executable, "-c", program], cwd=tmp_path, env=environment, capture_output=True,
+        text=True,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "page.html").exists()
 
 
 def test_failed_training_is_one_sentence(tmp_path, capsys, monkeypatch):

@@ -5,6 +5,7 @@ The loop is plain autograd on a float64 copy of the model and shares no code wit
 
 import copy
 import math
+import sys
 
 import pytest
 import torch
@@ -915,6 +916,15 @@ def test_progress_bar(capsys):
     shown = capsys.readouterr().err
     assert "Fisher" in shown
     assert "12/12" in shown
+
+
+def test_no_progress_bar_without_rich(monkeypatch):
+    model, inputs, _ = mlp_case()
+    monkeypatch.setitem(sys.modules, "rich", None)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    estimate_fisher(model, [inputs])
+    with pytest.raises(ModuleNotFoundError, match=r'needs rich: pip install "cl-optim\[cli\]"$'):
+        estimate_fisher(model, [inputs], progress=True)
 
 
 X, Y = torch.zeros(4, 7), torch.zeros(4, dtype=torch.long)

@@ -376,13 +376,14 @@ torch.cuda.get_device_capability = lambda device: {0}[device]
         assert "CL_OPTIM_CUDA=0 leaves out the CUDA kernels that" in result.stderr
 
 
-def test_importing_loads_nothing_heavy():
-    code = "import sys, cl_optim; print([m for m in sys.argv[1:] if m in sys.modules])"
+@pytest.mark.parametrize("module", ["cl_optim", "cl_optim.retention", "cl_optim.integrations"])
+def test_importing_loads_nothing_heavy(module):
+    code = f"import sys, {module}; print([m for m in sys.argv[1:] if m in sys.modules])"
     heavy = ["triton", "matplotlib", "transformers", "sklearn", "rich", "scipy"]
     command = [sys.executable, "-c", code, *heavy]
     loaded = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     alone = subprocess.run(
-        [sys.executable, "-c", code.replace("cl_optim", "torch"), *heavy],
+        [sys.executable, "-c", code.replace(module, "torch"), *heavy],
         cwd=ROOT, capture_output=True, text=True, check=True,
     ).stdout  # fmt: skip
     assert loaded == alone

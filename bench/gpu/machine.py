@@ -11,7 +11,7 @@ import platform
 import sys
 
 # What the package needs, what the stages need, and what takes part if it is there.
-NEEDED = ("torch", "numpy", "safetensors", "rich", "xxhash")
+NEEDED = ("torch", "numpy", "safetensors", "xxhash")
 FOR_STAGES = ("triton", "transformers", "pytest", "pytest-xdist", "hypothesis")
 OPTIONAL = ("peft", "expecttest", "torchjd")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -101,7 +102,8 @@ def estimate_fisher(
             taken here, too.
         generator: Draws the labels of ``"sample"`` and the signs. Default: torch's own, so that
             they follow ``torch.manual_seed``.
-        progress: Show a progress bar. Default: if the standard error stream is a terminal.
+        progress: Show a progress bar, by rich. Default: if it is installed and the standard error
+            stream is a terminal.
 
     Raises:
         TypeError: An argument is of a wrong type.
@@ -225,9 +227,13 @@ def _check_arguments(
 @contextmanager
 def _progress_bar(shown: bool | None, total: int | None) -> Iterator[Callable[[int], None]]:
     """Yield a function that advances the bar, or does nothing where none is shown."""
-    if not (sys.stderr.isatty() if shown is None else shown):
+    installed = importlib.util.find_spec("rich") is not None
+    if not (sys.stderr.isatty() and installed if shown is None else shown):
         yield lambda samples: None
         return
+    if not installed:
+        sentence = 'progress=True needs rich: pip install "cl-optim[cli]"'
+        raise ModuleNotFoundError(sentence, name="rich")
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 

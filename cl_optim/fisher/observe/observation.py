@@ -103,9 +103,9 @@ class Observation(TorchFunctionMode):
         super().__init__()
         self.samples, self._policy, self.squares = samples, policy, squares
         self.taps = Taps(squares, next(iter(parameters.values())).device)
-        self._watched = Watched(parameters, squares)
-        self._tracker = Tracker(samples, lambda tensor: bool(self._watched.find([tensor])))
-        self._lookups = Lookups(parameters, self._watched, samples, self._tracker, policy.shared)
+        self._watched = watched = Watched(parameters, squares)
+        self._tracker = Tracker(samples, lambda tensor: bool(watched.find([tensor])))
+        self._lookups = Lookups(parameters, watched, samples, self._tracker, policy.shared)
         self._module_hooks: list[RemovableHandle] = []
         self.closed = False
         self.paused = False

@@ -54,10 +54,7 @@ def define(schema: str, *, cpu: str = "", cuda: str = "", capability: int = 0) -
 
 def fake(operator: str) -> Callable[[_F], _F]:
     """Decorate a function that makes an operator's results, without their values."""
-    registered: Callable[[_F], _F] = torch.library.register_fake(
-        f"cl_optim::{operator}", lib=_LIBRARY
-    )
-    return registered
+    return torch.library.register_fake(f"cl_optim::{operator}", lib=_LIBRARY)  # type: ignore[no-any-return]
 
 
 def implementation(operator: str, *device_types: str) -> Callable[[_F], _F]:
@@ -65,8 +62,7 @@ def implementation(operator: str, *device_types: str) -> Callable[[_F], _F]:
 
     def register(function: _F) -> _F:
         for device_type in device_types:
-            key = device_type.upper()
-            _LIBRARY.impl(operator, function, key)  # type: ignore[no-untyped-call]
+            _LIBRARY.impl(operator, function, device_type.upper())  # type: ignore[no-untyped-call]
         return function
 
     return register

@@ -163,16 +163,8 @@ def nnqp_compiled(
 ) -> Solution:
     """Solve a batch of problems on its device, without waiting for it. Arguments as `nnqp`.
 
-    Args:
-        gram: Q [B, t, t].
-        linear: c [B, t].
-        lower: The bound of every v_k.
-        gram_error: Relative accuracy of the entries of Q and c.
-        only_violated: v = 0 where no c_k is negative.
-        state: From `new_state`, for calls with the same Q again and again: each begins where the
-            last one ended, and an unchanged set of active rows costs no elimination.
-        max_pivots: Eliminations before the method begins again from another guess (ADMM); 0 for a
-            number that has always been enough.
+    ``max_pivots`` is how many eliminations there are before the method begins again from another
+    guess (ADMM); 0 for a number that has always been enough.
     """
     check(gram, linear, lower, gram_error, state)
     solved = torch.ops.cl_optim.nnqp(
@@ -245,17 +237,7 @@ def nnqp_reference(
     gram_error: float = EPSILON,
     only_violated: bool = False,
 ) -> Solution:
-    """Solve a batch of problems, one after the other, in float64 on the host.
-
-    Args:
-        gram: Q [B, t, t], symmetric positive semidefinite; float32 or float64.
-        linear: c [B, t].
-        lower: The bound of every v_k, finite and ≥ 0.
-        gram_error: Relative accuracy of the entries of Q and c: `sum_error` of P where they are
-            float64 sums of P products.
-        only_violated: As GEM was published: v = 0, below ``lower`` if that is positive, where no
-            c_k is negative.
-    """
+    """Solve a batch of problems, one after the other, in float64 on the host: as `nnqp`."""
     check(gram, linear, lower, gram_error)
     problems = zip(gram.double().cpu(), linear.double().cpu(), strict=True)
     solved = [_solve(q, c, lower, gram_error, only_violated) for q, c in problems]

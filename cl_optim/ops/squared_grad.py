@@ -8,6 +8,7 @@ any device; :func:`choose` says which of the two a call takes.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,14 +29,8 @@ library.define(
 
 
 @library.implementation("squared_grad_sum_", "cpu", "cuda")
-def _(
-    out: Tensor,
-    inputs: Tensor,
-    grad_outputs: Tensor,
-    weight_grad: Tensor | None = None,
-    cu_seqlens: Tensor | None = None,
-) -> None:
-    squared_grad_sum_(out, inputs, grad_outputs, weight_grad, cu_seqlens)
+def _(*tensors: Any) -> None:
+    squared_grad_sum_(*tensors)
 
 
 @torch.no_grad()

@@ -73,8 +73,8 @@ def classification() -> dict[str, Any]:
     }  # fmt: skip
 
 
-def readme(block: str, folder: Path) -> dict[str, Any]:
-    """What a block of README goes on from."""
+def page_scene(block: str, folder: Path) -> dict[str, Any]:
+    """What a block of README or of a page in docs goes on from."""
     import accelerate
 
     scene = huggingface(folder) if "trainer.train()" in block else classification()

@@ -1,4 +1,4 @@
-"""What a user of `mypy --strict` writes, and the lines that README.md shows."""
+"""What a user of `mypy --strict` writes, and the lines that the pages show."""
 
 from __future__ import annotations
 

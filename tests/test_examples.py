@@ -1,4 +1,4 @@
-"""Every example in a docstring, and every block of README, runs for the reader of it."""
+"""Every example in a docstring, and every block of a page, runs for the reader of it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from example_cases import classification, huggingface, language, lightning, readme
+from example_cases import classification, huggingface, language, lightning, page_scene
 
 import cl_optim
 
@@ -21,7 +21,8 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated"),
     pytest.mark.filterwarnings("ignore:.isinstance.treespec, LeafSpec."),
 ]
-README = Path(__file__).parents[1] / "README.md"
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]
 COMPILED = ("cl_optim._C", "cl_optim._C_cuda")
 MODULES = ["cl_optim"]
 for info in pkgutil.walk_packages(cl_optim.__path__, "cl_optim."):
@@ -44,10 +45,17 @@ def blocks(docstring: str) -> list[str]:
     return [textwrap.dedent(match[2]) for match in BLOCK.finditer(text)]
 
 
-def readme_blocks() -> list[str]:
-    return re.findall(r"^```python\n(.*?)^```", README.read_text(), re.M | re.S)
+def page_blocks() -> dict[str, str]:
+    found = {}
+    for page in PAGES:
+        for i, block in enumerate(
+            re.findall(r"^```python\n(.*?)^```", page.read_text(), re.M | re.S)
+        ):
+            found[f"{page.stem}[{i}]"] = block
+    return found
 
 
+PAGE_BLOCKS = page_blocks()
 DOCUMENTED = documented()
 DOCTESTS = {name: test for name, test in DOCUMENTED.items() if test.examples}
 BLOCKS = {
@@ -92,10 +100,10 @@ def test_blocks_of_docstrings_run(name, tmp_path):
     exec(compile(BLOCKS[name], name, "exec"), scene(name, tmp_path))
 
 
-@pytest.mark.parametrize("index", range(len(readme_blocks())))
-def test_blocks_of_readme_run(index, tmp_path):
-    block = readme_blocks()[index]
-    exec(compile(block, f"README.md, block {index}", "exec"), readme(block, tmp_path))
+@pytest.mark.parametrize("name", PAGE_BLOCKS)
+def test_blocks_of_pages_run(name, tmp_path):
+    block = PAGE_BLOCKS[name]
+    exec(compile(block, name, "exec"), page_scene(block, tmp_path))
 
 
 def test_all_are_found():
@@ -105,4 +113,5 @@ def test_all_are_found():
     assert sum(len(test.examples) for test in DOCTESTS.values()) == text.count(">>> ")
     assert len(BLOCKS) == len(re.findall(r"^.*(?:code-block:: python|\w::)$", text, re.M))
     assert "doctest: +SKIP" not in text
-    assert len(readme_blocks()) == README.read_text().count("```python") > 0
+    pages = "".join(page.read_text() for page in PAGES)
+    assert len(PAGE_BLOCKS) == pages.count("```python") > 10

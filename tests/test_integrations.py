@@ -613,8 +613,8 @@ def test_accelerates_scaler_leaves_out_a_step_that_overflows(kind):
     witness.check(model, expected, plain, range(5))
 
 
-def test_readme_ewc_adamw_in_trainers():
-    """What the README says of reaching the optimizer, of groups and of names."""
+def test_ewc_adamw_in_trainers():
+    """What docs/ewc-adamw.md says of reaching the optimizer, of groups and of names."""
     from accelerate import Accelerator
 
     model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))

@@ -653,7 +653,7 @@ def test_workers_of_a_loader_draw_different_samples(tmp_path, context):
     assert result.returncode == 0, result.stderr
 
 
-README = """
+PAGE = """
 from collections import OrderedDict
 import torch
 from torch import nn
@@ -677,11 +677,11 @@ print(len(buffer), buffer.seen)
 """
 
 
-def test_the_readmes_lines_run_and_run_again(tmp_path):
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    block = text.split("**Before and around training.**")[1].split("```python")[1].split("```")[0]
+def test_the_lines_of_the_page_run_and_run_again(tmp_path):
+    text = (ROOT / "docs" / "retention.md").read_text(encoding="utf-8")
+    block = text.split("```python")[1].split("```")[0]
     for seen in (50, 100):  # the second time, the buffer of the first is there
-        result = run(README.replace("BLOCK", block), cwd=tmp_path)
+        result = run(PAGE.replace("BLOCK", block), cwd=tmp_path)
         assert result.returncode == 0, result.stderr
         assert result.stdout.splitlines()[-1] == f"{seen} {seen}"
 

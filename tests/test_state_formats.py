@@ -368,7 +368,7 @@ BYTES = [
 
 @pytest.mark.parametrize(("dtype", "options", "plain", "protected"), BYTES)
 def test_bytes_of_state_per_weight(dtype, options, plain, protected):
-    """The table in the README."""
+    """The table in docs/ewc-adamw.md."""
     weight = torch.nn.Parameter(torch.randn(256 * 400).to(dtype))
     optimizer = EWCAdamW([("w", weight)], **options)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -12,7 +13,7 @@ from rich.console import Console, RenderableType
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from cl_optim import ImportanceLog
-from cl_optim.demo import experiments, report
+from cl_optim.demo import experiments, picture, report
 from cl_optim.demo.experiments import EWC_GRADIENT, Experiment
 from cl_optim.demo.report import Results
 from cl_optim.demo.scenarios import Task, digits
@@ -98,7 +99,7 @@ def run_demo(
                 )
     results = Results(experiment, tuple(runs))
     console.print(render(results, box.SIMPLE_HEAD))
-    written = report.write(results, out, render)
+    written = write(results, out, render)
     if log is not None and log.tasks:
         page = out / f"{experiment.key}-importance.html"
         log.report(page)
@@ -141,3 +142,14 @@ def announce(paths: list[Path], console: Console) -> None:
     console.print(
         "Written: " + ", ".join(str(path) for path in paths), highlight=False, soft_wrap=True
     )
+
+
+def write(
+    results: Results, folder: Path, render: Callable[[Results, box.Box], RenderableType]
+) -> list[Path]:
+    """Write JSON, Markdown and a PNG named after the experiment into an existing folder."""
+    paths = [folder / f"{results.experiment.key}.{kind}" for kind in ("json", "md", "png")]
+    paths[0].write_text(json.dumps(report.to_json(results)) + "\n", encoding="utf-8")
+    report.write_markdown(render(results, box.MARKDOWN), paths[1])
+    picture.draw(results, paths[2])
+    return paths

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import math
 import platform
 from collections.abc import Callable
@@ -289,21 +288,6 @@ def to_json(results: Results) -> dict[str, Any]:
             for run in results.runs
         ],
     }
-
-
-def write(
-    results: Results,
-    directory: Path,
-    rendered: Callable[[Results, box.Box], RenderableType] = render,
-) -> list[Path]:
-    """Write JSON, Markdown and a PNG named after the experiment into an existing directory."""
-    from cl_optim.demo import picture  # needs matplotlib, which nothing else here does
-
-    paths = [directory / f"{results.experiment.key}.{kind}" for kind in ("json", "md", "png")]
-    paths[0].write_text(json.dumps(to_json(results)) + "\n", encoding="utf-8")
-    write_markdown(rendered(results, box.MARKDOWN), paths[1])
-    picture.draw(results, paths[2])
-    return paths
 
 
 def write_markdown(content: RenderableType, path: Path, width: int = 200) -> None:

@@ -56,8 +56,7 @@ CL_OPTIM_SIMD_CLONES void update(const Arrays<T>& a, int64_t count,
   }
 }
 
-// --- one unit of arrays of other types
-// ------------------------------------------------------------
+// --- one unit of arrays of other types -----------------------------------------------------------
 
 template <typename Stored>
 CL_OPTIM_SIMD_CLONES void widen(const Stored* from, int64_t count, float* to) {
@@ -212,8 +211,7 @@ CL_OPTIM_SIMD_CLONES PenaltySums sums_of(const Arrays<T>& a, int64_t count) {
   return sums;
 }
 
-// --- one piece of a tensor
-// ------------------------------------------------------------------------
+// --- one piece of a tensor -----------------------------------------------------------------------
 
 template <typename T>
 constexpr ScalarKind kArithmetic =

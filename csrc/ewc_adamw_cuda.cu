@@ -149,8 +149,7 @@ __device__ void store_param(void* array, BFloat16* compensation, ScalarKind kind
   store_words(static_cast<uint16_t*>(array), at, words);
 }
 
-// --- what both arithmetics share
-// ------------------------------------------------------------------
+// --- what both arithmetics share -----------------------------------------------------------------
 
 // A row's elements of the unit, and what they are multiplied by. Only beside gradients of float64
 // there are rows of float64.
@@ -275,8 +274,7 @@ __device__ void update(T (&param)[8], const T (&grad)[8], T (&exp_avg)[8], T (&e
   }
 }
 
-// --- one unit
-// -------------------------------------------------------------------------------------
+// --- one unit ------------------------------------------------------------------------------------
 
 // What the arrays of a tensor are made of.
 struct Kinds {
@@ -374,8 +372,7 @@ __device__ void update_unit(const W& work, const Projection<projected>& projecti
   if (work.amsgrad) store_doubles(work.max_exp_avg_sq[tensor], at, max_exp_avg_sq);
 }
 
-// --- the kernels
-// ----------------------------------------------------------------------------------
+// --- the kernels ---------------------------------------------------------------------------------
 
 template <bool projected>
 using WorkOf = Work<Projection<projected>::kTensors>;
@@ -437,8 +434,7 @@ __global__ void __launch_bounds__(kAddingThreads)
   if (threadIdx.x == 0) *numbers.sums = {ewc_lambda * sums.penalty, sums.drift};
 }
 
-// --- launching
-// ------------------------------------------------------------------------------------
+// --- launching -----------------------------------------------------------------------------------
 
 void check(cudaError_t error) { cl_optim::check(error, "ewc_adamw_"); }
 

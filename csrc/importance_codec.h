@@ -88,8 +88,7 @@ CL_OPTIM_HD float largest_magnitude(const float* values, int64_t count) {
   return bits_float(largest);
 }
 
-// --- stochastic rounding
-// --------------------------------------------------------------------------
+// --- stochastic rounding -------------------------------------------------------------------------
 
 // The finaliser of MurmurHash3.
 CL_OPTIM_HD uint32_t mix(uint32_t bits) {

@@ -47,7 +47,7 @@ def ewc_adamw_(
         params: θ: float32, float64, bfloat16 or float16 tensors of any shapes and strides; updated.
         grads: The loss's gradients, of the parameters' dtypes and shapes.
         exp_avgs: First moments, float32 (float64 for float64 parameters), bfloat16 or codes
-            (:mod:`cl_optim.ops.importance_codec`); updated.
+            (:mod:`cl_optim.ops.formats`); updated.
         exp_avg_sqs: Second moments, likewise; updated.
         importances: F ≥ 0, likewise; a sign bit, or the code of frozen ones, marks a weight that
             keeps its bits. An empty list for plain AdamW.

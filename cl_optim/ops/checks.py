@@ -28,8 +28,8 @@ def check_whole(
     Raises:
         ValueError: It is another.
     """
-    is_whole = isinstance(value, int) and not isinstance(value, bool)
-    if not (is_whole and least <= value <= (math.inf if most is None else most)):  # type: ignore[operator]
+    end = math.inf if most is None else most
+    if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= end:
         bounds = f"of at least {least}" if most is None else f"from {least} to {most}"
         raise ValueError(f"{name} must be a whole number {bounds}{note}, not {value!r}.")
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from typing import Literal, TypeAlias
 
 from torch import Tensor, nn
+
+from cl_optim.ops.checks import check_positive
 
 Verify: TypeAlias = Literal["first"] | bool
 Number: TypeAlias = int | float | Tensor
@@ -43,7 +44,4 @@ def check_number(argument: str, value: object) -> None:
                 f"{list(value.shape)}."
             )
         return
-    if not isinstance(value, (int, float)) or isinstance(value, bool):
-        raise TypeError(f"{argument} must be a number, not {type(value).__name__}.")
-    if not 0 < value < math.inf:
-        raise ValueError(f"{argument} must be positive and finite, not {value}.")
+    check_positive(argument, value)

@@ -20,6 +20,7 @@ from cl_optim.fisher.observe.refusals import Policy
 from cl_optim.fisher.own_pass import OwnPass
 from cl_optim.fisher.totals import Totals
 from cl_optim.importance.importance import Importance
+from cl_optim.ops.checks import require
 
 Unsupported: TypeAlias = Literal["error", "sign", "skip"]
 
@@ -231,9 +232,7 @@ def _progress_bar(shown: bool | None, total: int | None) -> Iterator[Callable[[i
     if not (sys.stderr.isatty() and installed if shown is None else shown):
         yield lambda samples: None
         return
-    if not installed:
-        sentence = 'progress=True needs rich: pip install "cl-optim[cli]"'
-        raise ModuleNotFoundError(sentence, name="rich")
+    require("rich", "cli", "progress=True")
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 

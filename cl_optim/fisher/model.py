@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from cl_optim._version import __version__
+from cl_optim.ops.passes import eval_mode
 
 
 def trained(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -46,15 +47,12 @@ def eagerly() -> AbstractContextManager[object]:
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Put a model in eval mode, without gradients; then restore each module's own flag."""
-    training = [(module, module.training) for module in model.modules()]
     grads = [(parameter, parameter.grad) for parameter in model.parameters()]
-    model.eval()
     try:
         for parameter, _ in grads:
             parameter.grad = None
-        yield
+        with eval_mode(model):
+            yield
     finally:
-        for module, flag in training:
-            module.training = flag
         for parameter, grad in grads:
             parameter.grad = grad

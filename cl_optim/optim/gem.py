@@ -14,12 +14,13 @@ from torch._compile import _disable_dynamo
 from cl_optim.ops import gram as gram_ops
 from cl_optim.ops import nnqp
 from cl_optim.ops.capture import is_capturing
+from cl_optim.ops.checks import check_groups, check_whole, listed
 from cl_optim.ops.warn import warn
 from cl_optim.optim.ewc_adamw import EWCAdamW
-from cl_optim.optim.groups import check_groups, is_dtensor, name_of
+from cl_optim.optim.groups import is_dtensor, name_of
 from cl_optim.optim.invalid_steps import INVALID, InvalidSteps
 from cl_optim.optim.memories import Memories, Memory
-from cl_optim.optim.memory_rows import Products, check_dense, listed, one_device, with_elements
+from cl_optim.optim.memory_rows import Products, check_dense, one_device, with_elements
 from cl_optim.optim.projection import Blocks, Projection, Solver, cosines, report
 from cl_optim.optim.state import in_order
 from cl_optim.optim.wrapper import Forwarded, Wrapper, inside_step
@@ -275,11 +276,8 @@ class GEM(Wrapper):
             raise ValueError(f"name must be a string that is not empty, not {name!r}.")
         if not callable(closure):
             raise TypeError(f"closure must be callable, not {closure!r}.")
-        if refresh_every is not None and not (_is_int(refresh_every) and refresh_every >= 1):
-            raise ValueError(
-                f"refresh_every must be a whole number of at least 1, or None, not "
-                f"{refresh_every!r}."
-            )
+        if refresh_every is not None:
+            check_whole("refresh_every", refresh_every, note=", or None")
         memory = Memory(name, closure, refresh_every)
         self._memories.remember(memory, self.param_groups, self.capacity, self.evict)
 
@@ -505,7 +503,7 @@ class GEM(Wrapper):
             if forgotten:
                 warn(
                     "memories that the state dict does not have are forgotten: "
-                    f"{listed(forgotten)}. Call remember() after the load to keep one."
+                    f"{listed(forgotten, 6, str)}. Call remember() after the load to keep one."
                 )
         self.optimizer.load_state_dict(inner)
         if loaded is None:
@@ -573,7 +571,7 @@ def _check_group(group: Mapping[str, Any]) -> None:
         if param.dtype not in gram_ops.DTYPES:
             raise ValueError(
                 f"parameter {name_of(group, param)} must be of a real floating-point dtype, one of "
-                f"{listed([str(dtype) for dtype in gram_ops.DTYPES])}, not {param.dtype}."
+                f"{listed(gram_ops.DTYPES, 6, str)}, not {param.dtype}."
             )
         if is_dtensor(param):
             raise ValueError(
@@ -589,10 +587,8 @@ def _check_options(options: Mapping[str, Any]) -> None:
     for key, choices in (("blocks", BLOCKS), ("evict", EVICT), ("on_invalid", ON_INVALID)):
         if options[key] not in choices:
             raise ValueError(f"{key} must be one of {choices}, not {options[key]!r}.")
-    if capacity is not None and not (_is_int(capacity) and 1 <= capacity <= nnqp.MAX_SIZE):
-        raise ValueError(
-            f"capacity must be a whole number from 1 to {nnqp.MAX_SIZE}, or None, not {capacity!r}."
-        )
+    if capacity is not None:
+        check_whole("capacity", capacity, most=nnqp.MAX_SIZE, note=", or None")
     _dtype(options["memory_dtype"])
 
 
@@ -600,11 +596,6 @@ def _dtype(value: torch.dtype | str | None) -> torch.dtype | None:
     dtype = getattr(torch, value, value) if isinstance(value, str) else value
     if dtype is not None and dtype not in gram_ops.DTYPES:
         raise ValueError(
-            f"memory_dtype must be None or one of {listed([str(d) for d in gram_ops.DTYPES])}, not "
-            f"{value!r}."
+            f"memory_dtype must be None or one of {listed(gram_ops.DTYPES, 6, str)}, not {value!r}."
         )
     return dtype
-
-
-def _is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)

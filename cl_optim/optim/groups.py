@@ -1,4 +1,4 @@
-"""Parameter groups of any optimizer: names of parameters, and whether a state dict is for them."""
+"""Parameters of any optimizer's groups: their names in sentences, and what they are."""
 
 from __future__ import annotations
 
@@ -23,17 +23,3 @@ def is_dtensor(param: Tensor) -> bool:
     """Tell whether it is a DTensor, without importing what that takes a second to import."""
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(param, module.DTensor)
-
-
-def check_groups(state_dict: Mapping[str, Any], param_groups: Groups) -> None:
-    """Raise ValueError unless the state dict's groups have as many parameters as these."""
-    for key in ("state", "param_groups"):
-        if key not in state_dict:
-            raise ValueError(f"the state dict is truncated: it has no {key!r}.")
-    saved = [len(group.get("params", ())) for group in state_dict["param_groups"]]
-    here = [len(group["params"]) for group in param_groups]
-    if saved != here:
-        raise ValueError(
-            f"the state dict belongs to other parameters: its groups have {saved} parameters, "
-            f"this optimizer's have {here}."
-        )

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
-from typing import Any, TypeAlias
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,14 +13,12 @@ from cl_optim.importance.names import compare_names, match_names
 from cl_optim.ops import formats
 from cl_optim.ops.checks import listed
 from cl_optim.ops.warn import warn
-from cl_optim.optim.groups import name_of
-
-_Groups: TypeAlias = Sequence[Mapping[str, Any]]
+from cl_optim.optim.groups import Groups, name_of
 
 _LOGGER = logging.getLogger(__name__)
 
 
-def named_params(groups: _Groups, model: torch.nn.Module | None) -> dict[str, Tensor]:
+def named_params(groups: Groups, model: torch.nn.Module | None) -> dict[str, Tensor]:
     """Return the groups' parameters by their names in the model; without one, by their own.
 
     Raises:
@@ -159,7 +157,7 @@ def _cannot_move(params: list[Tensor]) -> set[Tensor]:
     return {param for param in params if not param.requires_grad and param.grad is None}
 
 
-def unprotected(groups: _Groups, state: Mapping[Tensor, Mapping[str, Any]]) -> list[Tensor]:
+def unprotected(groups: Groups, state: Mapping[Tensor, Mapping[str, Any]]) -> list[Tensor]:
     """Return what consolidate() left without importance because it cannot move."""
     fixed = _cannot_move([param for group in groups for param in group["params"]])
     return [
@@ -170,7 +168,7 @@ def unprotected(groups: _Groups, state: Mapping[Tensor, Mapping[str, Any]]) -> l
     ]
 
 
-def warn_of_moving(moving: list[Tensor], groups: _Groups) -> None:
+def warn_of_moving(moving: list[Tensor], groups: Groups) -> None:
     """Say that parameters move now which consolidate() left without importance."""
     names = [
         name_of(group, param)

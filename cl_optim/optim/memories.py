@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from cl_optim.ops import nnqp
+from cl_optim.ops.checks import listed
 from cl_optim.ops.passes import unobserved
 from cl_optim.optim.groups import Groups
-from cl_optim.optim.memory_rows import MemoryRows, check_dense, listed, with_elements
+from cl_optim.optim.memory_rows import MemoryRows, check_dense, with_elements
 
 
 @dataclass(eq=False)
@@ -94,7 +95,7 @@ class Memories:
             return self.kept
         if evict == "error":
             raise RuntimeError(
-                f"the capacity of {capacity} memories is reached, by {listed(self.names)}: "
+                f"the capacity of {capacity} memories is reached, by {listed(self.names, 6, str)}: "
                 f"forget one before {name!r} is remembered, or use evict='oldest'."
             )
         return self.kept[len(self.kept) - capacity + 1 :]
@@ -107,7 +108,7 @@ class Memories:
         """
         memory = next((m for m in self.kept if m.name == name), None)
         if memory is None:
-            known = listed(self.names) if self.kept else "there is none"
+            known = listed(self.names, 6, str) if self.kept else "there is none"
             raise ValueError(f"no memory is named {name!r}: {known}.")
         self._remove(memory)
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from cl_optim.ops import gram as gram_ops
+from cl_optim.ops.checks import listed
 from cl_optim.optim.groups import Groups, name_of
 
 
@@ -147,8 +148,8 @@ class MemoryRows:
         if list(saved["rows"]) != in_saved_order:
             raise ValueError(
                 f"the state dict belongs to other parameters, or is truncated: it has rows for "
-                f"parameters {listed(list(saved['rows']))}, this optimizer for "
-                f"{listed(in_saved_order)}."
+                f"parameters {listed(list(saved['rows']), 6, str)}, this optimizer for "
+                f"{listed(in_saved_order, 6, str)}."
             )
         for place, param in zip(places, params, strict=True):
             value, shape = saved["rows"][place], (size, *param.shape)
@@ -213,12 +214,6 @@ def check_dense(groups: Groups, param: Tensor, grad: Tensor, where: str = "") ->
 def on_device(indices: Sequence[int], device: torch.device) -> Tensor:
     """Copy indices to a device without waiting for it."""
     return torch.tensor(indices, device="cpu").to(device, non_blocking=True)
-
-
-def listed(items: Sequence[object]) -> str:
-    """Return the first six items, and how many more there are."""
-    shown = ", ".join(str(item) for item in items[:6])
-    return shown if len(items) <= 6 else f"{shown} and {len(items) - 6} more"
 
 
 def _described(value: object) -> str:

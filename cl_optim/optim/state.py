@@ -10,7 +10,7 @@ from torch import Tensor
 
 from cl_optim.importance.names import canonical_name
 from cl_optim.ops import formats
-from cl_optim.optim.groups import check_groups
+from cl_optim.ops.checks import check_groups
 from cl_optim.optim.options import check_rounding
 
 MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")

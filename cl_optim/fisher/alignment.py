@@ -15,7 +15,7 @@ from cl_optim.fisher import nested
 from cl_optim.fisher.observe.observation import Observation
 from cl_optim.fisher.observe.self_check import tolerance
 from cl_optim.fisher.samples import Samples
-from cl_optim.ops.passes import unobserved
+from cl_optim.ops.passes import eval_mode, unobserved
 
 # Of one, two rows might have the same by chance.
 _PROJECTIONS = 8
@@ -132,7 +132,6 @@ def _is_exact(dtype: torch.dtype) -> bool:
 @contextmanager
 def _without_traces(model: nn.Module) -> Iterator[None]:
     """Run in eval mode and keep no activations; flags, buffers and random states are restored."""
-    training = [(module, module.training) for module in model.modules()]
     buffers = [
         (module._buffers, name, buffer)
         for module in model.modules()
@@ -144,20 +143,18 @@ def _without_traces(model: nn.Module) -> Iterator[None]:
     def refuse(_: None) -> NoReturn:
         raise AssertionError("there is no backward pass")
 
-    model.eval()
     # Copies take their place: the graph of the batch has saved these, and minds if they change.
     copies = {id(buffer): buffer.clone() for _, _, buffer in buffers}
     for owner, name, buffer in buffers:
         owner[name] = copies[id(buffer)]
     try:
         with (
+            eval_mode(model),
             torch.random.fork_rng(list(devices)),
             torch.autograd.graph.saved_tensors_hooks(lambda tensor: None, refuse),
             unobserved(),
         ):
             yield
     finally:
-        for module, flag in training:
-            module.training = flag
         for owner, name, buffer in buffers:
             owner[name] = buffer

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from cl_optim._version import __version__
+from cl_optim.ops.checks import dtype_name
 from cl_optim.ops.passes import eval_mode
 
 
@@ -29,7 +30,7 @@ def provenance(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> dict
         "model": {
             "class": f"{type(model).__module__}.{type(model).__qualname__}",
             "parameters": {
-                name: {"shape": list(p.shape), "dtype": str(p.dtype).removeprefix("torch.")}
+                name: {"shape": list(p.shape), "dtype": dtype_name(p.dtype)}
                 for name, p in parameters.items()
             },
         },

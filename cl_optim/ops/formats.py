@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from cl_optim.ops import importance_codec as codec
+from cl_optim.ops.checks import dtype_name
 
 # What a group may ask for.
 OPTIONS: dict[str, tuple[str | None, ...]] = {
@@ -44,20 +45,15 @@ def settle(group: MutableMapping[str, Any]) -> None:
     for option, allowed in OPTIONS.items():
         if group[option] in allowed:
             continue
-        name = canonical(group[option])
+        name = dtype_name(group[option])
         if name not in allowed:
             raise ValueError(f"{option} must be one of {allowed}, not {group[option]!r}.")
         group[option] = name
 
 
-def canonical(format_: Any) -> Any:
-    """Return a dtype's name, and anything else as it is."""
-    return str(format_).removeprefix("torch.") if isinstance(format_, torch.dtype) else format_
-
-
 def described(dtype: torch.dtype) -> str:
     """Name what a tensor of this dtype stores."""
-    return "codes (uint8)" if dtype == _CODES else str(canonical(dtype))
+    return "codes (uint8)" if dtype == _CODES else str(dtype_name(dtype))
 
 
 # --- dtypes and shapes ----------------------------------------------------------------------------

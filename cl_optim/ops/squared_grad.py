@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from cl_optim.ops import library
+from cl_optim.ops.checks import dtype_name
 
 # Bytes of per-sample products formed at once. A CPU reads them again right after writing them, so
 # they should stay in its second-level cache; an accelerator wants large launches.
@@ -228,7 +229,7 @@ def _check_result(
     if tensor.shape != shape:
         raise ValueError(f"{name} must have shape {list(shape)}, not {list(tensor.shape)}.")
     if tensor.dtype not in dtypes:
-        names = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        names = " or ".join(map(dtype_name, dtypes))
         raise ValueError(f"{name} must be {names}, not {tensor.dtype}.")
     if tensor.layout is not torch.strided:
         raise ValueError(f"{name} must be a dense tensor, not {tensor.layout}.")

@@ -13,6 +13,7 @@ from torch.optim.optimizer import ParamsT
 from cl_optim.importance import ImportanceLog
 from cl_optim.ops import formats
 from cl_optim.ops.capture import is_capturing
+from cl_optim.ops.checks import check_fraction, dtype_name
 from cl_optim.ops.ewc_adamw_arguments import Penalty
 from cl_optim.ops.ewc_adamw_reference import penalty_sums
 from cl_optim.optim import matching, protection
@@ -166,9 +167,9 @@ class EWCAdamW(torch.optim.Optimizer):
             "weight_decay": weight_decay,
             "ewc_lambda": ewc_lambda,
             "penalty": penalty,
-            "importance_dtype": formats.canonical(importance_dtype),
-            "anchor_dtype": formats.canonical(anchor_dtype),
-            "state_dtype": formats.canonical(state_dtype),
+            "importance_dtype": dtype_name(importance_dtype),
+            "anchor_dtype": dtype_name(anchor_dtype),
+            "state_dtype": dtype_name(state_dtype),
             "rounding": rounding,
             "importance_damping": importance_damping,
             # What consolidate() leaves: F̂, and how often it was called.
@@ -347,8 +348,7 @@ class EWCAdamW(torch.optim.Optimizer):
                 parameter's arithmetic; or two parameters have one name. Nothing has been changed
                 then.
         """
-        if not 0.0 <= decay <= 1.0:
-            raise ValueError(f"decay must be in [0, 1], not {decay}.")
+        check_fraction("decay", decay)
         if anchors not in ANCHORS:
             raise ValueError(f"anchors must be one of {ANCHORS}, not {anchors!r}.")
         frozen: dict[str, Tensor] = {}
@@ -426,8 +426,7 @@ class EWCAdamW(torch.optim.Optimizer):
         if fraction is not None and masks is not None:
             raise ValueError("fraction and masks exclude each other: call freeze() for each.")
         fraction = 0.05 if fraction is None else fraction
-        if not 0.0 <= fraction <= 1.0:
-            raise ValueError(f"fraction must be in [0, 1], not {fraction}.")
+        check_fraction("fraction", fraction)
         states = self._protected_states()
         if not states:
             raise RuntimeError("freeze() needs importance: call consolidate() first.")

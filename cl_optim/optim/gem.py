@@ -14,7 +14,7 @@ from torch._compile import _disable_dynamo
 from cl_optim.ops import gram as gram_ops
 from cl_optim.ops import nnqp
 from cl_optim.ops.capture import is_capturing
-from cl_optim.ops.checks import check_groups, check_whole, listed
+from cl_optim.ops.checks import check_groups, check_whole, dtype_name, listed
 from cl_optim.ops.warn import warn
 from cl_optim.optim.ewc_adamw import EWCAdamW
 from cl_optim.optim.groups import is_dtensor, name_of
@@ -454,7 +454,7 @@ class GEM(Wrapper):
         """
         for pre_hook in self._optimizer_state_dict_pre_hooks.values():
             pre_hook(self)
-        dtype = None if self.memory_dtype is None else str(self.memory_dtype).removeprefix("torch.")
+        dtype = dtype_name(self.memory_dtype)
         state_dict = self.optimizer.state_dict()
         state_dict["gem"] = {
             "options": {**self._options(), "memory_dtype": dtype},

@@ -82,19 +82,21 @@ def choose(operator: str, device: torch.device | str, warning: str = "") -> str:
     Returns:
         ``"cpu"`` or ``"cuda"`` for compiled kernels, ``"triton"``, or ``"reference"``.
     """
+    device_type = device if isinstance(device, str) else device.type
+    kind = OPERATORS[operator].get(device_type, "")
+    if kind == "compiled" and available(device_type):
+        return device_type
     reason = why_not(operator, device)
-    if reason:
-        if warning:
-            warn_once(warning.format(reason))
-        return "reference"
-    device_type = _type(device)
-    kind = OPERATORS[operator][device_type]
-    return device_type if kind == "compiled" else kind
+    if not reason:
+        return kind
+    if warning:
+        warn_once(warning.format(reason))
+    return "reference"
 
 
 def why_not(operator: str, device: torch.device | str) -> str:
     """Return why no kernel computes an operator on a device, in a sentence; nothing if one does."""
-    device_type = _type(device)
+    device_type = device if isinstance(device, str) else device.type
     kind = OPERATORS[operator].get(device_type)
     if kind == "triton":
         return why_not_triton(device, _CAPABILITY[operator])
@@ -124,10 +126,6 @@ def why_not_triton(device: torch.device | str, capability: int) -> str:
 def warn_once(sentence: str) -> None:
     """Say a thing once: that something runs on its slower reference, and why."""
     warn(sentence)
-
-
-def _type(device: torch.device | str) -> str:
-    return device if isinstance(device, str) else device.type
 
 
 # --- the compiled kernels -------------------------------------------------------------------------

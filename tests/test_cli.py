@@ -7,10 +7,10 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
+from paths import ROOT
 
 import cl_optim
 from bench.retention import __main__ as retention
@@ -19,8 +19,6 @@ from cl_optim.demo import commands
 from cl_optim.demo.train import DivergedError
 from cl_optim.ops import library
 from cl_optim.ops.library import Backend
-
-ROOT = Path(__file__).parent.parent
 
 
 @pytest.mark.parametrize(

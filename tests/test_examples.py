@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 from example_cases import classification, huggingface, language, lightning, page_scene
+from paths import ROOT
 
 import cl_optim
 
@@ -21,7 +22,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated"),
     pytest.mark.filterwarnings("ignore:.isinstance.treespec, LeafSpec."),
 ]
-ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]
 COMPILED = ("cl_optim._C", "cl_optim._C_cuda")
 MODULES = ["cl_optim"]

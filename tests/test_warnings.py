@@ -122,7 +122,7 @@ def test_retention(model, tmp_path):
 
 def test_a_guard_in_a_trainer(tmp_path):
     """The line is the one that trains."""
-    from test_integrations import huggingface_trainer, protected, tiny_gpt2, watched
+    from trainer_cases import huggingface_trainer, protected, tiny_gpt2, watched
 
     from cl_optim.integrations.huggingface import RetentionCallback
 

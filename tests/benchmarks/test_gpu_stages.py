@@ -16,15 +16,15 @@ import pytest
 import torch
 from gpu import device, report, sanitize, smoke, tests
 from gpu.goals import BY_NAME, GOALS, Goal
+from paths import HELPERS, ROOT
 
-ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "bench" / "gpu.sh"
 
 
 @pytest.fixture(scope="module")
 def python(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """For the script's PYTHON; importing torch a dozen times would take a minute."""
-    warm, path = ROOT / "tests" / "warm_python.py", tmp_path_factory.mktemp("python") / "socket"
+    warm, path = HELPERS / "warm_python.py", tmp_path_factory.mktemp("python") / "socket"
     server = subprocess.Popen([sys.executable, warm, "--serve", path])
     while not path.exists():
         assert server.poll() is None

@@ -6,11 +6,11 @@ import json
 import math
 from collections import Counter
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from paths import ROOT
 from scipy import stats
 from torch import nn
 
@@ -29,7 +29,7 @@ from cl_optim.demo.scenarios import Split, Task
 from cl_optim.demo.train import Config, DivergedError, Run, train
 from cl_optim.importance.report.data import report_data
 
-RESULTS = Path(__file__).parent.parent / "bench" / "results"
+RESULTS = ROOT / "bench" / "results"
 TINY = Config(tasks=2, epochs=1, hidden=32, batch_size=64)
 TINY_EXPERIMENT = replace(PERMUTED_DIGITS, config=TINY)
 PERMUTED = {method.key: method for method in PERMUTED_DIGITS.methods}

@@ -9,42 +9,19 @@ import warnings
 
 import pytest
 import torch
-from test_checkpoint import flatten
+from guard_cases import flatten, guard_of, scripted
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
+from trainer_cases import distance, huggingface_trainer, protected, tiny_gpt2, watched
 
 from cl_optim import GEM, EWCAdamW
 from cl_optim.retention import Evaluation
 
 
-def protected(model):
-    """An optimizer with importance and anchors, which a resumed run must get back."""
-    optimizer = EWCAdamW(model.named_parameters(), lr=1e-2, ewc_lambda=3.0)
-    torch.manual_seed(7)
-    optimizer.consolidate({name: torch.rand_like(p) for name, p in model.named_parameters()})
-    return optimizer
-
-
 def fresh(optimizer_of, model):
     """An optimizer without protection: what it has after a resume came from the checkpoint."""
     return optimizer_of(model.named_parameters(), lr=1e-2, ewc_lambda=3.0)
-
-
-def distance(model):
-    """How far the weights are from 0: it changes with every step and needs no data."""
-    return sum(p.detach().square().sum().item() for p in model.parameters())
-
-
-def watched(stop_below=None):
-    """Two evaluations; the old one is forgotten at its third measurement if so wanted."""
-    calls = []
-
-    def old(model):
-        calls.append(model)
-        return 0.1 if stop_below is not None and len(calls) > stop_below else 1.0
-
-    return [Evaluation("old", old), Evaluation("distance", distance, role="new")]
 
 
 class Witness:
@@ -92,32 +69,6 @@ def values(guard):
 
 
 # --- Hugging Face ---------------------------------------------------------------------------------
-
-
-def tiny_gpt2(dropout=0.1):
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    torch.manual_seed(0)
-    config = GPT2Config(
-        vocab_size=32, n_positions=16, n_embd=16, n_layer=1, n_head=2, bos_token_id=0,
-        eos_token_id=0, resid_pdrop=dropout, embd_pdrop=dropout, attn_pdrop=dropout,
-    )  # fmt: skip
-    return GPT2LMHeadModel(config)
-
-
-def huggingface_trainer(folder, model, optimizer, callback, steps=6):
-    from transformers import Trainer, TrainingArguments
-
-    tokens = torch.randint(0, 32, (24, 8), generator=torch.Generator().manual_seed(1))
-    data = [{"input_ids": row, "labels": row} for row in tokens]
-    arguments = TrainingArguments(
-        output_dir=str(folder), max_steps=steps, save_steps=3, per_device_train_batch_size=2,
-        gradient_accumulation_steps=2, use_cpu=True, report_to=[], disable_tqdm=True,
-        dataloader_pin_memory=False, logging_strategy="no",
-    )  # fmt: skip
-    return Trainer(
-        model, arguments, train_dataset=data, optimizers=(optimizer, None), callbacks=[callback]
-    )
 
 
 def test_huggingface_resumes_with_the_same_weights_and_guard(tmp_path):
@@ -646,8 +597,6 @@ def test_ewc_adamw_in_trainers():
 
 
 def test_the_guards_state_is_json():
-    from test_guard import guard_of, scripted
-
     guard = guard_of(scripted(1.0, 0.5), on_breach="raise_lambda")
     guard.start()
     guard.step()

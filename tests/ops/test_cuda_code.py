@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from paths import CSRC
 
 from cl_optim.ops import library
 
-CSRC = Path(__file__).parent.parent / "csrc"
 ARCHITECTURES = (80, 90, 100)
 REGISTERS = 65536  # of a multiprocessor
 THREADS = 256  # of a block of the fused step

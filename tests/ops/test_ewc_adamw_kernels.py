@@ -22,12 +22,12 @@ import pytest
 import torch
 from ewc_adamw_cases import OFF_DEFAULT, PENALTIES, Problem, make_params
 from format_cases import IMPORTANCE, MOMENTS, ROUNDING, SHAPES, assert_close, make
+from paths import CSRC, KERNELS
 from torch import Tensor
 
 from cl_optim import EWCAdamW
 from cl_optim.optim.launch import gather
 
-ROOT = Path(__file__).parent.parent
 LAUNCH = re.compile(r"(\w+(?:<[^<>;]*>)?)\s*<<<(.*?)>>>\(", re.DOTALL)
 
 
@@ -35,14 +35,14 @@ LAUNCH = re.compile(r"(\w+(?:<[^<>;]*>)?)\s*<<<(.*?)>>>\(", re.DOTALL)
 def kernels(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
     folder = tmp_path_factory.mktemp("kernels")
     source, launches = LAUNCH.subn(
-        r"shim::launch(\1, \2)(", (ROOT / "csrc" / "ewc_adamw_cuda.cu").read_text()
+        r"shim::launch(\1, \2)(", (CSRC / "ewc_adamw_cuda.cu").read_text()
     )
     assert launches == 3
     (folder / "kernels.h").write_text(source)
     target = folder / f"emulated{sysconfig.get_config_var('EXT_SUFFIX')}"
     includes = [
-        ROOT / "tests" / "cuda_shim",
-        ROOT / "csrc",
+        KERNELS / "cuda_shim",
+        CSRC,
         pybind11.get_include(),
         sysconfig.get_path("include"),
         Path(torch.__file__).parent / "include",
@@ -51,7 +51,7 @@ def kernels(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
     command += ["-std=c++17", "-O1", "-ffp-contract=off", "-shared", "-fPIC"]
     command += ["-fvisibility=hidden", f'-DKERNELS="{folder / "kernels.h"}"']
     command += [f"-I{include}" for include in includes]
-    command += [str(ROOT / "tests" / "cuda_shim" / "module.cpp"), "-o", str(target)]
+    command += [str(KERNELS / "cuda_shim" / "module.cpp"), "-o", str(target)]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     spec = importlib.util.spec_from_file_location("emulated", target)

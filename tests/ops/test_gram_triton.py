@@ -9,16 +9,15 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
+from paths import HELPERS, KERNELS, ROOT
 
 pytest.importorskip("triton")
 import triton
 
-TESTS = Path(__file__).parent
-ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS.parent), str(TESTS)])}
+ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(HELPERS)])}
 
 SPILLS = 128  # bytes of registers that any kernel may keep in local memory
 # Earlier ones take a few more registers, and no tensor cores for float64 on sm_100.
@@ -28,21 +27,23 @@ IS_RECENT = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 8)
 def run(*command: str, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, *command],
-        cwd=TESTS.parent, env={**ENVIRONMENT, **environment}, capture_output=True, text=True,
+        cwd=ROOT, env={**ENVIRONMENT, **environment}, capture_output=True, text=True,
     )  # fmt: skip
 
 
 def test_interpreted():
     # Triton 3.6 uses what NumPy warns of, and from 2.4 on refuses.
     options = ["-q", "-p", "no:cacheprovider", "--tb=short", "-W", "ignore:Conversion of an array"]
-    result = run("-m", "pytest", *options, "tests/gram_interpreted.py", TRITON_INTERPRET="1")
+    result = run(
+        "-m", "pytest", *options, str(KERNELS / "gram_interpreted.py"), TRITON_INTERPRET="1"
+    )
     assert result.returncode == 0, result.stdout + result.stderr
     assert " passed" in result.stdout
 
 
 @pytest.fixture(scope="module")
 def compiled() -> dict[str, dict[str, dict[str, int]]]:
-    result = run(str(TESTS / "gram_compiled.py"), "80", "90", "100", TRITON_INTERPRET="0")
+    result = run(str(KERNELS / "gram_compiled.py"), "80", "90", "100", TRITON_INTERPRET="0")
     assert result.returncode == 0, result.stderr
     return json.loads(result.stdout)
 

@@ -13,12 +13,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from paths import ROOT
 
 from cl_optim import _C
 from cl_optim import functional as F
 from cl_optim.ops import library
 
-ROOT = Path(__file__).parent.parent
 HYPERPARAMETERS = {
     "lr": 1e-2,
     "beta1": 0.9,

@@ -3,17 +3,15 @@ from __future__ import annotations
 import shutil
 import struct
 import subprocess
-from pathlib import Path
 
 import pytest
 import torch
 from nnqp_cases import by_brute_force, gram_error, random_cases, rows_and_gradient, violation
+from paths import CSRC, KERNELS
 
 from cl_optim import functional
 from cl_optim.ops import library, nnqp
 from cl_optim.ops.nnqp import Status
-
-ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(autouse=True)
@@ -197,7 +195,7 @@ def test_teams_of_threads_agree_and_do_not_race(tmp_path):
     compiler = shutil.which("c++")
     assert compiler is not None
     command = [compiler, "-std=c++17", "-O1", "-g", "-fsanitize=thread", "-pthread"]
-    command += ["-I", str(ROOT / "csrc"), str(ROOT / "tests" / "nnqp_team.cpp")]
+    command += ["-I", str(CSRC), str(KERNELS / "nnqp_team.cpp")]
     subprocess.run([*command, "-o", str(tmp_path / "team")], check=True)
     command = [str(tmp_path / "team"), str(tmp_path / "problems")]
     result = subprocess.run(command, capture_output=True, text=True)

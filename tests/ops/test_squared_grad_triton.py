@@ -6,13 +6,13 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from paths import HELPERS, KERNELS, ROOT
 from squared_grad_cases import CASES, Case, arguments, assert_right
 
 from cl_optim import functional as F
@@ -23,24 +23,24 @@ pytest.importorskip("triton", reason="torch for the CPU alone comes without Trit
 from cl_optim.ops import squared_grad_triton as launch
 from cl_optim.ops import squared_grad_triton_tiles as tiles
 
-HERE = Path(__file__).parent
-
 SPILLS = 128  # bytes of registers that any kernel may keep in local memory
 SHARED_MEMORY = {80: 163, 90: 227, 100: 227}  # KiB that one program may take
 
 
 def python(*arguments: str, **environment: str) -> str:
-    environment = {**os.environ, "PYTHONPATH": str(HERE.parent), **environment}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(HELPERS)]),
+        **environment,
+    }
     command = [sys.executable, *arguments]
-    result = subprocess.run(
-        command, cwd=HERE.parent, env=environment, capture_output=True, text=True
-    )
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
     return result.stdout
 
 
 def test_interpreted():
-    file = str(HERE / "squared_grad_interpreted.py")
+    file = str(KERNELS / "squared_grad_interpreted.py")
     # Triton 3.6 uses what NumPy warns of, and from 2.4 on refuses.
     options = ["-q", "-p", "no:cacheprovider", "-W", "ignore:Conversion of an array"]
     printed = python("-m", "pytest", *options, file, TRITON_INTERPRET="1")
@@ -51,7 +51,7 @@ def test_interpreted():
 @pytest.mark.parametrize("architecture", SHARED_MEMORY)
 def test_compiles_within_the_spill_budget(architecture, tmp_path):
     """All of the table, with rows of any length; the other arguments' choices once each."""
-    script = str(HERE / "triton_compilation.py")
+    script = str(KERNELS / "triton_compilation.py")
     cache = str(tmp_path)
     printed = python(script, str(architecture), TRITON_CACHE_DIR=cache, TRITON_INTERPRET="0")
     for name, made in json.loads(printed).items():

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
+from paths import ROOT
 from torch import nn
 
 from cl_optim import EWCAdamW
@@ -90,10 +90,9 @@ def test_a_users_file_type_checks_and_runs(tmp_path):
     """With the package as it is installed for users, by its py.typed."""
     file = tmp_path / "user.py"
     file.write_text(USER)
-    root = Path(__file__).resolve().parents[1]
     config = tmp_path / "mypy.ini"
     # The package's own errors are for its own settings; tests may run from a source tree.
-    config.write_text(f"[mypy]\nstrict = True\nmypy_path = {root}\n[mypy-cl_optim.*]\n"
+    config.write_text(f"[mypy]\nstrict = True\nmypy_path = {ROOT}\n[mypy-cl_optim.*]\n"
                       "follow_imports = silent\n")  # fmt: skip
     checked = subprocess.run(
         [sys.executable, "-m", "mypy", "--config-file", str(config), "--cache-dir",

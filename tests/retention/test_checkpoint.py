@@ -14,6 +14,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
+from guard_cases import flatten
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -73,16 +74,6 @@ class Run:
     def bits(self):
         parts = [self.model.state_dict(), self.optimizer.state_dict()]
         return flatten([*parts, self.scheduler.state_dict(), self.stream.state_dict(), rng_state()])
-
-
-def flatten(value):
-    if isinstance(value, dict):
-        return [item for key in value for item in [key, *flatten(value[key])]]
-    if isinstance(value, (list, tuple)):
-        return [item for element in value for item in flatten(element)]
-    if isinstance(value, torch.Tensor):
-        return [value.dtype, tuple(value.shape), value.detach().numpy().tobytes()]
-    return [value]
 
 
 @pytest.mark.parametrize("generator", [True, False])

@@ -11,8 +11,8 @@ import random
 import numpy as np
 import pytest
 import torch
+from guard_cases import flatten, guard_of, network, scripted
 from rich.console import Console
-from test_checkpoint import flatten
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
@@ -34,35 +34,10 @@ from cl_optim.retention import (
 from cl_optim.retention.checkpoint.random_state import rng_state
 
 
-class Script:
-    """A measure that reads its numbers from a list, the last one for ever."""
-
-    def __init__(self, *values):
-        self.values = list(values)
-
-    def __call__(self, model):
-        return self.values.pop(0) if len(self.values) > 1 else self.values[0]
-
-
-def scripted(*values, name="old", role="old", higher=True):
-    return Evaluation(name, Script(*values), role=role, higher_is_better=higher)
-
-
-def network():
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(3, 4), nn.Dropout(0.5), nn.Linear(4, 2))
-    return model, EWCAdamW(model.named_parameters(), lr=0.1, ewc_lambda=2.0)
-
-
 def train(model, optimizer):
     optimizer.zero_grad()
     model(torch.randn(5, 3)).square().sum().backward()
     optimizer.step()
-
-
-def guard_of(*evaluations, **options):
-    model, optimizer = network()
-    return RetentionGuard(model, optimizer, evaluations, every=1, **options)
 
 
 @pytest.mark.parametrize(

@@ -12,20 +12,18 @@ import socket
 import subprocess
 import sys
 from collections import Counter, UserDict
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import pytest
 import torch
+from paths import ROOT
 from scipy import stats
 from torch import nn
 
 import cl_optim
 from cl_optim.importance.errors import DamagedError, LockedError
 from cl_optim.retention import ReplayBuffer
-
-ROOT = Path(__file__).parent.parent
 
 
 def start(code, *arguments, cwd=ROOT):
@@ -279,8 +277,7 @@ class TestDisk:
             "b = ReplayBuffer(5, path=sys.argv[1]); b.add(torch.arange(5)); b.flush()\n"
             "b.add(torch.arange(50)); os.kill(os.getpid(), signal.SIGKILL)"
         )
-        root = Path(__file__).parent.parent
-        result = subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=root, check=False)
+        result = subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, check=False)
         assert result.returncode == -9
         with pytest.raises(ValueError, match="not flushed"):
             ReplayBuffer(5, path=tmp_path)

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
 from torch import nn
 
 from cl_optim.retention import Evaluation, RetentionGuard
@@ -34,12 +35,20 @@ def retention_guard(
     """
     guard = RetentionGuard(
         accelerator.unwrap_model(model),
-        getattr(optimizer, "optimizer", optimizer),
+        unwrapped(optimizer),
         evaluations,
         **options,
     )
     accelerator.register_for_checkpointing(_Saved(guard))
     return guard
+
+
+def unwrapped(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """Return what Accelerate has wrapped; GEM is around an optimizer, too, and stays."""
+    if not isinstance(optimizer, AcceleratedOptimizer):
+        return optimizer
+    inner: torch.optim.Optimizer = optimizer.optimizer
+    return inner
 
 
 class _Saved:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any, cast
 
-import torch
 from transformers import (
     TrainerCallback,
     TrainerControl,
@@ -13,6 +12,7 @@ from transformers import (
     TrainingArguments,
 )
 
+from cl_optim.integrations.accelerate import unwrapped
 from cl_optim.retention import Evaluation, RetentionGuard
 
 _KEY = "cl_optim.RetentionCallback"
@@ -57,11 +57,9 @@ class RetentionCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Measure the baselines, or go on with those of the checkpoint."""
-        optimizer: torch.optim.Optimizer = kwargs["optimizer"]
-        optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps it
         self.guard = RetentionGuard(
             kwargs["model"],
-            optimizer,
+            unwrapped(kwargs["optimizer"]),
             self._evaluations,
             scheduler=kwargs["lr_scheduler"],
             **self._options,

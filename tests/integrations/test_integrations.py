@@ -426,6 +426,19 @@ def accelerated(optimizer_of, evaluations):
     return accelerator, model, optimizer, guard
 
 
+@pytest.mark.parametrize("prepare", [True, False])
+def test_a_guard_of_accelerate_keeps_the_gem(prepare):
+    """GEM has an `optimizer`, as what Accelerate wraps has: only Accelerate's is taken off."""
+    from accelerate import Accelerator
+
+    from cl_optim.integrations.accelerate import retention_guard
+
+    accelerator, model = Accelerator(cpu=True), nn.Linear(4, 2)
+    gem = GEM(protected(model))
+    optimizer = accelerator.prepare(gem) if prepare else gem
+    assert retention_guard(accelerator, model, optimizer, watched()).optimizer is gem
+
+
 def accelerate_train(accelerator, model, optimizer, guard, batches):
     for x in batches:
         with accelerator.accumulate(model):

@@ -1,5 +1,6 @@
-// The operators' CUDA implementations that are not in Triton, on LibTorch's stable ABI, in an object
-// of their own, _C_cuda: one linked with libtorch_cuda cannot be loaded under a torch without CUDA.
+// The operators' CUDA implementations that are not in Triton, on LibTorch's stable ABI, in an
+// object of their own, _C_cuda: one linked with libtorch_cuda cannot be loaded under a torch
+// without CUDA.
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/headeronly/util/shim_utils.h>
 

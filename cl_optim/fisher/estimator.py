@@ -9,7 +9,6 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import CheckpointError
 
 from cl_optim.fisher import nested
 from cl_optim.fisher.attachment import Attached, Attachment, Hook, LossTerms, refuse_contradiction
@@ -24,7 +23,7 @@ from cl_optim.fisher.checks import (
 from cl_optim.fisher.loss_scale import CrossEntropy, watch
 from cl_optim.fisher.model import eagerly
 from cl_optim.fisher.observe.observation import Observation
-from cl_optim.fisher.observe.refusals import Policy
+from cl_optim.fisher.observe.refusals import Policy, refusing_checkpointed_functions
 from cl_optim.fisher.observe.taps import in_backward
 from cl_optim.fisher.observer import Observer
 from cl_optim.fisher.samples import Samples
@@ -194,17 +193,10 @@ class FisherEstimator:
 
         hook = self._model.register_forward_hook(Hook(check), with_kwargs=True)
         try:
-            with eagerly(), observation:
+            with eagerly(), refusing_checkpointed_functions(), observation:
                 yield
             observation.squares.finish()
             refuse_contradiction([(each, terms, samples.count) for each in found], loss_scale)
-        except CheckpointError as error:
-            self._totals.broken |= observation.squares.changed
-            raise NotImplementedError(
-                "a function inside an activation checkpoint uses parameters in a way that cannot "
-                "be seen when it runs again in the backward pass: checkpoint a module, not a "
-                "function that uses parameters itself."
-            ) from error
         except BaseException:
             self._totals.broken |= observation.squares.changed
             raise

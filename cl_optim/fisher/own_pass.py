@@ -16,7 +16,12 @@ from cl_optim.fisher.language import is_causal_lm
 from cl_optim.fisher.model import eagerly, trained
 from cl_optim.fisher.objective import IGNORED, Labels, Objective
 from cl_optim.fisher.observe.observation import Observation
-from cl_optim.fisher.observe.refusals import FREEZE, Policy, RestartError
+from cl_optim.fisher.observe.refusals import (
+    FREEZE,
+    Policy,
+    RestartError,
+    refusing_checkpointed_functions,
+)
 from cl_optim.fisher.observe.self_check import SelfCheck
 from cl_optim.fisher.observe.squares import Squares
 from cl_optim.fisher.samples import Samples
@@ -176,7 +181,7 @@ class OwnPass:
         squares.hear_parameters()
         observation = Observation(parameters, samples, self._policy, squares)
         try:
-            with eagerly(), observation:
+            with eagerly(), refusing_checkpointed_functions(), observation:
                 outputs = run()
                 if not outputs.requires_grad:
                     raise _independent(where)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch.overrides import resolve_name
+from torch.utils.checkpoint import CheckpointError
 
 from cl_optim.fisher.samples import Samples
 
@@ -153,3 +155,16 @@ def unseen(names: Sequence[str]) -> NotImplementedError:
         f"a hook that replaces the gradient, a function called inside a checkpoint without a "
         f"module)"
     )
+
+
+@contextmanager
+def refusing_checkpointed_functions() -> Iterator[None]:
+    """Say what helps where a recomputation, whose uses are not seen, is not what the pass was."""
+    try:
+        yield
+    except CheckpointError as error:
+        raise NotImplementedError(
+            "a function inside an activation checkpoint uses parameters in a way that cannot be "
+            "seen when it runs again in the backward pass: checkpoint a module, not a function "
+            "that uses parameters itself."
+        ) from error

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from fisher_cases import NoSynchronisation, largest_error, loop
+from fisher_cases import CLASSES, NoSynchronisation, decayed, largest_error, loop
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
@@ -27,7 +27,7 @@ from cl_optim.fisher.observe.self_check import SelfCheck
 from cl_optim.fisher.observe.squares import Squares
 from cl_optim.fisher.samples import Samples
 
-N, CLASSES, TOKENS, VOCABULARY = 6, 5, 7, 11
+N, TOKENS, VOCABULARY = 6, 7, 11
 # cuDNN convolves float32 in TF32 unless told otherwise.
 TOLERANCE = {"cpu": 2e-5, "cuda": 5e-3}
 
@@ -129,14 +129,6 @@ def expected(twin: nn.Module, x: Tensor, y: Tensor) -> dict[str, Tensor]:
     return loop(twin, lambda m, n: cross_entropy(m(x[n : n + 1]), y[n : n + 1]), len(x))
 
 
-def added(*parts: dict[str, Tensor], decay: float = 1.0) -> dict[str, Tensor]:
-    """What is left of the parts, each of which decays with all that came before."""
-    total = {name: torch.zeros_like(value) for name, value in parts[0].items()}
-    for part in parts:
-        total = {name: decay * (total[name] + part[name]) for name in total}
-    return total
-
-
 def assert_right(fisher: Any, right: dict[str, Tensor], tolerance: float) -> None:
     importance = fisher.finalize() if isinstance(fisher, FisherEstimator) else fisher
     sums = {name: value.cpu() for name, value in importance.sums.items()}
@@ -209,7 +201,7 @@ def test_observed_in_a_thread_of_autograd(kind, device, threads):
     for x, y in batches:
         with fisher.observe(N):
             in_another_thread(cross_entropy(model(x), y)).backward()
-    assert_right(fisher, added(*(expected(twin, *each) for each in batches)), TOLERANCE[device])
+    assert_right(fisher, decayed(expected(twin, *each) for each in batches), TOLERANCE[device])
     assert fisher.finalize().samples == 2 * N
     assert threads
     assert threading.get_ident() not in threads
@@ -236,7 +228,7 @@ def test_attached_in_a_thread_of_autograd(kind, device, threads):
         optimizer.zero_grad()
         in_another_thread(cross_entropy(model(x), y)).backward()
         optimizer.step()
-    assert_right(fisher, added(*parts, decay=0.7), TOLERANCE[device])
+    assert_right(fisher, decayed(parts, 0.7), TOLERANCE[device])
     assert threads
     assert threading.get_ident() not in threads
 
@@ -286,7 +278,7 @@ def test_two_threads_of_one_backward_pass(monkeypatch):
         second.backward()
         go_on.set()
         thread.join()
-    assert_right(fisher, added(right, right), 1e-5)
+    assert_right(fisher, decayed([right, right]), 1e-5)
 
 
 def test_packed_samples_on_two_devices():
@@ -319,7 +311,7 @@ def test_observed(kind, device):
             else:
                 scale = float(q.grad.abs().max())
                 torch.testing.assert_close(p.grad, q.grad, rtol=2e-3, atol=2e-3 * scale + 1e-7)
-    assert_right(fisher, added(*(expected(twin, *each) for each in batches)), TOLERANCE[device])
+    assert_right(fisher, decayed(expected(twin, *each) for each in batches), TOLERANCE[device])
 
 
 @of_each_model
@@ -341,7 +333,7 @@ def test_attached(kind, device):
                     optimizer.step()
             if device == "cpu":
                 optimizer.step()
-    assert_right(fisher, added(*parts, decay=0.9), TOLERANCE[device])
+    assert_right(fisher, decayed(parts, 0.9), TOLERANCE[device])
 
 
 @of_each_model
@@ -368,7 +360,7 @@ def test_autocast_and_a_scaler(kind, dtype, device):
         scaler.step(optimizer)
         scaler.update()
     importance = fisher.finalize()
-    assert_right(importance, added(*parts), {torch.bfloat16: 0.1, torch.float16: 2e-2}[dtype])
+    assert_right(importance, decayed(parts), {torch.bfloat16: 0.1, torch.float16: 2e-2}[dtype])
     assert importance.samples == len(parts) * N
     assert importance.metadata.get("dropped_samples", 0) == (4 - len(parts)) * N
     assert all(value.dtype == torch.float32 for value in importance.values())
@@ -395,7 +387,7 @@ def test_estimated(kind, labels, device):
         elif labels == "sample":
             y = torch.multinomial(p.flatten(0, -2), 1, generator=generator).view(y.shape)
         parts.append(expected(twin, x, y))
-    assert_right(importance, added(*parts), TOLERANCE[device])
+    assert_right(importance, decayed(parts), TOLERANCE[device])
 
 
 def test_exact_labels(device):
@@ -439,7 +431,7 @@ def test_packed(kind, device):
             fisher.observe(cu_seqlens=offsets, loss_terms=1),
         ):
             F.cross_entropy(model(x)[0], y, reduction="sum").backward()
-    assert_right(fisher, added(right, right), TOLERANCE[device])
+    assert_right(fisher, decayed([right, right]), TOLERANCE[device])
 
 
 # --- what a GPU rounds ----------------------------------------------------------------------------

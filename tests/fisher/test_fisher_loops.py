@@ -8,14 +8,21 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
-from fisher_cases import NoSynchronisation, assert_sums, data_labels, loop, oracle
+from fisher_cases import (
+    CLASSES,
+    NoSynchronisation,
+    assert_sums,
+    attached,
+    batches,
+    data_labels,
+    loop,
+    oracle,
+)
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 from torch.utils.checkpoint import checkpoint
 
 from cl_optim import GEM, EWCAdamW, FisherEstimator
-
-CLASSES = 5
 
 
 class Model(nn.Module):
@@ -34,23 +41,12 @@ class Model(nn.Module):
         return self.last(checkpoint(self.block, x, use_reentrant=self.reentrant))
 
 
-def batches(count: int, size: int = 6) -> list[tuple[Tensor, Tensor]]:
-    return [(torch.randn(size, 7), torch.randint(0, CLASSES, (size,))) for _ in range(count)]
-
-
 def of_batches(model: nn.Module, data: list[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
     plain = Model()
     plain.load_state_dict(model.state_dict())
     return oracle(
         plain, torch.cat([x for x, _ in data]), data_labels(torch.cat([y for _, y in data]))
     )
-
-
-def attached(model: nn.Module, **arguments: object) -> tuple[FisherEstimator, torch.optim.SGD]:
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
-    fisher = FisherEstimator(model, during_training=True)
-    fisher.attach(optimizer, **arguments)
-    return fisher, optimizer
 
 
 # --- which forward pass a batch is ----------------------------------------------------------------

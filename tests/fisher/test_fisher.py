@@ -11,8 +11,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from fisher_cases import (
+    CLASSES,
     TOLERANCE,
-    Opaque,
+    Uses,
     all_labels,
     assert_sums,
     data_labels,
@@ -21,12 +22,10 @@ from fisher_cases import (
     predicted_labels,
 )
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from cl_optim.fisher import FisherEstimator, estimate_fisher
 from cl_optim.fisher.objective import _log_once
 
-CLASSES = 5
 VOCABULARY = 13
 
 
@@ -306,272 +305,6 @@ def run(fisher: FisherEstimator, batch_size: int, *steps) -> None:
             step()
 
 
-class Uses(nn.Module):
-    """A linear layer, and one more use of a parameter."""
-
-    def __init__(self, use, **parameters: nn.Parameter) -> None:
-        super().__init__()
-        self.linear = nn.Linear(4, 4)
-        self.extra = nn.ParameterDict(parameters)
-        self.use = use
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.use(self, self.linear(x))
-
-
-P = nn.Parameter
-NO_RULE = {
-    "list": (
-        lambda m, x: x + torch.stack([x[0], m.extra.p]).sum(),
-        r"^torch\.stack uses parameter 'extra\.p'",
-    ),
-    "cat": (
-        lambda m, x: torch.cat([x[1:], m.extra.p[None]]),
-        r"^torch\.cat uses parameter 'extra\.p'",
-    ),
-    "as input": (
-        lambda m, x: F.linear(m.linear.weight, x),
-        r"functional\.linear uses parameter 'linear\.weight'",
-    ),
-    "left factor": (
-        lambda m, x: m.linear.weight @ x,
-        r"matmul.* uses parameter 'linear\.weight'",
-    ),
-    "alpha": (
-        lambda m, x: torch.addmm(m.extra.p, x, m.linear.weight, alpha=2),
-        r"addmm uses parameters 'extra\.p', 'linear\.weight' in a way.*alpha = 2",
-    ),
-}
-
-
-@pytest.mark.parametrize("kind", NO_RULE)
-@pytest.mark.parametrize("own_pass", [False, True])
-def test_function_without_a_rule(kind, own_pass):
-    use, message = NO_RULE[kind]
-    model = Uses(use, p=P(torch.randn(4)))
-    fisher = FisherEstimator(model)
-    x = torch.randn(4, 4)
-    with pytest.raises(NotImplementedError, match=message):
-        _ = estimate_fisher(model, [x]) if own_pass else run(fisher, 4, lambda: model(x))
-
-
-def test_a_parameter_changed_in_place():
-    model = Uses(lambda m, x: m.extra.p[:].mul_(x), p=P(torch.randn(4)))
-    message = r"mul_ uses parameter 'extra\.p' in a way .* changed in place"
-    with pytest.raises(NotImplementedError, match=message):
-        run(FisherEstimator(model), 4, lambda: model(torch.randn(4, 4)))
-
-
-@pytest.mark.parametrize(
-    ("module", "shape", "message"),
-    [
-        (nn.ConvTranspose1d(4, 4, 1), (4, 5), "conv_transpose1d uses .*must have 3 dimensions"),
-        (nn.Conv1d(4, 4, 1), (4, 5), "conv1d uses .*must have 3 dimensions, the first for sam"),
-        (nn.BatchNorm1d(4), (3, 4), "batch_norm in training mode"),
-        (nn.BatchNorm1d(4, affine=False), (3, 4), "batch_norm in training mode"),
-        (nn.Bilinear(4, 4, 2), (3, 4), r"bilinear uses parameters '0\.weight', '0\.bias'"),
-    ],
-)  # fmt: skip
-def test_module_without_a_rule(module, shape, message):
-    model = nn.ModuleList([module, nn.Linear(4, 4)])
-    x = torch.randn(shape, requires_grad=True)
-    with (
-        pytest.raises((NotImplementedError, ValueError), match=message),
-        FisherEstimator(model).observe(3),
-    ):
-        module(x, x) if isinstance(module, nn.Bilinear) else module(x)
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"max_norm": 1.0}, "max_norm"),
-        ({"scale_grad_by_freq": True}, "scale_grad_by_freq"),
-        ({"sparse": True}, "sparse"),
-    ],
-)
-def test_embedding_options(options, message):
-    model = nn.Embedding(5, 3, **options)
-    with (
-        pytest.raises(
-            NotImplementedError, match=f"embedding uses parameter 'weight' in a.*{message}"
-        ),
-        FisherEstimator(model).observe(2),
-    ):
-        model(torch.tensor([[1], [2]]))
-
-
-UNSEEN = {
-    "alone": (lambda m, x: Opaque.apply(x, m.extra.p), r"^parameter 'extra\.p' received"),
-    "beside a seen one": (lambda m, x: Opaque.apply(x, m.linear.bias), r"^parameter 'linear\.b"),
-    "reentrant": (
-        lambda m, x: checkpoint(F.linear, x, m.extra.w, use_reentrant=True),
-        r"^parameter 'extra\.w' received",
-    ),
-    "non-reentrant": (
-        lambda m, x: checkpoint(F.linear, x, m.extra.w, use_reentrant=False),
-        "^a function inside an activation checkpoint uses parameters",
-    ),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("kind", UNSEEN)
-def test_unseen_use(kind):
-    """Found when its gradient comes. The sums may be spoilt by then, and finalize says so."""
-    use, message = UNSEEN[kind]
-    model = Uses(use, p=P(torch.randn(4)), w=P(torch.randn(4, 4)))
-    fisher = FisherEstimator(model)
-    with pytest.raises(NotImplementedError, match=message), fisher.observe(3):
-        model(torch.randn(3, 4)).square().sum().backward()
-    spoilt = kind != "non-reentrant"  # which fails before it has reached a parameter
-    with pytest.raises(RuntimeError, match="backward pass had begun" if spoilt else "nothing was"):
-        fisher.finalize()
-
-
-@pytest.mark.parametrize("kind", ["alone", "beside a seen one"])
-def test_unseen_use_in_its_own_pass(kind):
-    use, message = UNSEEN[kind]
-    model = Uses(use, p=P(torch.randn(4)), w=P(torch.randn(4, 4)))
-    with pytest.raises(NotImplementedError, match=message):
-        estimate_fisher(model, [torch.randn(3, 4)])
-    assert all(p.grad is None for p in model.parameters())
-
-
-def features(*first: nn.Module) -> nn.Module:
-    """Classes of inputs [4, 4]."""
-    return nn.Sequential(*first, nn.Flatten(), nn.LazyLinear(3))
-
-
-REFUSED = {
-    "no rule": lambda: features(Uses(lambda m, x: torch.cdist(x, m.extra.w),
-                                     w=P(torch.randn(4, 4)))),
-    "several at once": lambda: features(Uses(lambda m, x: F.bilinear(x, x, m.extra.w, m.extra.p),
-                                             w=P(torch.randn(4, 4, 4)), p=P(torch.randn(4)))),
-    "not supported": lambda: features(Uses(NO_RULE["alpha"][0], p=P(torch.randn(4)))),
-    "unseen": lambda: features(Uses(UNSEEN["alone"][0], p=P(torch.randn(4)))),
-    "beside a seen one": lambda: features(Uses(UNSEEN["beside a seen one"][0])),
-    "rows of samples": lambda: Uses(lambda m, x: torch.cat(
-        [F.linear(x[:3], m.extra.w), F.linear(x[3:], m.extra.w)]), w=P(torch.randn(4, 4))),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("kind", REFUSED)
-def test_a_refusal_ends_in_its_remedy(kind):
-    """Each names the parameter, and random signs then find what a loop over samples does."""
-    model = REFUSED[kind]()
-    x = torch.randn(4, 4)
-    model(x)  # how many features there are
-    freeze = "or freeze what should be left out with requires_grad_(False)."
-    with pytest.raises((NotImplementedError, ValueError), match=r"parameters? '") as refused:
-        estimate_fisher(model, [x])
-    sentence = str(refused.value)
-    assert sentence.endswith(f"; estimate it by random signs with unsupported='sign', {freeze}")
-    with pytest.raises(type(refused.value)) as refused, FisherEstimator(model).observe(4):
-        model(x).square().sum().backward()
-    how = "estimate_fisher(..., unsupported='sign')"
-    assert str(refused.value).endswith(f"; estimate it by random signs with {how}, {freeze}")
-    signed = estimate_fisher(
-        model, [x], "predicted", unsupported="sign", sign_draws=1000,
-        generator=torch.Generator().manual_seed(0),
-    )  # fmt: skip
-    expected = oracle(model, x, predicted_labels)
-    left = signed.metadata["sign"]["parameters"]
-    assert next(iter(left)) in sentence
-    for name, value in signed.sums.items():
-        if name in left:
-            assert abs(float(value.sum() / expected[name].sum()) - 1) < 0.1, name
-        else:
-            torch.testing.assert_close(value.double(), expected[name], rtol=1e-4, atol=1e-6)
-
-
-class Standardised(nn.Conv1d):
-    """As timm standardises weights: in any mode, with a batch_norm of the weight."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        flat = self.weight.view(1, self.out_channels, -1)
-        weight = F.batch_norm(flat, None, None, training=True, eps=1e-6).view_as(self.weight)
-        return F.conv1d(x, weight, self.bias)
-
-
-def test_a_batch_norm_of_a_weight():
-    model, x = nn.Sequential(Standardised(4, 3, 2), nn.Flatten()), torch.randn(5, 4, 6)
-    importance = estimate_fisher(model, [x], "predicted")
-    assert_sums(importance, oracle(model, x, predicted_labels), 1e-5)
-
-
-def test_the_remedy_for_magnitudes_and_packed_sequences():
-    """Random signs estimate squares, of samples with losses of their own."""
-    model = Uses(lambda m, x: torch.cdist(x, m.linear.weight))
-    message = r"'linear\.weight'.*; leave it out with unsupported='skip', or freeze what"
-    with pytest.raises(NotImplementedError, match=message):
-        estimate_fisher(model, [torch.randn(4, 4)], kind="mas")
-    with (
-        pytest.raises(NotImplementedError, match=r"'linear\.weight'.*takes one\); freeze what"),
-        FisherEstimator(model).observe(cu_seqlens=[0, 1, 4]),
-    ):
-        model(torch.randn(4, 4))
-
-
-@pytest.mark.parametrize(
-    ("shape", "batch_size", "message"),
-    [
-        ((5, 7), 4, r"^parameter 'body\.0\.weight' met an input of shape \[5, 7\].* is 5, but "
-                    "batch_size is 4"),
-        ((7,), 7, r"^parameter 'body\.0\.weight' met an input of shape \[7\], which has no dim"),
-    ],
-)  # fmt: skip
-def test_wrong_leading_dimension(shape, batch_size, message):
-    fisher = FisherEstimator(MLP())
-    with pytest.raises(ValueError, match=message), fisher.observe(batch_size):
-        fisher._model(torch.randn(shape))
-
-
-class WithPositions(nn.Module):
-    """Looks positions up once for all samples, as many published models do."""
-
-    def __init__(self, width: int = 4) -> None:
-        super().__init__()
-        self.token, self.position = nn.Embedding(9, width), nn.Embedding(9, width)
-        self.head = nn.Linear(width, 3)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        return self.head(self.token(tokens) + self.position(torch.arange(tokens.shape[1])))
-
-
-def test_positions_or_samples():
-    """As many indices as samples, and sequences as long: the shape does not tell."""
-    model = WithPositions()
-    tokens = torch.randint(0, 9, (4, 4))
-    message = r"^parameter 'position\.weight' met 4 indices, which may be samples or positions"
-    with pytest.raises(ValueError, match=message), FisherEstimator(model).observe(4):
-        model(tokens)
-    with pytest.raises(ValueError, match=message):
-        estimate_fisher(model, [tokens], labels="sample")
-    # After a batch of another size it is known.
-    batches = [torch.randint(0, 9, (5, 4)), tokens]
-    importance = estimate_fisher(model, batches, labels="predicted")
-    assert_sums(importance, oracle(model, torch.cat(batches), predicted_labels), 1e-5)
-
-
-class TokensFirst(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.body, self.head = nn.Linear(4, 4), nn.Linear(4, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.body(x.transpose(0, 1)).transpose(0, 1))
-
-
-def test_samples_must_be_independent():
-    x = torch.randn(5, 5, 4)
-    message = r"^the self-check failed in batch 0: .*parameter 'body\.(weight|bias)' differs"
-    with pytest.raises(ValueError, match=message):
-        estimate_fisher(TokensFirst(), [x], labels="sample")
-    mixing = Uses(lambda m, x: x - x.mean(0))
-    with pytest.raises(ValueError, match=r"batch 0: .*'linear\..* samples are not independent"):
-        estimate_fisher(mixing, [x[0]])
-
-
 def test_misuse_of_observe():
     """Errors before the backward pass leave the sums as they were."""
     model, inputs, targets = mlp_case()
@@ -662,32 +395,6 @@ def test_parameters_changed():
     message = r"^parameter 'head\.bias' was added, removed, frozen"
     with pytest.raises(ValueError, match=message), fisher.observe(len(inputs)):
         pass
-
-
-@pytest.mark.parametrize(
-    ("error", "message", "arguments"),
-    [
-        (ValueError, "^batch_size must be at least 1, not 0", {"batch_size": 0}),
-        (TypeError, "^batch_size must be an integer, not float", {"batch_size": 2.0}),
-        (ValueError, "^loss_terms must be positive and finite, not 0", {"loss_terms": 0}),
-        (TypeError, "^loss_terms must be a number, not str", {"loss_terms": "mean"}),
-        (ValueError, "^loss_scale must be positive and finite, not nan", {"loss_scale": math.nan}),
-        (ValueError, "^tokens must be at least 0", {"tokens": -1}),
-    ],
-)
-def test_bad_arguments_of_observe(error, message, arguments):
-    fisher = FisherEstimator(MLP())
-    with pytest.raises(error, match=message), fisher.observe(**{"batch_size": 4, **arguments}):
-        pass
-
-
-def test_bad_models():
-    with pytest.raises(TypeError, match=r"^model must be a torch\.nn\.Module"):
-        FisherEstimator(3)
-    with pytest.raises(ValueError, match="model has no parameters that require gradients"):
-        FisherEstimator(nn.Linear(2, 2).requires_grad_(False))
-    with pytest.raises(ValueError, match="parameter 'weight' must be of a real float"):
-        FisherEstimator(nn.Linear(2, 2, dtype=torch.cfloat))
 
 
 # --- estimate_fisher ------------------------------------------------------------------------------
@@ -901,9 +608,9 @@ def test_masked_classes():
     """A logit of −∞ is a class that cannot be; it is no error."""
     model = Uses(lambda m, x: x.masked_fill(torch.tensor([False, False, False, True]), -math.inf))
     x = torch.randn(5, 4)
-    p = F.linear(x, model.linear.weight, model.linear.bias)[:, :3].softmax(-1).detach()
-    expected = {"linear.bias": F.pad((p * (1 - p)).sum(0), (0, 1)),
-                "linear.weight": F.pad((p * (1 - p)).T @ x**2, (0, 0, 0, 1))}  # fmt: skip
+    p = F.linear(x, model.first.weight, model.first.bias)[:, :3].softmax(-1).detach()
+    expected = {"first.bias": F.pad((p * (1 - p)).sum(0), (0, 1)),
+                "first.weight": F.pad((p * (1 - p)).T @ x**2, (0, 0, 0, 1))}  # fmt: skip
     assert_sums(estimate_fisher(model, [x]), expected, 1e-5)
 
 
@@ -925,81 +632,3 @@ def test_no_progress_bar_without_rich(monkeypatch):
     estimate_fisher(model, [inputs])
     with pytest.raises(ModuleNotFoundError, match=r'needs rich: pip install "cl-optim\[cli\]"$'):
         estimate_fisher(model, [inputs], progress=True)
-
-
-X, Y = torch.zeros(4, 7), torch.zeros(4, dtype=torch.long)
-NAN_BATCH = torch.full((4, 7), math.nan)
-
-
-@pytest.mark.parametrize(
-    ("error", "message", "arguments"),
-    [
-        (ValueError, "^labels must be one of .*'auto', 'exact'.* not 'mc'", {"labels": "mc"}),
-        (
-            TypeError,
-            "^batches must be an iterable of batches, not a float32 tensor",
-            {"batches": X},
-        ),
-        (TypeError, "^batches must be an iterable of batches, not a int", {"batches": 3}),
-        (ValueError, "^batches has no samples", {"batches": []}),
-        (ValueError, "^batches has no samples", {"batches": [X[:0], (X[:0], Y[:0])]}),
-        (
-            ValueError,
-            "^batch 0 must be .inputs, targets., but has 3 parts",
-            {"batches": [(X, Y, Y)]},
-        ),
-        (ValueError, "^batch 0 must have a tensor", {"batches": [("text", Y)]}),
-        (ValueError, "^max_samples must be at least 1, or None, not 0", {"max_samples": 0}),
-        (TypeError, "^max_samples must be an integer or None", {"max_samples": 1.5}),
-        (ValueError, "^per_sample_loss needs labels='empirical'", {"per_sample_loss": mean_loss}),
-        (ValueError, r"^labels='empirical' needs \(inputs, targets\)", {"labels": "empirical"}),
-        (
-            ValueError,
-            r"^targets must be in \[0, 5\) or -100, but there is 5 in batch 1",
-            {"labels": "empirical", "batches": [(X, Y), (X, Y + 5)]},
-        ),
-        (
-            ValueError,
-            r"^targets must have shape \[4\].* not a int64 tensor of shape \[4, 1\], in batch 0",
-            {"labels": "empirical", "batches": [(X, Y.unsqueeze(1))]},
-        ),
-        (ValueError, "^the loss is not finite in batch 1", {"batches": [X, NAN_BATCH]}),
-    ],
-)
-def test_bad_arguments_of_estimate(error, message, arguments):
-    with pytest.raises(error, match=message):
-        estimate_fisher(MLP(), **{"batches": [X], **arguments})
-
-
-@pytest.mark.parametrize(
-    ("use", "labels", "message"),
-    [
-        (lambda m, x: x.sum(1), "exact", r"must return floating-point logits \[4, C\] or .* shape"),
-        (lambda m, x: {"logits": x}, "exact", "must return .* but returned a dict in batch 0"),
-        (lambda m, x: x.unsqueeze(1), "exact", "^labels='exact' is for .* use labels='sample'"),
-        (
-            lambda m, x: x.repeat(1, 26),
-            "exact",
-            r"at most 100 classes, not \[4, 104\]; use labels=",
-        ),
-        (lambda m, x: torch.zeros(4, 3), "exact", "does not depend on any trained parameter"),
-        (
-            lambda m, x: x + (x - x.detach()) * 1e30,
-            "exact",
-            r"^the gradient of parameter 'linear.* in batch 0",
-        ),
-    ],
-)
-def test_bad_outputs(use, labels, message):
-    with pytest.raises(ValueError, match=message):
-        estimate_fisher(Uses(use), [torch.randn(4, 4)], labels)
-
-
-def test_bad_losses():
-    model = MLP()
-    for loss, message in (
-        (lambda m, b: m(b[0]).sum(), r"one loss per sample, shape \[4\], but returned a float32"),
-        (lambda m, b: m(b[0]).sum(1) / 0, "not finite in batch 0"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            estimate_fisher(model, [(X, Y)], "empirical", per_sample_loss=loss)

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from cl_optim import EWCAdamW
 from cl_optim.fisher import (
-    FisherEstimator,
     convert_lambda,
     estimate_fisher,
     importance_from_adam,
@@ -238,39 +237,6 @@ def test_importance_from_narrow_moments(state_dtype, rtol):
     torch.testing.assert_close(found, expected, rtol=rtol, atol=0.0)
 
 
-def test_importance_from_moments_of_an_unknown_format():
-    model = nn.Linear(64, 64)
-    optimizer = torch.optim.Adam(model.parameters())
-    model(torch.randn(16, 64)).square().mean().backward()
-    optimizer.step()
-    for stored in (torch.zeros(16, 260, dtype=torch.uint8), torch.zeros(64)):
-        optimizer.state[model.weight]["exp_avg_sq"] = stored
-        with pytest.raises(ValueError, match=r"'weight' must be .* its shape \(64, 64\).*use est"):
-            importance_from_adam(optimizer, model)
-
-
-def test_importance_from_adam_is_refused():
-    model, (x, y) = mlp(), data()
-    optimizer = EWCAdamW(model.named_parameters())
-    with pytest.raises(ValueError, match="has taken no step on a parameter of the model"):
-        importance_from_adam(optimizer, model)
-    F.cross_entropy(model(x), y).backward()
-    optimizer.step()
-    optimizer.consolidate(None)
-    message = r"parameter '0\.weight' is protected: after consolidate.* includes the penalty's"
-    with pytest.raises(ValueError, match=message):
-        importance_from_adam(optimizer, model)
-    sgd = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    sgd.step()
-    with pytest.raises(ValueError, match=r"SGD keeps no exp_avg_sq for parameter '0\.weight'"):
-        importance_from_adam(sgd, model)
-    adam = torch.optim.Adam(model.parameters())
-    adam.step()
-    adam.last_projection = None
-    with pytest.raises(ValueError, match="under GEM, Adam's second moment is that of projected"):
-        importance_from_adam(adam, model)
-
-
 # --- other libraries ------------------------------------------------------------------------------
 
 
@@ -323,11 +289,6 @@ def test_published_fishers():
             torch.testing.assert_close(value, expected[name], msg=f"{convention} {limit} {name}")
     limited = published_fisher(model, batches, "avalanche", max_samples=5)
     assert limited.samples == 2
-    with pytest.raises(ValueError, match=r"^convention must be one of .* not 'facil'"):
-        published_fisher(model, batches, "facil")
-    for convention in ("avalanche", "mammoth"):
-        with pytest.raises(ValueError, match="batches has no samples"):
-            published_fisher(model, [], convention)
 
 
 def test_convert_lambda():
@@ -353,40 +314,6 @@ def test_convert_lambda():
     a = 7.0 * theirs
     b = convert_lambda(7.0, "avalanche", batch_size=20) * ours
     assert abs(float(a / b) - 1) < 0.15
-    for arguments, message in (
-        ((1.0, "ewc"), "^source must be one of"),
-        ((1.0, "gem", "ewc"), "^target must be one of"),
-        ((-1.0, "gem"), "^ewc_lambda must be at least 0"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            convert_lambda(*arguments)
-    with pytest.raises(ValueError, match=r"^batch_size must be at least 1"):
-        convert_lambda(1.0, "gem", batch_size=0)
-
-
-# --- arguments ------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"unsupported": "ignore"}, r"^unsupported must be one of \('error', 'sign', 'skip'\)"),
-        ({"kind": "mas", "unsupported": "sign"}, "^unsupported='sign' estimates sums of sq"),
-        ({"kind": "mas", "labels": "exact"}, "^kind='mas' takes neither labels nor"),
-        ({"kind": "logits_reversal", "labels": "exact"}, "needs labels='empirical' or 'pre"),
-        ({"kind": "adam"}, r"needs an optimizer: importance_from_adam\(optimizer"),
-        (
-            {"kind": "si"},
-            r"^kind must be one of \('fisher', 'mas', 'log",
-        ),
-        ({"loss": "mse"}, r"^loss must be one of \('auto', 'cross_entropy', 'causal_lm'\)"),
-        ({"sign_draws": 0}, "^sign_draws must be at least 1"),
-        ({"verify": "last"}, "^verify must be 'first', True or False"),
-    ],
-)
-def test_bad_arguments(arguments, message):
-    with pytest.raises(ValueError, match=message):
-        estimate_fisher(mlp(), [torch.randn(3, 5)], **arguments)
 
 
 def test_verify_each_batch():
@@ -416,23 +343,3 @@ def test_verify_each_batch():
     estimate_fisher(model, batches, "predicted")
     with pytest.raises(ValueError, match=r"^the self-check failed in batch 1: .*'body\."):
         estimate_fisher(model, batches, "predicted", verify=True)
-
-
-def test_wrong_axis_in_observe():
-    """Sums over a wrong axis come out the same. A length other than N is refused at once."""
-
-    class TokensFirst(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.body = nn.Linear(4, 4)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.body(x.transpose(0, 1)).transpose(0, 1)
-
-    model = TokensFirst()
-    message = r"parameters 'body\.weight', 'body\.bias' met inputs whose rows are as many"
-    with pytest.raises(ValueError, match=message), FisherEstimator(model).observe(5):
-        model(torch.randn(5, 5, 4))
-    message = "whose leading dimension is 3, but batch_size is 5"
-    with pytest.raises(ValueError, match=message), FisherEstimator(model).observe(5):
-        model(torch.randn(5, 3, 4))

@@ -9,37 +9,27 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
-from fisher_cases import NoSynchronisation, assert_sums, data_labels, largest_error, oracle
+from fisher_cases import (
+    CLASSES,
+    NoSynchronisation,
+    assert_sums,
+    attached,
+    batches,
+    data_labels,
+    decayed,
+    largest_error,
+    mlp,
+    oracle,
+)
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 from torch.utils.checkpoint import checkpoint
 
 from cl_optim import GEM, EWCAdamW, FisherEstimator, estimate_fisher
 
-CLASSES = 5
-
-
-def mlp(dropout: float = 0.0) -> nn.Module:
-    return nn.Sequential(
-        nn.Linear(7, 9), nn.LayerNorm(9), nn.Dropout(dropout), nn.ReLU(inplace=True),
-        nn.Linear(9, CLASSES),
-    )  # fmt: skip
-
-
-def batches(count: int, size: int = 6) -> list[tuple[Tensor, Tensor]]:
-    return [(torch.randn(size, 7), torch.randint(0, CLASSES, (size,))) for _ in range(count)]
-
 
 def of_batch(model: nn.Module, x: Tensor, y: Tensor) -> dict[str, Tensor]:
     return oracle(model, x, data_labels(y))
-
-
-def decayed(parts: list[dict[str, Tensor]], decay: float) -> dict[str, Tensor]:
-    """Σ_k decay^(K−k) part_k: each step decays what it and the earlier ones have summed."""
-    total = {name: torch.zeros_like(value) for name, value in parts[0].items()}
-    for part in parts:
-        total = {name: decay * (total[name] + part[name]) for name in total}
-    return total
 
 
 OPTIMIZERS = {
@@ -117,7 +107,7 @@ def test_loss_terms_vary():
             for p in model.parameters():
                 p.grad.mul_(float(used[-1]) / 6)
             optimizer.step()
-    assert_sums(fisher.finalize(), decayed(parts, 1.0), 1e-5)
+    assert_sums(fisher.finalize(), decayed(parts), 1e-5)
 
 
 def test_autocast():
@@ -305,7 +295,7 @@ def test_activation_checkpointing(reentrant):
             optimizer.zero_grad()
             F.cross_entropy(model(x), y).backward()
             optimizer.step()
-    assert_sums(fisher.finalize(), decayed(parts, 1.0), 1e-5)
+    assert_sums(fisher.finalize(), decayed(parts), 1e-5)
 
 
 def test_mean_over_tokens():
@@ -394,9 +384,7 @@ def test_leaves_nothing_behind():
 def test_forward_passes_without_a_backward_pass():
     """A forward pass with gradients whose loss is not used; an error in the forward pass."""
     model = mlp()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
-    fisher = FisherEstimator(model, during_training=True)
-    fisher.attach(optimizer)
+    fisher, optimizer = attached(model)
     x, y = batches(1)[0]
     model(x)
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
@@ -407,30 +395,9 @@ def test_forward_passes_without_a_backward_pass():
     assert fisher.finalize().samples == 6
 
 
-def test_misuse():
-    model = mlp()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    with pytest.raises(ValueError, match=r"FisherEstimator\(model, during_training=True\)"):
-        FisherEstimator(model).attach(optimizer)
-    for arguments, message in (
-        ({"accumulation_steps": 0}, "accumulation_steps must be at least 1"),
-        ({"loss_terms": "batch"}, "loss_terms must be 'samples', 'tokens', a number or a function"),
-        ({"loss_terms": -1.0}, "loss_terms must be positive and finite"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            FisherEstimator(model, during_training=True).attach(optimizer, **arguments)
-    for arguments, message in (
-        ({"decay": 0.0}, r"^decay must be in \(0, 1\], not 0"),
-        ({"verify": "always"}, "^verify must be 'first', True or False, not 'always'"),
-        ({"unsupported": "sign"}, r"use estimate_fisher\(..., unsupported='sign'\)"),
-        ({"unsupported": "ignore"}, "^unsupported must be 'error' or 'skip'"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            FisherEstimator(model, **arguments)
-
-    x, y = batches(1)[0]
-    fisher = FisherEstimator(model, during_training=True)
-    fisher.attach(optimizer)
+def test_an_attached_estimator_is_used_alone():
+    model, (x, y) = mlp(), batches(1)[0]
+    fisher, optimizer = attached(model)
     with pytest.raises(RuntimeError, match="attached already"):
         fisher.attach(optimizer)
     with (

@@ -1,6 +1,7 @@
 """Importance: what it reads, and its file."""
 
 import json
+import math
 import os
 import signal
 import time
@@ -8,8 +9,10 @@ from functools import partial
 
 import pytest
 import torch
+from bad_input import each_of, refused
 from safetensors import SafetensorError
 from safetensors.torch import save_file
+from torch import nn
 
 from cl_optim.importance import Importance, sealed_safetensors
 from cl_optim.importance.errors import DamagedError
@@ -35,16 +38,12 @@ def test_reads_as_the_mean_over_samples(importance):
     for name, value in importance.items():
         torch.testing.assert_close(value, SUMS[name] / 4, rtol=0, atol=0)
         assert value.dtype == SUMS[name].dtype
-    with pytest.raises(KeyError):
-        importance["other"]
 
 
 def test_reads_per_token(importance):
     per_token = importance.per_token()
     assert list(per_token) == list(SUMS)
     torch.testing.assert_close(per_token["layer.weight"], SUMS["layer.weight"] / 32)
-    with pytest.raises(ValueError, match=r"^per_token\(\) needs a sequence model"):
-        Importance(SUMS, samples=4).per_token()
 
 
 def test_raw_values(importance):
@@ -96,20 +95,6 @@ def test_a_failed_save_leaves_the_old_file(tmp_path, importance, monkeypatch):
         importance.save(path)
     assert path.read_bytes() == before
     assert [file.name for file in tmp_path.iterdir()] == [path.name]
-
-
-def test_bad_files(tmp_path, importance):
-    with pytest.raises(FileNotFoundError, match="in a folder that does not exist"):
-        importance.save(tmp_path / "none" / "x.safetensors")
-    with pytest.raises(FileNotFoundError, match="is not a file"):
-        Importance.load(tmp_path / "x.safetensors")
-    other = tmp_path / "weights.safetensors"
-    save_file({"a": torch.zeros(2)}, other)
-    with pytest.raises(ValueError, match=r"was not written by Importance\.save"):
-        Importance.load(other)
-    other.write_bytes(b"neither")
-    with pytest.raises(ValueError, match="is not a safetensors file"):
-        Importance.load(other)
 
 
 def test_each_damaged_byte_and_each_cut_of_a_file_is_noticed(tmp_path):
@@ -178,19 +163,6 @@ def test_save_copies_only_what_it_must(tmp_path, monkeypatch):
         assert torch.equal(value, given[name])
 
 
-def test_a_name_that_safetensors_keeps_for_itself_is_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"must not have the name '__metadata__'.*another name"):
-        Importance({"a": torch.ones(2), "__metadata__": torch.ones(2)}, 1).save(tmp_path / "x")
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_stream_is_refused_and_stays_one(tmp_path, importance):
-    os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(OSError, match="tensors need a file, not a stream"):
-        importance.save(tmp_path / "pipe")
-    assert (tmp_path / "pipe").is_fifo()
-
-
 def test_who_may_read_a_file_is_left_to_the_umask(tmp_path, importance):
     before = os.umask(0o027)
     try:
@@ -245,26 +217,79 @@ def temporary(folder):
     return sorted(path.name for path in folder.iterdir() if path.suffix == ".tmp")
 
 
-@pytest.mark.parametrize(
-    ("error", "message", "arguments"),
-    [
-        (TypeError, r"^sums\['a'\] must be a float32 or float64 tensor, not int",
-         {"sums": {"a": 1}, "samples": 1}),
-        (TypeError, r"^sums\['a'\] must be .* not torch.bfloat16",
-         {"sums": {"a": torch.zeros(2, dtype=torch.bfloat16)}, "samples": 1}),
-        (TypeError, "^sums must have parameter names", {"sums": {0: SUMS["scalar"]}, "samples": 1}),
-        (ValueError, "^samples must be positive and finite", {"sums": SUMS, "samples": 0}),
-        (ValueError, "^samples must be positive and", {"sums": SUMS, "samples": float("inf")}),
-        (TypeError, "^samples must be a number, not str", {"sums": SUMS, "samples": "2"}),
-        (TypeError, "^samples must be a number, not bool", {"sums": SUMS, "samples": True}),
-        (ValueError, "^tokens must be positive", {"sums": SUMS, "samples": 1, "tokens": -1}),
-        (TypeError, "^metadata must be what JSON can hold",
-         {"sums": SUMS, "samples": 1, "metadata": {"model": torch.nn.Linear(2, 2)}}),
-    ],
-)  # fmt: skip
-def test_bad_arguments(error, message, arguments):
-    with pytest.raises(error, match=message):
-        Importance(**arguments)
+BEYOND = {"a": torch.full((2,), 2.0**700, dtype=torch.float64)}  # what float32 holds
+OUT_OF_RANGE = (-0.1, 1.1, math.nan)
+BAD = [
+    ("no tensor", lambda *_: Importance({"a": 1}, 1),
+     TypeError, r"^sums\['a'\] must be a float32 or float64 tensor, not int"),
+    ("bfloat16", lambda *_: Importance({"a": torch.zeros(2, dtype=torch.bfloat16)}, 1),
+     TypeError, r"^sums\['a'\] must be .* not torch.bfloat16"),
+    ("no name", lambda *_: Importance({0: SUMS["scalar"]}, 1),
+     TypeError, "^sums must have parameter names"),
+    ("no samples", lambda *_: Importance(SUMS, 0),
+     ValueError, "^samples must be positive and finite"),
+    ("infinite samples", lambda *_: Importance(SUMS, float("inf")),
+     ValueError, "^samples must be positive and"),
+    ("samples as text", lambda *_: Importance(SUMS, "2"),
+     TypeError, "^samples must be a number, not str"),
+    ("samples as bool", lambda *_: Importance(SUMS, True),
+     TypeError, "^samples must be a number, not bool"),
+    ("negative tokens", lambda *_: Importance(SUMS, 1, tokens=-1),
+     ValueError, "^tokens must be positive"),
+    ("a model as metadata", lambda *_: Importance(SUMS, 1, metadata={"a": nn.Linear(2, 2)}),
+     TypeError, "^metadata must be what JSON can hold"),
+    ("another parameter", lambda importance, _: importance["other"], KeyError, "other"),
+    ("per_token() without tokens", lambda *_: Importance(SUMS, 4).per_token(),
+     ValueError, r"^per_token\(\) needs a sequence model"),
+    ("save() into no folder", lambda importance, folder: importance.save(folder / "none" / "x"),
+     FileNotFoundError, "in a folder that does not exist"),
+    ("save() into a stream", lambda importance, folder: importance.save(folder / "pipe"),
+     OSError, "tensors need a file, not a stream"),
+    ("save() of safetensors' name",
+     lambda _, folder: Importance({"a": torch.ones(2), "__metadata__": torch.ones(2)}, 1).save(
+         folder / "x"),
+     ValueError, r"must not have the name '__metadata__'.*another name"),
+    ("load() of no file", lambda _, folder: Importance.load(folder / "x"),
+     FileNotFoundError, "is not a file"),
+    ("load() of weights", lambda _, folder: Importance.load(folder / "weights"),
+     ValueError, r"was not written by Importance\.save"),
+    ("load() of text", lambda _, folder: Importance.load(folder / "text"),
+     ValueError, "is not a safetensors file"),
+    ("merge() of another shape", lambda importance, _: importance.merge({"scalar": torch.ones(3)}),
+     ValueError, r"^'scalar' cannot be merged: its shapes are"),
+    ("merge() with decay 2", lambda importance, _: importance.merge(SUMS, decay=2),
+     ValueError, r"^decay must be in \[0, 1\], not 2"),
+    ("normalize() of zeros", lambda *_: Importance({"a": torch.zeros(3)}, 1).normalize(),
+     ValueError, "0 everywhere cannot be normalized"),
+    ("per_layer() beyond float32", lambda *_: Importance(BEYOND, 1).per_layer(),
+     ValueError, r"must be below 3.4e38 .*Importance.normalize\(\)"),
+    ("overlap() of another shape",
+     lambda *_: Importance({"a": torch.ones(2)}, 1).overlap({"a": torch.ones(3)}),
+     ValueError, r"^'a' has the shapes \[\(2,\), \(3,\)\]: not one"),
+    ("quantile() of nothing", lambda *_: Importance({"a": torch.zeros(0)}, 1).quantile(0.5),
+     ValueError, "a quantile needs at least one weight"),
+    *((f"top({bad})", lambda importance, _, bad=bad: importance.top(bad),
+       ValueError, rf"^fraction must be in \[0, 1\], not {bad}") for bad in OUT_OF_RANGE),
+    *((f"quantile({bad})", lambda importance, _, bad=bad: importance.quantile(bad),
+       ValueError, rf"^q must be in \[0, 1\], not {bad}") for bad in OUT_OF_RANGE),
+    *((f"overlap(fraction={bad})", lambda importance, _, bad=bad: importance.overlap(SUMS, bad),
+       ValueError, r"^fraction must be in \(0, 1\]") for bad in OUT_OF_RANGE),
+]  # fmt: skip
+
+
+@each_of(BAD)
+def test_bad_input_is_one_sentence_and_changes_nothing(tmp_path, importance, given, error, message):
+    save_file({"a": torch.zeros(2)}, tmp_path / "weights")
+    (tmp_path / "text").write_bytes(b"neither")
+    os.mkfifo(tmp_path / "pipe")
+
+    def state():
+        return {path.name: (path.is_fifo(), path.stat().st_mtime_ns) for path in tmp_path.iterdir()}
+
+    before = state()
+    with refused(error, message):
+        given(importance, tmp_path)
+    assert state() == before
 
 
 def test_the_header_is_json(tmp_path, importance):

@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from bad_input import each_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -139,16 +140,25 @@ def test_the_histogram_of_any_size(add, count):
     assert totals[1].item() == pytest.approx(1.0 + math.fsum(values.tolist()), rel=1e-12)
 
 
+OPERANDS = (torch.zeros(ops.BINS, dtype=torch.int64), torch.zeros(2).double(), fisher_like(99))
+COUNTS, TOTALS, FEW = OPERANDS
+BAD = [
+    ("too few counts", (COUNTS[1:], TOTALS, FEW),
+     RuntimeError, "counts must be contiguous int64"),
+    ("float32 totals", (COUNTS, TOTALS.float(), FEW), RuntimeError, "totals float64"),
+    ("float64 values", (COUNTS, TOTALS, FEW.double()),
+     RuntimeError, "values must be contiguous float32"),
+]  # fmt: skip
+
+
 def test_operator():
-    arguments = (torch.zeros(ops.BINS, dtype=torch.int64), torch.zeros(2).double(), fisher_like(99))
-    torch.library.opcheck(torch.ops.cl_optim.importance_histogram_.default, arguments)
-    counts, totals, values = arguments
-    with pytest.raises(RuntimeError, match="counts must be contiguous int64"):
-        torch.ops.cl_optim.importance_histogram_(counts[1:], totals, values)
-    with pytest.raises(RuntimeError, match="totals float64"):
-        torch.ops.cl_optim.importance_histogram_(counts, totals.float(), values)
-    with pytest.raises(RuntimeError, match="values must be contiguous float32"):
-        torch.ops.cl_optim.importance_histogram_(counts, totals, values.double())
+    torch.library.opcheck(torch.ops.cl_optim.importance_histogram_.default, OPERANDS)
+
+
+@each_of(BAD)
+def test_the_operator_refuses(given, error, message):
+    with pytest.raises(error, match=message):
+        torch.ops.cl_optim.importance_histogram_(*given)
 
 
 def test_a_parameter_without_a_module_is_a_layer():
@@ -192,8 +202,6 @@ def test_overlap_of_what_has_nothing_in_common():
     found = statistics.overlap([one, two, {"a": torch.zeros(2)}], 0.5)
     assert [value[0, 1].item() for value in found] == [0.0, 0.0, 0.0]
     assert found.cosine[0, 2] == 0.0
-    with pytest.raises(ValueError, match=r"^'a' has the shapes \[\(2,\), \(3,\)\]: not one"):
-        statistics.overlap([one, {"a": torch.ones(3)}])
 
 
 def test_merge_is_the_decayed_sum_of_means(importance):
@@ -212,10 +220,6 @@ def test_merge_is_the_decayed_sum_of_means(importance):
     }
     again = merged.merge(other, decay=0.5).metadata["merged"]
     assert [source["weight"] for source in again] == [0.125, 0.5, 1.0]
-    with pytest.raises(ValueError, match=r"^'a.bias' cannot be merged: its shapes are"):
-        importance.merge({"a.bias": torch.ones(31)})
-    with pytest.raises(ValueError, match=r"^decay must be in \[0, 1\], not 2"):
-        importance.merge(other, decay=2)
 
 
 def test_normalize(importance):
@@ -225,8 +229,6 @@ def test_normalize(importance):
     assert normal.metadata["normalized_by"] == pytest.approx(mean, rel=1e-6)
     total = sum(value.sum(dtype=torch.float64).item() for value in normal.values())
     assert total / len(ALL) == pytest.approx(1.0, rel=1e-6)
-    with pytest.raises(ValueError, match="0 everywhere cannot be normalized"):
-        Importance({"a": torch.zeros(3)}, samples=1).normalize()
 
 
 def test_normalize_what_float32_can_hardly_hold():
@@ -235,17 +237,6 @@ def test_normalize_what_float32_can_hardly_hold():
     found = Importance({"a": values}, 1).normalize()["a"]
     assert found[0] == pytest.approx(1000)
     assert (found[1:] == 0).all()
-
-
-@pytest.mark.parametrize("bad", [-0.1, 1.1, math.nan])
-def test_a_fraction_out_of_range_is_refused(importance, bad):
-    for call, argument in ((importance.top, "fraction"), (importance.quantile, "q")):
-        with pytest.raises(ValueError, match=rf"^{argument} must be in \[0, 1\], not {bad}"):
-            call(bad)
-    with pytest.raises(ValueError, match=r"^fraction must be in \(0, 1\]"):
-        importance.overlap(importance, fraction=bad)
-    with pytest.raises(ValueError, match="a quantile needs at least one weight"):
-        statistics.quantile({"a": torch.zeros(0)}, 0.5)
 
 
 def test_sums_beyond_float32():
@@ -302,11 +293,8 @@ def test_ranks_and_overlap_beyond_float32(importance):
         assert huge.overlap(scaled) == pytest.approx(expected, rel=1e-9)
 
 
-def test_statistics_refuse_what_their_bins_do_not_hold(importance):
-    doubles = {name: value.double() for name, value in importance.items()}
-    huge = Importance({name: value * BEYOND for name, value in doubles.items()}, samples=1)
-    with pytest.raises(ValueError, match=r"must be below 3.4e38 .*Importance.normalize\(\)"):
-        huge.per_layer()
+def test_normalize_brings_sums_beyond_float32_within_it(importance):
+    huge = Importance({name: BEYOND * value.double() for name, value in importance.items()}, 1)
     found = huge.normalize().per_layer()
     for layer, summary in importance.normalize().per_layer().items():
         assert found[layer].mean == pytest.approx(summary.mean, rel=1e-6)

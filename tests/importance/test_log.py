@@ -7,6 +7,7 @@ import errno
 import functools
 import json
 import logging
+import math
 import os
 import resource
 import tempfile
@@ -17,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from bad_input import each_of, refused
 from log_cases import assert_is, importance_of, make_log, weights
 from safetensors.torch import save_file
 from torch import nn
@@ -151,8 +153,6 @@ def test_anchors_in_a_checkpoint(tmp_path):
     checkpoint.unlink()
     with pytest.raises(LogError, match="are gone"):
         log["task"].anchors()
-    with pytest.raises(FileNotFoundError, match="anchors: there is no checkpoint"):
-        log.record("none", importance_of(0), anchors=checkpoint)
 
 
 def test_a_record_knows_the_model_and_its_statistics(tmp_path):
@@ -383,8 +383,6 @@ def test_the_largest_numbers_stay_finite(tmp_path, codec):
     largest = torch.finfo(torch.float32).max
     log.record("a", {"a": torch.tensor([[largest, largest], [largest, 0.0]])}, codec=codec)
     assert log.load("a")["a"].isfinite().all()
-    with pytest.raises(ValueError, match="must be finite"):
-        log.record("b", Importance({"a": torch.tensor([3e38])}, samples=0.5))
 
 
 def test_forget(tmp_path):
@@ -454,23 +452,6 @@ def test_a_head_that_has_grown_since(tmp_path, caplog):
 # --- bad input ------------------------------------------------------------------------------------
 
 
-def test_a_folder_that_is_no_log(tmp_path):
-    (tmp_path / "notes.txt").write_text("mine")
-    for mode in ("a", "r"):
-        with pytest.raises(LogError, match=r"is not an importance log: it has no manifest.jsonl"):
-            ImportanceLog(tmp_path, mode)
-    assert contents(tmp_path) == {"notes.txt": b"mine"}
-    with pytest.raises(LogError, match=r"notes.txt' is a file, not a folder"):
-        ImportanceLog(tmp_path / "notes.txt")
-    with pytest.raises(FileNotFoundError, match="is not a folder"):
-        ImportanceLog(tmp_path / "none", "r")
-    assert not (tmp_path / "none").exists()
-    with pytest.raises(ValueError, match=r"^mode must be 'a' or 'r', not 'w'"):
-        ImportanceLog(tmp_path, "w")
-    with pytest.raises(NotADirectoryError, match="a log cannot be made in"):
-        ImportanceLog(tmp_path / "notes.txt" / "below")
-
-
 @pytest.mark.parametrize(
     ("first", "error", "message"),
     [
@@ -493,67 +474,89 @@ def test_a_manifest_that_cannot_be_read(tmp_path, first, error, message):
     assert contents(tmp_path) == before
 
 
-@pytest.mark.parametrize(
-    ("error", "message", "arguments"),
-    [
-        (ValueError, "^task must be a name, not ''", {"task": ""}),
-        (ValueError, "^task must be a name, not 3", {"task": 3}),
-        (LogError, "^task 'task 0' is in the log already: forget it first", {"task": "task 0"}),
-        (ValueError, "^importance must have at least one parameter", {"importance": {}}),
-        (TypeError, r"^importance\['a'\] must be a real tensor", {"importance": {"a": 1.0}}),
-        (TypeError, r"^importance\[3\] must be", {"importance": {3: torch.ones(2)}}),
-        (TypeError, r"^importance\['a'\] must be a real",
-         {"importance": {"a": torch.ones(2, dtype=torch.complex64)}}),
-        (ValueError, "^the importance of 'a' must be finite and at least 0; it reaches from nan",
-         {"importance": {"a": torch.tensor([1.0, float("nan")])}}),
-        (ValueError, "^the importance of 'a' must be finite.* from 1.0 to inf",
-         {"importance": {"a": torch.tensor([1.0, float("inf")])}}),
-        (ValueError, "^the importance of 'a' must be finite.* from -1.0 to 1.0",
-         {"importance": {"a": torch.tensor([1.0, -1.0])}}),
-        (ValueError, "^the importance of 'a' must be finite.* to 1e[+]200",
-         {"importance": {"a": torch.tensor([1e200], dtype=torch.float64)}}),
-        (ValueError, "^the importance of 'a' is of no parameter of the model",
-         {"importance": {"a": torch.ones(2)}, "model": nn.Linear(2, 2)}),
-        (ValueError, r"^the importance of 'bias' must have the parameter's shape \(2,\), not \(3,",
-         {"importance": {"bias": torch.ones(3)}, "model": nn.Linear(2, 2)}),
-        (TypeError, r"^frozen\['a'\] must be a bool tensor", {"frozen": {"a": torch.ones(2)}}),
-        (ValueError, r"^frozen names 'a', which has no importance",
-         {"frozen": {"a": torch.ones(2, dtype=torch.bool)}}),
-        (ValueError, r"^frozen\['a.bias'\] must have the importance's shape \(20,\), not \(2,\)",
-         {"frozen": {"a.bias": torch.ones(2, dtype=torch.bool)}}),
-        (TypeError, r"^anchors\['a'\] must be a tensor", {"anchors": {"a": 1}}),
-        (ValueError, "^codec must be one of .* not 'gzip'", {"codec": "gzip"}),
-    ],
-)  # fmt: skip
-def test_a_bad_argument_changes_nothing(tmp_path, error, message, arguments):
-    log = make_log(tmp_path)
+def record(**arguments):
+    """Return a call that records importance under a new name, but for these arguments."""
+    return lambda log, _: log.record(**{"task": "new", "importance": importance_of(5), **arguments})
+
+
+def of(*values, **options):
+    """Return a call that records these values as the importance of 'a'."""
+    return record(importance={"a": torch.tensor(values, **options)})
+
+
+BAD = [
+    ("a mode", lambda _, folder: ImportanceLog(folder / "log", "w"),
+     ValueError, r"^mode must be 'a' or 'r', not 'w'"),
+    *((f"a folder of others, {mode}", lambda _, folder, mode=mode: ImportanceLog(folder, mode),
+       LogError, r"is not an importance log: it has no manifest.jsonl") for mode in "ar"),
+    ("a file as folder", lambda _, folder: ImportanceLog(folder / "notes.txt"),
+     LogError, r"notes.txt' is a file, not a folder"),
+    ("a folder in a file", lambda _, folder: ImportanceLog(folder / "notes.txt" / "below"),
+     NotADirectoryError, "a log cannot be made in"),
+    ("no folder to read", lambda _, folder: ImportanceLog(folder / "none", "r"),
+     FileNotFoundError, "is not a folder"),
+    ("an empty name", record(task=""), ValueError, "^task must be a name, not ''"),
+    ("a number as name", record(task=3), ValueError, "^task must be a name, not 3"),
+    ("a name twice", record(task="task 0"),
+     LogError, "^task 'task 0' is in the log already: forget it first"),
+    ("no parameter", record(importance={}),
+     ValueError, "^importance must have at least one parameter"),
+    ("a float", record(importance={"a": 1.0}),
+     TypeError, r"^importance\['a'\] must be a real tensor"),
+    ("a number as parameter", record(importance={3: torch.ones(2)}),
+     TypeError, r"^importance\[3\] must be"),
+    ("complex", of(1.0, dtype=torch.complex64), TypeError, r"^importance\['a'\] must be a real"),
+    ("nan", of(1.0, math.nan),
+     ValueError, "^the importance of 'a' must be finite and at least 0; it reaches from nan"),
+    ("inf", of(1.0, math.inf),
+     ValueError, "^the importance of 'a' must be finite.* from 1.0 to inf"),
+    ("negative", of(1.0, -1.0),
+     ValueError, "^the importance of 'a' must be finite.* from -1.0 to 1.0"),
+    ("beyond float32", of(1e200, dtype=torch.float64),
+     ValueError, "^the importance of 'a' must be finite.* to 1e[+]200"),
+    *((f"a mean beyond float32, {codec}",
+       record(importance=Importance({"a": torch.tensor([3e38])}, 0.5), codec=codec),
+       ValueError, "must be finite") for codec in NAMES),
+    ("of another model", record(importance={"a": torch.ones(2)}, model=nn.Linear(2, 2)),
+     ValueError, "^the importance of 'a' is of no parameter of the model"),
+    ("of another shape", record(importance={"bias": torch.ones(3)}, model=nn.Linear(2, 2)),
+     ValueError, r"^the importance of 'bias' must have the parameter's shape \(2,\), not \(3,"),
+    ("frozen: floats", record(frozen={"a": torch.ones(2)}),
+     TypeError, r"^frozen\['a'\] must be a bool tensor"),
+    ("frozen: another name", record(frozen={"a": torch.ones(2, dtype=torch.bool)}),
+     ValueError, r"^frozen names 'a', which has no importance"),
+    ("frozen: another shape", record(frozen={"a.bias": torch.ones(2, dtype=torch.bool)}),
+     ValueError, r"^frozen\['a.bias'\] must have the importance's shape \(20,\), not \(2,\)"),
+    ("anchors: a number", record(anchors={"a": 1}),
+     TypeError, r"^anchors\['a'\] must be a tensor"),
+    ("anchors: no checkpoint", record(anchors="none.safetensors"),
+     FileNotFoundError, "anchors: there is no checkpoint"),
+    ("a codec", record(codec="gzip"), ValueError, "^codec must be one of .* not 'gzip'"),
+    ("merge() with decay -1", lambda log, _: log.merge(decay=-1),
+     ValueError, r"^decay must be in \[0, 1\]"),
+    ("merge() of no tasks", lambda _, folder: ImportanceLog(folder / "empty", "r").merge(),
+     LogError, r"^there is no task to merge"),
+    *((f"{name} of a log opened to read",
+       lambda _, folder, call=call: call(ImportanceLog(folder / "log", "r")),
+       LogError, "was opened with mode='r': only to read")
+      for name, call in {
+          "record()": lambda log: log.record("new", importance_of(5)),
+          "forget()": lambda log: log.forget("task 0"),
+          "watch()": lambda log: log.watch(EWCAdamW(nn.Linear(2, 2).named_parameters())),
+      }.items()),
+]  # fmt: skip
+
+
+@each_of(BAD)
+def test_bad_input_is_one_sentence_and_changes_nothing(tmp_path, given, error, message):
+    log, _ = make_log(tmp_path / "log"), ImportanceLog(tmp_path / "empty")
+    (tmp_path / "notes.txt").write_text("mine")
     before = contents(tmp_path)
-    with pytest.raises(error, match=message):
-        log.record(**{"task": "new", "importance": importance_of(5), **arguments})
+    with refused(error, message):
+        given(log, tmp_path)
     assert contents(tmp_path) == before
+    assert sorted(os.listdir(tmp_path)) == ["empty", "log", "notes.txt"]
     assert log.tasks == ["task 0", "task 1"]
-
-
-def test_a_log_opened_to_read_is_not_written(tmp_path):
-    make_log(tmp_path)
-    before = contents(tmp_path)
-    log = ImportanceLog(tmp_path, "r")
-    for call in (
-        lambda: log.record("new", importance_of(5)),
-        lambda: log.forget("task 0"),
-        lambda: log.watch(EWCAdamW(nn.Linear(2, 2).named_parameters())),
-    ):
-        with pytest.raises(LogError, match="was opened with mode='r': only to read"):
-            call()
-    assert contents(tmp_path) == before
-
-
-def test_merging_nothing(tmp_path):
-    log = ImportanceLog(tmp_path)
-    with pytest.raises(LogError, match=r"^there is no task to merge"):
-        log.merge()
-    with pytest.raises(ValueError, match=r"^decay must be in \[0, 1\]"):
-        log.merge(decay=-1)
 
 
 def test_two_writers(tmp_path):

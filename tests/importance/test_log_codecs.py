@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import torch
+from bad_input import each_of, refused
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -123,9 +126,15 @@ def test_measure_counts_underflows():
     assert codecs.measure(codecs.codec("log8"), {"a": value}).underflows == 1
 
 
-def test_bad_codecs_are_refused():
-    with pytest.raises(ValueError, match=r"^codec must be one of \('float32', .* not 'zip'"):
-        codecs.codec("zip")
-    for fraction in (0.0, 1.0, float("nan")):
-        with pytest.raises(ValueError, match=r"^fraction must be in \(0, 1\), not"):
-            codecs.codec("topk", fraction=fraction)
+BAD = [
+    ("zip", ("zip", {}), ValueError, r"^codec must be one of \('float32', .* not 'zip'"),
+    *((f"topk of {fraction}", ("topk", {"fraction": fraction}),
+       ValueError, r"^fraction must be in \(0, 1\), not") for fraction in (0.0, 1.0, math.nan)),
+]  # fmt: skip
+
+
+@each_of(BAD)
+def test_bad_codecs_are_refused(given, error, message):
+    name, options = given
+    with refused(error, message):
+        codecs.codec(name, **options)

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from bad_input import each_of, refused
 from log_cases import make_log
 from torch import nn
 from torch.utils.tensorboard import SummaryWriter
@@ -182,18 +183,24 @@ def test_the_optimizer_inside_another_is_watched(tmp_path):
     assert len(read(tmp_path / "training")[0]) == 1
 
 
-def test_bad_watches_are_refused(tmp_path):
+BAD = [
+    *((f"every={every}", (nn.Module.named_parameters, every),
+       ValueError, r"^every must be a whole number of at least 1") for every in (0, -1, 2.5, True)),
+    ("an optimizer without names", (nn.Module.parameters, 100),
+     ValueError, r"^watch needs an optimizer that was made from model"),
+]  # fmt: skip
+
+
+@each_of(BAD)
+def test_a_bad_watch_is_refused_and_hooks_nothing(tmp_path, given, error, message):
+    parameters, every = given
     model = network()
-    log = ImportanceLog(tmp_path)
-    for every in (0, -1, 2.5, True):
-        with pytest.raises(ValueError, match=r"^every must be a whole number of at least 1"):
-            log.watch(EWCAdamW(model.named_parameters()), every=every)
+    optimizer = EWCAdamW(parameters(model))
+    optimizer.consolidate(None)
+    with refused(error, message):
+        ImportanceLog(tmp_path).watch(optimizer, every=every)
     assert not (tmp_path / "training").exists()
-    nameless = EWCAdamW(model.parameters())
-    nameless.consolidate(None)
-    with pytest.raises(ValueError, match=r"^watch needs an optimizer that was made from model"):
-        log.watch(nameless)
-    take_steps(model, nameless, 1)  # it has not been hooked
+    take_steps(model, optimizer, 1)
 
 
 def test_tensorboard(tmp_path):

@@ -15,7 +15,7 @@ from scipy import stats
 from torch import nn
 
 from bench.retention import __main__ as retention
-from bench.retention import commands, sweep
+from bench.retention import sweep
 from bench.retention.experiments import EXPERIMENTS, GEM_DIGITS
 from bench.retention.grids import GRIDS, Grid, sweep_seeds
 from bench.retention.sweep import Score
@@ -522,12 +522,6 @@ class TestCommands:
         assert rows[0][3:] == [f"{100 * share:.1f}" for share in shares]
         assert len(rows[1]) == 4  # a single row, so no column of a task
         assert "ACC(GEM every 10) − ACC(AdamW) = " in text
-
-    def test_no_gem_on_fashion_mnist(self, tmp_path, capsys, monkeypatch):
-        monkeypatch.setattr(commands, "fashion_mnist", lambda folder: None)
-        with pytest.raises(SystemExit):
-            retention.main(["run", "gem", "--data", "fashion-mnist", "--out", str(tmp_path)])
-        assert "there is no scenario gem for --data fashion-mnist" in capsys.readouterr().err
 
     def test_sweep(self, tmp_path, capsys, monkeypatch):
         grids = (

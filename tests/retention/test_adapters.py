@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import math
 
 import pytest
 import torch
+from bad_input import each_of, refused
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.nn import functional as F
@@ -166,32 +168,45 @@ def test_lora_under_ewc_keeps_what_matters_on_a_real_fisher(space):
     assert losses[30.0][0] < 0.8 * losses[0.0][0]
 
 
-def test_bad_input_to_the_penalty_is_a_sentence():
-    base = Classifier()
-    importance = importance_of(base)
-    with pytest.raises(ValueError, match="must have LoRA layers of peft; Classifier has none"):
-        LoRAPenalty(base, importance)
-    model = lora(base, ["first"])
-    with pytest.raises(ValueError, match=r"nothing for weight '.*first.base_layer.weight'"):
-        LoRAPenalty(model, {"second.weight": importance["second.weight"]})
-    with pytest.raises(ValueError, match=r"must have the weight's shape \(8, 5\), not \(5, 8\)"):
-        LoRAPenalty(model, {"first.weight": importance["first.weight"].T})
-    for bad in (-1.0, float("nan"), float("inf")):
-        with pytest.raises(ValueError, match="must be finite and at least 0"):
-            LoRAPenalty(model, {"first.weight": torch.full((8, 5), bad)})
-        with pytest.raises(ValueError, match="ewc_lambda must be finite and at least 0"):
-            LoRAPenalty(model, importance, ewc_lambda=bad)
-    too_large = torch.full((8, 5), 1e300, dtype=torch.float64)
-    with pytest.raises(ValueError, match=r"at least 0 in float32; Importance.normalize\(\) scales"):
-        LoRAPenalty(model, {"first.weight": too_large})
-    penalty = LoRAPenalty(model, importance)
-    with pytest.raises(ValueError, match=r"decay must be in \[0, 1\], not 2"):
-        penalty.consolidate(importance, decay=2.0)
-    with pytest.raises(ValueError, match="is a DoRA"):
-        LoRAPenalty(lora(Classifier(), ["first"], use_dora=True), importance)
-    model.merge_adapter()
-    with pytest.raises(ValueError, match="must not be merged"):
-        LoRAPenalty(model, importance)
+def penalty(importance=None, ewc_lambda=1.0, merge=False, **options):
+    model = lora(Classifier(), ["first"], **options)
+    if merge:
+        model.merge_adapter()
+    return LoRAPenalty(model, importance or importance_of(Classifier()), ewc_lambda)
+
+
+def first(value, dtype=torch.float32):
+    return {"first.weight": torch.full((8, 5), value, dtype=dtype)}
+
+
+BAD = [
+    ("no adapters", lambda: LoRAPenalty(Classifier(), first(1.0)),
+     ValueError, "must have LoRA layers of peft; Classifier has none"),
+    ("another layer", lambda: penalty({"second.weight": torch.ones(3, 8)}),
+     ValueError, r"nothing for weight '.*first.base_layer.weight'"),
+    ("another shape", lambda: penalty({"first.weight": torch.ones(5, 8)}),
+     ValueError, r"must have the weight's shape \(8, 5\), not \(5, 8\)"),
+    *((f"importance {bad}", lambda bad=bad: penalty(first(bad)),
+       ValueError, "must be finite and at least 0") for bad in (-1.0, math.nan, math.inf)),
+    *((f"ewc_lambda={bad}", lambda bad=bad: penalty(ewc_lambda=bad),
+       ValueError, "ewc_lambda must be finite and at least 0")
+      for bad in (-1.0, math.nan, math.inf)),
+    ("importance beyond float32", lambda: penalty(first(1e300, torch.float64)),
+     ValueError, r"at least 0 in float32; Importance.normalize\(\) scales"),
+    ("consolidate() with decay 2", lambda: penalty().consolidate(first(1.0), decay=2.0),
+     ValueError, r"decay must be in \[0, 1\], not 2"),
+    ("DoRA", lambda: penalty(use_dora=True), ValueError, "is a DoRA"),
+    ("merged adapters", lambda: penalty(merge=True), ValueError, "must not be merged"),
+    # An initialisation that changes the frozen weights.
+    *((how, lambda how=how: penalty(init_lora_weights=how),
+       ValueError, f"'default' has init_lora_weights='{how}'") for how in ("pissa", "olora")),
+]  # fmt: skip
+
+
+@each_of(BAD)
+def test_bad_input_to_the_penalty_is_one_sentence(given, error, message):
+    with refused(error, message):
+        given()
 
 
 def test_ewc_on_the_adapters_themselves():
@@ -213,15 +228,6 @@ def test_ewc_on_the_adapters_themselves():
     full |= {name: torch.ones_like(dict(model.named_parameters())[name]) for name in names}
     optimizer.consolidate(full)
     assert len(list(optimizer.protected())) == len(list(model.parameters()))
-
-
-@pytest.mark.parametrize("initial", ["pissa", "olora"])
-def test_an_initialisation_that_changes_the_frozen_weights_is_refused(initial):
-    base = Classifier()
-    importance = importance_of(base)
-    model = lora(base, ["first"], init_lora_weights=initial)
-    with pytest.raises(ValueError, match=f"'default' has init_lora_weights='{initial}'"):
-        LoRAPenalty(model, importance)
 
 
 @pytest.mark.parametrize("initial", [True, "gaussian", "orthogonal"])
@@ -258,15 +264,21 @@ def test_the_last_layers_learn_and_nothing_else_moves():
     assert all(".h.2." in name for name in learning)
 
 
-def test_bad_input_about_layers_is_a_sentence_and_changes_nothing():
+LAYERS = [
+    ("no list of layers", lambda model: train_last_layers(model, 1, layers="layers"),
+     ValueError, r"layers must name .*'transformer.h'.*, not 'layers'"),
+    *((f"n={n}", lambda model, n=n: train_last_layers(model, n),
+       ValueError, "n must be a whole number from 1 to 3, the number") for n in (0, 4, 1.0)),
+    ("also no module", lambda model: train_last_layers(model, 1, also=["head"]),
+     ValueError, "also names 'head', which is no module"),
+    ("a model without layers", lambda _: train_last_layers(nn.Linear(2, 2), 1),
+     ValueError, r"Linear has no nn\.ModuleList"),
+]  # fmt: skip
+
+
+@each_of(LAYERS)
+def test_bad_input_about_layers_is_one_sentence_and_changes_nothing(given, error, message):
     model = gpt2()
-    with pytest.raises(ValueError, match=r"layers must name .*'transformer.h'.*, not 'layers'"):
-        train_last_layers(model, 1, layers="layers")
-    for n in (0, 4, 1.0):
-        with pytest.raises(ValueError, match="n must be a whole number from 1 to 3, the number"):
-            train_last_layers(model, n)
-    with pytest.raises(ValueError, match="also names 'head', which is no module"):
-        train_last_layers(model, 1, also=["head"])
-    with pytest.raises(ValueError, match=r"Linear has no nn\.ModuleList"):
-        train_last_layers(nn.Linear(2, 2), 1)
+    with refused(error, message):
+        given(model)
     assert all(param.requires_grad for param in model.parameters())

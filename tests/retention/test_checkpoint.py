@@ -14,6 +14,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
+from bad_input import each_of, refused
 from guard_cases import flatten
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -301,17 +302,6 @@ def test_random_states_that_do_not_fit_are_refused_before_anything_is_loaded(
     assert run.bits() == before
 
 
-def test_a_position_of_another_kind_of_loader_changes_nothing(tmp_path):
-    Run(tmp_path, generator=False).checkpoints.save(0)
-    run = Run(tmp_path, generator=True)
-    before = run.train(1).bits()
-    with pytest.raises(
-        CheckpointError, match=r"'data' .* of a loader with torch's global generator, and this one"
-    ):
-        run.checkpoints.restore()
-    assert run.bits() == before
-
-
 def test_a_missing_checkpoint_falls_back_and_none_is_a_sentence(tmp_path):
     run = Run(tmp_path)
     with pytest.raises(CheckpointError, match="there is none in it"):
@@ -330,25 +320,35 @@ def test_a_missing_checkpoint_falls_back_and_none_is_a_sentence(tmp_path):
     assert run.bits() == before
 
 
-def test_another_models_checkpoint_changes_nothing(tmp_path):
-    Run(tmp_path).checkpoints.save(1)
-    model = nn.Linear(2, 2)
-    optimizer = torch.optim.AdamW(model.parameters())
-    before = flatten([model.state_dict(), optimizer.state_dict()])
-    with pytest.raises(CheckpointError, match=r"has the parts .*'scheduler'.* this run has"):
-        Checkpoints(tmp_path, {"model": model, "optimizer": optimizer}).restore()
-    run = Run(tmp_path)
-    run.checkpoints.parts["model"] = model
-    with pytest.raises(CheckpointError, match="belongs to another model"):
+WIDER = nn.Sequential(
+    nn.Linear(6, 9), nn.BatchNorm1d(9), nn.ReLU(), nn.Dropout(0.3), nn.Linear(9, 3)
+)
+SEEDED = DataStream(DataLoader(range(22), 4, shuffle=True, generator=torch.Generator()))
+OTHERS = [
+    ("other parts", {"scheduler": None},
+     CheckpointError, r"has the parts .*'scheduler'.* this run has"),
+    ("another model", {"model": nn.Linear(2, 2)}, CheckpointError, "belongs to another model"),
+    ("another shape", {"model": WIDER},
+     CheckpointError, r"'0.weight' has shape \(8, 6\) there, \(9, 6\)"),
+    ("another kind of loader", {"data": SEEDED},
+     CheckpointError, r"'data' .* of a loader with torch's global generator, and this one"),
+]  # fmt: skip
+
+
+@each_of(OTHERS)
+def test_a_checkpoint_of_something_else_changes_nothing(tmp_path, given, error, message):
+    Run(tmp_path, generator=False).checkpoints.save(1)
+    run = Run(tmp_path, generator=False).train(1)
+    parts = {name: part for name, part in {**run.checkpoints.parts, **given}.items() if part}
+    run.checkpoints.parts = parts
+
+    def bits():
+        return run.bits() + flatten([part.state_dict() for part in parts.values()])
+
+    before = bits()
+    with refused(error, message):
         run.checkpoints.restore()
-    run.checkpoints.parts["model"] = nn.Sequential(
-        nn.Linear(6, 9), nn.BatchNorm1d(9), nn.ReLU(), nn.Dropout(0.3), nn.Linear(9, 3)
-    )
-    random_numbers = flatten(rng_state())
-    with pytest.raises(CheckpointError, match=r"'0.weight' has shape \(8, 6\) there, \(9, 6\)"):
-        run.checkpoints.restore()
-    assert flatten([model.state_dict(), optimizer.state_dict()]) == before
-    assert flatten(rng_state()) == random_numbers
+    assert bits() == before
 
 
 def test_a_fisher_estimator_goes_on_bit_for_bit(tmp_path):
@@ -398,16 +398,25 @@ def test_an_object_that_could_not_be_read_back_is_refused_when_written(tmp_path)
     assert os.listdir(tmp_path) == []
 
 
-def test_bad_arguments_are_sentences(tmp_path):
-    with pytest.raises(TypeError, match="part 'x' of a checkpoint must have state_dict"):
-        Checkpoints(tmp_path, {"x": object()})
-    for keep in (0, -1, 1.5):
-        with pytest.raises(ValueError, match="keep must be a whole number of at least 1"):
-            Checkpoints(tmp_path, {}, keep=keep)
-    with pytest.raises(ValueError, match="at least one batch"):
-        DataStream(DataLoader(TensorDataset(torch.zeros(0, 1)), 4))
-    with pytest.raises(ValueError, match="epochs must be at least 1"):
-        DataStream(DataLoader(TensorDataset(torch.zeros(2, 1)), 4), epochs=0)
+def loader(samples):
+    return DataLoader(TensorDataset(torch.zeros(samples, 1)), 4)
+
+
+BAD = [
+    ("a part without state", lambda folder: Checkpoints(folder, {"x": object()}),
+     TypeError, "part 'x' of a checkpoint must have state_dict"),
+    *((f"keep={keep}", lambda folder, keep=keep: Checkpoints(folder, {}, keep=keep),
+       ValueError, "keep must be a whole number of at least 1") for keep in (0, -1, 1.5)),
+    ("a loader of nothing", lambda _: DataStream(loader(0)), ValueError, "at least one batch"),
+    ("no epochs", lambda _: DataStream(loader(2), epochs=0),
+     ValueError, "epochs must be at least 1"),
+]  # fmt: skip
+
+
+@each_of(BAD)
+def test_bad_input_is_one_sentence(tmp_path, given, error, message):
+    with refused(error, message):
+        given(tmp_path)
 
 
 KILLED = """

@@ -10,6 +10,7 @@ from itertools import chain
 import numpy as np
 import pytest
 import torch
+from bad_input import each_of, refused
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.special import rel_entr
@@ -225,27 +226,31 @@ class TestVerdict:
         assert found.kl == max(found.kl_new_old, found.kl_old_new)
 
 
-class TestBadInput:
-    @pytest.mark.parametrize(
-        ("old", "new", "options", "error", "message"),
-        [
-            ([], ["a"], {}, ValueError, "old must contain at least one token"),
-            (["a"], ["", " "], {}, ValueError, "new must contain at least one token"),
-            (["a"], [[1, 2]], {}, TypeError, "new must have .* token ids or texts"),
-            ([[1.5]], ["a"], {}, TypeError, "old, item 1: must be a text"),
-            (["a", ("b", 1.5)], ["a"], {}, TypeError, "old, item 2: beside its text"),
-            ([{"text": "a", "label": 1.5}], ["a"], {}, TypeError, "old, item 1: must have texts"),
-            ([{"body": "a"}], ["a"], {}, TypeError, "old, item 1: .* not {'body': 'a'}"),
-            ("old.txt", ["a"], {}, TypeError, "old must be an iterable of texts, not one text"),
-            (["a"], ["a"], {"tokenizer": lambda text: [1.5]}, TypeError, "tokenizer .* not float"),
-            (["a"], ["a"], {"smoothing": 0.0}, ValueError, "smoothing must be positive"),
-            (["a"], ["a"], {"max_prompts": 0}, ValueError, "max_prompts must be"),
-            (["a"], [("a", i) for i in range(10_001)], {}, ValueError, "10,000 different labels"),
-        ],
-    )
-    def test_one_sentence(self, old, new, options, error, message):
-        with pytest.raises(error, match=message):
-            diagnose(old, new, **options)
+TEXT = ["a"]
+BAD = [
+    ("no old token", ([], TEXT, {}), ValueError, "old must contain at least one token"),
+    ("no new token", (TEXT, ["", " "], {}), ValueError, "new must contain at least one token"),
+    ("ids beside texts", (TEXT, [[1, 2]], {}), TypeError, "new must have .* token ids or texts"),
+    ("an id", ([[1.5]], TEXT, {}), TypeError, "old, item 1: must be a text"),
+    ("a label", (["a", ("b", 1.5)], TEXT, {}), TypeError, "old, item 2: beside its text"),
+    ("a label by name", ([{"text": "a", "label": 1.5}], TEXT, {}),
+     TypeError, "old, item 1: must have texts"),
+    ("no text", ([{"body": "a"}], TEXT, {}), TypeError, "old, item 1: .* not {'body': 'a'}"),
+    ("a path", ("old.txt", TEXT, {}),
+     TypeError, "old must be an iterable of texts, not one text"),
+    ("tokens", (TEXT, TEXT, {"tokenizer": lambda _: [1.5]}), TypeError, "tokenizer .* not float"),
+    ("smoothing", (TEXT, TEXT, {"smoothing": 0.0}), ValueError, "smoothing must be positive"),
+    ("max_prompts", (TEXT, TEXT, {"max_prompts": 0}), ValueError, "max_prompts must be"),
+    ("labels", (TEXT, [("a", i) for i in range(10_001)], {}),
+     ValueError, "10,000 different labels"),
+]  # fmt: skip
+
+
+@each_of(BAD)
+def test_bad_input_is_one_sentence(given, error, message):
+    old, new, options = given
+    with refused(error, message):
+        diagnose(old, new, **options)
 
 
 class TestFiles:

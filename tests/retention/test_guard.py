@@ -11,6 +11,7 @@ import random
 import numpy as np
 import pytest
 import torch
+from bad_input import each_of, refused
 from guard_cases import flatten, guard_of, network, scripted
 from rich.console import Console
 from torch import nn
@@ -388,58 +389,73 @@ def test_gem_keeps_its_memories_through_a_roll_back(tmp_path):
     assert len(optimizer.conflicts()) == 1
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"threshold": 0.0}, "threshold must be between 0 and 1, both excluded, not 0.0"),
-        ({"threshold": 1.0}, "threshold must be between 0 and 1"),
-        ({"threshold": math.nan}, "threshold must be between 0 and 1"),
-        ({"every": 0}, "every must be a whole number of at least 1, not 0"),
-        ({"on_breach": "panic"}, "on_breach must be one of .* not 'panic'"),
-        ({"on_breach": ("warn", "stop")}, "on_breach must be one of"),
-        ({"on_breach": "rollback"}, "needs a folder"),
-        ({"useful": ["x"]}, "useful names 'x', which is none of the old tasks"),
-        ({"quantize": "int3"}, "quantize must be one of .* not 'int3'"),
-    ],
-)
-def test_bad_arguments_are_sentences(options, message):
-    model, optimizer = network()
-    with pytest.raises(ValueError, match=message):
-        RetentionGuard(model, optimizer, [scripted(1.0)], **{"every": 1, **options})
+def make(**options):
+    """Return a call that makes a guard of one evaluation with these options."""
+    return lambda _: guard_of(scripted(1.0), **options)
 
 
-def test_bad_evaluations_optimizers_and_baselines_are_sentences(tmp_path):
-    with pytest.raises(ValueError, match="'old' is there twice"):
-        guard_of(scripted(1.0), scripted(1.0))
-    with pytest.raises(ValueError, match="at least one with role 'old'"):
-        guard_of(scripted(1.0, role="new"))
-    with pytest.raises(ValueError, match=r"role of evaluation 'old' must be one of .* 'x'"):
-        scripted(1.0, role="x")
-    with pytest.raises(ValueError, match="name of an evaluation must not be empty"):
-        scripted(1.0, name="")
-    model, _ = network()
-    adamw = torch.optim.AdamW(model.parameters())
-    with pytest.raises(ValueError, match="ewc_lambda is above 0, such as EWCAdamW, not AdamW"):
-        RetentionGuard(model, adamw, [scripted(1.0)], on_breach="raise_lambda")
-    with pytest.raises(ValueError, match="raise_by must be above 1"):
-        guard_of(scripted(1.0), on_breach="raise_lambda", raise_by=1.0)
-    with pytest.raises(ValueError, match="limit must be at least 1"):
-        guard_of(scripted(1.0), on_breach="raise_lambda", limit=0.5)
-    with pytest.raises(TypeError, match="part 'data' of a checkpoint must have state_dict"):
-        guard_of(scripted(1.0), folder=tmp_path, data=[1, 2])
-    with pytest.raises(ValueError, match="extra must not have the name 'model'"):
-        guard_of(scripted(1.0), folder=tmp_path, extra={"model": adamw})
-    for value in (0.0, math.nan, math.inf):
-        guard = guard_of(scripted(value), folder=tmp_path)
-        with pytest.raises(ValueError, match="baseline of evaluation 'old' must be finite and not"):
-            guard.start()
-        assert list(tmp_path.iterdir()) == []
-        with pytest.raises(RuntimeError, match=r"call start\(\), or resume\(\), first"):
-            guard.step()
-    with pytest.raises(ValueError, match="baselines has 'x', which is no evaluation"):
-        guard_of(scripted(1.0)).start(baselines={"x": 1.0})
-    with pytest.raises(ValueError, match="needs a guard with a folder"):
-        guard_of(scripted(1.0)).resume()
+def plain(**options):
+    """Return a call that starts a guard of what has neither λ nor layers that are quantized."""
+    model = nn.Sequential(nn.Conv1d(2, 2, 1))
+    optimizer = torch.optim.AdamW(model.parameters())
+    return lambda _: RetentionGuard(model, optimizer, [scripted(1.0)], **options).start()
+
+
+BAD = [
+    ("threshold 0", make(threshold=0.0),
+     ValueError, "threshold must be between 0 and 1, both excluded, not 0.0"),
+    *((f"threshold {bad}", make(threshold=bad), ValueError, "threshold must be between 0 and 1")
+      for bad in (1.0, math.nan)),
+    ("every 0", lambda _: RetentionGuard(*network(), [scripted(1.0)], every=0),
+     ValueError, "every must be a whole number of at least 1, not 0"),
+    ("an action", make(on_breach="panic"), ValueError, "on_breach must be one of .* not 'panic'"),
+    ("two actions", make(on_breach=("warn", "stop")), ValueError, "on_breach must be one of"),
+    ("roll-back without folder", make(on_breach="rollback"), ValueError, "needs a folder"),
+    ("useful", make(useful=["x"]),
+     ValueError, "useful names 'x', which is none of the old tasks"),
+    ("quantize", make(quantize="int3"), ValueError, "quantize must be one of .* not 'int3'"),
+    ("nothing to quantize", plain(quantize="int8"),
+     ValueError, r"quantizes nn\.Linear layers; Sequential has none"),
+    ("no λ to raise", plain(on_breach="raise_lambda"),
+     ValueError, "ewc_lambda is above 0, such as EWCAdamW, not AdamW"),
+    ("raise_by 1", make(on_breach="raise_lambda", raise_by=1.0),
+     ValueError, "raise_by must be above 1"),
+    ("limit 0.5", make(on_breach="raise_lambda", limit=0.5),
+     ValueError, "limit must be at least 1"),
+    ("data without state", lambda folder: guard_of(scripted(1.0), folder=folder, data=[1, 2]),
+     TypeError, "part 'data' of a checkpoint must have state_dict"),
+    ("extra", lambda folder: guard_of(scripted(1.0), folder=folder, extra={"model": nn.ReLU()}),
+     ValueError, "extra must not have the name 'model'"),
+    ("an evaluation twice", lambda _: guard_of(scripted(1.0), scripted(1.0)),
+     ValueError, "'old' is there twice"),
+    ("no old task", lambda _: guard_of(scripted(1.0, role="new")),
+     ValueError, "at least one with role 'old'"),
+    ("a role", lambda _: scripted(1.0, role="x"),
+     ValueError, r"role of evaluation 'old' must be one of .* 'x'"),
+    ("no name", lambda _: scripted(1.0, name=""),
+     ValueError, "name of an evaluation must not be empty"),
+    ("start() with a baseline", lambda _: guard_of(scripted(1.0)).start(baselines={"x": 1.0}),
+     ValueError, "baselines has 'x', which is no evaluation"),
+    ("resume() without folder", lambda _: guard_of(scripted(1.0)).resume(),
+     ValueError, "needs a guard with a folder"),
+]  # fmt: skip
+
+
+@each_of(BAD)
+def test_bad_input_is_one_sentence_and_writes_nothing(tmp_path, given, error, message):
+    with refused(error, message):
+        given(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("value", [0.0, math.nan, math.inf])
+def test_a_baseline_that_is_no_measure_starts_nothing(tmp_path, value):
+    guard = guard_of(scripted(value), folder=tmp_path)
+    with refused(ValueError, "baseline of evaluation 'old' must be finite and not"):
+        guard.start()
+    assert list(tmp_path.iterdir()) == []
+    with refused(RuntimeError, r"call start\(\), or resume\(\), first"):
+        guard.step()
 
 
 def test_of_several_processes_none_writes_checkpoints(tmp_path, monkeypatch):
@@ -723,14 +739,6 @@ def test_a_quantized_copy_is_measured_beside_the_model():
         model[2].bias.sub_(5.0)
     assert not guard.step()  # its forgetting is wanted, quantized, too
     assert guard.history[-1].measured[1].loss > 0.1
-
-
-def test_a_model_without_anything_to_quantize_is_a_sentence():
-    model = nn.Sequential(nn.Conv1d(2, 2, 1))
-    optimizer = torch.optim.AdamW(model.parameters())
-    guard = RetentionGuard(model, optimizer, [scripted(1.0)], quantize="int8")
-    with pytest.raises(ValueError, match=r"quantizes nn\.Linear layers; Sequential has none"):
-        guard.start()
 
 
 def test_a_start_whose_checkpoint_fails_is_no_start(tmp_path):

@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from bad_input import each_of, refused
 from torch import nn
 from torch.nn import functional as F
 
@@ -194,42 +195,47 @@ class Twice(nn.Module):
         return x
 
 
-class TestBadInput:
-    @pytest.mark.parametrize(
-        ("name", "message"),
-        [("7", "'7' is not in it"), ("1", "'1' is a BatchNorm1d"), ("", "'' is a Sequential")],
-    )
-    def test_layers(self, name, message):
-        with pytest.raises(ValueError, match=f"lateral must name .*\\['0', '4'\\], but {message}"):
-            ProgressiveNetwork(mlp, [name])
+class InPlace(nn.Linear):
+    def forward(self, x):
+        return super().forward(x.sub_(1))
 
-    @pytest.mark.parametrize("uses", [0, 2])
-    def test_layers_used_other_than_once(self, uses):
-        net = ProgressiveNetwork(lambda: Twice(uses), ["layer"])
-        with pytest.raises(RuntimeError, match=f"'layer' must be used once .* not {uses} times"):
-            net(torch.zeros(2, 4))
-        assert not net.columns[0].layer._forward_hooks
 
-    def test_a_column_that_changes_its_input(self):
-        class InPlace(nn.Linear):
-            def forward(self, x):
-                return super().forward(x.sub_(1))
+LATERAL = r"lateral must name .*\['0', '4'\], but "
+BAD = [
+    *((f"layer {name!r}", lambda name=name: ProgressiveNetwork(mlp, [name]),
+       ValueError, f"{LATERAL}{name!r} is {what}")
+      for name, what in {"7": "not in it", "1": "a BatchNorm1d", "": "a Sequential"}.items()),
+    *((f"task {task}", lambda task=task: ProgressiveNetwork(mlp, [])(torch.zeros(2, 6), task=task),
+       ValueError, f"task must be a column from 0 to 0, not {task}") for task in (-1, 1)),
+]  # fmt: skip
 
-        net = ProgressiveNetwork(lambda: InPlace(4, 2), [])
-        net(torch.zeros(2, 4))  # nobody else gets it
+
+@each_of(BAD)
+def test_bad_input_is_one_sentence(given, error, message):
+    with refused(error, message):
+        given()
+
+
+@pytest.mark.parametrize("uses", [0, 2])
+def test_a_layer_is_used_once(uses):
+    net = ProgressiveNetwork(lambda: Twice(uses), ["layer"])
+    with refused(RuntimeError, f"'layer' must be used once .* not {uses} times"):
+        net(torch.zeros(2, 4))
+    assert not net.columns[0].layer._forward_hooks
+
+
+def test_a_column_does_not_change_its_input():
+    net = ProgressiveNetwork(lambda: InPlace(4, 2), [])
+    net(torch.zeros(2, 4))  # nobody else gets it
+    net.add_column()
+    with refused(RuntimeError, "column 0 must not change its input in place"):
+        net(torch.zeros(2, 4))
+
+
+def test_a_factory_that_changes_its_mind_changes_nothing():
+    makers = iter([mlp, cnn])
+    net = ProgressiveNetwork(lambda: next(makers)(), ["4"])
+    with refused(ValueError, "'4' is a Flatten"):
         net.add_column()
-        with pytest.raises(RuntimeError, match="column 0 must not change its input in place"):
-            net(torch.zeros(2, 4))
-
-    @pytest.mark.parametrize("task", [-1, 1])
-    def test_tasks(self, task):
-        with pytest.raises(ValueError, match=f"task must be a column from 0 to 0, not {task}"):
-            ProgressiveNetwork(mlp, [])(torch.zeros(2, 6), task=task)
-
-    def test_a_factory_that_changes_its_mind_changes_nothing(self):
-        makers = iter([mlp, cnn])
-        net = ProgressiveNetwork(lambda: next(makers)(), ["4"])
-        with pytest.raises(ValueError, match="'4' is a Flatten"):
-            net.add_column()
-        assert len(net) == 1
-        assert all(param.requires_grad for param in net.parameters())
+    assert len(net) == 1
+    assert all(param.requires_grad for param in net.parameters())

@@ -17,6 +17,7 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
+from bad_input import each_of, refused
 from paths import ROOT
 from scipy import stats
 from torch import nn
@@ -203,10 +204,6 @@ class TestMix:
         assert len(batch) == 20
         assert set(batch[10:].tolist()) == {0, 1}
 
-    def test_a_loader_without_length(self):
-        with pytest.raises(TypeError, match="no length"):
-            len(ReplayBuffer(5).mix((b for b in ()), 0.1))
-
 
 @pytest.mark.parametrize("disk", [False, True])
 class TestResume:
@@ -240,17 +237,6 @@ class TestResume:
         assert (len(resumed), resumed.seen) == (12, 42)
         for a, b in zip(go_on(buffer), go_on(resumed), strict=True):
             assert torch.equal(a, b)
-
-    def test_of_another_kind_is_refused_and_changes_nothing(self, tmp_path, disk):
-        buffer = ReplayBuffer(12, path=tmp_path / "a" if disk else None)
-        fill(buffer)
-        before = buffer.samples()["x"]
-        for other in (ReplayBuffer(13), ReplayBuffer(12, policy="ring")):
-            with pytest.raises(ValueError, match=r"must be of a buffer with (capacity|policy)"):
-                buffer.load_state_dict(other.state_dict())
-        with pytest.raises(ValueError, match="must be of a ReplayBuffer"):
-            buffer.load_state_dict({})
-        assert torch.equal(buffer.samples()["x"], before)
 
 
 class TestDisk:
@@ -485,10 +471,6 @@ class TestOneFolder:
         assert buffer.seen == 42
 
     def test_has_any_number_of_readers(self, tmp_path):
-        for path in (None, tmp_path / "none"):
-            with pytest.raises(ValueError, match="read_only=True"):
-                ReplayBuffer(12, path=path, read_only=True)
-        assert not (tmp_path / "none").exists()
         writer = ReplayBuffer(12, path=tmp_path)
         fill(writer)
         writer.close()
@@ -722,59 +704,66 @@ def test_closure_draws_anew():
     assert weight.grad == sum(map(sum, seen))
 
 
-class TestBadInput:
-    @pytest.mark.parametrize(
-        ("options", "message"),
-        [
-            ({"capacity": 0}, "capacity must be a whole number of at least 1, not 0"),
-            ({"capacity": 2, "policy": "fifo"}, "policy must be one of"),
-            ({"capacity": 2, "policy": "class_balanced"}, "label goes with"),
-            ({"capacity": 2, "label": "y"}, "label goes with"),
-        ],
-    )
-    def test_arguments(self, options, message):
-        with pytest.raises(ValueError, match=message):
-            ReplayBuffer(**options)
+def add(batch):
+    """Return a call that adds a batch."""
+    return lambda buffer, _: buffer.add(batch)
 
-    @pytest.mark.parametrize(
-        ("batch", "error", "message"),
-        [
-            ({"x": torch.zeros(4, 3)}, ValueError, "batch must have the structure"),
-            ((torch.zeros(4, 2), torch.zeros(4)), ValueError, r"batch\[0\] .* shape \[3\]"),
-            ((torch.zeros(4, 3).half(), torch.zeros(4)), ValueError, "not \\[3\\], float16"),
-            ((torch.zeros(4, 3), torch.zeros(5)), ValueError, r"batch\[1\] .* has 5 samples"),
-            ((torch.zeros(4, 3), torch.zeros(())), ValueError, "0-dimensional"),
-            ((torch.zeros(4, 3), "text"), TypeError, r"batch\[1\] must be a tensor"),
-            ({1: torch.zeros(3)}, TypeError, "strings as keys"),
-            ((), TypeError, "contain a tensor"),
-        ],
-    )
-    def test_batches_change_nothing(self, batch, error, message):
-        buffer = ReplayBuffer(3)
-        buffer.add((torch.ones(5, 3), torch.ones(5)))
-        state = buffer.state_dict()
-        with pytest.raises(error, match=message):
-            buffer.add(batch)
-        after = buffer.state_dict()
-        assert after["seen"] == state["seen"]
-        assert torch.equal(after["adding"], state["adding"])
-        assert torch.equal(after["samples"]["batch[0]"], state["samples"]["batch[0]"])
 
-    def test_classes(self):
-        buffer = ReplayBuffer(3, policy="class_balanced", label="y")
-        with pytest.raises(ValueError, match="integer tensor \\[4\\]"):
-            buffer.add({"y": torch.zeros(4)})
-        assert buffer.seen == 0
+X, Y = torch.zeros(4, 3), torch.zeros(4)
+BAD = [
+    ("no capacity", lambda *_: ReplayBuffer(0),
+     ValueError, "capacity must be a whole number of at least 1, not 0"),
+    ("a policy", lambda *_: ReplayBuffer(2, policy="fifo"), ValueError, "policy must be one of"),
+    ("classes without label", lambda *_: ReplayBuffer(2, policy="class_balanced"),
+     ValueError, "label goes with"),
+    ("a label without classes", lambda *_: ReplayBuffer(2, label="y"),
+     ValueError, "label goes with"),
+    ("read_only in memory", lambda *_: ReplayBuffer(12, read_only=True),
+     ValueError, "read_only=True"),
+    ("read_only of nothing", lambda _, path: ReplayBuffer(12, path=path, read_only=True),
+     ValueError, "read_only=True"),
+    ("another structure", add({"x": X}), ValueError, "batch must have the structure"),
+    ("another shape", add((torch.zeros(4, 2), Y)), ValueError, r"batch\[0\] .* shape \[3\]"),
+    ("another dtype", add((X.half(), Y)), ValueError, "not \\[3\\], float16"),
+    ("unequal sizes", add((X, torch.zeros(5))), ValueError, r"batch\[1\] .* has 5 samples"),
+    ("no samples", add((X, torch.zeros(()))), ValueError, "0-dimensional"),
+    ("no tensor", add((X, "text")), TypeError, r"batch\[1\] must be a tensor"),
+    ("no names", add({1: torch.zeros(3)}), TypeError, "strings as keys"),
+    ("an empty batch", add(()), TypeError, "contain a tensor"),
+    ("sample() of nothing", lambda *_: ReplayBuffer(3).sample(1), ValueError, "empty"),
+    ("sample() of too many", lambda buffer, _: buffer.sample(4),
+     ValueError, "at most the 3 samples"),
+    ("sample() of none", lambda buffer, _: buffer.sample(0), ValueError, "at least 1, not 0"),
+    *((f"mix() with ratio {ratio}", lambda buffer, _, ratio=ratio: buffer.mix([], ratio),
+       ValueError, "ratio must be") for ratio in (-0.1, 1.0, float("nan"))),
+    ("the length of a generator", lambda buffer, _: len(buffer.mix((b for b in ()), 0.1)),
+     TypeError, "no length"),
+    ("a state of another capacity",
+     lambda buffer, _: buffer.load_state_dict(ReplayBuffer(13).state_dict()),
+     ValueError, "must be of a buffer with capacity"),
+    ("a state of another policy",
+     lambda buffer, _: buffer.load_state_dict(ReplayBuffer(3, policy="ring").state_dict()),
+     ValueError, "must be of a buffer with policy"),
+    ("no state", lambda buffer, _: buffer.load_state_dict({}),
+     ValueError, "must be of a ReplayBuffer"),
+]  # fmt: skip
 
-    def test_draws_and_ratios(self):
-        buffer = ReplayBuffer(3)
-        with pytest.raises(ValueError, match="empty"):
-            buffer.sample(1)
-        buffer.add(numbers(0, 2))
-        with pytest.raises(ValueError, match="at most the 2 samples"):
-            buffer.sample(3)
-        with pytest.raises(ValueError, match="at least 1, not 0"):
-            buffer.sample(0)
-        for ratio in (-0.1, 1.0, float("nan")):
-            with pytest.raises(ValueError, match="ratio must be"):
-                buffer.mix([], ratio)
+
+@pytest.mark.parametrize("disk", [False, True])
+@each_of(BAD)
+def test_bad_input_is_one_sentence_and_changes_nothing(tmp_path, disk, given, error, message):
+    buffer = ReplayBuffer(3, path=tmp_path / "buffer" if disk else None)
+    buffer.add((torch.ones(5, 3), torch.ones(5)))
+    state, samples = buffer.state_dict(), buffer.samples()
+    with refused(error, message):
+        given(buffer, tmp_path / "none")
+    assert_same_state(buffer.state_dict(), state)
+    assert all(torch.equal(*pair) for pair in zip(buffer.samples(), samples, strict=True))
+    assert not (tmp_path / "none").exists()
+
+
+def test_classes_that_are_no_integers_are_refused():
+    buffer = ReplayBuffer(3, policy="class_balanced", label="y")
+    with refused(ValueError, "integer tensor \\[4\\]"):
+        buffer.add({"y": torch.zeros(4)})
+    assert buffer.seen == 0

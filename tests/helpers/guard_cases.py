@@ -34,6 +34,12 @@ def guard_of(*evaluations, **options):
     return RetentionGuard(model, optimizer, evaluations, every=1, **options)
 
 
+def started(*evaluations, **options):
+    guard = guard_of(*evaluations, **options)
+    guard.start()
+    return guard
+
+
 def flatten(value):
     if isinstance(value, dict):
         return [item for key in value for item in [key, *flatten(value[key])]]

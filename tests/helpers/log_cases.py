@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from ctypes import c_double
 from multiprocessing.synchronize import Event
 from pathlib import Path
@@ -40,6 +41,14 @@ def make_log(path: Path, tasks: int = 2) -> ImportanceLog:
     for task in range(tasks):
         log.record(f"task {task}", importance_of(task))
     return log
+
+
+def opened(path: Path, mode: str = "a") -> tuple[ImportanceLog, list[str]]:
+    """The log, and the warnings of opening it."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        log = ImportanceLog(path, mode)
+    return log, [str(warning.message) for warning in caught]
 
 
 def weights(task: int) -> dict[str, Tensor]:

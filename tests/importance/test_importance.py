@@ -10,6 +10,7 @@ from functools import partial
 import pytest
 import torch
 from bad_input import each_of, refused
+from damage import flip, flipped
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
@@ -107,8 +108,7 @@ def test_each_damaged_byte_and_each_cut_of_a_file_is_noticed(tmp_path):
     damaged = [whole[:length] for length in range(len(whole))] + [whole + b"\0"]
     for place in range(len(whole)):
         for mask in (1 << place % 8, 3, 255):  # 3: the format's 2 becomes a 1
-            byte = bytes([whole[place] ^ mask])
-            damaged.append(whole[:place] + byte + whole[place + 1 :])
+            damaged.append(flipped(whole, place, mask))
     for content in damaged:
         path.write_bytes(content)
         with pytest.raises(ValueError, match=str(path)) as caught:
@@ -122,9 +122,7 @@ def test_each_damaged_byte_and_each_cut_of_a_file_is_noticed(tmp_path):
 def test_a_damaged_tensor_is_named(tmp_path, importance):
     path = tmp_path / "x"
     importance.save(path)
-    content = bytearray(path.read_bytes())
-    content[-1] ^= 1
-    path.write_bytes(content)
+    flip(path, -1)
     message = r"^the file '.*/x' is damaged: the checksum of 'scalar' is not the one"
     with pytest.raises(DamagedError, match=message):
         Importance.load(path)

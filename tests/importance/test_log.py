@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 import torch
 from bad_input import each_of, refused
+from damage import flip
 from log_cases import assert_is, importance_of, make_log, weights
 from safetensors.torch import save_file
 from torch import nn
@@ -140,9 +141,7 @@ def test_anchors_in_a_checkpoint(tmp_path):
     assert all(torch.equal(found[name], value) for name, value in weights(0).items())
     with pytest.raises(LogError, match=r"model.pt, which is not safetensors: load it with the"):
         log["pickled"].anchors()
-    data = bytearray(checkpoint.read_bytes())
-    data[-1] ^= 1
-    checkpoint.write_bytes(data)
+    flip(checkpoint, -1)
     with pytest.raises(DamagedError, match=r"of task 'task', .*model.safetensors, have changed"):
         log["task"].anchors()
     log.record("no safetensors", importance_of(0), anchors=checkpoint.rename(tmp_path / "b"))

@@ -127,14 +127,13 @@ def test_measure_counts_underflows():
 
 
 BAD = [
-    ("zip", ("zip", {}), ValueError, r"^codec must be one of \('float32', .* not 'zip'"),
-    *((f"topk of {fraction}", ("topk", {"fraction": fraction}),
-       ValueError, r"^fraction must be in \(0, 1\), not") for fraction in (0.0, 1.0, math.nan)),
+    ("zip", {"name": "zip"}, ValueError, r"^codec must be one of \('float32', .* not 'zip'"),
+    *((f"topk of {bad}", {"name": "topk", "fraction": bad},
+       ValueError, r"^fraction must be in \(0, 1\), not") for bad in (0.0, 1.0, math.nan)),
 ]  # fmt: skip
 
 
 @each_of(BAD)
 def test_bad_codecs_are_refused(given, error, message):
-    name, options = given
     with refused(error, message):
-        codecs.codec(name, **options)
+        codecs.codec(**given)

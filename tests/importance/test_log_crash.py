@@ -8,13 +8,12 @@ import random
 import signal
 import tempfile
 import time
-import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from log_cases import SCALE, assert_is, importance_of, make_log, record_until_killed
+from log_cases import SCALE, assert_is, importance_of, make_log, opened, record_until_killed
 
 from cl_optim import ImportanceLog
 from cl_optim.importance import record
@@ -30,14 +29,6 @@ def processes() -> multiprocessing.context.ForkServerContext:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["cl_optim", "pytest"])
     return context
-
-
-def opened(path: Path) -> tuple[ImportanceLog, list[str]]:
-    """The log, and the warnings of opening it."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        log = ImportanceLog(path)
-    return log, [str(warning.message) for warning in caught]
 
 
 @pytest.fixture
@@ -231,7 +222,7 @@ def test_the_record_of_a_writer_at_work_is_left_alone(tmp_path, processes):
         while len(ImportanceLog(tmp_path, "r").tasks) < 20:
             assert writer.is_alive()  # readers do not disturb it
             for mode in ("a", "r"):
-                log, messages = opened_while_written(tmp_path, mode)
+                log, messages = opened(tmp_path, mode)
                 assert messages == []
                 if log.tasks:
                     last = len(log.tasks) - 1
@@ -242,10 +233,3 @@ def test_the_record_of_a_writer_at_work_is_left_alone(tmp_path, processes):
     log, _ = opened(tmp_path)
     assert len(log.tasks) >= 20
     assert len(list((tmp_path / "unfinished").glob("*"))) <= 1
-
-
-def opened_while_written(path: Path, mode: str) -> tuple[ImportanceLog, list[str]]:
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        log = ImportanceLog(path, mode)
-    return log, [str(warning.message) for warning in caught]

@@ -4,24 +4,16 @@ from __future__ import annotations
 
 import os
 import random
-import warnings
 from pathlib import Path
 
 import pytest
 import torch
-from log_cases import assert_is, importance_of, make_log, weights
+from damage import flip, flipped
+from log_cases import assert_is, importance_of, make_log, opened, weights
 
 from cl_optim import ImportanceLog
 from cl_optim.importance.errors import DamagedError, LogError
 from cl_optim.importance.manifest import FILE, SEAL
-
-
-def flip(path: Path, place: int, mask: int) -> None:
-    with open(path, "r+b") as file:
-        file.seek(place)
-        byte = file.read(1)[0]
-        file.seek(place)
-        file.write(bytes([byte ^ mask]))
 
 
 @pytest.mark.parametrize("codec", ["float32", "log8", "topk"])
@@ -132,14 +124,6 @@ def test_a_manifest_cut_between_lines_is_noticed(tmp_path, kept, mode):
         assert_is(log.load(f"task {number}"), importance_of(number))
 
 
-def opened(path: Path, mode: str) -> tuple[ImportanceLog, list[str]]:
-    """The log, and the warnings of opening it."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        log = ImportanceLog(path, mode)
-    return log, [str(warning.message) for warning in caught]
-
-
 @pytest.mark.parametrize(
     "change",
     [
@@ -183,9 +167,8 @@ def test_any_byte_of_a_log_and_any_cut(tmp_path):
     for path in files[:7]:  # those of the second record are like those of the first
         content = path.read_bytes()
         cuts = [content[:length] for length in range(len(content))]
-        for place, byte in enumerate(content):
-            flipped = bytes([byte ^ (1 << chance.randrange(8))])
-            cuts.append(content[:place] + flipped + content[place + 1 :])
+        for place in range(len(content)):
+            cuts.append(flipped(content, place, 1 << chance.randrange(8)))
         for damaged in cuts:
             path.write_bytes(damaged)
             named = loaded_or_named(log.path, values)

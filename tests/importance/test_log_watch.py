@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from bad_input import each_of, refused
+from damage import flip
 from log_cases import make_log
 from torch import nn
 from torch.utils.tensorboard import SummaryWriter
@@ -107,9 +108,7 @@ def test_half_an_entry_is_left_out(tmp_path):
     (file,) = (tmp_path / "training").iterdir()
     file.write_bytes(file.read_bytes()[:-20])
     assert [entry["step"] for entry in watch.read(tmp_path / "training")[0]] == [1, 2]
-    data = bytearray(file.read_bytes())
-    data[100] ^= 1
-    file.write_bytes(data)
+    flip(file, 100)
     with pytest.warns(UserWarning, match=r"^line 1 of .*jsonl is damaged and left out"):
         assert [entry["step"] for entry in watch.read(tmp_path / "training")[0]] == [2]
 

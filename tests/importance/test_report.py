@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from damage import flip
 from log_cases import importance_of, make_log
 from PIL import Image
 from rich.console import Console
@@ -334,9 +335,7 @@ def test_the_command_says_no(tmp_path, capsys):
 
 def test_a_damaged_tensor_is_no_figure(log, capsys, tmp_path):
     shard: Path = next((log.path / "records").glob("00002-*/importance-*.safetensors"))
-    data = bytearray(shard.read_bytes())
-    data[-1] ^= 1
-    shard.write_bytes(data)
+    flip(shard, -1)
     assert cli.main(["report", str(log.path), "-o", str(tmp_path / "r.html")]) == 1
     assert "of task 'task 1' is damaged in" in capsys.readouterr().err
     assert not (tmp_path / "r.html").exists()

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from bad_input import each_of, refused
+from damage import flipped
 from guard_cases import flatten
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -120,9 +121,8 @@ def test_a_checkpoint_written_after_a_roll_back_replaces_the_future(tmp_path):
 
 
 def flip(path):
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.write_bytes(content)
+    data = path.read_bytes()
+    path.write_bytes(flipped(data, len(data) // 2))
 
 
 def truncate(path):
@@ -187,7 +187,7 @@ def test_every_flipped_bit_is_noticed_before_anything_is_loaded(small):
     checkpoints, part, data, directory = small
     flips = [(place, 1 << place % 8) for place in range(0, directory, 3)]
     flips += [(place, 1 << bit) for place in range(directory, len(data)) for bit in range(8)]
-    damages = (data[:at] + bytes([data[at] ^ bit]) + data[at + 1 :] for at, bit in flips)
+    damages = (flipped(data, place, mask) for place, mask in flips)
     assert_nothing_is_loaded(checkpoints, part, damages)
     checkpoints.path(1).write_bytes(data)
     assert checkpoints.restore() == 1
@@ -208,7 +208,7 @@ def test_flipped_bits_fall_back_to_the_checkpoint_before(tmp_path):
     directory = data.index(b"PK\x01\x02")
     places = range(directory, len(data), 97)
     for place in [*range(0, directory, directory // 40), *places]:
-        path.write_bytes(data[:place] + bytes([data[place] ^ 0x10]) + data[place + 1 :])
+        path.write_bytes(flipped(data, place, 0x10))
         with pytest.warns(CheckpointWarning, match="the one before it is taken"):
             assert run.train(1).checkpoints.restore() == 1
         assert run.bits() == saved
@@ -320,17 +320,24 @@ def test_a_missing_checkpoint_falls_back_and_none_is_a_sentence(tmp_path):
     assert run.bits() == before
 
 
-WIDER = nn.Sequential(
-    nn.Linear(6, 9), nn.BatchNorm1d(9), nn.ReLU(), nn.Dropout(0.3), nn.Linear(9, 3)
-)
-SEEDED = DataStream(DataLoader(range(22), 4, shuffle=True, generator=torch.Generator()))
+def wider():
+    return nn.Sequential(
+        nn.Linear(6, 9), nn.BatchNorm1d(9), nn.ReLU(), nn.Dropout(0.3), nn.Linear(9, 3)
+    )
+
+
+def seeded():
+    return DataStream(DataLoader(range(22), 4, shuffle=True, generator=torch.Generator()))
+
+
 OTHERS = [
-    ("other parts", {"scheduler": None},
+    ("other parts", lambda parts: {"model": parts["model"], "optimizer": parts["optimizer"]},
      CheckpointError, r"has the parts .*'scheduler'.* this run has"),
-    ("another model", {"model": nn.Linear(2, 2)}, CheckpointError, "belongs to another model"),
-    ("another shape", {"model": WIDER},
+    ("another model", lambda parts: {**parts, "model": nn.Linear(2, 2)},
+     CheckpointError, "belongs to another model"),
+    ("another shape", lambda parts: {**parts, "model": wider()},
      CheckpointError, r"'0.weight' has shape \(8, 6\) there, \(9, 6\)"),
-    ("another kind of loader", {"data": SEEDED},
+    ("another kind of loader", lambda parts: {**parts, "data": seeded()},
      CheckpointError, r"'data' .* of a loader with torch's global generator, and this one"),
 ]  # fmt: skip
 
@@ -339,8 +346,7 @@ OTHERS = [
 def test_a_checkpoint_of_something_else_changes_nothing(tmp_path, given, error, message):
     Run(tmp_path, generator=False).checkpoints.save(1)
     run = Run(tmp_path, generator=False).train(1)
-    parts = {name: part for name, part in {**run.checkpoints.parts, **given}.items() if part}
-    run.checkpoints.parts = parts
+    parts = run.checkpoints.parts = given(run.checkpoints.parts)
 
     def bits():
         return run.bits() + flatten([part.state_dict() for part in parts.values()])

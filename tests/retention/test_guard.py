@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from bad_input import each_of, refused
-from guard_cases import flatten, guard_of, network, scripted
+from guard_cases import flatten, guard_of, network, scripted, started
 from rich.console import Console
 from torch import nn
 from torch.nn import functional as F
@@ -46,8 +46,7 @@ def train(model, optimizer):
     [(True, 0.8, 0.721, 0.719), (False, 2.0, 2.199, 2.201), (True, -2.0, -2.199, -2.201)],
 )
 def test_a_breach_is_a_relative_loss_above_the_threshold(higher, baseline, good, bad):
-    guard = guard_of(scripted(baseline, good, bad, higher=higher))
-    guard.start()
+    guard = started(scripted(baseline, good, bad, higher=higher))
     assert guard.step() is False
     assert guard.step() is True
     assert [check.breached for check in guard.history] == [(), (), ("old",)]
@@ -57,22 +56,20 @@ def test_a_breach_is_a_relative_loss_above_the_threshold(higher, baseline, good,
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("role", ["old", "new", "mixed"])
 def test_a_number_that_is_not_finite_is_a_breach_whatever_its_role(value, role):
-    guard = guard_of(scripted(1.0), scripted(1.0, value, name="other", role=role))
-    guard.start()
+    guard = started(scripted(1.0), scripted(1.0, value, name="other", role=role))
     assert guard.step()
     assert guard.history[-1].breached == ("other",)
     assert "lower the learning rate" in str(guard.report())
 
 
 def test_only_old_tasks_are_guarded_and_not_those_whose_forgetting_is_wanted():
-    guard = guard_of(
+    guard = started(
         scripted(1.0),
         scripted(1.0, 0.1, name="stale facts"),
         scripted(1.0, 0.1, name="new", role="new"),
         scripted(1.0, 0.1, name="mixed", role="mixed"),
         useful=["stale facts"],
     )
-    guard.start()
     assert not guard.step()
     assert "forgetting wanted" in str(guard.report())
 
@@ -126,8 +123,7 @@ def test_no_evaluation_sees_what_another_left_behind():
 
 
 def test_a_new_task_may_begin_at_zero():
-    guard = guard_of(scripted(1.0), scripted(0.0, 0.0, 0.5, name="new", role="new"))
-    guard.start()
+    guard = started(scripted(1.0), scripted(0.0, 0.0, 0.5, name="new", role="new"))
     guard.step()
     guard.step()
     assert [check.measured[1].loss for check in guard.history] == [0.0, 0.0, -math.inf]
@@ -136,8 +132,7 @@ def test_a_new_task_may_begin_at_zero():
 
 
 def test_warn_goes_on():
-    guard = guard_of(scripted(1.0, 0.5), on_breach="warn")
-    guard.start()
+    guard = started(scripted(1.0, 0.5), on_breach="warn")
     for _ in range(2):
         with pytest.warns(RetentionWarning, match=r"old lost 50.0% of its baseline"):
             assert not guard.step()
@@ -175,8 +170,7 @@ def test_rollback_restores_every_bit_and_stops(tmp_path):
 
 
 def test_rollback_falls_back_where_the_newest_checkpoint_is_corrupt(tmp_path):
-    guard = guard_of(scripted(1.0, 1.0, 0.2), on_breach="rollback", folder=tmp_path)
-    guard.start()
+    guard = started(scripted(1.0, 1.0, 0.2), on_breach="rollback", folder=tmp_path)
     start = flatten(guard.model.state_dict())
     train(guard.model, guard.optimizer)
     guard.step()
@@ -190,11 +184,10 @@ def test_rollback_falls_back_where_the_newest_checkpoint_is_corrupt(tmp_path):
 
 
 def test_rollback_with_more_protection_goes_on(tmp_path):
-    guard = guard_of(
+    guard = started(
         scripted(1.0, 0.5, 0.5, 0.99), on_breach=("rollback", "raise_lambda"), folder=tmp_path,
         raise_by=4.0, limit=10.0,
     )  # fmt: skip
-    guard.start()
     start = flatten(guard.model.state_dict())
     seen = []
     for _ in range(2):
@@ -207,11 +200,10 @@ def test_rollback_with_more_protection_goes_on(tmp_path):
 
 
 def test_lambda_is_raised_to_its_limit_then_training_stops_and_it_relaxes_when_safe():
-    guard = guard_of(
+    guard = started(
         scripted(1.0, 0.8, 0.92, 0.97, 1.0, 1.0, 0.5, 0.5, 0.5), on_breach="raise_lambda",
         raise_by=4.0, limit=8.0,
     )  # fmt: skip
-    guard.start()
     group = guard.optimizer.param_groups[0]
     lambdas = []
     while not guard.step():
@@ -272,10 +264,9 @@ def test_a_group_added_while_lambda_is_raised_brings_its_present_lambda():
 
 
 def test_a_roll_back_keeps_the_lambda_that_the_user_set(tmp_path):
-    guard = guard_of(
+    guard = started(
         scripted(1.0, 0.5), on_breach=("rollback", "raise_lambda"), folder=tmp_path, raise_by=3.0
     )
-    guard.start()
     guard.optimizer.param_groups[0]["ewc_lambda"] = 10.0
     guard.step()
     assert guard.optimizer.param_groups[0]["ewc_lambda"] == 30.0
@@ -320,8 +311,7 @@ def test_resume_with_other_evaluations_or_groups_changes_nothing(tmp_path):
 
 def test_inside_a_trainer_the_checkpoints_of_an_abandoned_run_are_gone(tmp_path):
     options = {"on_breach": "rollback", "folder": tmp_path}
-    guard = guard_of(scripted(1.0), **options)
-    guard.start()
+    guard = started(scripted(1.0), **options)
     guard.step()
     saved = guard.state_dict()
     for _ in range(3):
@@ -506,10 +496,9 @@ def test_checks_are_logged_to_csv_tensorboard_and_the_terminal(tmp_path):
 
 def test_a_cell_of_the_csv_is_no_formula(tmp_path):
     """As OWASP has it: what a spreadsheet would run gets an apostrophe; numbers stay numbers."""
-    guard = guard_of(
+    guard = started(
         scripted(-1.0, -1.5, name='=HYPERLINK("//x")'), loggers=[CSVLogger(tmp_path / "guard.csv")]
     )
-    guard.start()
     guard.step()
     with open(tmp_path / "guard.csv", newline="") as file:
         rows = list(csv.DictReader(file))
@@ -518,8 +507,7 @@ def test_a_cell_of_the_csv_is_no_formula(tmp_path):
 
 
 def test_the_report_says_what_is_retained_what_was_learned_and_one_recommendation():
-    guard = guard_of(scripted(0.9, 0.45), scripted(4.0, 1.0, name="code", role="new", higher=False))
-    guard.start()
+    guard = started(scripted(0.9, 0.45), scripted(4.0, 1.0, name="code", role="new", higher=False))
     guard.step()
     report = str(guard.report())
     assert "50.0%" in report
@@ -592,8 +580,7 @@ def outcome_and_recommendation(guard):
 def test_the_report_has_one_verdict(
     tmp_path, values, options, outcome, recommendation, shown, name
 ):
-    guard = guard_of(scripted(*values, name=name), folder=tmp_path, **options)
-    guard.start()
+    guard = started(scripted(*values, name=name), folder=tmp_path, **options)
     for _ in values[1:]:
         guard.step()
     found, advice = outcome_and_recommendation(guard)
@@ -606,8 +593,7 @@ def test_the_report_has_one_verdict(
 
 
 def test_the_report_is_of_the_checkpoint_that_training_went_back_to(tmp_path):
-    guard = guard_of(scripted(1.0, 0.97, 0.2, 0.98), on_breach="rollback", folder=tmp_path)
-    guard.start()
+    guard = started(scripted(1.0, 0.97, 0.2, 0.98), on_breach="rollback", folder=tmp_path)
     guard.step()
     newest = max(tmp_path.iterdir())
     newest.write_bytes(newest.read_bytes()[:1000])
@@ -620,8 +606,7 @@ def test_the_report_is_of_the_checkpoint_that_training_went_back_to(tmp_path):
 
 
 def test_a_history_that_does_not_say_what_was_rolled_back_is_refused():
-    guard = guard_of(scripted(1.0))
-    guard.start()
+    guard = started(scripted(1.0))
     state = guard.state_dict()
     del state["history"][0]["rolled_back_to"]
     with pytest.raises(ValueError, match="is of an earlier version of cl_optim"):
@@ -629,8 +614,7 @@ def test_a_history_that_does_not_say_what_was_rolled_back_is_refused():
 
 
 def test_the_report_takes_names_as_they_are():
-    guard = guard_of(scripted(1.0, 0.5, name="QA [en]"), scripted(1.0, 0.5, name="[/b]"))
-    guard.start()
+    guard = started(scripted(1.0, 0.5, name="QA [en]"), scripted(1.0, 0.5, name="[/b]"))
     guard.step()
     text = str(guard.report())
     assert "QA [en]" in text

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 from bad_input import each_of, refused
+from damage import flipped
 from paths import ROOT
 from scipy import stats
 from torch import nn
@@ -59,6 +60,12 @@ def fill(buffer, batches=6, size=7):
     for i in range(batches):
         x = numbers(size * i, size * (i + 1))
         buffer.add({"x": x.double().view(-1, 1).expand(-1, 3), "y": (x % 3, x.bfloat16())})
+
+
+def filled(path=None):
+    buffer = ReplayBuffer(12, path=path)
+    fill(buffer)
+    return buffer
 
 
 class TestPolicies:
@@ -250,8 +257,7 @@ class TestDisk:
         assert (tmp_path / "samples.bin").stat().st_size == 12 * (2 + 8 + 24)
 
     def test_survives_its_process(self, tmp_path):
-        disk = ReplayBuffer(12, path=tmp_path)
-        fill(disk)
+        disk = filled(tmp_path)
         disk.close()
         again = ReplayBuffer(12, path=tmp_path)
         assert torch.equal(again.samples()["x"], disk.samples()["x"])
@@ -269,16 +275,14 @@ class TestDisk:
             ReplayBuffer(5, path=tmp_path)
 
     def test_a_state_older_than_the_files_is_refused(self, tmp_path):
-        disk = ReplayBuffer(12, path=tmp_path)
-        fill(disk)
+        disk = filled(tmp_path)
         state = disk.state_dict()
         fill(disk)
         with pytest.raises(ValueError, match="changed since"):
             disk.load_state_dict(state)
 
     def test_a_lost_or_cut_file_is_not_a_file_of_zeros(self, tmp_path):
-        disk = ReplayBuffer(12, path=tmp_path)
-        fill(disk)
+        disk = filled(tmp_path)
         disk.close()
         os.truncate(tmp_path / "samples.bin", 7)
         with pytest.raises(DamagedError, match="sample 3 of the buffer is damaged"):
@@ -290,8 +294,7 @@ class TestDisk:
             ReplayBuffer(12, path=tmp_path)
 
     def test_a_corrupt_state_and_another_capacity(self, tmp_path):
-        disk = ReplayBuffer(12, path=tmp_path)
-        fill(disk)
+        disk = filled(tmp_path)
         disk.close()
         with pytest.raises(ValueError, match="capacity=13"):
             ReplayBuffer(13, path=tmp_path)
@@ -305,14 +308,11 @@ class TestDisk:
             ReplayBuffer(12, path=tmp_path)
 
     def test_every_damaged_sample_is_named_and_the_others_are_read(self, tmp_path):
-        disk = ReplayBuffer(12, path=tmp_path)
-        fill(disk)
+        disk = filled(tmp_path)
         whole, (file, size) = disk.samples(), (tmp_path / "samples.bin", 24 + 8 + 2)
         data = file.read_bytes()
         for place in range(len(data)):
-            file.write_bytes(
-                data[:place] + bytes([data[place] ^ 1 << place % 8]) + data[place + 1 :]
-            )
+            file.write_bytes(flipped(data, place, 1 << place % 8))
             slot = place // size
             with pytest.raises(DamagedError, match=f"sample {slot} of .*samples.bin', from byte"):
                 disk._take(torch.tensor([slot]))
@@ -320,13 +320,11 @@ class TestDisk:
             assert torch.equal(disk._take(others)["x"], whole["x"][others])
 
     def test_every_damaged_byte_of_the_state_is_noticed(self, tmp_path):
-        disk = ReplayBuffer(12, path=tmp_path)
-        fill(disk)
+        disk = filled(tmp_path)
         disk.close()
         data = (tmp_path / "state.pt").read_bytes()
         for place in range(0, len(data), 29):
-            damaged = data[:place] + bytes([data[place] ^ 1 << place % 8]) + data[place + 1 :]
-            (tmp_path / "state.pt").write_bytes(damaged)
+            (tmp_path / "state.pt").write_bytes(flipped(data, place, 1 << place % 8))
             with pytest.raises(DamagedError, match=r"state\.pt"):
                 ReplayBuffer(12, path=tmp_path)
 
@@ -368,8 +366,7 @@ class TestOneFolder:
     """Two buffers that add would destroy each other's samples."""
 
     def test_has_one_buffer_and_the_error_names_it(self, tmp_path):
-        first = ReplayBuffer(12, path=tmp_path)
-        fill(first)
+        first = filled(tmp_path)
         before = first.state_dict()
         with pytest.raises(
             LockedError,
@@ -442,8 +439,7 @@ class TestOneFolder:
         "copied", [copy.copy, copy.deepcopy, lambda buffer: pickle.loads(pickle.dumps(buffer))]
     )
     def test_copies_on_disk_only_draw(self, tmp_path, copied):
-        buffer = ReplayBuffer(12, path=tmp_path)
-        fill(buffer)
+        buffer = filled(tmp_path)
         other = copied(buffer)
         assert torch.equal(other.samples()["x"], buffer.samples()["x"])
         assert torch.equal(other.sample(5)["x"], buffer.sample(5)["x"])
@@ -460,8 +456,7 @@ class TestOneFolder:
         "copied", [copy.copy, copy.deepcopy, lambda buffer: pickle.loads(pickle.dumps(buffer))]
     )
     def test_copies_in_memory_are_independent(self, copied):
-        buffer = ReplayBuffer(12)
-        fill(buffer)
+        buffer = filled()
         before = buffer.samples()["x"]
         other = copied(buffer)
         drawn = buffer.sample(5)["x"]
@@ -471,8 +466,7 @@ class TestOneFolder:
         assert buffer.seen == 42
 
     def test_has_any_number_of_readers(self, tmp_path):
-        writer = ReplayBuffer(12, path=tmp_path)
-        fill(writer)
+        writer = filled(tmp_path)
         writer.close()
         readers = [ReplayBuffer(12, path=tmp_path, read_only=True, seed=seed) for seed in (1, 2, 1)]
         assert all(torch.equal(r.samples()["x"], writer.samples()["x"]) for r in readers)

@@ -307,7 +307,7 @@ class TestFiles:
     def test_no_file(self, tmp_path, capsys):
         with pytest.raises(SystemExit):
             cli.main(["diagnose", str(tmp_path / "x"), str(tmp_path / "y")])
-        assert "x is not a file" in capsys.readouterr().err
+        assert capsys.readouterr().err == f"cl-optim diagnose: {tmp_path / 'x'} is not a file.\n"
 
     def test_command(self, tmp_path, capsys):
         old, new = tmp_path / "old.jsonl", tmp_path / "new.jsonl"

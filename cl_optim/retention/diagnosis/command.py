@@ -24,7 +24,11 @@ def diagnose_files(old: Path, new: Path) -> Diagnosis:
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn()
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+    console = Console(stderr=True)
+    # Where nobody sees the bar, its end would be an empty line.
+    with Progress(
+        *columns, console=console, transient=True, disable=not console.is_terminal
+    ) as progress:
 
         def stream(path: Path) -> Iterator[object]:
             bar = progress.add_task(path.name, total=path.stat().st_size if path.is_file() else 0)

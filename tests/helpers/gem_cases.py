@@ -1,11 +1,12 @@
-"""GEM as published, and random problems for it."""
+"""GEM as published, random problems for it, and a model with memories."""
 
 from __future__ import annotations
 
 import itertools
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 
 def published(grad: Tensor, memory: Tensor, margin: float = 0.0) -> Tensor:
@@ -40,3 +41,37 @@ def problem(rows: int, size: int, seed: int, pull: float = -0.5) -> tuple[Tensor
     grad = torch.randn(size, generator=generator)
     memory = torch.randn(rows, size, generator=generator) + pull * grad
     return grad, memory
+
+
+class Memory:
+    """A task's samples and its closure, which counts its calls."""
+
+    def __init__(self, model: nn.Module, seed: int, batches: int = 1) -> None:
+        self.model = model
+        self.calls = 0
+        generator = torch.Generator().manual_seed(seed)
+        self.x = torch.randn(batches, 8, 5, generator=generator)
+        self.y = torch.randn(batches, 8, 3, generator=generator)
+
+    def loss(self, batch: int = 0) -> Tensor:
+        dtype = next(self.model.parameters()).dtype
+        return F.mse_loss(self.model(self.x[batch].to(dtype)), self.y[batch].to(dtype))
+
+    def __call__(self) -> None:
+        self.calls += 1
+        for batch in range(len(self.x)):
+            self.loss(batch).backward()
+
+    def gradient(self, params: list[Tensor]) -> list[Tensor]:
+        losses = [self.loss(batch) for batch in range(len(self.x))]
+        return list(torch.autograd.grad(torch.stack(losses).mean(), params))
+
+
+def make_model(seed: int = 0) -> nn.Sequential:
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3))
+
+
+def backward(model: nn.Module, seed: int) -> None:
+    model.zero_grad()
+    Memory(model, seed)()

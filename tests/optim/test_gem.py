@@ -1,4 +1,4 @@
-"""GEM as a torch.optim.Optimizer around another one: projection, memories, state, bad input."""
+"""GEM as a torch.optim.Optimizer around another one: projection, memories, state."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from gem_cases import problem, published
+from gem_cases import Memory, backward, make_model, problem, published
+from optimizer_cases import plain, snapshot
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -51,52 +52,9 @@ FORWARDED = (
 SKIPPING = pytest.mark.parametrize("inner", ["sgd", "sgd-fused", "adamw-fused", "ewc-gradient"])
 
 
-class Memory:
-    """A task's samples and its closure, which counts its calls."""
-
-    def __init__(self, model: nn.Module, seed: int, batches: int = 1) -> None:
-        self.model = model
-        self.calls = 0
-        generator = torch.Generator().manual_seed(seed)
-        self.x = torch.randn(batches, 8, 5, generator=generator)
-        self.y = torch.randn(batches, 8, 3, generator=generator)
-
-    def loss(self, batch: int = 0) -> Tensor:
-        dtype = next(self.model.parameters()).dtype
-        return F.mse_loss(self.model(self.x[batch].to(dtype)), self.y[batch].to(dtype))
-
-    def __call__(self) -> None:
-        self.calls += 1
-        for batch in range(len(self.x)):
-            self.loss(batch).backward()
-
-    def gradient(self, params: list[Tensor]) -> list[Tensor]:
-        losses = [self.loss(batch) for batch in range(len(self.x))]
-        return list(torch.autograd.grad(torch.stack(losses).mean(), params))
-
-
-def make_model(seed: int = 0) -> nn.Sequential:
-    torch.manual_seed(seed)
-    return nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3))
-
-
 @pytest.fixture
 def model() -> nn.Sequential:
     return make_model()
-
-
-@pytest.fixture
-def process_group(tmp_path) -> Iterator[None]:
-    """Of this process alone."""
-    store = f"file://{tmp_path}/store"
-    torch.distributed.init_process_group("gloo", init_method=store, rank=0, world_size=1)
-    yield
-    torch.distributed.destroy_process_group()
-
-
-def backward(model: nn.Module, seed: int) -> None:
-    model.zero_grad()
-    Memory(model, seed)()
 
 
 def train(model: nn.Module, optimizer: Optimizer, steps: int, seed: int = 1000) -> None:
@@ -131,22 +89,6 @@ def one_weight(grad: Tensor, rows: Tensor, **options: object) -> tuple[GEM, nn.P
 
 def give(weight: nn.Parameter, row: Tensor) -> None:
     (weight * row).sum().backward()
-
-
-def plain(value: object) -> object:
-    """As numbers, comparable with ==."""
-    if isinstance(value, Tensor):
-        return value.dtype, value.tolist()
-    if isinstance(value, dict):
-        return {key: plain(item) for key, item in value.items()}
-    return [plain(item) for item in value] if isinstance(value, (list, tuple)) else value
-
-
-def snapshot(optimizer: Optimizer) -> object:
-    """Weights, gradients and state."""
-    params = [p.detach() for group in optimizer.param_groups for p in group["params"]]
-    grads = [p.grad for group in optimizer.param_groups for p in group["params"]]
-    return plain([optimizer.param_groups, optimizer.state_dict(), params, grads])
 
 
 class TestProjection:
@@ -334,11 +276,12 @@ class TestProjection:
             actual = flat([params[i].grad for i in used])
             torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
 
-    @pytest.mark.parametrize("memory_dtype", [None, "float32", torch.bfloat16, "float64"])
+    @pytest.mark.parametrize("memory_dtype", [None, "float", "float32", torch.bfloat16, "float64"])
     def test_memory_dtype(self, model, memory_dtype):
         optimizer = GEM(torch.optim.SGD(model.parameters()), memory_dtype=memory_dtype)
         optimizer.remember("a", Memory(model, 1))
-        expected = {"float32": torch.float32, "float64": torch.float64}
+        narrow, wide = torch.float32, torch.float64
+        expected = {"float": narrow, "float32": narrow, "float64": wide}
         dtype = expected.get(memory_dtype, memory_dtype or torch.float32)
         rows = optimizer.state_dict()["gem"]["rows"]
         grads = Memory(model, 1).gradient(list(model.parameters()))
@@ -898,49 +841,6 @@ class TestState:
         assert seen == ["pre save", 1, "post load"]
         assert "extra" in saved
 
-    @pytest.mark.parametrize(
-        ("damage", "message"),
-        [
-            (lambda s: s.pop("state"), "has no 'state'"),
-            (lambda s: s.pop("param_groups"), "has no 'param_groups'"),
-            (lambda s: s["param_groups"].append(s["param_groups"][0]), "other parameters"),
-            (lambda s: s["param_groups"][0]["params"].pop(), "other parameters"),
-            (lambda s: s["param_groups"][0].pop("ewc_lambda"), "has no 'ewc_lambda'"),
-            (lambda s: s["gem"].pop("rows"), "its 'gem' has no 'rows'"),
-            (lambda s: s["gem"].pop("gram"), "its 'gem' has no 'gram'"),
-            (lambda s: s["gem"]["options"].pop("blocks"), "options have no 'blocks'"),
-            (lambda s: s["gem"]["options"].update(blocks="all"), "blocks must be one of"),
-            (lambda s: s["gem"]["memories"].pop(), r"rows of parameter 0 .* \(1, 4, 5\), not"),
-            (lambda s: s["gem"]["memories"][1].pop("age"), "a memory has no 'age'"),
-            (lambda s: s["gem"]["rows"].pop(2), "rows for parameters 0, 1, 3"),
-            (lambda s: s["gem"]["rows"].update({1: torch.ones(2, 5)}), "rows of parameter 1"),
-            (lambda s: s["gem"]["rows"].update({1: torch.ones(2, 4).long()}), "rows of parameter"),
-            (lambda s: s["gem"]["rows"].update({1: [1.0]}), "rows of parameter 1"),
-            (lambda s: s["gem"].update(gram=torch.ones(4, 1, 1)), "'gram' must be a tensor of"),
-            (lambda s: s["gem"].update(stale=[2]), "'stale' is"),
-        ],
-    )
-    def test_damaged_state_dict(self, model, damage, message):
-        optimizer = GEM(EWCAdamW(model.parameters()))
-        for name in "ab":
-            optimizer.remember(name, Memory(model, ord(name)))
-        train(model, optimizer, 2)
-        damaged = copy.deepcopy(optimizer.state_dict())
-        damage(damaged)
-        train(model, optimizer, 1)
-        before = snapshot(optimizer)
-        with pytest.raises(ValueError, match=message):
-            optimizer.load_state_dict(damaged)
-        assert snapshot(optimizer) == before
-        train(model, optimizer, 1)  # the closures are still there
-
-    def test_other_parameters(self, model):
-        """As many, of other shapes: torch's own optimizers would take them."""
-        optimizer = GEM(torch.optim.SGD(model.parameters()))
-        other = nn.Sequential(nn.Linear(6, 4), nn.Linear(4, 3))
-        with pytest.raises(ValueError, match=r"the rows of parameter 0 .* \(0, 6, 4\)|other param"):
-            GEM(torch.optim.SGD(other.parameters())).load_state_dict(optimizer.state_dict())
-
     @pytest.mark.parametrize("how", ["deepcopy", "pickle"])
     def test_copies_have_rows_and_no_closures(self, model, how):
         optimizer = GEM(torch.optim.AdamW(model.parameters(), lr=0.01), memory_strength=0.5)
@@ -1290,163 +1190,6 @@ class TestInvalid:
         assert same(model, before)
         train(model, optimizer, 1)
         assert not same(model, before)
-
-
-class TestBadInput:
-    @pytest.mark.parametrize(
-        ("options", "message"),
-        [
-            ({"memory_strength": -0.1}, "memory_strength must be finite and at least 0, not -0.1"),
-            ({"memory_strength": float("nan")}, "memory_strength must be"),
-            ({"memory_strength": float("inf")}, "memory_strength must be"),
-            ({"blocks": "layer"}, "blocks must be one of"),
-            ({"evict": "newest"}, "evict must be one of"),
-            ({"on_invalid": "ignore"}, "on_invalid must be one of"),
-            ({"capacity": 0}, "capacity must be a whole number from 1 to 1024, or None, not 0"),
-            ({"capacity": 2.5}, "capacity must be"),
-            ({"capacity": 1025}, "capacity must be"),
-            ({"memory_dtype": "int8"}, "memory_dtype must be None or one of torch.float32"),
-            ({"memory_dtype": "float"}, None),
-            ({"memory_dtype": "zeros"}, "memory_dtype must be"),
-            ({"memory_dtype": torch.complex64}, "memory_dtype must be"),
-        ],
-    )
-    def test_options(self, model, options, message):
-        inner = torch.optim.SGD(model.parameters())
-        if message is None:  # torch's other name of float32
-            assert GEM(inner, **options).memory_dtype == torch.float32
-            return
-        with pytest.raises(ValueError, match=message):
-            GEM(inner, **options)
-
-    @pytest.mark.parametrize(
-        ("make", "message"),
-        [
-            (torch.optim.LBFGS, "must not be LBFGS"),
-            (torch.optim.SparseAdam, "must not be SparseAdam"),
-            (lambda params: GEM(torch.optim.SGD(params)), "must not be a GEM itself"),
-        ],
-    )
-    def test_optimizers(self, model, make, message):
-        with pytest.raises(ValueError, match=message):
-            GEM(make(model.parameters()))
-
-    def test_no_optimizer(self, model):
-        with pytest.raises(TypeError, match=r"must be a torch\.optim\.Optimizer"):
-            GEM(model.parameters())
-
-    @pytest.mark.parametrize("dtype", [torch.complex64, torch.float8_e4m3fn])
-    def test_dtypes(self, model, dtype):
-        bad = nn.Parameter(torch.zeros(2, dtype=dtype))
-        with pytest.raises(ValueError, match="bad must be of a real floating-point dtype, one of"):
-            GEM(torch.optim.SGD([("good", nn.Parameter(torch.ones(2))), ("bad", bad)]))
-        optimizer = GEM(torch.optim.SGD(model.parameters()))
-        with pytest.raises(ValueError, match="must be of a real floating-point dtype"):
-            optimizer.add_param_group({"params": [bad]})
-        assert len(optimizer.param_groups) == 1
-
-    def test_devices(self, model):
-        elsewhere = nn.Parameter(torch.ones(2, device="meta"))
-        with pytest.raises(ValueError, match="on one device; they are on cpu, meta"):
-            GEM(torch.optim.SGD([*model.parameters(), elsewhere]))
-        optimizer = GEM(torch.optim.SGD(model.parameters()))
-        with pytest.raises(ValueError, match="on one device; they are on cpu, meta"):
-            optimizer.add_param_group({"params": [elsewhere]})
-        assert len(optimizer.param_groups) == 1
-
-    @pytest.mark.parametrize(
-        ("arguments", "error", "message"),
-        [
-            (("", print), ValueError, "name must be a string that is not empty, not ''"),
-            ((3, print), ValueError, "name must be a string"),
-            (("b", None), TypeError, "closure must be callable, not None"),
-            (("b", print, 0), ValueError, "refresh_every must be a whole number .* not 0"),
-            (("b", print, 1.5), ValueError, "refresh_every must be"),
-            (("b", print, True), ValueError, "refresh_every must be"),
-            (("b", print), RuntimeError, "'b' left no gradient on any parameter"),
-            (("a", print), RuntimeError, "'a' left no gradient on any parameter"),
-        ],
-    )
-    def test_remember(self, model, arguments, error, message):
-        optimizer = GEM(torch.optim.SGD(model.parameters()))
-        optimizer.remember("a", Memory(model, 1))
-        backward(model, 2)
-        before = snapshot(optimizer)
-        with pytest.raises(error, match=message):
-            optimizer.remember(*arguments)
-        assert snapshot(optimizer) == before
-        optimizer.step()
-
-    def test_closures(self, model):
-        optimizer = GEM(torch.optim.SGD(model.parameters()))
-        other, memory = make_model(), Memory(model, 1)
-
-        def forgets_its_gradients() -> None:
-            memory()
-            optimizer.zero_grad()
-
-        def resets_in_between() -> None:
-            for _ in range(2):
-                optimizer.zero_grad()
-                memory()
-
-        def without_backward() -> None:
-            memory.loss()
-
-        for closure, message in (
-            (Memory(other, 1), "left no gradient on any parameter of this optimizer"),
-            (forgets_its_gradients, "left no gradient"),
-            (without_backward, "left no gradient"),
-            (resets_in_between, "must not reset gradients between its backward passes"),
-        ):
-            with pytest.raises(RuntimeError, match=message):
-                optimizer.remember("a", closure)
-            assert optimizer.memories == ()
-
-    def test_forget(self, model):
-        optimizer = GEM(torch.optim.SGD(model.parameters()))
-        with pytest.raises(ValueError, match="no memory is named 'a': there is none"):
-            optimizer.forget("a")
-        optimizer.remember("b", Memory(model, 1))
-        optimizer.remember("c", Memory(model, 1))
-        with pytest.raises(ValueError, match="no memory is named 'a': b, c"):
-            optimizer.forget("a")
-
-    def test_sparse_gradients(self):
-        embedding, linear = nn.Embedding(4, 2, sparse=True), nn.Linear(2, 2)
-        named = [*linear.named_parameters(), ("tokens.weight", embedding.weight)]
-        optimizer = GEM(torch.optim.SGD(named))
-
-        def closure() -> None:
-            linear(embedding(torch.tensor([1]))).sum().backward()
-
-        with pytest.raises(RuntimeError, match=r"tokens\.weight in memory 'a' must be dense"):
-            optimizer.remember("a", closure)
-        closure()
-        before = weights(linear)
-        with pytest.raises(RuntimeError, match=r"parameter tokens\.weight must be dense"):
-            optimizer.step()
-        assert same(linear, before)
-
-    def test_dtensors(self, process_group):
-        from torch.distributed.device_mesh import DeviceMesh
-        from torch.distributed.tensor import distribute_tensor
-
-        sharded = distribute_tensor(torch.ones(4), DeviceMesh("cpu", [0]))
-        with pytest.raises(ValueError, match="w must not be a DTensor"):
-            GEM(torch.optim.SGD([("w", nn.Parameter(sharded))]))
-
-    def test_gradients_that_a_closure_overwrites(self, model, process_group):
-        """DistributedDataParallel may keep them in buckets that the closure's backward fills."""
-        parallel = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
-        optimizer = GEM(torch.optim.SGD(parallel.parameters(), lr=0.1))
-        for step in range(2):  # from the second step on the gradients are views
-            backward(parallel, step)
-            optimizer.remember("a", Memory(model, 1))
-            optimizer.step()
-        with pytest.raises(RuntimeError, match="wrote into the gradients of the step"):
-            optimizer.remember("b", Memory(parallel, 1))
-        assert optimizer.memories == ("a",)
 
 
 @pytest.mark.gpu

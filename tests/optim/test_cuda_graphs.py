@@ -18,11 +18,6 @@ SHAPES = [(500,), (31, 5), (4100,)]
 REMEDY = r"take one step before the capture, as in the usual warm-up on a side stream\.$"
 
 
-@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def device(request: pytest.FixtureRequest) -> str:
-    return request.param
-
-
 # --- what is refused ------------------------------------------------------------------------------
 
 

@@ -11,19 +11,7 @@ from cl_optim import EWCAdamW
 from cl_optim.ops.gram import combine_
 
 SHAPES = [(0,), (1,), (2049,), (37, 53), (2, 3, 5, 7), ()]
-IMPLEMENTATIONS = [{"fused": True}, {"foreach": True}]
-LABELS = ["fused", "foreach"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
-
-
-@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def device(request: pytest.FixtureRequest) -> str:
-    return request.param
-
-
-@pytest.fixture(params=IMPLEMENTATIONS, ids=LABELS)
-def implementation(request: pytest.FixtureRequest) -> dict[str, bool]:
-    return request.param
 
 
 def memory_of(problem: Problem, rows: int, dtype: torch.dtype) -> dict[Tensor, Tensor]:

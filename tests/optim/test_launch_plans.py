@@ -24,11 +24,6 @@ SHAPES = [(5, 7), (300,), (), (0,), (4, 3, 2)]
 IMPLEMENTATIONS = [{"fused": True}, {"foreach": True}]
 
 
-@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def device(request: pytest.FixtureRequest) -> str:
-    return request.param
-
-
 @pytest.fixture
 def planned(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """One number for each planned launch: how many parameters took part."""

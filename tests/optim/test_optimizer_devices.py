@@ -21,11 +21,6 @@ INNER: dict[str, Callable[[nn.Module], torch.optim.Optimizer]] = {
 }
 
 
-@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def device(request: pytest.FixtureRequest) -> str:
-    return request.param
-
-
 def make_model(device: str) -> nn.Module:
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(6, 70), nn.Tanh(), nn.Linear(70, 4)).to(device)

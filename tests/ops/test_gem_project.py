@@ -114,26 +114,25 @@ class TestProjection:
         assert (memory @ projected >= -slack * memory.norm(dim=1) * moved).all()
 
 
-class TestBadInput:
-    @pytest.mark.parametrize(
-        ("grad", "memory", "message"),
-        [
-            (torch.ones(2, 2, 2), torch.ones(2, 2), r"grad must be \[P\] or \[B, P\]"),
-            (torch.ones(()), torch.ones(2, 2), r"grad must be \[P\] or \[B, P\]"),
-            (torch.ones(2), torch.ones(2), r"memory must be \[t, P\] .* not \[2\]"),
-            (torch.ones(2), torch.ones(3, 4), r"memory must be \[t, P\] .* not \[3, 4\]"),
-            (torch.ones(2, 3), torch.ones(4, 3), r"memory must be \[B, t, P\]"),
-            (torch.ones(2, 3), torch.ones(1, 4, 3), r"memory must be \[B, t, P\]"),
-            (torch.ones(2).long(), torch.ones(3, 2), "grad must be of a real floating-point"),
-            (torch.ones(2), torch.ones(3, 2) * 1j, "memory must be of a real floating-point"),
-            (torch.ones(2), torch.ones(3, 2, device="meta"), "memory is on meta, but grad is on"),
-        ],
-    )
-    def test_shapes_and_dtypes(self, grad, memory, message):
-        with pytest.raises(ValueError, match=message):
-            F.gem_project(grad, memory)
+ROW, ROWS = torch.ones(2), torch.ones(3, 2)
+BAD_INPUT = {
+    "grad of 3 dimensions": (r"grad must be \[P\] or \[B, P\]", torch.ones(2, 2, 2), ROWS),
+    "scalar grad": (r"grad must be \[P\] or \[B, P\]", torch.ones(()), ROWS),
+    "one row": (r"memory must be \[t, P\] .* not \[2\]", ROW, ROW),
+    "other size": (r"memory must be \[t, P\] .* not \[3, 4\]", ROW, torch.ones(3, 4)),
+    "no batch": (r"memory must be \[B, t, P\]", torch.ones(2, 3), torch.ones(4, 3)),
+    "other batch": (r"memory must be \[B, t, P\]", torch.ones(2, 3), torch.ones(1, 4, 3)),
+    "integers": ("grad must be of a real floating-point", ROW.long(), ROWS),
+    "complex": ("memory must be of a real floating-point", ROW, ROWS * 1j),
+    "device": ("memory is on meta, but grad is on", ROW, ROWS.to("meta")),
+    "strength -1": ("memory_strength must be finite", ROW, ROWS, -1.0),
+    "strength NaN": ("memory_strength must be finite", ROW, ROWS, torch.nan),
+    "strength inf": ("memory_strength must be finite", ROW, ROWS, torch.inf),
+}
 
-    @pytest.mark.parametrize("strength", [-1.0, float("nan"), float("inf")])
-    def test_strength(self, strength):
-        with pytest.raises(ValueError, match="memory_strength must be finite"):
-            F.gem_project(torch.ones(2), torch.ones(1, 2), strength)
+
+@pytest.mark.parametrize("given", BAD_INPUT)
+def test_bad_input_is_refused(given):
+    message, *arguments = BAD_INPUT[given]
+    with pytest.raises(ValueError, match=message):
+        F.gem_project(*arguments)

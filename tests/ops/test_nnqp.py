@@ -262,27 +262,31 @@ def test_empty(problems, t):
     assert nnqp.nnqp_compiled(torch.ones(problems, t, t), torch.ones(problems, t), state=state)
 
 
-def test_bad_input():
-    gram, linear = torch.ones(2, 3, 3), torch.ones(2, 3)
-    cases = [
-        ((gram[0], linear), r"gram must be \[B, t, t\], not \[3, 3\]"),
-        ((gram[:, :2], linear), r"gram must be \[B, t, t\], not \[2, 2, 3\]"),
-        ((gram, linear[:1]), r"linear must be \[2, 3\], not \[1, 3\]"),
-        ((gram.int(), linear), "gram must be float32 or float64, not torch.int32"),
-        ((gram, linear.half()), "linear must be float32 or float64, not torch.float16"),
-        ((gram.to_sparse(), linear), "gram must be a dense tensor, not torch.sparse_coo"),
-        ((gram, linear, -1.0), "lower must be finite and at least 0, not -1.0"),
-        ((gram, linear, torch.inf), "lower must be finite and at least 0, not inf"),
-        ((torch.ones(1, 1025, 1025), torch.ones(1, 1025)), "1024 rows at most, not 1025"),
-        ((gram, linear.to("meta")), "linear is on meta, but gram is on cpu"),
-    ]
-    for arguments, message in cases:
-        with pytest.raises(ValueError, match=message):
-            functional.nnqp(*arguments)
-    with pytest.raises(ValueError, match=r"gram_error must be in \[0, 1\), not 1.0"):
-        functional.nnqp(gram, linear, gram_error=1.0)
-    with pytest.raises(ValueError, match=r"state must be contiguous float64 \[B, t, t \+ 1\]"):
-        functional.nnqp(gram, linear, state=torch.zeros(2, 3, 3))
+GRAM, LINEAR = torch.ones(2, 3, 3), torch.ones(2, 3)
+BAD_INPUT = {
+    "one gram": (r"gram must be \[B, t, t\], not \[3, 3\]", (GRAM[0], LINEAR), {}),
+    "no square": (r"gram must be \[B, t, t\], not \[2, 2, 3\]", (GRAM[:, :2], LINEAR), {}),
+    "shape": (r"linear must be \[2, 3\], not \[1, 3\]", (GRAM, LINEAR[:1]), {}),
+    "integers": ("gram must be float32 or float64, not torch.int32", (GRAM.int(), LINEAR), {}),
+    "half": ("linear must be float32 or float64, not torch.float16", (GRAM, LINEAR.half()), {}),
+    "sparse": ("gram must be a dense tensor, not torch.sparse_coo", (GRAM.to_sparse(), LINEAR), {}),
+    "lower": ("lower must be finite and at least 0, not -1.0", (GRAM, LINEAR, -1.0), {}),
+    "inf lower": ("lower must be finite and at least 0, not inf", (GRAM, LINEAR, torch.inf), {}),
+    "rows": ("1024 rows at most, not 1025", (torch.ones(1, 1025, 1025), torch.ones(1, 1025)), {}),
+    "device": ("linear is on meta, but gram is on cpu", (GRAM, LINEAR.to("meta")), {}),
+    "error": (r"gram_error must be in \[0, 1\), not 1.0", (GRAM, LINEAR), {"gram_error": 1.0}),
+    "state": (
+        r"state must be contiguous float64 \[B, t, t \+ 1\]",
+        (GRAM, LINEAR), {"state": torch.zeros(2, 3, 3)},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("given", BAD_INPUT)
+def test_bad_input_is_refused(given):
+    message, arguments, options = BAD_INPUT[given]
+    with pytest.raises(ValueError, match=message):
+        functional.nnqp(*arguments, **options)
 
 
 # --- the operator ---------------------------------------------------------------------------------

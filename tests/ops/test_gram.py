@@ -363,9 +363,9 @@ BAD_INPUT = {
         [torch.ones(())], [torch.ones(())],
     ),
     "rows": (r"memory may have 1024 rows at most, not 1025\.", [torch.ones(1025, 1)], [G0[0, :1]]),
-    "int64": (r"memory\[1\] must be float32, .* not torch.int64\.", [M0, M1.long()], [G0, G1]),
-    "cfloat": (r"grads\[0\] must be float32, .* not torch.complex64\.", [M0, M1], [G0 + 0j, G1]),
-    "meta": (r"grads\[1\] is on meta, but grads\[0\] is on cpu\.", [M0, M1], [G0, G1.to("meta")]),
+    "int64": (r"memory\[1\] must be float32, .* not torch.int64\.$", [M0, M1.long()], [G0, G1]),
+    "cfloat": (r"grads\[0\] must be float32, .* not torch.complex64\.$", [M0, M1], [G0 + 0j, G1]),
+    "meta": (r"grads\[1\] is on meta, but grads\[0\] is on cpu\.$", [M0, M1], [G0, G1.to("meta")]),
     "sparse": (r"grads\[0\] must be a dense tensor, not torch.sparse", [M0, M1],
                [G0.to_sparse(), G1]),
 }  # fmt: skip

@@ -129,18 +129,18 @@ def test_estimates_are_percentages():
 
 
 @given(
-    tiles=st.integers(1, 2000),
+    count=st.integers(1, 2000),
     samples=st.integers(1, 200),
     blocks_of_each=st.integers(1, 40),
     processors=st.integers(1, 200),
 )
-def test_schedule(tiles, samples, blocks_of_each, processors):
-    plan = tiles.schedule(tiles, samples, samples * blocks_of_each, processors)
-    assert plan.whole + plan.shared == tiles
+def test_schedule(count, samples, blocks_of_each, processors):
+    plan = tiles.schedule(count, samples, samples * blocks_of_each, processors)
+    assert plan.whole + plan.shared == count
     assert 1 <= plan.shares <= samples
-    assert plan.programs >= tiles
+    assert plan.programs >= count
     # Sharing never takes a wave more than there was, and needs no more memory than one wave.
-    assert -(-plan.programs // processors) == -(-tiles // processors)
+    assert -(-plan.programs // processors) == -(-count // processors)
     assert plan.shared * plan.shares <= processors
 
 

@@ -8,17 +8,11 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
 import sys
-import tempfile
-from pathlib import Path
 from typing import Any
 
 import torch
-import triton
-from ptx import widths
-from triton.backends.compiler import GPUTarget
-from triton.backends.nvidia.compiler import get_ptxas, sm_arch_from_capability
+from ptx import compiled, widths
 from triton.compiler import ASTSource
 
 from cl_optim.ops import gram_triton_kernels as kernels
@@ -97,21 +91,11 @@ def build(
 ) -> dict[str, Any]:
     """Registers, bytes of spills, tensor cores and widths of one kernel."""
     signature = {**signature, **dict.fromkeys(constants, "constexpr")}
-    source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
-    target = GPUTarget("cuda", capability, 32)
-    compiled = triton.compile(source, target=target, options=OPTIONS)
-    ptx = compiled.asm["ptx"]
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "kernel.ptx"
-        path.write_text(ptx)
-        command = [get_ptxas(capability).path, "-v", str(path), "-o", f"{path}.cubin"]
-        command += [f"-arch={sm_arch_from_capability(capability)}"]
-        shown = subprocess.run(command, capture_output=True, text=True, check=True).stderr
-    (stores,) = re.findall(r"(\d+) bytes spill stores", shown)
-    (registers,) = re.findall(r"Used (\d+) registers", shown)
+    made = compiled(ASTSource(kernel, signature, constants), capability, OPTIONS)
+    ptx = made.result.asm["ptx"]
     return {
-        "registers": int(registers),
-        "spills": int(stores),
+        "registers": made.registers,
+        "spills": made.spilled,
         **widths(ptx),
         "parts": parts(constants) if "PER_SUM" in constants else [],
         "float64_tensor_core": len(re.findall(r"mma\.sync\.aligned\.\S*\.f64\s", ptx)),

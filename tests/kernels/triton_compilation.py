@@ -7,18 +7,13 @@ interpreting for as long as a process lives.
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
-import re
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import triton
-from ptx import widths
-from triton.backends.compiler import GPUTarget
+from ptx import compiled, widths
 from triton.compiler import ASTSource
 
 from cl_optim.ops import squared_grad_triton as launch
@@ -107,7 +102,7 @@ def signature(case: Case) -> tuple[dict[str, str], dict[str, Any]]:
     return types, constants
 
 
-def compiled(
+def build(
     kernel: Any,
     types: dict[str, str],
     constants: dict[str, Any],
@@ -115,7 +110,7 @@ def compiled(
     options: dict[str, Any],
     architecture: int,
 ) -> dict[str, Any]:
-    """Compile, and parse what ptxas says.
+    """Compile, and say what became of it.
 
     Addresses, sizes and strides of the results are multiples of 16 where `even`.
     """
@@ -126,35 +121,31 @@ def compiled(
     ]
     attributes = {(index,): [["tt.divisibility", 16]] for index in divisible}
     source = ASTSource(kernel, types, constants, attributes)
-    log = io.StringIO()
-    with contextlib.redirect_stdout(log):
-        result = triton.compile(source, GPUTarget("cuda", architecture, 32), options)
-    (spilled,) = re.findall(r"(\d+) bytes spill stores", log.getvalue())
-    (registers,) = re.findall(r"Used (\d+) registers", log.getvalue())
+    made = compiled(source, architecture, options)
+    ptx = made.result.asm["ptx"]
     return {
-        "spilled": int(spilled),
-        "registers": int(registers),
-        "shared": result.metadata.shared,
+        "spilled": made.spilled,
+        "registers": made.registers,
+        "shared": made.result.metadata.shared,
         # ptxas then lets each product finish before the next one starts
-        "serialized": "serialized" in log.getvalue(),
+        "serialized": "serialized" in made.log,
         "even": even,
-        **widths(result.asm["ptx"]),
-        "by_descriptor": result.asm["ptx"].count("cp.async.bulk.tensor"),
+        **widths(ptx),
+        "by_descriptor": ptx.count("cp.async.bulk.tensor"),
     }
 
 
 def main() -> None:
     architecture = int(sys.argv[1])
-    triton.knobs.nvidia.dump_ptxas_log = True
     results = {}
     for case in cases(architecture):
         options = launch.launch_options(case.config)
-        made = compiled(
+        made = build(
             kernels.accumulate_kernel, *signature(case), not case.odd, options, architecture
         )
         results[str(case)] = made | {"pipelined": pipelined(case)}
     for name, types, constants in reductions():
-        made = compiled(
+        made = build(
             kernels.reduce_kernel, types, constants, "odd" not in name, launch.FUSION, architecture
         )
         results[name] = made | {"pipelined": 0}

@@ -42,8 +42,12 @@ def test_interpreted():
 
 
 @pytest.fixture(scope="module")
-def compiled() -> dict[str, dict[str, dict[str, int]]]:
-    result = run(str(KERNELS / "gram_compiled.py"), "80", "90", "100", TRITON_INTERPRET="0")
+def compiled(tmp_path_factory) -> dict[str, dict[str, dict[str, int]]]:
+    environment = {
+        "TRITON_INTERPRET": "0",
+        "TRITON_CACHE_DIR": str(tmp_path_factory.mktemp("triton")),
+    }
+    result = run(str(KERNELS / "gram_compiled.py"), "80", "90", "100", **environment)
     assert result.returncode == 0, result.stderr
     return json.loads(result.stdout)
 

@@ -228,8 +228,9 @@ def _check_arguments(
 @contextmanager
 def _progress_bar(shown: bool | None, total: int | None) -> Iterator[Callable[[int], None]]:
     """Yield a function that advances the bar, or does nothing where none is shown."""
-    installed = importlib.util.find_spec("rich") is not None
-    if not (sys.stderr.isatty() and installed if shown is None else shown):
+    if shown is None:
+        shown = sys.stderr.isatty() and importlib.util.find_spec("rich") is not None
+    if not shown:
         yield lambda samples: None
         return
     require("rich", "cli", "progress=True")

@@ -19,7 +19,7 @@ from cl_optim.ops.ewc_adamw_reference import penalty_sums
 from cl_optim.optim import matching, protection
 from cl_optim.optim.cuda_graphs import check_capture, warn_of_captured
 from cl_optim.optim.groups import name_of
-from cl_optim.optim.launch import Launch, Projection, Step, refuse_sparse
+from cl_optim.optim.launch import AddedRows, Launch, Step, refuse_sparse
 from cl_optim.optim.options import check_group, check_param, choose
 from cl_optim.optim.state import (
     MOMENTS,
@@ -214,7 +214,7 @@ class EWCAdamW(torch.optim.Optimizer):
     def _forget_steps(self) -> None:
         """Begin anew with what is known of earlier steps."""
         self._launch = Launch()
-        self._projection: Projection = ({}, {})
+        self._added_rows: AddedRows = ({}, {})
         self._fixed: list[Tensor] = []  # what has no importance because it cannot move
         self._was_captured = False
 
@@ -265,7 +265,7 @@ class EWCAdamW(torch.optim.Optimizer):
             self.param_groups,
             self.state,
             [check_group(group) for group in self.param_groups],
-            self._projection,
+            self._added_rows,
             # GradScaler sets these two for the time of a step.
             getattr(self, "grad_scale", None),
             getattr(self, "found_inf", None),
@@ -281,11 +281,11 @@ class EWCAdamW(torch.optim.Optimizer):
                 parameter that is not in it has none.
             coefficients: v by parameter: [t] float64, on its device.
         """
-        self._projection = (memories, coefficients)
+        self._added_rows = (memories, coefficients)
         try:
             self.step()
         finally:
-            self._projection = ({}, {})
+            self._added_rows = ({}, {})
 
     def _warn_of_moving(self) -> None:
         moving = [param for param in self._fixed if param.grad is not None]

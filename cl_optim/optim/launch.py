@@ -16,7 +16,8 @@ from cl_optim.optim.options import choose, lr_tensor
 from cl_optim.optim.state import has_moments, misfit, start_moments
 from cl_optim.optim.tracking import Sums
 
-Projection: TypeAlias = tuple[Mapping[Tensor, Tensor], Mapping[Tensor, Tensor]]
+# What GEM adds to the gradients: rows of each parameter, and how much of them.
+AddedRows: TypeAlias = tuple[Mapping[Tensor, Tensor], Mapping[Tensor, Tensor]]
 
 
 class Step(NamedTuple):
@@ -26,7 +27,7 @@ class Step(NamedTuple):
         groups: The optimizer's groups.
         state: Its state.
         hypers: The groups' hyperparameters.
-        projection: GEM's memory rows and their coefficients, by parameter.
+        rows: GEM's memory rows and their coefficients, by parameter.
         grad_scale: What GradScaler has multiplied the gradients by.
         found_inf: Whether they have overflowed: not 0.
     """
@@ -34,7 +35,7 @@ class Step(NamedTuple):
     groups: list[dict[str, Any]]
     state: dict[Tensor, dict[str, Any]]
     hypers: list[Hyperparameters]
-    projection: Projection
+    rows: AddedRows
     grad_scale: Tensor | None
     found_inf: Tensor | None
 
@@ -192,7 +193,7 @@ class Launch:
 
         tracked = batch.group["track_penalty"] and batch.is_protected
         return Inputs(
-            *_rows(step.projection, batch),
+            *_rows(step.rows, batch),
             lr_tensor(batch.group, batch.device),
             on_device(step.grad_scale),
             on_device(step.found_inf),
@@ -200,8 +201,8 @@ class Launch:
         )
 
 
-def _rows(projection: Projection, batch: Batch) -> tuple[list[Tensor], list[Tensor]]:
-    memories, coefficients = projection
+def _rows(rows: AddedRows, batch: Batch) -> tuple[list[Tensor], list[Tensor]]:
+    memories, coefficients = rows
     if not memories:
         return [], []
     none = torch.empty(0, dtype=torch.float64, device=batch.device)

@@ -12,7 +12,6 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-
 _logs: dict[str, str] = {}  # of what Triton has in its cache it says nothing more
 
 

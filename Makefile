@@ -24,9 +24,9 @@ sweep: install
 	$(RUN) -m bench.retention sweep permuted split
 
 # A process for each core, so one thread in each; tests of threads ask for theirs. Whole files at a
-# time: what a file builds once is built once.
+# time: what a file builds once is built once. Not those of few tests last: some of these take longest.
 test: install
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto --maxprocesses 4 --dist loadfile
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 gpu-test: install
 	PYTHON=$(RUN) bench/gpu.sh runs/gpu 1

@@ -148,6 +148,11 @@ def frozen_weights(stored: Tensor, param: Tensor) -> Tensor:
     return codec.frozen_log8(stored, param.shape) if is_codes(stored) else stored.signbit()
 
 
+def count_frozen_codes(stored: Tensor) -> int:
+    """Count the codes of frozen weights, as many as `mark_frozen_` returned; of codes only."""
+    return codec.count_frozen_log8(stored)
+
+
 def load_importance(
     stored: Tensor, param: Tensor, codes: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:

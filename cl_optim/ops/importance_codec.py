@@ -31,7 +31,6 @@ from cl_optim.ops import library
 BLOCK = 256
 PACKED_BLOCK = 4 + BLOCK
 STEP = 8 / 63  # of the grid, in octaves
-LARGEST_ERROR = 2 ** (STEP / 2) - 1
 FROZEN = 255
 
 _TOP = 254
@@ -102,6 +101,11 @@ def decode_log8_reference(packed: Tensor, shape: torch.Size) -> Tensor:
 def frozen_log8(packed: Tensor, shape: torch.Size) -> Tensor:
     """Find the weights that have the code of frozen ones: bool of the given shape."""
     return _shaped(_unpacked(packed)[1] == FROZEN, shape)
+
+
+def count_frozen_log8(packed: Tensor) -> int:
+    """Count the codes of frozen weights, and those in a last block beyond the last weight."""
+    return int((packed[:, 4:] == FROZEN).sum())
 
 
 def freeze_log8_(packed: Tensor, frozen: Tensor) -> Tensor:

@@ -221,7 +221,7 @@ def _check_state(state: Mapping[str, Any], param: Tensor, name: str) -> None:
                 f"shape {tuple(state[key].shape)}, not {shape}."
             )
     if "importance" in state and formats.is_codes(state["importance"]):
-        frozen = int(formats.frozen_weights(state["importance"], param).sum())
+        frozen = formats.count_frozen_codes(state["importance"])
         codes = state["frozen_codes"].numel() if "frozen_codes" in state else 0
         if codes != frozen:
             raise ValueError(

@@ -13,6 +13,7 @@ from optimizer_cases import assert_refused
 from torch import nn
 
 from cl_optim import EWCAdamW
+from cl_optim.ops import importance_codec as codec
 
 
 def weight(*shape, dtype=torch.float32):
@@ -292,6 +293,13 @@ def of_kahan():
     return EWCAdamW([weight(dtype=torch.float16)]), saved
 
 
+def frozen_padding():
+    """The last block has codes beyond the last weight; one of them says frozen."""
+    saved = in_codes().state_dict()
+    saved["state"][0]["importance"][-1, -1] = codec.FROZEN
+    return in_codes(), saved
+
+
 FROZEN = "w has 2500 frozen weights, and 'frozen_codes' of"
 LOAD_STATE_DICT = {
     "state": ("has no 'state'", damaged(lambda s: s.pop("state"))),
@@ -307,6 +315,7 @@ LOAD_STATE_DICT = {
               damaged(cut("importance"), in_codes)),
     "frozen": (FROZEN, damaged(lambda s: s["state"][0].pop("frozen_codes"), in_codes)),
     "cut frozen": (FROZEN, damaged(cut("frozen_codes"), in_codes)),
+    "frozen padding": ("w has 2501 frozen weights, and 'frozen_codes' of 2500", frozen_padding),
     "names in other groups": ("the state dict has parameter 'b' in another group",
                               lambda: (in_groups("ba"), in_groups("ab").state_dict())),
     "AdamW of others": (

@@ -621,6 +621,16 @@ def test_the_report_takes_names_as_they_are():
     assert "protect QA [en], [/b]" in text
 
 
+def test_the_reports_columns_stand_below_each_other():
+    """A wide character takes two cells, a combining one none."""
+    extra = {"old": 0, "中文": 2, "e\u0301te\u0301": -2}  # cells beyond the characters
+    guard = started(*(scripted(1.0, 0.5, name=name) for name in extra))
+    guard.step()
+    _, header, _, *rows = str(guard.report()).splitlines()[: len(extra) + 3]
+    for name, row in zip(extra, rows, strict=True):
+        assert row.index(" old ", 1 + len(name)) + extra[name] == header.index(" role ")
+
+
 def accuracy(task):
     def measure(model):
         x, y = task.test
@@ -692,7 +702,8 @@ def test_a_run_that_forgets_digits_is_stopped_within_one_evaluation_of_ten_perce
     assert protected is None or protected > stopped_at[0.0]
 
 
-def test_a_quantized_copy_is_measured_beside_the_model():
+@pytest.mark.parametrize("quantize", ["int8", torch.int8])
+def test_a_quantized_copy_is_measured_beside_the_model(quantize):
     from torchao.quantization import Int8Tensor
 
     torch.manual_seed(0)
@@ -708,7 +719,7 @@ def test_a_quantized_copy_is_measured_beside_the_model():
 
     guard = RetentionGuard(
         model, optimizer, [Evaluation("old", measure, higher_is_better=False)], every=1,
-        quantize="int8", useful=["old"],
+        quantize=quantize, useful=["old"],
     )  # fmt: skip
     before = flatten(model.state_dict())
     check = guard.start()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import textwrap
+import unicodedata
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -74,15 +75,15 @@ class Report:
 
     def __str__(self) -> str:
         rows = self._table()
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = [
-            "  ".join(
-                f" {cell:<{width}}" if is_text else f" {cell:>{width}}"
-                for cell, width, is_text in zip(row, widths, _IS_TEXT, strict=True)
-            )
-            for row in rows
-        ]
-        rule = "─" * (len(lines[0]) + 1)
+        widths = [max(map(_cells, column)) for column in zip(*rows, strict=True)]
+        lines = []
+        for row in rows:
+            cells = []
+            for cell, width, is_text in zip(row, widths, _IS_TEXT, strict=True):
+                space = " " * (width - _cells(cell))
+                cells.append(f" {cell}{space}" if is_text else f" {space}{cell}")
+            lines.append("  ".join(cells))
+        rule = "─" * (_cells(lines[0]) + 1)
         lines = ["", *(f" {line}".rstrip() for line in (lines[0], rule, *lines[1:])), ""]
         for sentence in (self._outcome(), self.recommendation):
             lines += textwrap.wrap(sentence, _WIDTH, break_on_hyphens=False)
@@ -121,6 +122,12 @@ class Report:
         if (self.lost or self.diverged) and not back and not self.check.breached:
             found += f", but not in the last, at step {self.check.step}"
         return f"Training was {ending}{back}; {found}."
+
+
+def _cells(text: str) -> int:
+    """Count the cells that a terminal takes for a text: two for wide characters, none for marks."""
+    wide = sum(unicodedata.east_asian_width(character) in "WF" for character in text)
+    return len(text) + wide - sum(map(bool, map(unicodedata.combining, text)))
 
 
 def _present(history: Sequence[Check]) -> Check:

@@ -48,6 +48,10 @@ USES = {
 }  # fmt: skip
 
 
+# Before these the self-check's own pass finds something else: torch's error, losses of no sample.
+UNVERIFIED = {"changed in place", "einsum of samples"}
+
+
 @pytest.mark.parametrize("own_pass", [False, True])
 @pytest.mark.parametrize("kind", USES)
 def test_use_without_a_rule(kind, own_pass):
@@ -58,8 +62,14 @@ def test_use_without_a_rule(kind, own_pass):
         with FisherEstimator(model).observe(len(x)):
             model(x)
 
+    def in_own_pass() -> None:
+        if kind in UNVERIFIED:
+            estimate_fisher(model, [x], verify=False)
+        else:
+            estimate_fisher(model, [x], "empirical", per_sample_loss=losses)
+
     with pytest.raises(NotImplementedError, match=message):
-        _ = estimate_fisher(model, [x], verify=False) if own_pass else observed()
+        (in_own_pass if own_pass else observed)()
 
 
 VECTORS, STEPS = torch.randn(N, 4, requires_grad=True), torch.randn(5, N, 4, requires_grad=True)

@@ -20,10 +20,12 @@ def each_of(rows: Sequence[Row]) -> pytest.MarkDecorator:
 
 
 @contextmanager
-def refused(error: type[BaseException], message: str) -> Iterator[None]:
+def refused(
+    error: type[BaseException], message: str
+) -> Iterator[pytest.ExceptionInfo[BaseException]]:
     """Expect this error itself, in one line with what matches the regular expression in it."""
     with pytest.raises(error) as caught:
-        yield
+        yield caught
     assert caught.type is error
     assert re.search(message, str(caught.value)), caught.value
     assert "\n" not in str(caught.value)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import pytest
+from bad_input import refused
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -30,7 +30,7 @@ def assert_refused(
 ) -> None:
     """The call is an error in a whole sentence, and changes nothing."""
     before = snapshot(optimizer)
-    with pytest.raises(error, match=message) as raised:
+    with refused(error, message) as caught:
         call()
-    assert str(raised.value).endswith(".")
+    assert str(caught.value).endswith(".")
     assert snapshot(optimizer) == before

@@ -128,9 +128,14 @@ def test_measure_counts_underflows():
 
 BAD = [
     ("zip", {"name": "zip"}, ValueError, r"^codec must be one of \('float32', .* not 'zip'"),
+    ("float16", {"name": torch.float16}, ValueError, "not 'float16'"),
     *((f"topk of {bad}", {"name": "topk", "fraction": bad},
        ValueError, r"^fraction must be in \(0, 1\), not") for bad in (0.0, 1.0, math.nan)),
 ]  # fmt: skip
+
+
+def test_a_dtype_is_as_good_as_its_name():
+    assert codecs.codec(torch.bfloat16).name == "bfloat16"
 
 
 @each_of(BAD)

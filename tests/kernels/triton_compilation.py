@@ -1,8 +1,8 @@
 """Compiles the Triton kernels ahead of time for one GPU architecture; needs no GPU.
 
-`python tests/triton_compilation.py 90` prints, as JSON, what became of each: bytes spilled to local
-memory, registers and shared memory. A process of its own, since Triton is either compiling or
-interpreting for as long as a process lives.
+`python tests/kernels/triton_compilation.py 90` prints, as JSON, what became of each: bytes spilled
+to local memory, registers and shared memory. A process of its own, since Triton is either compiling
+or interpreting for as long as a process lives.
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from ewc_adamw_cases import OFF_DEFAULT, Problem, make_params, protect
+from optimizer_cases import assert_refused
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -48,16 +49,6 @@ def make(count: int = 2, **options: Any) -> tuple[list[nn.Parameter], EWCAdamW]:
     return weights, optimizer
 
 
-def refused(optimizer: torch.optim.Optimizer, message: str) -> None:
-    """The step is an error, and changes nothing."""
-    before = copy.deepcopy((optimizer.param_groups, dict(optimizer.state)))
-    with pytest.raises(RuntimeError, match=message):
-        optimizer.step()
-    after = (optimizer.param_groups, dict(optimizer.state))
-    for old, new in zip(*map(flat, (before, after)), strict=True):
-        assert torch.equal(old, new)
-
-
 def flat(value: Any) -> list[Tensor]:
     if isinstance(value, Tensor):
         return [value.detach()]
@@ -69,7 +60,12 @@ def flat(value: Any) -> list[Tensor]:
 def test_a_first_step(capturing):
     weights, optimizer = make()
     capturing(True)
-    refused(optimizer, rf"^the state of parameter w0 would begin inside the CUDA graph.*: {REMEDY}")
+    assert_refused(
+        optimizer,
+        optimizer.step,
+        RuntimeError,
+        rf"^the state of parameter w0 would begin inside the CUDA graph.*: {REMEDY}",
+    )
     assert not optimizer.state
     capturing(False)
     optimizer.step()
@@ -86,7 +82,9 @@ def test_a_parameter_that_comes_late(capturing):
         optimizer.step()
     weights[1].grad = torch.ones(3)
     capturing(True)
-    refused(optimizer, f"the state of parameter w1 would begin.*{REMEDY}")
+    assert_refused(
+        optimizer, optimizer.step, RuntimeError, f"the state of parameter w1 would begin.*{REMEDY}"
+    )
     weights[1].grad = None
     optimizer.step()
 
@@ -107,7 +105,9 @@ def test_state_that_begins_later(what, planned, capturing):
     else:
         optimizer.consolidate(None, reset_state=what == "reset")
     capturing(True)
-    refused(optimizer, f"the state of parameter w0 would begin.*{REMEDY}")
+    assert_refused(
+        optimizer, optimizer.step, RuntimeError, f"the state of parameter w0 would begin.*{REMEDY}"
+    )
     capturing(False)
     optimizer.step()
     capturing(True)
@@ -133,7 +133,12 @@ def test_a_parameter_on_the_host(steps, capturing):
     if not steps:
         optimizer.param_groups.reverse()
     capturing(True)
-    refused(optimizer, "^parameter host is on cpu, .* outside of the graph.$")
+    assert_refused(
+        optimizer,
+        optimizer.step,
+        RuntimeError,
+        "^parameter host is on cpu, .* outside of the graph.$",
+    )
 
 
 @pytest.mark.parametrize("kind", ["scheduled", "tensor"])
@@ -171,12 +176,22 @@ def test_gem(inner, capturing):
         wrapped = torch.optim.SGD(weights, lr=0.1)
     optimizer = GEM(wrapped)
     capturing(True)
-    refused(optimizer, "^a step of GEM cannot be captured .* outside of the graph.$")
+    assert_refused(
+        optimizer,
+        optimizer.step,
+        RuntimeError,
+        "^a step of GEM cannot be captured .* outside of the graph.$",
+    )
     capturing(False)
     optimizer.remember("a", lambda: (weights[0].sum() + weights[1].sum()).backward())
     optimizer.step()
     capturing(True)
-    refused(optimizer, "^a step of GEM cannot be captured .* outside of the graph.$")
+    assert_refused(
+        optimizer,
+        optimizer.step,
+        RuntimeError,
+        "^a step of GEM cannot be captured .* outside of the graph.$",
+    )
     capturing(False)
     optimizer.step()
 

@@ -179,7 +179,19 @@ def first(value, dtype=torch.float32):
     return {"first.weight": torch.full((8, 5), value, dtype=dtype)}
 
 
+def loaded(name, shape):
+    """Load a state with an anchor that is of no weight of the model."""
+    lora_penalty = penalty()
+    state = lora_penalty.state_dict()
+    state["anchors"] = {name: torch.zeros(shape)}
+    lora_penalty.load_state_dict(state)
+
+
 BAD = [
+    ("anchor of another layer", lambda: loaded("second.weight", (8, 5)),
+     ValueError, "second.weight.*is of no adapted weight: load it for the model"),
+    ("anchor of another shape", lambda: loaded("first.weight", (5, 8)),
+     ValueError, r"of shape \(5, 8\), is of no adapted weight"),
     ("no adapters", lambda: LoRAPenalty(Classifier(), first(1.0)),
      ValueError, "must have LoRA layers of peft; Classifier has none"),
     ("another layer", lambda: penalty({"second.weight": torch.ones(3, 8)}),

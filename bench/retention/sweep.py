@@ -17,12 +17,13 @@ import numpy as np
 
 from bench.retention.grids import Grid
 from cl_optim.demo import metrics
+from cl_optim.demo.arguments import MAX_SEEDS
 from cl_optim.demo.experiments import ADAMW, ADAMW_SLOW, Experiment
 from cl_optim.demo.methods import Method, Protected
 from cl_optim.demo.scenarios import Task
 from cl_optim.demo.train import DivergedError, train
 
-FIRST_SEED = 1000  # the demo reports seeds 0, 1, ...
+FIRST_SEED = MAX_SEEDS  # the demo reports seeds 0, 1, ...
 
 
 @dataclass(frozen=True)

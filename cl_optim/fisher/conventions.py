@@ -15,7 +15,7 @@ from torch import nn
 
 from cl_optim.fisher import batches as data
 from cl_optim.fisher import nested
-from cl_optim.fisher.checks import check_integer, check_model
+from cl_optim.fisher.checks import check_model
 from cl_optim.fisher.estimate import estimate
 from cl_optim.fisher.model import evaluating, provenance, trained
 from cl_optim.fisher.objective import Objective
@@ -84,7 +84,8 @@ def convert_lambda(
             raise ValueError(f"{argument} must be one of {list(CONVENTIONS)}, not {name!r}.")
     if not ewc_lambda >= 0:
         raise ValueError(f"ewc_lambda must be at least 0, not {ewc_lambda}.")
-    check_integer("batch_size", batch_size, 1)
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, not {batch_size}.")
 
     def strength(name: str) -> float:
         convention = CONVENTIONS[name]

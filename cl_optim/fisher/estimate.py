@@ -111,6 +111,7 @@ def estimate_fisher(
         ValueError: An argument is out of range; ``batches`` is empty; logits, targets or losses
             have a wrong shape or value; a loss or gradient is not finite; the self-check failed.
         NotImplementedError: A parameter is used in a way that is not supported.
+        ModuleNotFoundError: ``progress=True`` where rich is not installed.
 
     References:
         Kirkpatrick et al. 2017, arXiv:1612.00796; van de Ven 2025, arXiv:2502.11756, on how much

@@ -119,7 +119,6 @@ class FisherEstimator:
             raise ValueError(f"decay must be in (0, 1], not {decay}.")
         self._model = model
         self._during_training = during_training
-        self._decay = decay
         self._policy = Policy(unsupported)
         self._totals = Totals(model, decay)
         self._observer = Observer(model, self._totals, self._policy, verify)
@@ -306,7 +305,7 @@ class FisherEstimator:
             self._attached.settle()
         metadata: dict[str, Any] = {"estimator": "FisherEstimator", "labels": "empirical"}
         if self._during_training:
-            metadata |= {"during_training": True, "decay": self._decay}
+            metadata |= {"during_training": True, "decay": self._totals.decay}
         return self._totals.importance(self._model, self._policy, **metadata)
 
     def state_dict(self) -> dict[str, Any]:

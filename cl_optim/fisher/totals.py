@@ -74,6 +74,7 @@ class Totals(_Batches):
         decay: What remains of them after each step.
 
     Attributes:
+        decay: As given.
         staged: Batches that are not yet known to be finite, or what their loss was divided by.
         dropping: Whether what is staged and not finite is dropped, and counted.
     """
@@ -91,7 +92,7 @@ class Totals(_Batches):
         if not sums:
             raise ValueError("model has no parameters that require gradients.")
         super().__init__(sums)
-        self._decay = decay
+        self.decay = decay
         self.broken = False
         self.staged: _Batches | None = None
         self.dropping = False
@@ -182,11 +183,11 @@ class Totals(_Batches):
 
     def apply_decay(self) -> None:
         """Multiply sums and counts; the sums together with the next change of units."""
-        if self._decay == 1.0:
+        if self.decay == 1.0:
             return
-        self.unit = None if self.unit is None else self.unit * self._decay
-        self.samples = self.samples * self._decay
-        self.tokens = None if self.tokens is None else self.tokens * self._decay
+        self.unit = None if self.unit is None else self.unit * self.decay
+        self.samples = self.samples * self.decay
+        self.tokens = None if self.tokens is None else self.tokens * self.decay
 
     def overflowed(self) -> bool:
         """Return whether some sum is not finite; waits for the device once."""

@@ -6,5 +6,6 @@ prepared by Accelerate. What Accelerate and the Trainer wrap them in (``trainer.
 them as its ``.optimizer``: call ``consolidate()`` and ``remember()`` there.
 
 Public are ``huggingface.RetentionCallback``, ``lightning.RetentionCallback`` and
-``accelerate.retention_guard``. It imports ``cl_optim.retention`` only.
+``accelerate.retention_guard``. It imports ``cl_optim.retention`` only; ``huggingface`` also
+``accelerate``, which Trainer wraps optimizers with.
 """

@@ -1,6 +1,6 @@
 """Checks of what users give, in one sentence each, and the words that refusals share.
 
-The lowest room that knows a user: every other one may import it, and it imports none.
+Every room may import it, and it imports nothing of the package.
 """
 
 from __future__ import annotations

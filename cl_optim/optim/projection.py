@@ -53,7 +53,7 @@ class Blocks:
     def __init__(self, kind: str, groups: Groups, used: Sequence[int]) -> None:
         self._kind, self._used = kind, used
         if kind == "global":
-            self._number, self.of_used = 1, [0] * len(used)
+            self.of_used = [0] * len(used)
             return
         sizes = [len(with_elements([group])) for group in groups]
         if kind == "tensor":

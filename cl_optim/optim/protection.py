@@ -159,13 +159,14 @@ def _frozen(state: Mapping[str, Any], param: Tensor) -> Tensor:
 
 def _movable(states: list[tuple[Tensor, dict[str, Any]]]) -> Mapping[str, Tensor]:
     """Give the importance of the weights that are not frozen, read when it is asked for."""
+    numbered = {str(number): pair for number, pair in enumerate(states)}
 
     def movable(number: str) -> Tensor:
-        param, state = states[int(number)]
+        param, state = numbered[number]
         importance, frozen = read(state, param)
         return importance[~frozen]
 
-    return Lazy([str(number) for number in range(len(states))], movable)
+    return Lazy(numbered, movable)
 
 
 def unfreeze(state: dict[str, Any]) -> None:

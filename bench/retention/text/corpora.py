@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import sysconfig
 from dataclasses import dataclass
 from pathlib import Path
@@ -89,8 +88,3 @@ def corpus(name: str, content: bytes) -> Corpus:
     data = np.frombuffer(content, dtype=np.uint8)
     held_out = blocks % _HELD_OUT_EVERY == _HELD_OUT_EVERY - 1
     return Corpus(name, torch.from_numpy(data[~held_out]), torch.from_numpy(data[held_out]))
-
-
-def python_version() -> str:
-    """Return the version whose topics and library the default texts are."""
-    return ".".join(map(str, sys.version_info[:3]))

@@ -89,7 +89,7 @@ class Lookups:
         bound = dict(zip(("input", "weight", "padding_idx"), call.args, strict=False)) | call.kwargs
         indices, table, padding = bound["input"], bound["weight"], bound.get("padding_idx")
         source = call.found.get(id(table))
-        if source is None or self._tracker.of(iter([indices])) is not None:
+        if source is None or self._tracker.of([indices]) is not None:
             return None
         shape, count = indices.shape, self._samples.count
         shared = not self._samples.holds(shape, 0)

@@ -2,4 +2,6 @@
 
 The gradient of sample n is rarely needed itself: what is added up is its square. Each class here
 knows how to do that for one way of using a parameter, in O(parameter) memory beside its factors.
+
+May import: ``fisher.samples`` and ``ops``.
 """

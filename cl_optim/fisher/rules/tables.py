@@ -11,13 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cl_optim.fisher.per_sample.tables import LookedUp
-from cl_optim.fisher.rules.registry import (
-    TAKEN_APART,
-    Gradients,
-    UnsupportedUseError,
-    Use,
-    rule,
-)
+from cl_optim.fisher.rules.registry import TAKEN_APART, Gradients, UnsupportedUseError, Use, rule
 from cl_optim.fisher.samples import Samples
 
 

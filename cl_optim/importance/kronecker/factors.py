@@ -1,0 +1,233 @@
+"""The Fisher information of one matrix in Kronecker-factored bases."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from cl_optim.importance.kronecker.side import Side, cut, leading, partition
+
+
+class Layout(NamedTuple):
+    """How a weight, and perhaps a bias, lie in a matrix W̃ [out, in] that maps inputs to outputs.
+
+    A bias is the matrix's last column, whose input is always 1.
+
+    Attributes:
+        shape: The weight's shape.
+        transposed: The weight is [in, out]; else its first dimension runs over the outputs.
+        bias: The bias's name; None where it is not in the matrix.
+    """
+
+    shape: tuple[int, ...]
+    transposed: bool = False
+    bias: str | None = None
+
+    @property
+    def outputs(self) -> int:
+        """Rows of the matrix."""
+        return self.shape[-1] if self.transposed else self.shape[0]
+
+    @property
+    def inputs(self) -> int:
+        """Columns of the matrix, a bias's included."""
+        return math.prod(self.shape) // max(1, self.outputs) + (self.bias is not None)
+
+    def matrix(self, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Put the parameters, or what has their shapes, into the matrix; a copy with a bias."""
+        matrix = weight.mT if self.transposed else weight.reshape(len(weight), -1)
+        return matrix if bias is None else torch.cat([matrix, bias.unsqueeze(1)], 1)
+
+    def parameters(self, matrix: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Take the weight, and the bias, out of the matrix; views where they can be."""
+        weight = matrix if self.bias is None else matrix[:, :-1]
+        bias = None if self.bias is None else matrix[:, -1]
+        return (weight.mT if self.transposed else weight.reshape(self.shape)), bias
+
+
+@dataclass(frozen=True)
+class Factors:
+    """F ≈ Σ_jk S_jk (u_j ⊗ a_k)(u_j ⊗ a_k)ᵀ of one matrix W̃, as a mean over samples.
+
+    u_j are directions of the outputs' gradients, a_k of the inputs; what no direction reaches has
+    importance 0.
+
+    Attributes:
+        layout: Where the parameters are in the matrix.
+        output: The directions u, with E[(uᵀb)²].
+        input: The directions a, with E[(aᵀã)²].
+        scale: S ≥ 0, [output.rank, input.rank].
+
+    References:
+        Martens & Grosse 2015, arXiv:1503.05671 (K-FAC); George et al. 2018, arXiv:1806.03884
+        (EKFAC: S itself, in these bases); Ritter et al. 2018, arXiv:1805.07810 (for EWC).
+    """
+
+    layout: Layout
+    output: Side
+    input: Side
+    scale: Tensor
+
+    def coordinates(self, matrix: Tensor) -> Tensor:
+        """Return UᵀW̃A: [out, in] → [output.rank, input.rank]."""
+        return self.output.coordinates(self.input.coordinates(matrix).mT).mT
+
+    def vectors(self, z: Tensor) -> Tensor:
+        """Return UzAᵀ: [output.rank, input.rank] → [out, in]."""
+        return self.input.vectors(self.output.vectors(z.mT).mT)
+
+    def diagonal(self) -> tuple[Tensor, Tensor | None]:
+        """Return the importance of each element of the weight, and of the bias, float32."""
+        squared = replace(self, output=self.output.squared(), input=self.input.squared())
+        return self.layout.parameters(squared.vectors(self.scale).clamp_min_(0.0))
+
+    def to(self, device: torch.device | str) -> Factors:
+        """Return them on ``device``."""
+        output, input = self.output.to(device), self.input.to(device)
+        return Factors(self.layout, output, input, self.scale.to(device))
+
+    def scaled(self, factor: float) -> Factors:
+        """Return them of a Fisher information that is so many times as large."""
+        return replace(self, scale=self.scale * factor)
+
+    def merged(self, newer: Factors, decay: float, energy: float, name: str) -> Factors:
+        """Return ``decay`` × these + others, in bases of the sums of both tasks' factors.
+
+        S ← decay·(R_G∘R_G) S (R_A∘R_A)ᵀ + …, R = U′ᵀU: the diagonal, in the new bases, of what it
+        was.
+
+        Args:
+            newer: Of the same matrix.
+            decay: What remains of these.
+            energy: As for :func:`~cl_optim.importance.kronecker.side.leading`.
+            name: Of the matrix's weight, for a sentence.
+
+        Raises:
+            ValueError: The two are of different matrices, or cut into other blocks.
+        """
+        if self.layout != newer.layout:
+            raise ValueError(f"the Kronecker factors of {name!r} are of two different matrices.")
+        sides = []
+        for here, there in ((self.output, newer.output), (self.input, newer.input)):
+            if here.blocks != there.blocks:
+                raise ValueError(
+                    f"the Kronecker factors of {name!r} were made with different block=: make both "
+                    "with the same."
+                )
+            sum_ = decay * here.matrix() + there.matrix().to(here.values.device)
+            sides.append(leading(sum_, here.size, energy, repr(name)))
+        output, input = sides
+        scale = decay * _in_bases(self, output, input) + _in_bases(
+            newer.to(self.scale.device), output, input
+        )
+        return Factors(self.layout, output, input, scale.float())
+
+
+def _in_bases(factors: Factors, output: Side, input: Side) -> Tensor:
+    """Return the diagonal of a Fisher information in other bases, float64 [ranks]."""
+    scale = factors.scale.double()
+    scale = _carried(scale.mT, factors.input, input).mT if input.basis is not None else scale
+    return _carried(scale, factors.output, output) if output.basis is not None else scale
+
+
+def _carried(scale: Tensor, old: Side, new: Side) -> Tensor:
+    """Return (R∘R) S along the first dimension, R = U′ᵀU by block."""
+    assert old.basis is not None
+    assert new.basis is not None
+    turned = (new.basis.double().mT @ old.basis.double()).square()  # [k, r′, r]
+    return (turned @ scale.reshape(len(turned), -1, scale.shape[1])).flatten(0, 1)
+
+
+# --- from sums ------------------------------------------------------------------------------------
+
+
+class Term(NamedTuple):
+    """Sums over the rows of one way in which a matrix, or a range of its outputs, is used.
+
+    Attributes:
+        inputs: Σ ããᵀ by block, [k, m, m], or its diagonal, [in].
+        outputs: Σ bbᵀ, of a loss that is a sum, likewise.
+        rows: How many rows are in ``inputs``.
+        start: The first of the outputs that it concerns.
+        is_map: The rows are inputs of the matrix: its directions are chosen for these. Else, of a
+            table that is looked up beside, the term only adds to S.
+    """
+
+    inputs: Tensor
+    outputs: Tensor
+    rows: float
+    start: int = 0
+    is_map: bool = True
+
+
+def from_sums(
+    layout: Layout, terms: Sequence[Term], samples: float, block: int, energy: float, name: str
+) -> Factors:
+    """Decompose sums, and take S as the product of the factors' parts: one pass.
+
+    S = Σ_terms rows/samples · diag(Uᵀ E[bbᵀ] U) diag(Aᵀ E[ããᵀ] A)ᵀ: the gradients of a sample's
+    rows are taken for independent of each other, and inputs of gradients.
+
+    Args:
+        layout: Of the matrix.
+        terms: Its uses, one at least that is a map (or all lookups).
+        samples: Number of samples in the sums.
+        block: The widest block.
+        energy: As for :func:`~cl_optim.importance.kronecker.side.leading`.
+        name: Of the matrix's weight, for a sentence.
+
+    Raises:
+        ValueError: A sum is not finite, or not positive semi-definite.
+    """
+    maps = [term for term in terms if term.is_map] or list(terms)
+    rows = max(sum(term.rows for term in maps), 1)
+    inputs = [_whole(term.inputs, 0, layout.inputs, block) for term in maps]
+    outputs = [_whole(term.outputs, term.start, layout.outputs, block) for term in maps]
+    input = leading(_sum(inputs) / rows, layout.inputs, energy, f"{name!r}'s inputs")
+    output = leading(_sum(outputs) / rows, layout.outputs, energy, f"{name!r}'s output gradients")
+    scale = torch.zeros(output.rank, input.rank, dtype=torch.float64, device=output.values.device)
+    for term in terms:
+        if term.rows > 0:
+            a = _along(term.inputs, 0, input, block)
+            b = _along(term.outputs, term.start, output, block)
+            scale += torch.outer(b, a) / (term.rows * samples)
+    return Factors(layout, output, input, scale.float())
+
+
+def _sum(tensors: Sequence[Tensor]) -> Tensor:
+    first, *others = tensors
+    return sum(others, start=first)
+
+
+def _whole(sums: Tensor, start: int, size: int, block: int) -> Tensor:
+    """Return a range's sums as those of the whole side, by its blocks."""
+    if sums.dim() == 1:
+        whole = sums.new_zeros(size)
+        whole[start : start + len(sums)] = sums
+        return whole
+    blocks, width = partition(size, block)
+    if sums.shape == (blocks, width, width):
+        return sums
+    inner = torch.block_diag(*sums)  # type: ignore[no-untyped-call]
+    length = min(len(inner), size - start)
+    whole = sums.new_zeros(size, size)
+    whole[start : start + length, start : start + length] = inner[:length, :length]
+    return cut(whole, blocks, width)
+
+
+def _along(sums: Tensor, start: int, side: Side, block: int) -> Tensor:
+    """Return diag(Uᵀ Σ xxᵀ U), float64 [rank]; zeros beside the range."""
+    whole = _whole(sums, start, side.size, block).double()
+    if side.basis is None:
+        return whole if whole.dim() == 1 else whole.diagonal(dim1=1, dim2=2).flatten()[: side.size]
+    basis = side.basis.double()
+    if whole.dim() == 1:
+        blocks, width = basis.shape[:2]
+        diagonal = torch.nn.functional.pad(whole, (0, blocks * width - side.size))
+        return (basis.square() * diagonal.view(blocks, width, 1)).sum(1).flatten()
+    return (basis * (whole @ basis)).sum(1).flatten()

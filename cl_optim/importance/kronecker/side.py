@@ -68,7 +68,7 @@ def coordinates(x: Tensor, basis: Tensor) -> Tensor:
     if blocks == 1:
         return x @ basis[0]
     padded = torch.nn.functional.pad(x, (0, blocks * width - x.shape[-1]))
-    parts = padded.unflatten(-1, (blocks, width)).movedim(-2, 0)
+    parts = padded.reshape(*x.shape[:-1], blocks, width).movedim(-2, 0)
     return torch.stack([part @ one for part, one in zip(parts, basis, strict=True)], -2).flatten(-2)
 
 
@@ -77,7 +77,7 @@ def vectors(z: Tensor, basis: Tensor, size: int) -> Tensor:
     blocks, _, rank = basis.shape
     if blocks == 1:
         return z @ basis[0].mT
-    parts = z.unflatten(-1, (blocks, rank)).movedim(-2, 0)
+    parts = z.reshape(*z.shape[:-1], blocks, rank).movedim(-2, 0)
     whole = torch.stack([part @ one.mT for part, one in zip(parts, basis, strict=True)], -2)
     return whole.flatten(-2)[..., :size]
 

@@ -7,6 +7,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+# The widest block: what an eigendecomposition in float64 takes seconds for, in 32 MiB.
+BLOCK = 2048
+
+# The share of the trace that a side's directions hold. Eigenvalues fall steeply: the last 0.01 % of
+# the trace takes most of the directions, and with them most of a step's cost.
+ENERGY = 0.9999
+
 
 @dataclass(frozen=True)
 class Side:

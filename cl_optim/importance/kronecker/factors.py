@@ -10,7 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from cl_optim.importance.kronecker.side import Side, cut, leading, partition
+from cl_optim.importance.kronecker.side import Side, check_sums, leading, partition
+from cl_optim.ops.checks import check_positive
 
 
 class Layout(NamedTuple):
@@ -36,11 +37,13 @@ class Layout(NamedTuple):
     @property
     def inputs(self) -> int:
         """Columns of the matrix, a bias's included."""
-        return math.prod(self.shape) // max(1, self.outputs) + (self.bias is not None)
+        others = self.shape[:-1] if self.transposed else self.shape[1:]
+        return math.prod(others) + (self.bias is not None)
 
     def matrix(self, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Put the parameters, or what has their shapes, into the matrix; a copy with a bias."""
-        matrix = weight.mT if self.transposed else weight.reshape(len(weight), -1)
+        inputs = self.inputs - (self.bias is not None)
+        matrix = weight.mT if self.transposed else weight.reshape(self.outputs, inputs)
         return matrix if bias is None else torch.cat([matrix, bias.unsqueeze(1)], 1)
 
     def parameters(self, matrix: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -83,8 +86,17 @@ class Factors:
 
     def diagonal(self) -> tuple[Tensor, Tensor | None]:
         """Return the importance of each element of the weight, and of the bias, float32."""
-        squared = replace(self, output=self.output.squared(), input=self.input.squared())
-        return self.layout.parameters(squared.vectors(self.scale).clamp_min_(0.0))
+        return self.layout.parameters(self._squared().vectors(self.scale))
+
+    def bias_diagonal(self) -> Tensor:
+        """Return the importance of each element of the bias, [out], without the weight's."""
+        squared = self._squared()
+        last = squared.scale.new_zeros(self.input.size)
+        last[-1] = 1.0
+        return squared.output.vectors(self.scale @ squared.input.coordinates(last))
+
+    def _squared(self) -> Factors:
+        return replace(self, output=self.output.squared(), input=self.input.squared())
 
     def to(self, device: torch.device | str) -> Factors:
         """Return them on ``device``."""
@@ -92,8 +104,17 @@ class Factors:
         return Factors(self.layout, output, input, self.scale.to(device))
 
     def scaled(self, factor: float) -> Factors:
-        """Return them of a Fisher information that is so many times as large."""
-        return replace(self, scale=self.scale * factor)
+        """Return them of a Fisher information that is so many times as large.
+
+        So are the output gradients' squares then, and the inputs' are not.
+        """
+        output = replace(self.output, values=_times(self.output.values, factor))
+        return replace(self, output=output, scale=_times(self.scale, factor))
+
+    def decayed(self, decay: float) -> Factors:
+        """Return ``decay`` × these, as :meth:`merged` counts them beside nothing newer."""
+        input = replace(self.input, values=_times(self.input.values, decay))
+        return replace(self.scaled(decay), input=input)
 
     def merged(self, newer: Factors, decay: float, energy: float, name: str) -> Factors:
         """Return ``decay`` × these + others, in bases of the sums of both tasks' factors.
@@ -126,6 +147,11 @@ class Factors:
             newer.to(self.scale.device), output, input
         )
         return Factors(self.layout, output, input, scale.float())
+
+
+def _times(values: Tensor, factor: float) -> Tensor:
+    """Return the product, in float64 on its way: float32 may not hold the factor."""
+    return (values.double() * factor).to(values.dtype)
 
 
 def _in_bases(factors: Factors, output: Side, input: Side) -> Tensor:
@@ -182,21 +208,44 @@ def from_sums(
         name: Of the matrix's weight, for a sentence.
 
     Raises:
-        ValueError: A sum is not finite, or not positive semi-definite.
+        ValueError: There is no term, or no sample; a sum has another size, is not finite, or not
+            positive semi-definite; or ``energy`` is out of range.
     """
+    check_positive("samples", samples)
+    if not terms:
+        raise ValueError(f"the Kronecker factors of {name!r} need one use of it, at least.")
+    input_name, output_name = (f"the {kind} of {name!r}" for kind in ("inputs", "output gradients"))
+    for term in terms:
+        check_sums(term.inputs, layout.inputs, input_name)
+        _check_range(term, layout.outputs, output_name)
     maps = [term for term in terms if term.is_map] or list(terms)
-    rows = max(sum(term.rows for term in maps), 1)
+    rows = sum(term.rows for term in maps) or 1.0
     inputs = [_whole(term.inputs, 0, layout.inputs, block) for term in maps]
     outputs = [_whole(term.outputs, term.start, layout.outputs, block) for term in maps]
-    input = leading(_sum(inputs) / rows, layout.inputs, energy, f"{name!r}'s inputs")
-    output = leading(_sum(outputs) / rows, layout.outputs, energy, f"{name!r}'s output gradients")
+    input = leading(_sum(inputs) / rows, layout.inputs, energy, input_name)
+    output = leading(_sum(outputs) / rows, layout.outputs, energy, output_name)
     scale = torch.zeros(output.rank, input.rank, dtype=torch.float64, device=output.values.device)
     for term in terms:
         if term.rows > 0:
-            a = _along(term.inputs, 0, input, block)
-            b = _along(term.outputs, term.start, output, block)
+            a = _along(term.inputs, 0, input, block, input_name)
+            b = _along(term.outputs, term.start, output, block, output_name)
             scale += torch.outer(b, a) / (term.rows * samples)
     return Factors(layout, output, input, scale.float())
+
+
+def _check_range(term: Term, size: int, name: str) -> None:
+    """Raise ValueError where a term's outputs are not those of a range of the matrix's."""
+    sums, length = term.outputs, size - term.start
+    if sums.dim() == 3:  # whose last block may be filled up with zeros
+        length = min(sums.shape[:2].numel(), length)
+    elif sums.dim() == 1:
+        length = len(sums)
+    if not 0 <= term.start <= size - length:
+        raise ValueError(
+            f"the Kronecker factor of {name} must be that of at most {size - term.start} "
+            f"coordinates from {term.start} on, not {list(sums.shape)}."
+        )
+    check_sums(sums, length, name)
 
 
 def _sum(tensors: Sequence[Tensor]) -> Tensor:
@@ -211,23 +260,41 @@ def _whole(sums: Tensor, start: int, size: int, block: int) -> Tensor:
         whole[start : start + len(sums)] = sums
         return whole
     blocks, width = partition(size, block)
-    if sums.shape == (blocks, width, width):
+    if start == 0 and sums.shape == (blocks, width, width):
         return sums
-    inner = torch.block_diag(*sums)  # type: ignore[no-untyped-call]
-    length = min(len(inner), size - start)
-    whole = sums.new_zeros(size, size)
-    whole[start : start + length, start : start + length] = inner[:length, :length]
-    return cut(whole, blocks, width)
+    whole = sums.new_zeros(blocks, width, width)
+    for number, one in enumerate(sums):
+        first = low = start + number * len(one)
+        while low < min(first + len(one), size):
+            at = low // width
+            high = min(first + len(one), size, (at + 1) * width)
+            here, there = (
+                slice(low - at * width, high - at * width),
+                slice(low - first, high - first),
+            )
+            whole[at, here, here] = one[there, there]
+            low = high
+    return whole
 
 
-def _along(sums: Tensor, start: int, side: Side, block: int) -> Tensor:
+def _along(sums: Tensor, start: int, side: Side, block: int, name: str) -> Tensor:
     """Return diag(Uᵀ Σ xxᵀ U), float64 [rank]; zeros beside the range."""
     whole = _whole(sums, start, side.size, block).double()
     if side.basis is None:
-        return whole if whole.dim() == 1 else whole.diagonal(dim1=1, dim2=2).flatten()[: side.size]
-    basis = side.basis.double()
-    if whole.dim() == 1:
-        blocks, width = basis.shape[:2]
+        if whole.dim() == 3:
+            whole = whole.diagonal(dim1=1, dim2=2).flatten()[: side.size]
+        along = whole
+    elif whole.dim() == 1:
+        blocks, width = side.basis.shape[:2]
         diagonal = torch.nn.functional.pad(whole, (0, blocks * width - side.size))
-        return (basis.square() * diagonal.view(blocks, width, 1)).sum(1).flatten()
-    return (basis * (whole @ basis)).sum(1).flatten()
+        along = (side.basis.double().square() * diagonal.view(blocks, width, 1)).sum(1).flatten()
+    else:
+        basis = side.basis.double()
+        along = (basis * (whole @ basis)).sum(1).flatten()
+    if along.numel():
+        low, high = (bound.item() for bound in along.aminmax())  # NaN shows in both
+        if not (low >= -1e-6 * float(whole.abs().max()) and high < math.inf):
+            raise ValueError(
+                f"the Kronecker factor of {name} must be finite and positive semi-definite."
+            )
+    return along.clamp_min(0.0)

@@ -63,6 +63,16 @@ class Side:
         basis = self.basis.double()
         return (basis * values.view(len(basis), 1, -1)) @ basis.mT
 
+    def effective_rank(self) -> float:
+        """Return exp(entropy) of the values' shares: how many directions matter; 0 if all are 0.
+
+        References:
+            Roy & Vetterli 2007, The effective rank: a measure of effective dimensionality.
+        """
+        values = self.values.double()
+        shares = values[values > 0] / values.sum()
+        return float((-shares * shares.log()).sum().exp()) if len(shares) else 0.0
+
     def to(self, device: torch.device | str) -> Side:
         """Return it on ``device``."""
         basis = None if self.basis is None else self.basis.to(device)
@@ -95,16 +105,33 @@ def partition(size: int, block: int) -> tuple[int, int]:
     Returns:
         k and m.
     """
-    blocks = max(1, -(-size // block))
+    blocks = max(1, -(-size // max(1, block)))
     return blocks, -(-size // blocks)
 
 
-def cut(matrix: Tensor, blocks: int, width: int) -> Tensor:
-    """Return the blocks on the diagonal of [n, n], with zeros beyond it: [k, m, m]."""
-    around = blocks * width - len(matrix)
-    whole = torch.nn.functional.pad(matrix, (0, around, 0, around))
-    places = [slice(start, start + width) for start in range(0, blocks * width, width)]
-    return torch.stack([whole[place, place] for place in places])
+def check_sums(sums: Tensor, size: int, name: str) -> None:
+    """Raise ValueError where Σ xxᵀ is neither by block, [k, m, m], nor a diagonal, [n]."""
+    if sums.dim() == 1:
+        fits = len(sums) == size
+    else:
+        fits = sums.dim() == 3 and sums.shape[1] == sums.shape[2]
+        fits = fits and len(sums) > 0 and partition(size, sums.shape[1]) == tuple(sums.shape[:2])
+    if not fits:
+        raise ValueError(
+            f"the Kronecker factor of {name} must be that of {size} coordinates, by block or its "
+            f"diagonal, not {list(sums.shape)}."
+        )
+
+
+def orthonormal(basis: Tensor) -> Tensor:
+    """Return the orthonormal basis nearest to one that is off by its dtype's rounding, float32.
+
+    By Newton-Schulz steps, which square the error; columns and rows of zeros stay zeros.
+    """
+    found = basis.double()
+    for _ in range(4):
+        found = found @ (1.5 * torch.eye(found.shape[-1]).to(found) - 0.5 * found.mT @ found)
+    return found.float()
 
 
 def leading(matrix: Tensor, size: int, energy: float, name: str) -> Side:
@@ -117,8 +144,12 @@ def leading(matrix: Tensor, size: int, energy: float, name: str) -> Side:
         name: Of what it is a side, for a sentence.
 
     Raises:
-        ValueError: It is not finite, or not positive semi-definite.
+        ValueError: It has another size, is not finite, or not positive semi-definite; or ``energy``
+            is out of range.
     """
+    if not 0.0 < energy <= 1.0:
+        raise ValueError(f"energy must be in (0, 1], not {energy}.")
+    check_sums(matrix, size, name)
     matrix = matrix.double()
     if not bool(torch.isfinite(matrix).all()):
         raise ValueError(f"the Kronecker factor of {name} must be finite.")
@@ -133,7 +164,9 @@ def leading(matrix: Tensor, size: int, energy: float, name: str) -> Side:
             f"the Kronecker factor of {name} must be positive semi-definite: it has an eigenvalue "
             f"of {float(values.min()):.3g} beside one of {float(values.max()):.3g}."
         )
-    values = values.clamp_min(0.0)
+    # What is below float64's rounding is 0: its directions would be anything, beyond n as well.
+    noise = values[:, :1] * values.shape[1] * torch.finfo(values.dtype).eps
+    values = torch.where(values > noise, values, 0.0)
     # In each block the directions whose share is needed; the widest block decides the rank.
     held = values.cumsum(-1)
     needed = (held - values < energy * held[:, -1:]) & (values > 0)

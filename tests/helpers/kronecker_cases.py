@@ -1,0 +1,86 @@
+"""Kronecker factors of random rows, dense Fisher matrices, an importance of both kinds."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cl_optim.importance.kronecker.factors import Factors, Layout, Term, from_sums
+from cl_optim.importance.kronecker.importance import KroneckerImportance
+from cl_optim.importance.kronecker.side import Side, partition
+
+
+def by_block(sums: Tensor, block: int) -> Tensor:
+    """The blocks on the diagonal of [n, n], with zeros beyond it."""
+    blocks, width = partition(len(sums), block)
+    whole = sums.new_zeros(blocks * width, blocks * width)
+    whole[: len(sums), : len(sums)] = sums
+    return torch.stack(
+        [whole[i * width : (i + 1) * width, i * width : (i + 1) * width] for i in range(blocks)]
+    )
+
+
+def gram(rows: int, size: int, seed: int, rank: int | None = None) -> Tensor:
+    """Σ xxᵀ of random rows whose directions differ in size, float64."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(rows, rank or size, generator=generator, dtype=torch.float64)
+    mix = torch.randn(rank or size, size, generator=generator, dtype=torch.float64)
+    x = x @ (mix * torch.logspace(0, -2, rank or size, dtype=torch.float64)[:, None])
+    return x.mT @ x
+
+
+def factors_of(
+    layout: Layout,
+    seed: int = 0,
+    block: int = 2048,
+    energy: float = 1.0,
+    rows: int = 40,
+    samples: float = 10,
+    **of_term: Any,
+) -> Factors:
+    inputs, outputs = gram(rows, layout.inputs, seed), gram(rows, layout.outputs, seed + 1000)
+    term = Term(by_block(inputs, block), by_block(outputs, block), rows, **of_term)
+    return from_sums(layout, [term], samples, block, energy, "w")
+
+
+def directions(side: Side) -> Tensor:
+    """U, [n, rank], float64."""
+    return side.vectors(torch.eye(side.rank)).double().mT
+
+
+def products(factors: Factors) -> Tensor:
+    """Each u ⊗ a as a column, [out·in, ranks], float64."""
+    u, a = directions(factors.output), directions(factors.input)
+    return torch.einsum("oj,ik->oijk", u, a).reshape(len(u) * len(a), -1)
+
+
+def dense(factors: Factors) -> Tensor:
+    """The whole Fisher information, [out·in, out·in], float64."""
+    q = products(factors)
+    return (q * factors.scale.double().flatten()) @ q.mT
+
+
+def importance_of(seed: int = 0, prefix: str = "", block: int = 2048) -> KroneckerImportance:
+    """Of a linear map with a bias, a transposed one, a convolution, a table and a norm."""
+    layouts = {
+        "fc.weight": Layout((5, 7), bias=f"{prefix}fc.bias"),
+        "mlp.weight": Layout((6, 4), transposed=True),
+        "conv.weight": Layout((3, 2, 2, 2), bias=f"{prefix}conv.bias"),
+    }
+    factors = {
+        prefix + name: factors_of(layout, 10 * seed + at, block, samples=4)
+        for at, (name, layout) in enumerate(layouts.items())
+    }
+    generator = torch.Generator().manual_seed(seed)
+    factors[f"{prefix}table.weight"] = from_sums(
+        Layout((9, 3)),
+        [Term(gram(20, 3, seed)[None], torch.rand(9, generator=generator).double() * 5, 20)],
+        4,
+        block,
+        1.0,
+        "table.weight",
+    )
+    sums = {f"{prefix}norm.weight": torch.rand(6, generator=generator) * 4}
+    return KroneckerImportance(factors, sums, 4, 32, {"labels": "sample"})

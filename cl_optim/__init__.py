@@ -3,7 +3,7 @@
 from cl_optim import functional
 from cl_optim._version import __version__
 from cl_optim.fisher import FisherEstimator, estimate_fisher, register_fisher_rule
-from cl_optim.importance import Importance, ImportanceLog
+from cl_optim.importance import Importance, ImportanceLog, KroneckerImportance
 from cl_optim.optim.ewc_adamw import EWCAdamW
 from cl_optim.optim.gem import GEM
 
@@ -13,6 +13,7 @@ __all__ = [
     "FisherEstimator",
     "Importance",
     "ImportanceLog",
+    "KroneckerImportance",
     "__version__",
     "estimate_fisher",
     "functional",

@@ -5,6 +5,7 @@ all else is internal. It may import ``cl_optim.ops``.
 """
 
 from cl_optim.importance.importance import Importance
+from cl_optim.importance.kronecker.importance import KroneckerImportance
 from cl_optim.importance.log import ImportanceLog
 
-__all__ = ["Importance", "ImportanceLog"]
+__all__ = ["Importance", "ImportanceLog", "KroneckerImportance"]

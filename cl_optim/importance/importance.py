@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from torch import Tensor
 from cl_optim.importance import sealed_safetensors, statistics
 from cl_optim.importance.errors import DamagedError
 from cl_optim.importance.files import whole
-from cl_optim.importance.names import named_like
+from cl_optim.importance.names import Lazy, named_like
 from cl_optim.importance.statistics import Summaries, Summary
 from cl_optim.ops.checks import check_fraction, check_positive, listed
 from cl_optim.ops.warn import warn
@@ -24,6 +24,8 @@ from cl_optim.ops.warn import warn
 _FORMAT = "cl_optim.Importance/2"
 _UNSEALED_FORMAT = "cl_optim.Importance/1"
 _LOGGER = logging.getLogger(__name__)
+
+_Kind = TypeVar("_Kind", bound="Importance")
 
 
 class _Means(Mapping[str, Tensor]):
@@ -65,6 +67,9 @@ class Importance(_Means):
         tokens: Number of tokens in the sums, or ``None`` where a sample is not a sequence.
         metadata: How the sums were made; whatever JSON can hold.
 
+    Attributes:
+        structure: What is known of a weight's matrix: ``"diagonal"``, each element's importance.
+
     Raises:
         TypeError: A sum is not a float32 or float64 tensor, a count is not a number, or the
             metadata is not JSON.
@@ -74,6 +79,16 @@ class Importance(_Means):
         Kirkpatrick et al. 2017, arXiv:1612.00796; van de Ven 2025, arXiv:2502.11756 (the ways to
         compute the Fisher information, and that they differ).
     """
+
+    structure: ClassVar[str] = "diagonal"
+    _format: ClassVar[str] = _FORMAT
+    _of_format: ClassVar[dict[str, type[Importance]]] = {}  # the classes that have files
+
+    def __init_subclass__(cls, file_format: str | None = None) -> None:
+        super().__init_subclass__()
+        if file_format is not None:
+            cls._format = file_format
+            Importance._of_format[file_format] = cls
 
     def __init__(
         self,
@@ -114,7 +129,7 @@ class Importance(_Means):
             tokens: As for the class.
             metadata: As for the class.
         """
-        importance = cls({}, samples, tokens, metadata)
+        importance = cls({}, samples=samples, tokens=tokens, metadata=metadata)
         importance._sums = sums
         return importance
 
@@ -141,6 +156,11 @@ class Importance(_Means):
         """How the sums were made: estimator, labels, versions, time, the model's parameters."""
         return self._metadata
 
+    @property
+    def shapes(self) -> Mapping[str, torch.Size]:
+        """Parameter name → shape."""
+        return Lazy(self, lambda name: self._sums[name].shape)
+
     def per_token(self) -> Mapping[str, Tensor]:
         """Read the same sums as means over tokens.
 
@@ -151,12 +171,16 @@ class Importance(_Means):
         """
         if self._tokens is None:
             raise ValueError("per_token() needs a sequence model: this importance has no tokens.")
-        return _Means(self._sums, self._tokens)
+        return _Means(self.sums, self._tokens)
 
     def to(self, device: torch.device | str) -> Importance:
         """Return the same importance with its tensors on ``device``."""
         sums = {name: value.to(device) for name, value in self._sums.items()}
         return Importance(sums, self.samples, self._tokens, self._metadata)
+
+    def diagonal(self) -> Importance:
+        """Return the importance of each element alone: of a diagonal importance, itself."""
+        return self
 
     # --- arithmetic -------------------------------------------------------------------------------
 
@@ -176,10 +200,11 @@ class Importance(_Means):
                 alone, and logs which it is.
 
         Raises:
-            ValueError: ``decay`` is out of range, a name is ambiguous, or a parameter has two
-                shapes.
+            ValueError: ``decay`` is out of range, a name is ambiguous, a parameter has two shapes,
+                or one of the two is Kronecker-factored and the other is not.
         """
         check_fraction("decay", decay)
+        self._check_structure(other)
         newer = named_like(other, self)
         merged: dict[str, Tensor] = {}
         resized = []
@@ -202,8 +227,16 @@ class Importance(_Means):
             merged[name] = total if total.dtype == torch.float64 else total.float()
         if resized:
             _LOGGER.warning("Merged with strict=False: new shapes of %s", listed(resized))
-        sources = [*_sources(self, decay), *_sources(other, 1.0)]
-        return Importance(merged, samples=1, metadata={"merged": sources})
+        return Importance(merged, samples=1, metadata=merged_metadata(self, decay, other))
+
+    def _check_structure(self, other: Mapping[str, Tensor]) -> None:
+        """Raise ValueError where two importances do not know the same of their matrices."""
+        theirs = other.structure if isinstance(other, Importance) else Importance.structure
+        if theirs != self.structure:
+            raise ValueError(
+                "a diagonal and a Kronecker-factored importance cannot be merged: reduce the "
+                'latter with its .diagonal(), or estimate every task with structure="kronecker".'
+            )
 
     def normalize(self) -> Importance:
         """Return the same importance on the scale where the mean weight has 1.
@@ -252,6 +285,8 @@ class Importance(_Means):
         References:
             Kirkpatrick et al. 2017, arXiv:1612.00796, §4.3 (Fisher overlap).
         """
+        if isinstance(other, Importance):
+            other = other.diagonal()  # once, not in each of several passes
         found = statistics.overlap([self, named_like(other, self)], fraction)
         return {name: value[0, 1].item() for name, value in found._asdict().items()}
 
@@ -282,19 +317,39 @@ class Importance(_Means):
         if not path.parent.is_dir():
             raise FileNotFoundError(f"path {str(path)!r} is in a folder that does not exist.")
         header = {
-            "format": _FORMAT,
+            "format": self._format,
             "samples": json.dumps(self.samples),
             "tokens": json.dumps(self._tokens),
             "metadata": json.dumps(self._metadata),
         }
+        tensors, more = self._to_file()
         with whole(path) as file:
-            sealed_safetensors.save(self._sums, file, header)
+            sealed_safetensors.save(tensors, file, header | more)
+
+    def _to_file(self) -> tuple[Mapping[str, Tensor], dict[str, str]]:
+        """Return the tensors of a file, and what its header holds besides the counts."""
+        return self._sums, {}
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str], device: torch.device | str = "cpu") -> Importance:
+    def _from_file(
+        cls,
+        tensors: Mapping[str, Tensor],
+        header: Mapping[str, str],
+        samples: float,
+        tokens: float | None,
+        metadata: Mapping[str, Any],
+    ) -> Importance:
+        """Make and check the importance of a file."""
+        return cls(tensors, samples, tokens, metadata)
+
+    @classmethod
+    def load(
+        cls: type[_Kind], path: str | os.PathLike[str], device: torch.device | str = "cpu"
+    ) -> _Kind:
         """Read and verify what :meth:`save` wrote, with the tensors on ``device``.
 
-        A file that an earlier version wrote has no checksums; a warning says so.
+        What a :class:`KroneckerImportance` has written comes back as one. A file that an earlier
+        version wrote has no checksums; a warning says so.
 
         Raises:
             FileNotFoundError: There is no such file.
@@ -304,13 +359,21 @@ class Importance(_Means):
         if not path.is_file():
             raise FileNotFoundError(f"path {str(path)!r} is not a file.")
         sums, header, is_verified = sealed_safetensors.load(path, device)
-        format_ = header.get("format")
-        if format_ not in (_FORMAT, _UNSEALED_FORMAT):
+        format_ = header.get("format", "")
+        if format_ not in (*cls._of_format, _UNSEALED_FORMAT):
             raise ValueError(
                 f"path {str(path)!r} was not written by Importance.save: its format is "
                 f"{format_!r}, not {_FORMAT!r}."
             )
-        if is_verified != (format_ == _FORMAT):
+        kind: Any = cls._of_format.get(format_, Importance)
+        if kind._format == cls._format:
+            kind = cls
+        if not issubclass(kind, cls):
+            raise ValueError(
+                f"path {str(path)!r} holds a {kind.structure} importance, not a "
+                f"{cls.structure} one: load it with {kind.__name__}.load."
+            )
+        if is_verified != (format_ != _UNSEALED_FORMAT):
             raise DamagedError(f"the file {str(path)!r} is damaged: it has lost its checksums.")
         if not is_verified:
             warn(
@@ -321,19 +384,30 @@ class Importance(_Means):
             samples, tokens, metadata = (
                 json.loads(header[key]) for key in ("samples", "tokens", "metadata")
             )
-            return cls(sums, samples, tokens, metadata)
+            found: _Kind = kind._from_file(sums, header, samples, tokens, metadata)
         except (KeyError, TypeError, ValueError) as error:
             raise DamagedError(f"the file {str(path)!r} is damaged: {error}.") from None
+        return found
 
     def __repr__(self) -> str:
         size = f"{len(self)} parameters"
         if isinstance(self._sums, dict):  # others would be read for it
-            size += f" with {sum(value.numel() for value in self._sums.values()):,} weights"
+            size += f" with {sum(shape.numel() for shape in self.shapes.values()):,} weights"
         counts = f"{self.samples:,} samples"
         if self._tokens is not None:
             counts += f" of {self._tokens:,} tokens in all"
         labels = f", labels={self._metadata['labels']!r}" if "labels" in self._metadata else ""
-        return f"Importance({size}, {counts}{labels})"
+        return f"{type(self).__name__}({size}, {counts}{labels})"
+
+
+Importance._of_format[_FORMAT] = Importance
+
+
+def merged_metadata(
+    importance: Mapping[str, Tensor], decay: float, newer: Mapping[str, Tensor]
+) -> dict[str, Any]:
+    """Return the metadata of ``decay`` × an importance + a newer one: of what it was merged."""
+    return {"merged": [*_sources(importance, decay), *_sources(newer, 1.0)]}
 
 
 def _sources(importance: Mapping[str, Tensor], weight: float) -> list[dict[str, Any]]:

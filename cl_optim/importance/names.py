@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from torch import Tensor
 
@@ -20,6 +20,8 @@ _WRAPPERS = {
     "base_layer",
 }
 _PEFT_PREFIX = ["base_model", "model"]
+
+_T = TypeVar("_T")
 
 
 def canonical_name(name: str) -> str:
@@ -67,23 +69,23 @@ def match_names(given: Iterable[str], known: Iterable[str]) -> dict[str, str]:
     return meanings
 
 
-class Lazy(Mapping[str, Tensor]):
-    """Tensors by name, each made whenever it is asked for.
+class Lazy(Mapping[str, _T]):
+    """Tensors, or what is made of them, by name, each made whenever it is asked for.
 
     Args:
         names: Their names.
-        read: Makes the tensor of a name.
+        read: Makes the one of a name.
     """
 
     # Mapping's == compares values with ==, which has no truth value for tensors.
     __eq__ = object.__eq__
     __hash__ = object.__hash__
 
-    def __init__(self, names: Collection[str], read: Callable[[str], Tensor]) -> None:
+    def __init__(self, names: Collection[str], read: Callable[[str], _T]) -> None:
         self._names = names
         self._read = read
 
-    def __getitem__(self, name: str) -> Tensor:
+    def __getitem__(self, name: str) -> _T:
         if name not in self._names:
             raise KeyError(name)
         return self._read(name)
@@ -98,17 +100,22 @@ class Lazy(Mapping[str, Tensor]):
         return name in self._names
 
 
-def renamed(values: Mapping[str, Tensor], names: Mapping[str, str]) -> Lazy:
+def renamed(values: Mapping[str, _T], names: Mapping[str, str]) -> Lazy[_T]:
     """Return a view of a mapping under other names; what is not in ``names`` keeps its own."""
     old = {names.get(name, name): name for name in values}
     return Lazy(old, lambda name: values[old[name]])
 
 
-def without_wrappers(values: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    """Return a mapping under the names of the bare model; where two would be one, they stay."""
-    bare = {name: canonical_name(name) for name in values}
+def bare_names(names: Iterable[str]) -> dict[str, str]:
+    """Return the names of the bare model, by name; where two would be one, they stay."""
+    bare = {name: canonical_name(name) for name in names}
     times = Counter(bare.values())
-    return renamed(values, {name: new for name, new in bare.items() if new and times[new] == 1})
+    return {name: new for name, new in bare.items() if new and times[new] == 1}
+
+
+def without_wrappers(values: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """Return a mapping under the names of the bare model (:func:`bare_names`)."""
+    return renamed(values, bare_names(values))
 
 
 def named_like(values: Mapping[str, Tensor], known: Iterable[str]) -> Mapping[str, Tensor]:

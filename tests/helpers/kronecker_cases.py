@@ -50,16 +50,27 @@ def directions(side: Side) -> Tensor:
     return side.vectors(torch.eye(side.rank)).double().mT
 
 
-def products(factors: Factors) -> Tensor:
-    """Each u ⊗ a as a column, [out·in, ranks], float64."""
-    u, a = directions(factors.output), directions(factors.input)
-    return torch.einsum("oj,ik->oijk", u, a).reshape(len(u) * len(a), -1)
+def projections(side: Side) -> Tensor:
+    """Each uuᵀ, and I − UUᵀ, [rank + 1, n, n], float64."""
+    u = directions(side)
+    tail = torch.eye(side.size, dtype=torch.float64) - u @ u.mT
+    return torch.cat([torch.einsum("nr,mr->rnm", u, u), tail[None]])
 
 
 def dense(factors: Factors) -> Tensor:
     """The whole Fisher information, [out·in, out·in], float64."""
-    q = products(factors)
-    return (q * factors.scale.double().flatten()) @ q.mT
+    p, q = projections(factors.output), projections(factors.input)
+    whole = torch.einsum("jk,jab,kcd->acbd", factors.scale.double(), p, q)
+    return whole.reshape(2 * [p.shape[1] * q.shape[1]])
+
+
+def means(whole: Tensor, output: Side, input: Side) -> Tensor:
+    """The mean of a Fisher information over each pair of projections: S by its definition."""
+    p, q = projections(output), projections(input)
+    whole = whole.view(2 * [output.size, input.size])
+    sums = torch.einsum("acbd,jab,kcd->jk", whole, p, q)
+    counts = torch.outer(*(one.diagonal(dim1=1, dim2=2).sum(1) for one in (p, q)))
+    return torch.where(counts > 0.5, sums / counts, 0.0)
 
 
 def importance_of(seed: int = 0, prefix: str = "", block: int = 2048) -> KroneckerImportance:

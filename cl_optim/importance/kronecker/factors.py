@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from cl_optim.importance.kronecker.side import Side, check_sums, leading, partition
+from cl_optim.importance.kronecker.side import Side, check_sums, leading, partition, times
 from cl_optim.ops.checks import check_positive
 
 
@@ -55,16 +55,17 @@ class Layout(NamedTuple):
 
 @dataclass(frozen=True)
 class Factors:
-    """F ≈ Σ_jk S_jk (u_j ⊗ a_k)(u_j ⊗ a_k)ᵀ of one matrix W̃, as a mean over samples.
+    """F ≈ Σ_jk S_jk P_j ⊗ Q_k of one matrix W̃, as a mean over samples.
 
-    u_j are directions of the outputs' gradients, a_k of the inputs; what no direction reaches has
-    importance 0.
+    P_j = u_j u_jᵀ are the projections onto directions of the outputs' gradients, Q_k = a_k a_kᵀ of
+    the inputs; the last of each, I − UUᵀ, is that onto all other directions, the tail.
 
     Attributes:
         layout: Where the parameters are in the matrix.
         output: The directions u, with E[(uᵀb)²].
         input: The directions a, with E[(aᵀã)²].
-        scale: S ≥ 0, [output.rank, input.rank].
+        scale: S ≥ 0, [output.rank + 1, input.rank + 1]: the importance in each pair of directions.
+            The last row and column are the tails', and 0 where a side has none.
 
     References:
         Martens & Grosse 2015, arXiv:1503.05671 (K-FAC); George et al. 2018, arXiv:1806.03884
@@ -86,17 +87,17 @@ class Factors:
 
     def diagonal(self) -> tuple[Tensor, Tensor | None]:
         """Return the importance of each element of the weight, and of the bias, float32."""
-        return self.layout.parameters(self._squared().vectors(self.scale))
+        return self.layout.parameters(self.output.spread(self.input.spread(self.scale).mT).mT)
 
     def bias_diagonal(self) -> Tensor:
         """Return the importance of each element of the bias, [out], without the weight's."""
-        squared = self._squared()
-        last = squared.scale.new_zeros(self.input.size)
+        last = self.scale.new_zeros(self.input.size)
         last[-1] = 1.0
-        return squared.output.vectors(self.scale @ squared.input.coordinates(last))
+        return self.output.spread(self.scale @ self.input.gathered(last))
 
-    def _squared(self) -> Factors:
-        return replace(self, output=self.output.squared(), input=self.input.squared())
+    def trace(self) -> float:
+        """Return the sum of the diagonal, without making it."""
+        return float(self.output.counts() @ self.scale.double() @ self.input.counts())
 
     def to(self, device: torch.device | str) -> Factors:
         """Return them on ``device``."""
@@ -108,19 +109,18 @@ class Factors:
 
         So are the output gradients' squares then, and the inputs' are not.
         """
-        output = replace(self.output, values=_times(self.output.values, factor))
-        return replace(self, output=output, scale=_times(self.scale, factor))
+        scale = times(self.scale, factor)
+        return replace(self, output=self.output.times(factor), scale=scale)
 
     def decayed(self, decay: float) -> Factors:
         """Return ``decay`` × these, as :meth:`merged` counts them beside nothing newer."""
-        input = replace(self.input, values=_times(self.input.values, decay))
-        return replace(self.scaled(decay), input=input)
+        return replace(self.scaled(decay), input=self.input.times(decay))
 
     def merged(self, newer: Factors, decay: float, energy: float, name: str) -> Factors:
         """Return ``decay`` × these + others, in bases of the sums of both tasks' factors.
 
-        S ← decay·(R_G∘R_G) S (R_A∘R_A)ᵀ + …, R = U′ᵀU: the diagonal, in the new bases, of what it
-        was.
+        S ← decay·R_G S R_Aᵀ + …, R_ij = tr(P′_i P_j) / tr P′_i: the mean over each new projection
+        of what it was, so that the trace stays; of two directions R is (u′ᵀu)².
 
         Args:
             newer: Of the same matrix.
@@ -149,24 +149,27 @@ class Factors:
         return Factors(self.layout, output, input, scale.float())
 
 
-def _times(values: Tensor, factor: float) -> Tensor:
-    """Return the product, in float64 on its way: float32 may not hold the factor."""
-    return (values.double() * factor).to(values.dtype)
-
-
 def _in_bases(factors: Factors, output: Side, input: Side) -> Tensor:
-    """Return the diagonal of a Fisher information in other bases, float64 [ranks]."""
+    """Return S of a Fisher information in other bases, float64: its mean over each projection."""
     scale = factors.scale.double()
-    scale = _carried(scale.mT, factors.input, input).mT if input.basis is not None else scale
-    return _carried(scale, factors.output, output) if output.basis is not None else scale
+    scale = _carried(scale.mT, factors.input, input).mT
+    return _carried(scale, factors.output, output)
 
 
 def _carried(scale: Tensor, old: Side, new: Side) -> Tensor:
-    """Return (R∘R) S along the first dimension, R = U′ᵀU by block."""
-    assert old.basis is not None
-    assert new.basis is not None
+    """Return R S along the first dimension: R_ij = tr(P′_i P_j) / tr P′_i."""
+    if new.basis is None or old.basis is None:
+        return scale
     turned = (new.basis.double().mT @ old.basis.double()).square()  # [k, r′, r]
-    return (turned @ scale.reshape(len(turned), -1, scale.shape[1])).flatten(0, 1)
+    # Of each direction, the share that is in the others' tail.
+    new_apart = (new.counts()[:-1] - turned.sum(2).flatten()).clamp_min(0.0)
+    old_apart = (old.counts()[:-1] - turned.sum(1).flatten()).clamp_min(0.0)
+    body, tail = scale[:-1], scale[-1:]
+    kept = (turned @ body.reshape(len(turned), -1, scale.shape[1])).flatten(0, 1)
+    kept = kept + new_apart.unsqueeze(1) * tail
+    common = (old.rest - new_apart.sum()).clamp_min(0.0)
+    rest = (old_apart @ body + common * tail) / new.rest if new.rest else torch.zeros_like(tail)
+    return torch.cat([kept, rest.view_as(tail)])
 
 
 # --- from sums ------------------------------------------------------------------------------------
@@ -196,8 +199,9 @@ def from_sums(
 ) -> Factors:
     """Decompose sums, and take S as the product of the factors' parts: one pass.
 
-    S = Σ_terms rows/samples · diag(Uᵀ E[bbᵀ] U) diag(Aᵀ E[ããᵀ] A)ᵀ: the gradients of a sample's
-    rows are taken for independent of each other, and inputs of gradients.
+    S = Σ_terms rows/samples · diag(Uᵀ E[bbᵀ] U) diag(Aᵀ E[ããᵀ] A)ᵀ, with the mean over the tail's
+    directions as the last of both: the gradients of a sample's rows are taken for independent of
+    each other, and inputs of gradients.
 
     Args:
         layout: Of the matrix.
@@ -224,7 +228,7 @@ def from_sums(
     outputs = [_whole(term.outputs, term.start, layout.outputs, block) for term in maps]
     input = leading(_sum(inputs) / rows, layout.inputs, energy, input_name)
     output = leading(_sum(outputs) / rows, layout.outputs, energy, output_name)
-    scale = torch.zeros(output.rank, input.rank, dtype=torch.float64, device=output.values.device)
+    scale = output.values.new_zeros(output.rank + 1, input.rank + 1, dtype=torch.float64)
     for term in terms:
         if term.rows > 0:
             a = _along(term.inputs, 0, input, block, input_name)
@@ -278,23 +282,23 @@ def _whole(sums: Tensor, start: int, size: int, block: int) -> Tensor:
 
 
 def _along(sums: Tensor, start: int, side: Side, block: int, name: str) -> Tensor:
-    """Return diag(Uᵀ Σ xxᵀ U), float64 [rank]; zeros beside the range."""
+    """Return diag(Uᵀ Σ xxᵀ U), and the mean over the tail's directions, float64 [rank + 1]."""
     whole = _whole(sums, start, side.size, block).double()
+    diagonal = whole if whole.dim() == 1 else whole.diagonal(dim1=1, dim2=2).flatten()
     if side.basis is None:
-        if whole.dim() == 3:
-            whole = whole.diagonal(dim1=1, dim2=2).flatten()[: side.size]
-        along = whole
+        along = diagonal[: side.size]
     elif whole.dim() == 1:
         blocks, width = side.basis.shape[:2]
-        diagonal = torch.nn.functional.pad(whole, (0, blocks * width - side.size))
-        along = (side.basis.double().square() * diagonal.view(blocks, width, 1)).sum(1).flatten()
+        padded = torch.nn.functional.pad(whole, (0, blocks * width - side.size))
+        along = (side.basis.double().square() * padded.view(blocks, width, 1)).sum(1).flatten()
     else:
         basis = side.basis.double()
         along = (basis * (whole @ basis)).sum(1).flatten()
-    if along.numel():
-        low, high = (bound.item() for bound in along.aminmax())  # NaN shows in both
-        if not (low >= -1e-6 * float(whole.abs().max()) and high < math.inf):
-            raise ValueError(
-                f"the Kronecker factor of {name} must be finite and positive semi-definite."
-            )
+    rest = (diagonal.sum() - along.sum()) / side.rest if side.rest else diagonal.new_zeros(())
+    along = torch.cat([along, rest.view(1)])
+    low, high = (bound.item() for bound in along.aminmax())  # NaN shows in both
+    if not (low >= -1e-6 * float(diagonal.abs().sum()) and high < math.inf):
+        raise ValueError(
+            f"the Kronecker factor of {name} must be finite and positive semi-definite."
+        )
     return along.clamp_min(0.0)

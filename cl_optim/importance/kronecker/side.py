@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -10,33 +11,44 @@ from torch import Tensor
 # The widest block: what an eigendecomposition in float64 takes seconds for, in 32 MiB.
 BLOCK = 2048
 
-# The share of the trace that a side's directions hold. Eigenvalues fall steeply: the last 0.01 % of
-# the trace takes most of the directions, and with them most of a step's cost.
-ENERGY = 0.9999
+# The share of the trace that a side's directions hold. What is beyond them has its mean importance:
+# a tenth of all directions, say, protects as well as all of them, and a step costs accordingly.
+ENERGY = 0.99
 
 
 @dataclass(frozen=True)
 class Side:
-    """Orthonormal directions in blocks of coordinates, or the coordinates themselves.
+    """Orthonormal directions in blocks of coordinates, and one value for all that is beside them.
 
-    A side of n coordinates is cut into k blocks of m = ⌈n/k⌉; the last one may have fewer than m,
-    and zeros in place of the others. Each block has r directions, the leading ones first; columns
-    of zeros fill up blocks that need fewer. The rank is k·r, or n where there is no basis.
+    Σ xxᵀ ≈ U diag(values) Uᵀ + tail·(I − UUᵀ). A side of n coordinates is cut into k blocks of
+    m = ⌈n/k⌉; the last one may have fewer than m, and zeros in place of the others. Each block has
+    r directions, the leading ones first; columns of zeros fill up blocks that need fewer. The rank
+    is k·r, or n where there is no basis and each coordinate is a direction. What has a value for
+    each direction may have one more, in the end: that of the tail's directions.
 
     Attributes:
         size: n.
         values: E[(uᵀx)²] of each direction u, [rank], ≥ 0.
         basis: [k, m, r]; None: each coordinate is a direction.
+        tail: The mean of E[(uᵀx)²] over directions that are not kept; 0 where all are.
+        kept: The number of directions, those of zeros not included.
     """
 
     size: int
     values: Tensor
     basis: Tensor | None
+    tail: float
+    kept: int
 
     @property
     def rank(self) -> int:
         """Number of directions, those of zeros included."""
         return len(self.values)
+
+    @property
+    def rest(self) -> int:
+        """Number of directions that are in the tail."""
+        return self.size - self.kept
 
     @property
     def blocks(self) -> int:
@@ -51,32 +63,75 @@ class Side:
         """Return Uz of the coordinates along the last dimension: [..., rank] → [..., n]."""
         return z if self.basis is None else vectors(z, self.basis, self.size)
 
-    def squared(self) -> Side:
-        """Return it with its directions' squares in their place, for diagonals: U∘U."""
-        return self if self.basis is None else Side(self.size, self.values, self.basis.square())
+    def spread(self, values: Tensor) -> Tensor:
+        """Return what directions' values are for coordinates: [..., rank + 1] → [..., n].
+
+        A coordinate's is the mean over all directions, the tail's, too, by their squares there.
+        """
+        if self.basis is None:
+            return values[..., :-1]
+        squares = self.basis.square()
+        rest = (1.0 - squares.sum(2).flatten()[: self.size]).clamp_min(0.0)
+        return vectors(values[..., :-1], squares, self.size) + values[..., -1:] * rest
+
+    def gathered(self, values: Tensor) -> Tensor:
+        """Return by whose squares :meth:`spread` weights, its transpose: [n] → [rank + 1]."""
+        if self.basis is None:
+            return torch.cat([values, values.new_zeros(1)])
+        squares = self.basis.square()
+        rest = (1.0 - squares.sum(2).flatten()[: self.size]).clamp_min(0.0)
+        return torch.cat([coordinates(values, squares), (values @ rest).view(1)])
+
+    def counts(self) -> Tensor:
+        """Return how many directions each value is of, float64 [rank + 1]: 1, 0 of zeros; rest."""
+        ones = torch.ones_like(self.values, dtype=torch.float64)
+        if self.basis is not None:
+            ones = (self.basis != 0).any(1).flatten().double()
+        return torch.cat([ones, ones.new_full((1,), self.rest)])
 
     def matrix(self) -> Tensor:
-        """Return U diag(values) Uᵀ by block, [k, m, m]; [n] where there is no basis. float64."""
+        """Return E[xxᵀ] by block, [k, m, m]; [n] where there is no basis. float64."""
         values = self.values.double()
         if self.basis is None:
             return values
         basis = self.basis.double()
-        return (basis * values.view(len(basis), 1, -1)) @ basis.mT
+        blocks, width, _ = basis.shape
+        found = (basis * (values - self.tail).view(blocks, 1, -1)) @ basis.mT
+        inside = torch.arange(blocks * width, device=values.device) < self.size
+        found.diagonal(dim1=1, dim2=2).add_(self.tail * inside.view(blocks, width))
+        return found
+
+    def times(self, factor: float) -> Side:
+        """Return that of so many times as large squares."""
+        return replace(self, values=times(self.values, factor), tail=self.tail * factor)
 
     def effective_rank(self) -> float:
         """Return exp(entropy) of the values' shares: how many directions matter; 0 if all are 0.
+
+        Those in the tail have equal shares.
 
         References:
             Roy & Vetterli 2007, The effective rank: a measure of effective dimensionality.
         """
         values = self.values.double()
-        shares = values[values > 0] / values.sum()
-        return float((-shares * shares.log()).sum().exp()) if len(shares) else 0.0
+        total = float(values.sum()) + self.rest * self.tail
+        if total == 0.0:
+            return 0.0
+        shares = values[values > 0] / total
+        entropy = float((-shares * shares.log()).sum())
+        if self.rest and self.tail > 0.0:
+            entropy -= self.rest * self.tail / total * math.log(self.tail / total)
+        return math.exp(entropy)
 
     def to(self, device: torch.device | str) -> Side:
         """Return it on ``device``."""
         basis = None if self.basis is None else self.basis.to(device)
-        return Side(self.size, self.values.to(device), basis)
+        return replace(self, values=self.values.to(device), basis=basis)
+
+
+def times(values: Tensor, factor: float) -> Tensor:
+    """Return the product, in float64 on its way: float32 may not hold the factor."""
+    return (values.double() * factor).to(values.dtype)
 
 
 def coordinates(x: Tensor, basis: Tensor) -> Tensor:
@@ -134,14 +189,17 @@ def orthonormal(basis: Tensor) -> Tensor:
     return found.float()
 
 
-def leading(matrix: Tensor, size: int, energy: float, name: str) -> Side:
-    """Find the directions that hold a share of a matrix's trace.
+def leading(
+    matrix: Tensor, size: int, energy: float, name: str, max_rank: int | None = None
+) -> Side:
+    """Find the directions that hold a share of a matrix's trace; the others are the tail.
 
     Args:
         matrix: E[xxᵀ] by block, [k, m, m], or its diagonal, [n].
         size: n.
         energy: The share, in (0, 1]; of each block as much as of the whole.
         name: Of what it is a side, for a sentence.
+        max_rank: The most directions of a block.
 
     Raises:
         ValueError: It has another size, is not finite, or not positive semi-definite; or ``energy``
@@ -156,7 +214,7 @@ def leading(matrix: Tensor, size: int, energy: float, name: str) -> Side:
     if matrix.dim() == 1:
         if bool((matrix < 0).any()):
             raise ValueError(f"the Kronecker factor of {name} must be positive semi-definite.")
-        return Side(size, matrix.float(), None)
+        return Side(size, matrix.float(), None, 0.0, size)
     values, basis = torch.linalg.eigh((matrix + matrix.mT) / 2)
     values, basis = values.flip(-1), basis.flip(-1)
     if values.numel() and float(values.min()) < -1e-6 * max(float(values.max()), 0.0):
@@ -170,10 +228,16 @@ def leading(matrix: Tensor, size: int, energy: float, name: str) -> Side:
     # In each block the directions whose share is needed; the widest block decides the rank.
     held = values.cumsum(-1)
     needed = (held - values < energy * held[:, -1:]) & (values > 0)
+    if max_rank is not None:
+        needed[:, max_rank:] = False
     rank = max(1, int(needed.sum(-1).max()))
-    kept = needed[:, :rank]
+    needed = needed[:, :rank]
+    kept = int(needed.sum())
+    tail = float(values.sum() - (values[:, :rank] * needed).sum()) / max(size - kept, 1)
     return Side(
         size,
-        (values[:, :rank] * kept).flatten().float(),
-        (basis[:, :, :rank] * kept.unsqueeze(1)).float().contiguous(),
+        (values[:, :rank] * needed).flatten().float(),
+        (basis[:, :, :rank] * needed.unsqueeze(1)).float().contiguous(),
+        max(tail, 0.0) if kept < size else 0.0,
+        kept,
     )

@@ -20,6 +20,7 @@ from cl_optim.importance.checksums import Entry
 from cl_optim.importance.errors import LockedError, LogError
 from cl_optim.importance.files import fsync_folder
 from cl_optim.importance.importance import Importance
+from cl_optim.importance.kronecker.importance import KroneckerImportance, check_factors
 from cl_optim.importance.manifest import (
     FILE,
     SEAL,
@@ -27,7 +28,7 @@ from cl_optim.importance.manifest import (
     being_written,
     locked,
 )
-from cl_optim.importance.names import match_names, without_wrappers
+from cl_optim.importance.names import bare_names, match_names, without_wrappers
 from cl_optim.importance.record import Anchors, Record
 from cl_optim.ops.checks import check_fraction
 from cl_optim.ops.warn import warn
@@ -237,7 +238,8 @@ class ImportanceLog:
                 ``{p.name: p.frozen for p in optimizer.protected()}``.
             codec: How the importance is written: ``"float32"``, ``"bfloat16"``, ``"log8"``,
                 ``"topk"``, ``"rank1"``, the dtype of one of the first two, or a
-                :class:`~cl_optim.importance.codecs.Codec`.
+                :class:`~cl_optim.importance.codecs.Codec`. Kronecker factors are written as they
+                are or as ``"bfloat16"``; the other codecs are for diagonals.
 
         Raises:
             ValueError: The task is in the log already, an importance is negative or not finite,
@@ -248,10 +250,11 @@ class ImportanceLog:
         """
         how = codec if isinstance(codec, codecs.Codec) else codecs.codec(codec)
         self._check_task(task)
+        _check_codec(importance, how)
         _check_importance(importance)
         bare = _bare(importance)
         frozen = None if frozen is None else without_wrappers(frozen)
-        _check_masks(frozen or {}, bare.sums)
+        _check_masks(frozen or {}, bare.shapes)
         _check_anchors(anchors)
         anchors = without_wrappers(anchors) if isinstance(anchors, Mapping) else anchors
         if model is not None:
@@ -323,7 +326,8 @@ class ImportanceLog:
 
         Raises:
             LogError: There is no such task, or none at all.
-            ValueError: A parameter has two shapes.
+            ValueError: A parameter has two shapes; or some of the records have Kronecker factors,
+                and others none: merge what ``log.load(task).diagonal()`` returns of each.
             DamagedError: A tensor is damaged.
         """
         check_fraction("decay", decay)
@@ -416,24 +420,35 @@ def _warn_of_unfinished(folder: Path) -> None:
     )
 
 
-def _sums(importance: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    return importance.sums if isinstance(importance, Importance) else importance
-
-
 def _bare(importance: Mapping[str, Tensor]) -> Importance:
     """Return a checked importance under the names of the bare model; a mapping has one sample."""
-    sums = without_wrappers(_sums(importance))
     if not isinstance(importance, Importance):
-        return Importance.lazy(sums, 1, None, {})
-    return Importance.lazy(sums, importance.samples, importance.tokens, importance.metadata)
+        return Importance.lazy(without_wrappers(importance), 1, None, {})
+    if isinstance(importance, KroneckerImportance):
+        return importance.renamed(bare_names(importance))
+    counts = (importance.samples, importance.tokens, importance.metadata)
+    return Importance.lazy(without_wrappers(importance.sums), *counts)
+
+
+def _check_codec(importance: Mapping[str, Tensor], how: codecs.Codec) -> None:
+    if isinstance(importance, KroneckerImportance) and how.name not in record.OF_FACTORS:
+        raise ValueError(
+            f"codec must be one of {tuple(record.OF_FACTORS)} for an importance with Kronecker "
+            f"factors, not {how.name!r}: or record its .diagonal()."
+        )
 
 
 def _check_importance(importance: Mapping[str, Tensor]) -> None:
-    sums = _sums(importance)
-    samples = importance.samples if isinstance(importance, Importance) else 1
-    largest = torch.finfo(torch.float32).max * min(samples, 1)  # of sums, and of means over samples
-    if not sums:
+    if not importance:
         raise ValueError("importance must have at least one parameter.")
+    sums, samples = importance, 1.0
+    if isinstance(importance, KroneckerImportance):
+        sums, samples = importance.unfactored, importance.samples
+        for weight, factors in importance.factors.items():
+            check_factors(factors, weight)
+    elif isinstance(importance, Importance):
+        sums, samples = importance.sums, importance.samples
+    largest = torch.finfo(torch.float32).max * min(samples, 1)  # of sums, and of means over samples
     for name, value in sums.items():
         if not isinstance(name, str) or not isinstance(value, Tensor) or value.is_complex():
             raise TypeError(f"importance[{name!r}] must be a real tensor with a text as its name.")
@@ -447,13 +462,13 @@ def _check_importance(importance: Mapping[str, Tensor]) -> None:
             )
 
 
-def _check_masks(frozen: Mapping[str, Tensor], sums: Mapping[str, Tensor]) -> None:
+def _check_masks(frozen: Mapping[str, Tensor], shapes: Mapping[str, torch.Size]) -> None:
     for name, mask in frozen.items():
         if not isinstance(mask, Tensor) or mask.dtype is not torch.bool:
             raise TypeError(f"frozen[{name!r}] must be a bool tensor.")
-        if name not in sums:
+        if name not in shapes:
             raise ValueError(f"frozen names {name!r}, which has no importance.")
-        shape = sums[name].shape
+        shape = shapes[name]
         if mask.shape != shape:
             raise ValueError(
                 f"frozen[{name!r}] must have the importance's shape {tuple(shape)}, not "
@@ -473,13 +488,17 @@ def _check_anchors(anchors: Anchors) -> None:
 def _check_model(importance: Mapping[str, Tensor], model: nn.Module) -> None:
     params = dict(model.named_parameters())
     names = match_names(importance, params)
-    sums = _sums(importance)
-    for name, value in sums.items():
+    shapes: Mapping[str, torch.Size] = (
+        importance.shapes
+        if isinstance(importance, Importance)
+        else {name: value.shape for name, value in importance.items()}
+    )
+    for name, found in shapes.items():
         if name not in names:
             raise ValueError(f"the importance of {name!r} is of no parameter of the model.")
         shape = params[names[name]].shape
-        if value.shape != shape:
+        if found != shape:
             raise ValueError(
                 f"the importance of {name!r} must have the parameter's shape {tuple(shape)}, not "
-                f"{tuple(value.shape)}."
+                f"{tuple(found)}."
             )

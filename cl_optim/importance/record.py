@@ -23,11 +23,17 @@ from cl_optim.importance.codecs import Codec
 from cl_optim.importance.errors import DamagedError, LogError
 from cl_optim.importance.files import fsync_folder, write_durably
 from cl_optim.importance.importance import Importance
+from cl_optim.importance.kronecker import disk
+from cl_optim.importance.kronecker.factors import Factors
+from cl_optim.importance.kronecker.importance import KroneckerImportance
 from cl_optim.importance.names import Lazy, without_wrappers
 from cl_optim.importance.statistics import Summaries, Summary, flat_float32
 from cl_optim.ops.checks import dtype_name
 
 _FILE = "record.json"
+# In which codecs Kronecker factors can be written, and as what. Others round S as if its neighbours
+# were alike, and would not make a record smaller: the bases outweigh it.
+OF_FACTORS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 Anchors = Mapping[str, Tensor] | str | os.PathLike[str] | None
 
@@ -58,7 +64,9 @@ def write(
     Returns:
         The checksum of its table, which the manifest keeps.
     """
-    sums = importance.sums
+    sums, matrices = importance.sums, None
+    if isinstance(importance, KroneckerImportance):
+        sums, matrices = importance.unfactored, importance.factors
     table: dict[str, Any] = {
         "task": task,
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
@@ -67,7 +75,7 @@ def write(
         "tokens": importance.tokens,
         "metadata": importance.metadata,
         "codec": {"name": how.name, **how.options()},
-        "shapes": {name: list(value.shape) for name, value in sums.items()},
+        "shapes": {name: list(shape) for name, shape in importance.shapes.items()},
         "model": None if model is None else fingerprint(model),
     }
     summaries = Summaries()
@@ -81,15 +89,33 @@ def write(
             for part, tensor in encode(flat.view(value.shape)).items():
                 yield f"{part}/{name}", tensor
 
+    def factored(matrices: Mapping[str, Factors]) -> Iterator[tuple[str, Tensor]]:
+        for weight, factors in matrices.items():
+            table["factors"][weight] = disk.description(factors)
+            ranks = (factors.output.effective_rank(), factors.input.effective_rank())
+            table["effective_ranks"][weight] = ranks
+            for name in (weight, factors.layout.bias):
+                if name is not None:
+                    names.put(name)
+            for part, tensor in disk.tensors(factors).items():
+                yield f"{part}/{weight}", tensor.to(OF_FACTORS[how.name])
+
     def summarize() -> None:
         # Not beside the encoder, which has a thread on every core and waits for the slowest.
         while not names.empty():
             name = names.get()
-            summaries.add(name, sums[name], importance.samples)
+            if name in sums:
+                summaries.add(name, sums[name], importance.samples)
+            else:  # made of its factors, here alone
+                summaries.add(name, importance[name])
         layers = summaries.layers()
         table["layers"] = {layer: list(summary) for layer, summary in layers.items()}
         table["whole"] = list(summaries.whole())
 
+    if matrices is not None:
+        table |= {"factors": {}, "effective_ranks": {}}
+        parts = factored(matrices)
+        table["kronecker"] = shards.write(folder, "kronecker", parts, beside=summarize)
     table["importance"] = shards.write(folder, "importance", encoded(), beside=summarize)
     if isinstance(anchors, Mapping):
         table["anchors"] = shards.write(folder, "anchors", iter(anchors.items()))
@@ -171,6 +197,12 @@ class Record:
         return _summary(self._table["whole"])
 
     @property
+    def effective_ranks(self) -> dict[str, tuple[float, float]]:
+        """Those of each matrix with Kronecker factors, without reading a tensor; none, if none."""
+        ranks = self._table.get("effective_ranks", {})
+        return {weight: (output, input) for weight, (output, input) in ranks.items()}
+
+    @property
     def model(self) -> dict[str, list[Any]] | None:
         """The model's parameters at the time, name → [shape, dtype]; None where not recorded."""
         model: dict[str, list[Any]] | None = self._table["model"]
@@ -179,11 +211,14 @@ class Record:
     @property
     def nbytes(self) -> int:
         """Bytes of all its shards."""
-        kinds = ("importance", "anchors", "frozen")
+        kinds = ("importance", "kronecker", "anchors", "frozen")
         return sum(shard["bytes"] for kind in kinds for shard in self._table.get(kind, ()))
 
     def importance(self) -> Importance:
-        """Return its importance; a tensor is read and verified when it is asked for."""
+        """Return its importance; a tensor is read and verified when it is asked for.
+
+        A :class:`~cl_optim.KroneckerImportance`, if that was recorded.
+        """
         shapes = self._table["shapes"]
         reader = self._reader("importance")
 
@@ -193,8 +228,22 @@ class Record:
             return self.codec.decode(parts, torch.Size(shapes[name]))
 
         metadata = {**self.metadata, "task": self.task}
-        table = self._table
-        return Importance.lazy(Lazy(shapes, read), table["samples"], table["tokens"], metadata)
+        counts = (self._table["samples"], self._table["tokens"], metadata)
+        if "factors" not in self._table:
+            return Importance.lazy(Lazy(shapes, read), *counts)
+        described = self._table["factors"]
+        layouts = {weight: disk.layout(one) for weight, one in described.items()}
+        matrices = self._reader("kronecker")
+
+        def assembled(weight: str) -> Factors:
+            what = f"the Kronecker factors of {weight!r}"
+            return disk.assembled(
+                described[weight], lambda part: matrices.read(f"{part}/{weight}", what)
+            )
+
+        inside = {*layouts, *(layout.bias for layout in layouts.values())}
+        sums = Lazy([name for name in shapes if name not in inside], read)
+        return KroneckerImportance.lazy(sums, *counts, Lazy(layouts, assembled), layouts)
 
     def anchors(self) -> Mapping[str, Tensor] | None:
         """Return the weights that the task left, None where they were not recorded.

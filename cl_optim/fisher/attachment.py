@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
@@ -18,6 +18,7 @@ from cl_optim.fisher.loss_scale import CrossEntropy, calling_scaler, watch
 from cl_optim.fisher.model import eagerly, trained
 from cl_optim.fisher.observe.observation import Observation
 from cl_optim.fisher.observe.sources import Graph
+from cl_optim.fisher.observe.squares import Into
 from cl_optim.fisher.observe.taps import in_backward
 from cl_optim.fisher.observer import Observer
 from cl_optim.fisher.samples import Samples
@@ -135,6 +136,7 @@ class Attachment:
         self._open.append(batch)
         self._eager = eagerly()
         self._eager.__enter__()
+        batch.observation.call_with(self._model, args, kwargs)
         batch.observation.enter()
         self._entered.append(batch)
 
@@ -216,7 +218,7 @@ class Attachment:
             engine = torch.autograd.Variable._execution_engine
             engine.queue_callback(lambda: setattr(batch, "complete", True))
 
-    def _begin(self, batch: _Batch) -> Mapping[str, Tensor]:
+    def _begin(self, batch: _Batch) -> Into:
         """Begin to sum, in a backward pass, what is multiplied by this batch's factor."""
         self._reach(batch)
         state = getattr(self._scaler, "_per_optimizer_states", None)
@@ -232,8 +234,7 @@ class Attachment:
 
     def _scale(self) -> Tensor:
         assert self._scaler is not None
-        device = next(iter(self._totals.sums.values())).device
-        return self._scaler.scale(torch.ones((), device=device))
+        return self._scaler.scale(torch.ones((), device=self._totals.device))
 
     def finish(self) -> None:
         """End the batch whose backward pass has run, if there is one."""

@@ -6,6 +6,7 @@ from typing import Literal, TypeAlias
 
 from torch import Tensor, nn
 
+from cl_optim.importance.kronecker.side import BLOCK, ENERGY
 from cl_optim.ops.checks import check_positive
 
 Verify: TypeAlias = Literal["first"] | bool
@@ -22,6 +23,30 @@ def check_verify(verify: object) -> None:
     """Refuse other values of ``verify``."""
     if verify not in ("first", True, False):
         raise ValueError(f"verify must be 'first', True or False, not {verify!r}.")
+
+
+def check_structure(structure: object, scale: object, block: object, energy: object) -> None:
+    """Refuse what is no structure of an importance, or settings that it does not have."""
+    if structure not in ("diagonal", "kronecker"):
+        raise ValueError(f"structure must be 'diagonal' or 'kronecker', not {structure!r}.")
+    if scale not in ("product", "exact"):
+        raise ValueError(f"scale must be 'product' or 'exact', not {scale!r}.")
+    check_integer("block", block, 1)
+    if isinstance(energy, bool) or not isinstance(energy, (int, float)):
+        raise TypeError(f"energy must be a number, not {type(energy).__name__}.")
+    if not 0.0 < energy <= 1.0:
+        raise ValueError(f"energy must be in (0, 1], not {energy}.")
+    if structure == "diagonal":
+        settings = {
+            "scale": (scale, "product"),
+            "block": (block, BLOCK),
+            "energy": (energy, ENERGY),
+        }
+        for argument, (value, default) in settings.items():
+            if value != default:
+                raise ValueError(
+                    f"{argument}={value!r} is of Kronecker factors: it needs structure='kronecker'."
+                )
 
 
 def check_integer(argument: str, value: object, least: int, *, or_none: bool = False) -> None:

@@ -6,6 +6,7 @@ import importlib.util
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, Literal, TypeAlias, get_args
 
 import torch
@@ -13,13 +14,24 @@ from torch import Tensor, nn
 
 from cl_optim.fisher import batches as data
 from cl_optim.fisher import nested
-from cl_optim.fisher.checks import Verify, check_integer, check_model, check_verify
-from cl_optim.fisher.model import evaluating
+from cl_optim.fisher.checks import (
+    Verify,
+    check_integer,
+    check_model,
+    check_structure,
+    check_verify,
+)
+from cl_optim.fisher.kronecker.scales import Scales
+from cl_optim.fisher.kronecker.structure import Scale, Structure
+from cl_optim.fisher.kronecker.sums import FactorSums
+from cl_optim.fisher.model import evaluating, trained
 from cl_optim.fisher.objective import LABELS, Kind, Labels, Loss, Objective
 from cl_optim.fisher.observe.refusals import Policy
 from cl_optim.fisher.own_pass import OwnPass
 from cl_optim.fisher.totals import Totals
 from cl_optim.importance.importance import Importance
+from cl_optim.importance.kronecker.factors import Factors
+from cl_optim.importance.kronecker.side import BLOCK, ENERGY
 from cl_optim.ops.checks import require
 
 Unsupported: TypeAlias = Literal["error", "sign", "skip"]
@@ -39,8 +51,12 @@ def estimate_fisher(
     verify: Verify = "first",
     generator: torch.Generator | None = None,
     progress: bool | None = None,
+    structure: Literal["diagonal", "kronecker"] = "diagonal",
+    scale: Scale = "product",
+    block: int = BLOCK,
+    energy: float = ENERGY,
 ) -> Importance:
-    r"""Compute the diagonal of the Fisher information of ``model`` on ``batches``.
+    r"""Compute the Fisher information of ``model`` on ``batches``: its diagonal, or its factors.
 
     :math:`F_i = \frac1N \sum_n E_y\left[(∂ \log p(y | x_n) / ∂θ_i)^2\right]`, exactly per sample.
     What y is, is ``labels``:
@@ -66,6 +82,19 @@ def estimate_fisher(
     The model runs in eval mode and is left as it was: training flags, ``grad``, buffers. See
     :class:`FisherEstimator` for the layers that are supported, and for what on a GPU differs in
     rounding from run to run unless ``torch.use_deterministic_algorithms(True)``: embeddings.
+
+    With ``structure="kronecker"`` the matrices of linear maps get Kronecker factors in place of
+    their diagonal: of A = E[ããᵀ], where ã are a map's inputs, with a 1 for the bias that is added
+    to it alone, and G = E[bbᵀ], where b are the gradients of its outputs. Each token, each position
+    of a convolution and each lookup is a row (*expand*), and rows count as independent of one
+    another, and inputs of gradients. Rows of padding are not counted, where ``attention_mask``,
+    ``key_padding_mask`` or ``src_key_padding_mask`` (and those of a decoder) are among the model's
+    arguments. Matrices are weights of linear (also ``@``, addmm and attention's fused projections),
+    convolutions, embeddings, tied or used several times; everything else keeps the diagonal, as
+    ``metadata["diagonal"]`` says for each parameter, and why. What is not known of a matrix is in
+    ``metadata["blocked"]``: in how many blocks its output and its input side are (0: the diagonal
+    alone, for vocabularies). Memory: the sums of each matrix, float64, of output width² + input
+    width², in place of one tensor of its size.
 
     Args:
         model: The model; observed are its parameters that require gradients.
@@ -105,18 +134,37 @@ def estimate_fisher(
             they follow ``torch.manual_seed``.
         progress: Show a progress bar, by rich. Default: if it is installed and the standard error
             stream is a terminal.
+        structure: ``"diagonal"``, or ``"kronecker"``; not for ``kind="mas"``, which has no factors.
+        scale: What a pair of directions of a matrix weighs. ``"product"``: the product of what its
+            two factors say (K-FAC), in one pass. ``"exact"``: the mean over samples of the squared
+            per-sample gradient in these directions (EKFAC), by a second pass over ``batches``,
+            which must be a list, a DataLoader or the like, and give the same samples again. Labels
+            that are drawn are drawn anew in it, on from where ``generator`` is.
+        block: The widest block of a factor. A wider side is cut into blocks, and correlations
+            between them are left out; one that is wider than 16 blocks is diagonal.
+        energy: The share of each factor's trace that its directions hold, in (0, 1]; the others
+            are dropped, and have importance 0.
+
+    Returns:
+        An :class:`cl_optim.Importance`; with ``structure="kronecker"``, a ``KroneckerImportance``.
 
     Raises:
         TypeError: An argument is of a wrong type.
         ValueError: An argument is out of range; ``batches`` is empty; logits, targets or losses
-            have a wrong shape or value; a loss or gradient is not finite; the self-check failed.
-        NotImplementedError: A parameter is used in a way that is not supported.
+            have a wrong shape or value; a loss or gradient is not finite; the self-check failed;
+            with ``scale="exact"``, ``batches`` is an iterator, or gave other samples again.
+        NotImplementedError: A parameter is used in a way that is not supported, or has Kronecker
+            factors and is used otherwise in a later batch.
+        RuntimeError: There is no memory for the Kronecker factors of a matrix.
         ModuleNotFoundError: ``progress=True`` where rich is not installed.
 
     References:
         Kirkpatrick et al. 2017, arXiv:1612.00796; van de Ven 2025, arXiv:2502.11756, on how much
         the choice between these matters; Aljundi et al. 2018, arXiv:1711.09601 (MAS); Liu & Chang
-        2026, arXiv:2603.18596 (EWC-DR).
+        2026, arXiv:2603.18596 (EWC-DR). Kronecker factors: Martens & Grosse 2015, arXiv:1503.05671
+        (K-FAC); Grosse & Martens 2016, arXiv:1602.01407 (of convolutions); George et al. 2018,
+        arXiv:1806.03884 (EKFAC); Eschenhagen et al. 2023, arXiv:2311.00636 (weights that are
+        shared: expand and reduce).
     """
     check_model(model)
     meant = _check_arguments(batches, labels, max_samples, per_sample_loss, loss, kind)
@@ -128,6 +176,20 @@ def estimate_fisher(
         raise ValueError("unsupported='sign' estimates sums of squares, which kind='mas' is not.")
     check_integer("sign_draws", sign_draws, 1)
     check_verify(verify)
+    check_structure(structure, scale, block, energy)
+    kronecker = None
+    if structure == "kronecker":
+        if kind == "mas":
+            raise ValueError(
+                "kind='mas' sums magnitudes, which have no Kronecker factors: use "
+                "structure='diagonal'."
+            )
+        if scale == "exact" and isinstance(batches, Iterator):
+            raise ValueError(
+                f"scale='exact' goes through batches twice, and a {type(batches).__name__} can be "
+                f"iterated only once: give a list or a DataLoader."
+            )
+        kronecker = Structure(trained(model), block, energy)
     return estimate(
         model,
         batches,
@@ -137,6 +199,8 @@ def estimate_fisher(
         sign_draws,
         verify,
         progress,
+        kronecker,
+        exact=scale == "exact",
     )
 
 
@@ -149,11 +213,72 @@ def estimate(
     sign_draws: int = 16,
     verify: Verify = "first",
     progress: bool | None = None,
+    structure: Structure | None = None,
+    exact: bool = False,
 ) -> Importance:
     """Do what :func:`estimate_fisher` does, with its arguments checked."""
-    totals = Totals(model)
-    device = next(model.parameters()).device
+    totals = Totals(model, matrices=None if structure is None else FactorSums(structure))
     one = OwnPass(model, totals, objective, policy, sign_draws, verify)
+    batch_count = _add_all(model, batches, one, totals, max_samples, progress)
+    if totals.samples == 0:
+        raise ValueError("batches has no samples.")
+    metadata: dict[str, Any] = {
+        "estimator": "estimate_fisher",
+        "kind": objective.kind,
+        "labels": one.labels,
+        "loss": "per_sample_loss" if objective.per_sample_loss else one.loss,
+        "max_samples": max_samples,
+        "batches": batch_count,
+    }
+    if objective.labels == "auto":
+        metadata["labels_chosen"] = "auto"
+    if policy.mode == "sign" and policy.left:
+        metadata["sign"] = {"draws": sign_draws, "parameters": dict(policy.left)}
+    matrices = None
+    if exact:
+        objective = replace(objective, labels=one.labels)
+        found = totals.made_factors(policy)
+        matrices = _exact(
+            model, batches, found, totals, objective, policy, verify is True, progress
+        )
+        metadata["scale"] = "exact"
+    return totals.importance(model, policy, matrices, **metadata)
+
+
+def _exact(
+    model: nn.Module,
+    batches: Iterable[Any],
+    factors: Mapping[str, Factors],
+    first: Totals,
+    objective: Objective,
+    policy: Policy,
+    verify: bool,
+    progress: bool | None,
+) -> dict[str, Factors]:
+    """Return factors with the exact scale, by a second pass over the samples of the first."""
+    scales = Scales(factors)
+    totals = Totals(model, matrices=scales)
+    left = Policy("skip", dict(policy.left), dict(policy.shared))
+    one = OwnPass(model, totals, objective, left, 1, verify)
+    _add_all(model, batches, one, totals, int(first.samples), progress)
+    if totals.samples != first.samples or left.left.keys() != policy.left.keys():
+        raise ValueError(
+            f"scale='exact' goes through batches twice, and they were others the second time: "
+            f"{totals.samples} samples after {first.samples}; give a list or a DataLoader."
+        )
+    return scales.exact(float(totals.samples))
+
+
+def _add_all(
+    model: nn.Module,
+    batches: Iterable[Any],
+    one: OwnPass,
+    totals: Totals,
+    max_samples: int | None,
+    progress: bool | None,
+) -> int:
+    """Add batches, up to so many samples; return how many batches there were."""
+    device = next(model.parameters()).device
     batch_count = 0
     with evaluating(model), _progress_bar(progress, max_samples) as advance, torch.enable_grad():
         for batch in batches:
@@ -170,21 +295,7 @@ def estimate(
             advance(samples)
             if totals.samples == max_samples:
                 break
-    if totals.samples == 0:
-        raise ValueError("batches has no samples.")
-    metadata: dict[str, Any] = {
-        "estimator": "estimate_fisher",
-        "kind": objective.kind,
-        "labels": one.labels,
-        "loss": "per_sample_loss" if objective.per_sample_loss else one.loss,
-        "max_samples": max_samples,
-        "batches": batch_count,
-    }
-    if objective.labels == "auto":
-        metadata["labels_chosen"] = "auto"
-    if policy.mode == "sign" and policy.left:
-        metadata["sign"] = {"draws": sign_draws, "parameters": dict(policy.left)}
-    return totals.importance(model, policy, **metadata)
+    return batch_count
 
 
 def _check_arguments(

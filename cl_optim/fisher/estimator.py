@@ -18,10 +18,13 @@ from cl_optim.fisher.checks import (
     check_integer,
     check_model,
     check_number,
+    check_structure,
     check_verify,
 )
+from cl_optim.fisher.kronecker.structure import Scale, Structure
+from cl_optim.fisher.kronecker.sums import FactorSums
 from cl_optim.fisher.loss_scale import CrossEntropy, watch
-from cl_optim.fisher.model import eagerly
+from cl_optim.fisher.model import eagerly, trained
 from cl_optim.fisher.observe.observation import Observation
 from cl_optim.fisher.observe.refusals import Policy, refusing_checkpointed_functions
 from cl_optim.fisher.observe.taps import in_backward
@@ -29,6 +32,7 @@ from cl_optim.fisher.observer import Observer
 from cl_optim.fisher.samples import Samples
 from cl_optim.fisher.totals import Totals
 from cl_optim.importance.importance import Importance
+from cl_optim.importance.kronecker.side import BLOCK, ENERGY
 from cl_optim.ops.passes import is_unobserved
 
 
@@ -66,7 +70,8 @@ class FisherEstimator:
     several times, tied, through views, and inside activation checkpointing, too. Any other use is
     an error that names the parameter; :func:`cl_optim.register_fisher_rule` teaches a new one.
     Memory: one tensor per parameter for the sums, float32 (float64 for float64 parameters), and a
-    bounded chunk.
+    bounded chunk; with ``structure="kronecker"``, for each matrix float64 sums of output width² +
+    input width² in place of that.
 
     On a GPU, gradients of rows of a table that is looked up (an embedding), and of the rows of one
     sample where samples are packed or routed to experts, are added atomically, in any order: sums
@@ -89,14 +94,21 @@ class FisherEstimator:
         during_training: Allow :meth:`attach`.
         decay: What remains of sums and counts after each optimizer step
             (:meth:`apply_decay`), in (0, 1].
+        structure: ``"diagonal"``, or ``"kronecker"``: the matrices of linear maps get Kronecker
+            factors in place of their diagonal, as for :func:`estimate_fisher`, and
+            :meth:`finalize` returns a ``KroneckerImportance``.
+        scale: ``"product"``; the exact one needs a second pass over the samples.
+        block: The widest block of a factor, as for :func:`estimate_fisher`.
+        energy: The share of each factor's trace that is kept, as for :func:`estimate_fisher`.
 
     Raises:
-        TypeError: ``model`` is not a module.
+        TypeError: ``model`` is not a module, or an argument is of a wrong type.
         ValueError: It has no parameter that requires gradients, or a complex one; or an argument
             is not one of its values.
 
     References:
-        Kirkpatrick et al. 2017, arXiv:1612.00796; van de Ven 2025, arXiv:2502.11756.
+        Kirkpatrick et al. 2017, arXiv:1612.00796; van de Ven 2025, arXiv:2502.11756; Martens &
+        Grosse 2015, arXiv:1503.05671 (K-FAC, whose running means of factors are with decay).
     """
 
     def __init__(
@@ -107,6 +119,10 @@ class FisherEstimator:
         verify: Verify = "first",
         during_training: bool = False,
         decay: float = 1.0,
+        structure: Literal["diagonal", "kronecker"] = "diagonal",
+        scale: Scale = "product",
+        block: int = BLOCK,
+        energy: float = ENERGY,
     ) -> None:
         check_model(model)
         if unsupported not in ("error", "skip"):
@@ -120,7 +136,16 @@ class FisherEstimator:
         self._model = model
         self._during_training = during_training
         self._policy = Policy(unsupported)
-        self._totals = Totals(model, decay)
+        check_structure(structure, scale, block, energy)
+        if scale == "exact":
+            raise ValueError(
+                "scale='exact' needs a second pass over the samples: use "
+                "estimate_fisher(..., structure='kronecker', scale='exact')."
+            )
+        matrices = None
+        if structure == "kronecker":
+            matrices = FactorSums(Structure(trained(model), block, energy))
+        self._totals = Totals(model, decay, matrices)
         self._observer = Observer(model, self._totals, self._policy, verify)
         self._observing: Observation | None = None
         self._attached: Attachment | None = None
@@ -162,7 +187,8 @@ class FisherEstimator:
             TypeError: An argument is not a number.
             ValueError: An argument is out of range; an input's leading dimension is not
                 ``batch_size``; or the model's trained parameters are not what they were.
-            NotImplementedError: A parameter is used in a way that is not supported.
+            NotImplementedError: A parameter is used in a way that is not supported; or it has
+                Kronecker factors, by the first batch that it was in, and is used otherwise.
             RuntimeError: No backward pass ran inside, or two did; or inside another ``observe()``,
                 or while a CUDA graph is captured; or the self-check failed; or ``loss_terms`` was
                 left out, and the gradient of the logits shows that cross entropy was not a mean
@@ -191,6 +217,9 @@ class FisherEstimator:
                     watch(tensor, found)
 
         hook = self._model.register_forward_hook(Hook(check), with_kwargs=True)
+        before = self._model.register_forward_pre_hook(
+            Hook(observation.call_with), with_kwargs=True
+        )
         try:
             with eagerly(), refusing_checkpointed_functions(), observation:
                 yield
@@ -202,6 +231,7 @@ class FisherEstimator:
         finally:
             self._observing = None
             hook.remove()
+            before.remove()
             observation.close()
         self._totals.count(samples.count, samples.tokens if tokens is None else tokens)
 
@@ -343,10 +373,27 @@ class FisherEstimator:
         self._policy.shared = dict(state_dict["shared"])
 
     def check_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Raise ValueError if the state is of other parameters."""
-        own, sums = self._totals.sums, state_dict["sums"]
-        for name in {**own, **sums}:
-            if name not in own or name not in sums or own[name].shape != sums[name].shape:
+        """Raise ValueError if the state is of other parameters, or of another structure."""
+        own = self._totals.shapes
+        shapes = {name: value.shape for name, value in state_dict["sums"].items()}
+        factors, state = self._totals.factors, state_dict.get("kronecker")
+        if (factors is None) != (state is None):
+            here, there = ("diagonal", "kronecker")[:: 1 if factors is None else -1]
+            raise ValueError(
+                f"the state must be of the same structure as the estimator, {here!r}, not "
+                f"{there!r}: make the estimator with structure={there!r}."
+            )
+        if factors is not None and state is not None:
+            block = state["structure"]["block"]
+            if block != factors.structure.block:
+                raise ValueError(
+                    f"the state must be of the same block as the estimator, "
+                    f"{factors.structure.block}, not {block}: make the estimator with "
+                    f"block={block}."
+                )
+            shapes |= state["structure"]["shapes"]
+        for name in {**own, **shapes}:
+            if own.get(name) != shapes.get(name):
                 raise ValueError(
                     f"the state must be of the same parameters; {name!r} is not in both, or has "
                     "another shape."

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from cl_optim.fisher import nested
 from cl_optim.fisher.alignment import not_samples
@@ -15,7 +15,7 @@ from cl_optim.fisher.model import trained
 from cl_optim.fisher.observe.observation import Observation
 from cl_optim.fisher.observe.refusals import Policy, RefusedError, not_the_samples
 from cl_optim.fisher.observe.self_check import SelfCheck
-from cl_optim.fisher.observe.squares import Squares
+from cl_optim.fisher.observe.squares import Into, Squares
 from cl_optim.fisher.samples import Samples
 from cl_optim.fisher.totals import Totals
 from cl_optim.ops.capture import is_capturing
@@ -36,7 +36,7 @@ class Observer:
         self.verify = verify
         self._known_rows: set[str] = set()  # parameters whose inputs' rows are known to be samples
 
-    def begin(self, samples: Samples, begin: Callable[[], Mapping[str, Tensor]]) -> Observation:
+    def begin(self, samples: Samples, begin: Callable[[], Into]) -> Observation:
         """Start a batch; ``begin`` is called when its backward pass comes."""
         if is_capturing():
             raise RuntimeError(
@@ -49,7 +49,7 @@ class Observer:
         checked = self.verify is True or (self.verify == "first" and totals.seen() == 0)
         squares = Squares(
             parameters,
-            totals.sums,
+            totals.into,
             self._policy,
             packed=samples.packed,
             check=SelfCheck() if checked else None,
@@ -85,5 +85,5 @@ class Observer:
         left, shared = dict(self._policy.left), dict(self._policy.shared)
         policy = replace(self._policy, left=left, shared=shared)
         parameters = trained(self._model)
-        squares = Squares(parameters, self._totals.sums, policy)
+        squares = Squares(parameters, self._totals.into, policy)
         return Observation(parameters, samples, policy, squares)

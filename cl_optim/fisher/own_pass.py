@@ -75,8 +75,7 @@ class OwnPass:
                         f"been taken to be supported: put such a batch first."
                     ) from None
                 if self._spoilt:
-                    for total in self._totals.sums.values():
-                        total.zero_()
+                    self._totals.begin_anew()
 
     def _add_labelled(self, batch: Any, limit: int | None, where: str) -> int:
         """Add with the loss −log p(y)."""
@@ -158,7 +157,7 @@ class OwnPass:
         """Run a forward pass, and a backward pass for each seed; return the outputs, detached."""
         totals = self._totals
         parameters = totals.check_unchanged(self._model)
-        sums = totals.begin(1.0)
+        into = totals.begin(1.0)
         samples = Samples(count)
         for tensor in nested.tensors(inputs):
             samples.see(tensor.shape)
@@ -171,7 +170,7 @@ class OwnPass:
             first = self._without_interception(run, make_seeds, signs, check, where)
         squares = Squares(
             parameters,
-            sums,
+            into,
             self._policy,
             own_pass=True,
             magnitudes=self._objective.kind == "mas",
@@ -180,6 +179,7 @@ class OwnPass:
         )
         squares.hear_parameters()
         observation = Observation(parameters, samples, self._policy, squares)
+        hook = self._model.register_forward_pre_hook(observation.call_with, with_kwargs=True)
         try:
             with eagerly(), refusing_checkpointed_functions(), observation:
                 outputs = run()
@@ -196,9 +196,10 @@ class OwnPass:
                         raise _failed(wrong, where)
                 if signed:
                     squares.capturing = False
-                    self._draw_signs(outputs, make_seeds, sums, parameters)
+                    self._draw_signs(outputs, make_seeds, into.squares, parameters)
         finally:
             self._spoilt = squares.changed
+            hook.remove()
             observation.close()
             for parameter in parameters.values():
                 parameter.grad = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,9 +10,38 @@ import torch
 from torch import Tensor, nn
 
 from cl_optim.fisher.checks import Number
+from cl_optim.fisher.kronecker.structure import Structure
+from cl_optim.fisher.kronecker.sums import FactorSums, Matrices
+from cl_optim.fisher.kronecker.terms import Units, factors
 from cl_optim.fisher.model import provenance, trained
 from cl_optim.fisher.observe.refusals import Policy
+from cl_optim.fisher.observe.squares import Into
 from cl_optim.importance.importance import Importance
+from cl_optim.importance.kronecker.factors import Factors
+from cl_optim.importance.kronecker.importance import KroneckerImportance
+
+_LOGGER = logging.getLogger(__name__)
+
+
+class _Squares(dict[str, Tensor]):
+    """Sums of squares, made of zeros when they are first asked for.
+
+    A parameter that has Kronecker factors needs none.
+    """
+
+    def __init__(self, parameters: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        self.parameters = parameters
+
+    def __missing__(self, name: str) -> Tensor:
+        return self.make(name)
+
+    def make(self, name: str) -> Tensor:
+        """Make zeros."""
+        parameter = self.parameters[name]
+        dtype = torch.float64 if parameter.dtype == torch.float64 else torch.float32
+        self[name] = torch.zeros(parameter.shape, dtype=dtype, device=parameter.device)
+        return self[name]
 
 
 class _Batches:
@@ -19,40 +49,79 @@ class _Batches:
 
     A loss is usually a mean, perhaps scaled. Its squared gradients are summed as they come and the
     whole multiplied when the factor changes, since a product with each gradient would cost more.
+
+    Args:
+        parameters: Those that have sums, by name.
+        matrices: What takes the place of some of them.
     """
 
-    def __init__(self, sums: dict[str, Tensor]) -> None:
-        self.sums = sums
+    def __init__(self, parameters: Mapping[str, Tensor], matrices: Matrices | None = None) -> None:
+        self.sums = _Squares(parameters)
+        self.matrices = matrices
+        if matrices is None:
+            for name in parameters:
+                self.sums.make(name)
         self.empty()
+
+    @property
+    def into(self) -> Into:
+        """What batches are added to."""
+        return Into(self.sums, self.matrices)
+
+    @property
+    def factors(self) -> FactorSums | None:
+        """The sums of Kronecker factors, if there are some."""
+        return self.matrices if isinstance(self.matrices, FactorSums) else None
+
+    def tensors(self) -> list[tuple[str, Tensor]]:
+        """List all sums, with their parameters' names."""
+        return [*self.sums.items(), *(self.matrices.named() if self.matrices else ())]
+
+    def clear(self) -> None:
+        """Set all sums to zero."""
+        with torch.no_grad():
+            for _, total in self.tensors():
+                total.zero_()
 
     def empty(self) -> None:
         """Forget all batches."""
-        with torch.no_grad():
-            for total in self.sums.values():
-                total.zero_()
+        self.clear()
         self.batches = 0
         self.samples: Number = 0
         self.tokens: Number | None = None
         self.unit: Number | None = None  # what the sums are to be multiplied by
+        self.remains = 1.0  # and those of inputs, which know no loss
 
-    def begin(self, factor: Number) -> Mapping[str, Tensor]:
+    def begin(self, factor: Number) -> Into:
         """Return what a batch is to be added to, whose gradients are to be multiplied by that."""
         self.use(factor * factor)
-        return self.sums
+        return self.into
 
     def use(self, unit: Number) -> None:
         """Keep the sums in that unit."""
         if self.unit is not None and (
             isinstance(unit, Tensor) or isinstance(self.unit, Tensor) or unit != self.unit
         ):
-            _scale(list(self.sums.values()), self.unit / unit)
+            gradients = self.factors.gradients() if self.factors else []
+            _scale([*self.sums.values(), *gradients], self.unit / unit)
         self.unit = unit
+        if self.factors and self.remains != 1.0:
+            _scale(self.factors.counts(), self.remains)
+            self.remains = 1.0
 
     def finite(self) -> Tensor:
         """Return whether all sums are finite, on the device."""
-        device = next(iter(self.sums.values())).device
-        each = [total.isfinite().all().to(device) for total in self.sums.values()]
-        return torch.stack(each).all()
+        each = [total.isfinite().all() for _, total in self.tensors()]
+        return torch.stack([one.to(each[0].device) for one in each]).all()
+
+    def follow(self, parameters: Mapping[str, Tensor]) -> None:
+        """Follow parameters to the devices that they were moved to."""
+        self.sums.parameters = parameters
+        for name, total in list(self.sums.items()):
+            self.sums[name] = total.to(parameters[name].device)
+        if self.factors is not None:
+            for name, parameter in parameters.items():
+                self.factors.to(name, parameter.device)
 
     def count(self, samples: Number, tokens: Number | None, batches: int = 1) -> None:
         """Count batches that were observed to their end."""
@@ -72,36 +141,46 @@ class Totals(_Batches):
     Args:
         model: Its parameters that require gradients have sums.
         decay: What remains of them after each step.
+        matrices: What takes the place of squares for some parameters.
 
     Attributes:
         decay: As given.
+        shapes: Of the parameters.
         staged: Batches that are not yet known to be finite, or what their loss was divided by.
         dropping: Whether what is staged and not finite is dropped, and counted.
     """
 
-    def __init__(self, model: nn.Module, decay: float = 1.0) -> None:
-        sums: dict[str, Tensor] = {}
-        for name, parameter in trained(model).items():
+    def __init__(
+        self, model: nn.Module, decay: float = 1.0, matrices: Matrices | None = None
+    ) -> None:
+        parameters = trained(model)
+        for name, parameter in parameters.items():
             if not parameter.is_floating_point():
                 raise ValueError(
                     f"parameter {name!r} must be of a real floating-point dtype, not "
                     f"{parameter.dtype}."
                 )
-            dtype = torch.float64 if parameter.dtype == torch.float64 else torch.float32
-            sums[name] = torch.zeros(parameter.shape, dtype=dtype, device=parameter.device)
-        if not sums:
+        if not parameters:
             raise ValueError("model has no parameters that require gradients.")
-        super().__init__(sums)
+        super().__init__(parameters, matrices)
+        self.shapes = {name: parameter.shape for name, parameter in parameters.items()}
         self.decay = decay
         self.broken = False
         self.staged: _Batches | None = None
         self.dropping = False
         self._dropped: Number = 0
+        self._said = False
+
+    @property
+    def device(self) -> torch.device:
+        """Where counts are kept: with the first parameter."""
+        return next(iter(self.sums.parameters.values())).device
 
     def state_dict(self) -> dict[str, Any]:
         """Return all but what is being observed."""
         self._check_whole()
         return {
+            **self._factors_state(),
             "sums": dict(self.sums),
             "batches": self.batches,
             "samples": self.samples,
@@ -110,18 +189,37 @@ class Totals(_Batches):
             "dropped": self._dropped,
         }
 
+    def _factors_state(self) -> dict[str, Any]:
+        if self.factors is None:
+            return {}
+        structure = self.factors.structure.state_dict()
+        return {
+            "kronecker": {
+                "structure": structure,
+                "sums": self.factors.state_dict(),
+                "remains": self.remains,
+            }
+        }
+
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Go on from there, in the tensors that there are."""
         with torch.no_grad():
-            for name, total in self.sums.items():
-                total.copy_(state_dict["sums"][name])
+            for name in {**self.sums, **state_dict["sums"]}:
+                if name in state_dict["sums"]:
+                    self.sums[name].copy_(state_dict["sums"][name])
+                else:
+                    del self.sums[name]
+        if self.factors is not None:
+            state = state_dict["kronecker"]
+            self.factors.structure.load_state_dict(state["structure"])
+            self.factors.load_state_dict(state["sums"], self.sums.parameters)
+            self.remains = state["remains"]
         if self.staged is not None:
             self.staged.empty()
         self.broken = False
         self.batches = state_dict["batches"]
-        device = next(iter(self.sums.values())).device
         counts: list[Any] = [
-            value.to(device, copy=True) if isinstance(value, Tensor) else value
+            value.to(self.device, copy=True) if isinstance(value, Tensor) else value
             for value in map(state_dict.get, ("samples", "tokens", "unit", "dropped"))
         ]
         self.samples, self.tokens, self.unit, self._dropped = counts
@@ -136,7 +234,9 @@ class Totals(_Batches):
     def stage(self) -> None:
         """Keep batches apart until :meth:`commit`, from now on."""
         if self.staged is None:
-            self.staged = _Batches({name: torch.zeros_like(t) for name, t in self.sums.items()})
+            factors = self.factors
+            matrices = None if factors is None else FactorSums(factors.structure)
+            self.staged = _Batches(self.sums.parameters, matrices)
 
     def unstage(self) -> None:
         """Add batches as they come, from now on."""
@@ -146,7 +246,7 @@ class Totals(_Batches):
         """Return the number of batches that were observed to their end."""
         return self.batches + (0 if self.staged is None else self.staged.batches)
 
-    def begin(self, factor: Number) -> Mapping[str, Tensor]:
+    def begin(self, factor: Number) -> Into:
         """Return what a batch is to be added to, whose gradients are to be multiplied by that."""
         return super().begin(factor) if self.staged is None else self.staged.begin(factor)
 
@@ -156,6 +256,12 @@ class Totals(_Batches):
             super().count(samples, tokens, batches)
         else:
             self.staged.count(samples, tokens, batches)
+
+    def begin_anew(self) -> None:
+        """Forget the first batch, of which a part was added, and what it decided."""
+        self.clear()
+        if self.factors is not None:
+            self.factors.forget()
 
     def discard(self) -> None:
         """Forget the batches that are staged; where there is no stage, the sums hold them."""
@@ -173,8 +279,11 @@ class Totals(_Batches):
         self.use(staged.unit / (scale * scale))
         finite = staged.finite() if self.dropping else None
         with torch.no_grad():
-            for total, value in zip(self.sums.values(), staged.sums.values(), strict=True):
-                total += value if finite is None else torch.where(finite.to(value.device), value, 0)
+            for name, value in staged.sums.items():
+                where = None if finite is None else finite.to(value.device)
+                self.sums[name] += value if where is None else torch.where(where, value, 0)
+            if self.factors is not None and staged.factors is not None:
+                self.factors.add_(staged.factors, finite)
         kept: Number = 1 if finite is None else finite.double()
         self._dropped = self._dropped + staged.samples * (1 - kept)
         tokens = None if staged.tokens is None else staged.tokens * kept
@@ -186,26 +295,40 @@ class Totals(_Batches):
         if self.decay == 1.0:
             return
         self.unit = None if self.unit is None else self.unit * self.decay
+        self.remains *= self.decay
         self.samples = self.samples * self.decay
         self.tokens = None if self.tokens is None else self.tokens * self.decay
 
     def overflowed(self) -> bool:
         """Return whether some sum is not finite; waits for the device once."""
-        device = next(iter(self.sums.values())).device
-        wholes = torch.stack([total.sum().float().to(device) for total in self.sums.values()])
-        return not bool(wholes.isfinite().all())
+        each = [total.sum().float().to(self.device) for _, total in self.tensors()]
+        return bool(each) and not bool(torch.stack(each).isfinite().all())
 
     def non_finite(self) -> list[str]:
         """Name the parameters whose sums hold a NaN or an infinity."""
-        return [
+        found = [
             name
-            for name, total in self.sums.items()
+            for name, total in self.tensors()
             # The sum is the faster look; it may also overflow where no entry does.
             if not (torch.isfinite(total.sum()) or torch.isfinite(total).all())
         ]
+        return list(dict.fromkeys(found))
 
-    def importance(self, model: nn.Module, policy: Policy, **metadata: Any) -> Importance:
-        """Return a copy of the sums as an importance."""
+    def importance(
+        self,
+        model: nn.Module,
+        policy: Policy,
+        matrices: Mapping[str, Factors] | None = None,
+        **metadata: Any,
+    ) -> Importance:
+        """Return a copy of the sums as an importance.
+
+        Args:
+            model: The model.
+            policy: What was done with unsupported parameters.
+            matrices: The matrices' factors, where they are known; else they are made of the sums.
+            metadata: What is to be said besides.
+        """
         self._check_whole()
         if self.batches == 0:
             raise RuntimeError("nothing was observed: finalize() needs at least one observe().")
@@ -213,39 +336,89 @@ class Totals(_Batches):
         if names := [name for name in self.non_finite() if name not in skipped]:
             raise ValueError(
                 f"the squared gradients of parameter {names[0]!r} are not finite ({len(names)} of "
-                f"{len(self.sums)} parameters): an observed loss overflowed or was NaN."
+                f"{len(self.shapes)} parameters): an observed loss overflowed or was NaN."
             )
         if float(self.samples) == 0.0:
             raise ValueError("every batch overflowed and was dropped; nothing was observed.")
         unit = 1.0 if self.unit is None else self.unit
-        sums = {k: total * unit for k, total in self.sums.items() if k not in skipped}
+        if self.factors is not None and matrices is None:
+            matrices = self.made_factors(policy)
+        inside = {
+            name: weight
+            for weight, one in (matrices or {}).items()
+            for name in (weight, one.layout.bias)
+        }
+        rest = [name for name in self.shapes if name not in skipped and name not in inside]
+        sums = {name: self.sums[name] * unit for name in rest}
         tokens = None if self.tokens is None else _plain(self.tokens)
         if skipped:
             metadata["skipped"] = dict(skipped)
         if self.dropping:
             metadata["dropped_samples"] = _plain(self._dropped)
         common = {"sample": "sequence", **provenance(model, trained(model))}
-        return Importance(sums, _plain(self.samples), tokens, {**metadata, **common})
+        samples = _plain(self.samples)
+        if self.factors is None or matrices is None:
+            return Importance(sums, samples, tokens, {**metadata, **common})
+        signed = dict.fromkeys(policy.left, "not supported: random signs")
+        reasons = {name: signed.get(name) or self.factors.structure.why(name) for name in rest}
+        said = self._say(self.factors.structure, matrices, reasons)
+        return KroneckerImportance(matrices, sums, samples, tokens, {**said, **metadata, **common})
+
+    def made_factors(self, policy: Policy) -> dict[str, Factors]:
+        """Make the Kronecker factors of the sums."""
+        assert self.factors is not None
+        skipped = policy.left if policy.mode == "skip" else {}
+        unit = 1.0 if self.unit is None else float(self.unit)
+        units = Units(unit, self.remains)
+        return factors(self.factors, units, float(self.samples), skipped)
+
+    def _say(
+        self, structure: Structure, matrices: Mapping[str, Factors], reasons: Mapping[str, str]
+    ) -> dict[str, Any]:
+        """Say which parameters have no factors, and why, and of which not all is known."""
+        sides = {name: (one.output, one.input) for name, one in matrices.items()}
+        blocked = {
+            name: [side.blocks for side in both]
+            for name, both in sides.items()
+            if any(side.blocks != 1 and side.size > 1 for side in both)
+        }
+        if not self._said:
+            self._said = True
+            _LOGGER.info(
+                "Kronecker factors of %d matrices; the diagonal of %d parameters: %s; sides that "
+                "are cut into blocks, or diagonal (0): %s.",
+                len(matrices), len(reasons), reasons, blocked,
+            )  # fmt: skip
+        return {
+            "structure": "kronecker",
+            "scale": "product",
+            "block": structure.block,
+            "energy": structure.energy,
+            "reduction": "expand",
+            "diagonal": dict(reasons),
+            "blocked": blocked,
+        }
 
     def check_unchanged(self, model: nn.Module) -> dict[str, nn.Parameter]:
         """Refuse parameters other than those at the start; follow those that were moved."""
         parameters = trained(model)
-        shapes = {name: total.shape for name, total in self.sums.items()}
+        shapes = self.shapes
         for name in {**shapes, **parameters}:
             if name not in parameters or parameters[name].shape != shapes.get(name):
                 raise ValueError(
                     f"parameter {name!r} was added, removed, frozen, unfrozen or reshaped after "
                     f"the FisherEstimator was made; make a new one."
                 )
-        for name, parameter in parameters.items():
-            self.sums[name] = self.sums[name].to(parameter.device)
-            if self.staged is not None:
-                self.staged.sums[name] = self.staged.sums[name].to(parameter.device)
+        for batches in (self, self.staged):
+            if batches is not None:
+                batches.follow(parameters)
         return parameters
 
 
 def _scale(tensors: list[Tensor], factor: Number) -> None:
     """Multiply all tensors in place."""
+    if not tensors:
+        return
     with torch.no_grad():
         if isinstance(factor, Tensor):
             for tensor in tensors:

@@ -27,6 +27,7 @@ from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 from torch.utils.hooks import RemovableHandle
 
 from cl_optim.fisher import nested
+from cl_optim.fisher.kronecker.padding import Kept, kept_rows
 from cl_optim.fisher.observe.calls import Call
 from cl_optim.fisher.observe.gathered import Tracker
 from cl_optim.fisher.observe.lookups import Lookups
@@ -89,6 +90,7 @@ class Observation(TorchFunctionMode):
 
     Attributes:
         closed: Whether the observation has ended.
+        kept: Which rows of the forward pass that runs are no padding; see :meth:`call_with`.
         paused: Whether what is called is not of this batch.
         samples: As given.
         squares: As given.
@@ -108,6 +110,7 @@ class Observation(TorchFunctionMode):
         self._lookups = Lookups(parameters, watched, samples, self._tracker, policy.shared)
         self._module_hooks: list[RemovableHandle] = []
         self.closed = False
+        self.kept: Kept = {}
         self.paused = False
         self.witness: Callable[[list[str], Tensor, int], None] | None = None
 
@@ -123,6 +126,11 @@ class Observation(TorchFunctionMode):
         self._watched.clear()
         self._lookups.undecided.clear()
         self._tracker.clear()
+
+    def call_with(self, model: torch.nn.Module, args: Any, kwargs: Mapping[str, Any]) -> None:
+        """Learn which rows are padding from what the model is called with."""
+        if self.squares.counts_rows:
+            self.kept = kept_rows(model, args, kwargs)
 
     def is_entered(self) -> bool:
         """Return whether this mode is on. It is not in a backward pass that was begun under it."""
@@ -481,7 +489,7 @@ class Observation(TorchFunctionMode):
             used = [source for source in sources if source is not None]
             self.squares.refuse_late_use(names_of(used))
             self.squares.count(used)
-        return Pending(gradients, sources, recomputed, samples, self.taps.graph)
+        return Pending(gradients, sources, recomputed, samples, self.taps.graph, self.kept)
 
     def _count(self, sources: Iterable[Source]) -> None:
         if not in_backward():

@@ -8,6 +8,7 @@ from typing import TypeAlias
 
 from torch import Tensor
 
+from cl_optim.fisher.kronecker.padding import Kept
 from cl_optim.fisher.per_sample.base import PerSample
 from cl_optim.fisher.per_sample.views import Geometry, ScaledBy, ViewOf
 from cl_optim.fisher.samples import Samples
@@ -65,6 +66,7 @@ class Pending:
         recomputed: Whether the use is in a backward pass, by activation checkpointing.
         samples: Where the samples are in what was used.
         graph: Of the forward pass, while the graph alone keeps that alive.
+        kept: Which rows are no padding, by the shape of their leading dimensions.
         done: Whether the gradient has come.
     """
 
@@ -73,6 +75,7 @@ class Pending:
     recomputed: bool
     samples: Samples
     graph: Graph | None
+    kept: Kept
     done: bool = False
 
 

@@ -11,19 +11,34 @@ import functools
 import threading
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
+from cl_optim.fisher.kronecker.sums import Matrices
+from cl_optim.fisher.kronecker.used import Used, used
+from cl_optim.fisher.observe.gathered import Gathered
 from cl_optim.fisher.observe.refusals import FREEZE, Policy, RefusedError, listed, remedy, unseen
 from cl_optim.fisher.observe.self_check import SelfCheck
 from cl_optim.fisher.observe.sources import Pending, Source, names_of
 from cl_optim.fisher.per_sample.base import Dense, PerSample
 from cl_optim.fisher.per_sample.combine import combine
-from cl_optim.fisher.rules.registry import UnsupportedUseError
+from cl_optim.fisher.rules.registry import UnsupportedUseError, wide
+
+
+class Into(NamedTuple):
+    """What a batch is added to.
+
+    Attributes:
+        squares: For each parameter, where Σ_n g_n² is added.
+        matrices: Takes what it has a place for before the squares do.
+    """
+
+    squares: Mapping[str, Tensor]
+    matrices: Matrices | None = None
 
 
 class Squares:
@@ -31,7 +46,7 @@ class Squares:
 
     Args:
         parameters: The watched parameters by name; all require gradients.
-        sums: For each of them, where Σ_n g_n² is added.
+        into: What they are added to.
         policy: What is done with unsupported parameters; is told of those that are found.
         packed: Whether the batch's samples follow one another in one dimension.
         own_pass: The backward passes compute no gradients of parameters; several through one
@@ -39,7 +54,7 @@ class Squares:
         magnitudes: Add Σ_n |g_n| instead.
         check: Is told of Σ_n w_n g_n of each parameter, and of the gradients they receive.
         weights: w_n, 1 by default.
-        begin: Called before the first square is added; returns what takes the place of ``sums``.
+        begin: Called before the first square is added; returns what takes the place of ``into``.
 
     Attributes:
         active: Whether the backward pass that runs may be this one's: not, where another forward
@@ -55,7 +70,7 @@ class Squares:
     def __init__(
         self,
         parameters: Mapping[str, Tensor],
-        sums: Mapping[str, Tensor],
+        into: Into,
         policy: Policy,
         *,
         packed: bool = False,
@@ -63,10 +78,10 @@ class Squares:
         magnitudes: bool = False,
         check: SelfCheck | None = None,
         weights: Tensor | None = None,
-        begin: Callable[[], Mapping[str, Tensor]] | None = None,
+        begin: Callable[[], Into] | None = None,
     ) -> None:
         self._parameters = parameters
-        self._sums = sums
+        self._into = into
         self._policy = policy
         self._remedy = remedy(own_pass, magnitudes, packed)
         self.own_pass = own_pass
@@ -84,7 +99,8 @@ class Squares:
         # How often each parameter was used outside a backward pass: recomputation does not count.
         # What was used once is squared as soon as its gradient comes, else all uses are waited for.
         self._uses: Counter[str] = Counter()
-        self._waiting: dict[str, list[PerSample]] = {}
+        self._waiting: dict[str, list[Used]] = {}
+        self._again = False  # whether a backward pass through this forward pass has ended
         # A backward pass through several devices runs in a thread for each. Not held while others
         # of autograd's threads may be needed.
         self._lock = threading.Lock()
@@ -101,6 +117,11 @@ class Squares:
     def count(self, sources: Iterable[Source]) -> None:
         """Count a use of each of these in the forward pass."""
         self._uses.update(name for source in sources for name in source.names)
+
+    @property
+    def counts_rows(self) -> bool:
+        """Whether it matters which rows are padding."""
+        return self._into.matrices is not None
 
     def used(self) -> set[str]:
         """Return the parameters that the forward pass used."""
@@ -186,7 +207,7 @@ class Squares:
         with self._lock:
             if self._begin is not None:
                 begin, self._begin = self._begin, None
-                self._sums = begin()
+                self._into = begin()
         try:
             # Backward may be called under autocast, which would round the factors once more.
             with torch.no_grad(), torch.autocast(grad_output.device.type, enabled=False):
@@ -210,41 +231,59 @@ class Squares:
         if self.check is not None:
             for name in names:
                 self.check.lower(name, grad_output)
-        return [
-            None if source is None or grad is None else self._add(source, grad, pending)
+        each: list[tuple[Source, PerSample] | None] = [
+            None
+            if source is None or grad is None
+            else (source, grad if isinstance(grad, PerSample) else Dense(grad))
             for source, grad in zip(pending.sources, gradients, strict=True)
         ]
+        uses = self._uses_of([one for one in each if one is not None], pending)
+        return [None if one is None else self._add(*one, next(uses), pending) for one in each]
+
+    def _uses_of(
+        self, each: Sequence[tuple[Source, PerSample]], pending: Pending
+    ) -> Iterator[dict[str, Used]]:
+        """Yield, for each of a call's tensors, how the parameters that it is made of are used."""
+        pulled = [
+            {
+                name: pullback(grads)
+                for name, pullback in source.pullbacks.items()
+                if name not in self._policy.left
+            }
+            for source, grads in each
+        ]
+        if self._into.matrices is None:
+            return iter([{name: Used(one) for name, one in uses.items()} for uses in pulled])
+        return iter(used(pulled, pending.kept, isinstance(pending.samples, Gathered)))
 
     def _are_wanted(self, names: Iterable[str]) -> bool:
         """Return whether the backward pass that runs computes gradients of these parameters."""
         nodes = [node for name in names if (node := self._nodes.get(name)) is not None]
         return not nodes or any(torch._C._will_engine_execute_node(node) for node in nodes)
 
-    def _add(self, source: Source, grad: PerSample | Tensor, pending: Pending) -> Tensor | None:
+    def _add(
+        self, source: Source, grads: PerSample, uses: Mapping[str, Used], pending: Pending
+    ) -> Tensor | None:
         """Square one use's gradients, or wait for the parameters' other uses.
 
         Returns:
             Σ_n g_n of the tensor that was used, where it is made here.
         """
-        use = grad if isinstance(grad, PerSample) else Dense(grad)
         if source.direct and self._is_only_use(source.name):
-            name = source.name
-            sums = self._sums[name]
-            total = torch.zeros(use.shape, dtype=sums.dtype, device=sums.device)
             self.changed = True
-            self._square(name, use, total)
-            return total
-        for name, pullback in source.pullbacks.items():
-            if name not in self._policy.left:
-                counted = source.direct and self._uses[name] > 0
-                self._wait(name, pullback(use), late=pending.recomputed and not counted)
-        return use.sum(self._sums[source.name].dtype) if self.makes_gradients else None
+            return self._square(source.name, [uses[source.name]], summed=True)
+        for name, use in uses.items():
+            counted = source.direct and self._uses[name] > 0
+            self._wait(name, use, late=pending.recomputed and not counted)
+        if not self.makes_gradients:
+            return None
+        return grads.sum(wide(self._parameters[source.name]))
 
     def _is_only_use(self, name: str) -> bool:
         known = self._uses[name] == 1 and name not in self._late
         return known and self.makes_gradients and name not in self._policy.left
 
-    def _wait(self, name: str, use: PerSample, late: bool) -> None:
+    def _wait(self, name: str, use: Used, late: bool) -> None:
         """Square what was gathered of a parameter when its last use has come."""
         self.changed = True
         if late:
@@ -255,22 +294,40 @@ class Squares:
             if len(waiting) < self._uses[name] or name in self._late:
                 return
             del self._waiting[name]
-        self._square(name, combine(waiting))
+        self._square(name, waiting)
 
-    def _square(self, name: str, grads: PerSample, total: Tensor | None = None) -> None:
-        sums = self._sums[name]
-        before = 0.0 if self.check is None else sums.sum(dtype=torch.float64)
-        if self._magnitudes:
-            grads.add_magnitudes_(sums)
+    def _square(self, name: str, uses: Sequence[Used], summed: bool = False) -> Tensor | None:
+        """Add the squares of a parameter's gradients, or what takes their place.
+
+        Returns:
+            Σ_n g_n, if ``summed``.
+        """
+        grads, dtype = combine([use.grads for use in uses]), wide(self._parameters[name])
+        matrices, total = self._into.matrices, None
+        before: Tensor | float = 0.0
+        if matrices is not None and matrices.add(name, uses, self._again):
+            total = grads.sum(dtype) if summed else None
+            sums = None
+            if self.check is not None:
+                sums = torch.zeros(grads.shape, dtype=dtype, device=self._parameters[name].device)
+                grads.add_squares_(sums)
         else:
-            grads.add_squares_(sums, total)
+            sums = self._into.squares[name]
+            total = torch.zeros_like(sums) if summed else None
+            if self.check is not None:
+                before = sums.sum(dtype=torch.float64)
+            if self._magnitudes:
+                grads.add_magnitudes_(sums)
+            else:
+                grads.add_squares_(sums, total)
         self._squared.add(name)
-        if self.check is not None:
+        if self.check is not None and sums is not None:
             added = sums.sum(dtype=torch.float64) - before
             if self._magnitudes:  # Σ|g| ≤ √(number of terms · Σg²)
                 added = added.square() / max(1, grads.samples * sums.numel())
             size = added.clamp_min(0).sqrt()
-            self.check.capture(name, grads.sum(sums.dtype, self._weights), size)
+            self.check.capture(name, grads.sum(dtype, self._weights), size)
+        return total
 
     def _receive(self, name: str, grad: Tensor | None) -> None:
         """Compare a parameter's gradient, of all uses, with that of the uses that were seen."""
@@ -307,9 +364,10 @@ class Squares:
         """End a backward pass: square what waited for uses that had no gradient."""
         with torch.no_grad():
             for name, uses in self._waiting.items():
-                self._square(name, combine(uses))
+                self._square(name, uses)
         self._waiting.clear()
         self._late.clear()
+        self._again = True
         if self.own_pass:
             self._squared.clear()
 

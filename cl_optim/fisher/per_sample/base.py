@@ -90,6 +90,10 @@ class Dense(PerSample):
             total += grads.sum(0)
 
 
+class Bias(Dense):
+    """Of what is added to each output of a matrix, in the call that multiplies by that."""
+
+
 def at_most(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """Round to ``dtype`` what is wider: a float32 parameter may be used as float64."""
     return tensor.to(dtype) if tensor.dtype.itemsize > dtype.itemsize else tensor

@@ -52,10 +52,19 @@ class Convolved(PerSample):
         grads: The gradient of the output, [N·frames, out, *positions].
         geometry: Of the convolution.
         samples: N.
+        transposed: Input and gradient have changed places, as for a transposed convolution.
     """
 
-    def __init__(self, input: Tensor, grads: Tensor, geometry: Convolution, samples: int) -> None:
+    def __init__(
+        self,
+        input: Tensor,
+        grads: Tensor,
+        geometry: Convolution,
+        samples: int,
+        transposed: bool = False,
+    ) -> None:
         self.input, self.grads, self.geometry = input, grads, geometry
+        self.transposed = transposed
         self.samples, self.frames = samples, len(input) // max(1, samples)
         self.shape = (grads.shape[1], input.shape[1] // geometry.groups, *geometry.kernel)
 
@@ -80,6 +89,15 @@ class Convolved(PerSample):
         if gradient:
             size = max(size, math.prod(self.shape))
         return samples_at_once(size * 4)
+
+    def rows(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield, some samples at a time, windows [groups, N·L, ...] and gradients likewise."""
+        step = self._step(gradient=False)
+        for start in range(0, self.samples, step):
+            windows, grads = self._factors(start, min(start + step, self.samples))
+            yield tuple(  # type: ignore[misc]
+                part.permute(1, 0, 3, 2).flatten(1, 2) for part in (windows, grads)
+            )
 
     def dense(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
         """See :class:`PerSample`."""

@@ -20,6 +20,7 @@ class Outer(PerSample):
         samples: N.
         cu_seqlens: Offsets of the packed samples.
         pad: Makes [N, longest T, ...] of something packed.
+        flipped: a and b have changed places: ``inputs`` are the gradients. The matrix is [in, out].
     """
 
     def __init__(
@@ -29,20 +30,24 @@ class Outer(PerSample):
         samples: int,
         cu_seqlens: Tensor | None = None,
         pad: Callable[[Tensor], Tensor] | None = None,
+        flipped: bool = False,
     ) -> None:
         self.inputs, self.grads, self.samples = inputs, grads, samples
-        self.cu_seqlens, self.pad = cu_seqlens, pad
+        self.cu_seqlens, self.pad, self.flipped = cu_seqlens, pad, flipped
         self.shape = (grads.shape[-1], inputs.shape[-1])
 
     def padded(self) -> Outer:
         """Return the same, not packed."""
         if self.pad is None:
             return self
-        return Outer(self.pad(self.inputs), self.pad(self.grads), self.samples)
+        return Outer(
+            self.pad(self.inputs), self.pad(self.grads), self.samples, flipped=self.flipped
+        )
 
     def transposed(self) -> Outer:
         """Return the gradients of the transposed matrix."""
-        return Outer(self.grads, self.inputs, self.samples, self.cu_seqlens, self.pad)
+        sides = self.grads, self.inputs
+        return Outer(*sides, self.samples, self.cu_seqlens, self.pad, not self.flipped)
 
     def dense(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
         """See :class:`PerSample`."""

@@ -19,10 +19,14 @@ class LookedUp(PerSample):
         indices: int64 [N, T].
         grads: The gradients of what was looked up, [N, T, *row].
         table: Number of rows V.
+        counted: Which of the lookups there are, bool [N, T]: the others only fill up, and have no
+            gradient. Default: all.
     """
 
-    def __init__(self, indices: Tensor, grads: Tensor, table: int) -> None:
-        self.indices, self.grads, self.table = indices, grads, table
+    def __init__(
+        self, indices: Tensor, grads: Tensor, table: int, counted: Tensor | None = None
+    ) -> None:
+        self.indices, self.grads, self.table, self.counted = indices, grads, table, counted
         self.samples = len(indices)
         self.shape = (table, *grads.shape[2:])
 

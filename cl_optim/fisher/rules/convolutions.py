@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import Tensor
 
+from cl_optim.fisher.per_sample.base import Bias
 from cl_optim.fisher.per_sample.convolutions import Convolution, Convolved
 from cl_optim.fisher.rules.registry import (
     Gradients,
@@ -94,10 +95,10 @@ def _convolved(
         weights = None
         if input is not None:
             ends = (grad, input) if transposed else (input, grad)
-            weights = Convolved(*ends, geometry, samples.count)
+            weights = Convolved(*ends, geometry, samples.count, transposed)
         if not bias_trained:
             return weights, None
-        return weights, samples.sum(grad.flatten(2).sum(2, dtype=wide(grad)), 1)
+        return weights, Bias(samples.sum(grad.flatten(2).sum(2, dtype=wide(grad)), 1))
 
     saved = (if_trained(input, weight),)
     return Use(input, input.dim() - 1, (weight, bias), saved, gradients)

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cl_optim.fisher.per_sample.base import Bias
 from cl_optim.fisher.per_sample.matrices import Experts, Outer
 from cl_optim.fisher.rules.families import named
 from cl_optim.fisher.rules.registry import (
@@ -28,6 +29,10 @@ def _outer(samples: Samples, inputs: Tensor, grads: Tensor) -> Outer:
     return Outer(inputs, grads, samples.count, cu_seqlens, pad)
 
 
+def _bias(samples: Samples, grads: Tensor) -> Bias:
+    return Bias(samples.sum(grads, 1, wide(grads)))
+
+
 @rule(F.linear)
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Use:
     """Describe ``torch.nn.functional.linear``."""
@@ -36,7 +41,7 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Use:
 
     def gradients(samples: Samples, grad: Tensor, input: Tensor | None) -> Gradients:
         outer = None if input is None else _outer(samples, input, grad)
-        return outer, samples.sum(grad, 1, wide(grad)) if bias_trained else None
+        return outer, _bias(samples, grad) if bias_trained else None
 
     bias_trained = bias is not None and bias.requires_grad
     return Use(input, 1, (weight, bias), (if_trained(input, weight),), gradients)
@@ -53,7 +58,7 @@ def matmul(input: Tensor, other: Tensor, **options: Any) -> Use:
         )
 
     def gradients(samples: Samples, grad: Tensor, input: Tensor) -> Gradients:
-        return (_outer(samples, grad, input),)
+        return (_outer(samples, input, grad).transposed(),)
 
     return Use(input, 1, (other,), (input,), gradients)
 
@@ -123,8 +128,8 @@ def addmm(
     bias_trained = input.requires_grad
 
     def gradients(samples: Samples, grad: Tensor, mat1: Tensor | None) -> Gradients:
-        outer = None if mat1 is None else _outer(samples, grad, mat1)
-        return samples.sum(grad, 1, wide(grad)) if bias_trained else None, outer
+        outer = None if mat1 is None else _outer(samples, mat1, grad).transposed()
+        return _bias(samples, grad) if bias_trained else None, outer
 
     return Use(mat1, 1, (input, mat2), (if_trained(mat1, mat2),), gradients)
 

@@ -33,12 +33,15 @@ def table_gradients(
 ) -> LookedUp:
     """Return gradients of a table from those of what was looked up; ``padding_idx`` has none."""
     indices, grads = samples.split(indices), samples.split(grads, 1)
+    counted = None
     if samples.packed:  # what pads has no gradient
+        counted = samples.pad(torch.ones_like(indices, dtype=torch.bool))
         indices, grads = samples.pad(indices), samples.pad(grads)
     if padding_idx is not None:
-        padding = indices == padding_idx % table
-        grads = grads.masked_fill(padding.unsqueeze(-1), 0.0)
-    return LookedUp(indices.long(), grads, table)
+        used = indices != padding_idx % table
+        grads = grads.masked_fill(~used.unsqueeze(-1), 0.0)
+        counted = used if counted is None else counted & used
+    return LookedUp(indices.long(), grads, table, counted)
 
 
 @rule(F.embedding)

@@ -1,9 +1,10 @@
-"""The diagonal Fisher information, exactly per sample, in one pass and O(parameters) memory.
+"""The Fisher information: its diagonal, exactly per sample in O(parameters), or Kronecker factors.
 
 - ``rules/``: how each torch function uses parameters. **A new Fisher rule goes here**, in the file
   of its family of functions.
 - ``per_sample/``: gradients of single samples in the factors that make them, and their squares.
 - ``observe/``: one batch, from the forward pass that meets parameters to the squares.
+- ``kronecker/``: sums of matrices' Kronecker factors, which take the place of squares.
 - ``estimate``, ``own_pass``, ``objective``, ``batches``, ``language``: :func:`estimate_fisher`.
 - ``estimator``, ``observer``, ``attachment``, ``alignment``, ``loss_scale``:
   :class:`FisherEstimator`; ``totals`` is what both sum in.

@@ -17,7 +17,7 @@ from kronecker_rows import (
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
-from cl_optim import estimate_fisher
+from cl_optim import FisherEstimator, estimate_fisher
 from cl_optim.importance.kronecker.importance import KroneckerImportance
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
@@ -232,3 +232,62 @@ def test_transformer_encoder():
     assert_factors(found, expected, 4)
     layout = found.factors["body.layers.0.self_attn.in_proj_weight"].layout
     assert layout.bias == "body.layers.0.self_attn.in_proj_bias"
+
+
+# --- padding --------------------------------------------------------------------------------------
+
+
+class Both(nn.Module):
+    """Two sequences of one length, of which each may have a mask."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.source, self.target = nn.Linear(3, 4), nn.Linear(3, 4)
+
+    def forward(
+        self, src: Tensor, tgt: Tensor, src_key_padding_mask=None, tgt_key_padding_mask=None
+    ) -> Tensor:
+        return self.source(src).sum(1) + self.target(tgt).sum(1)
+
+
+MASK = torch.tensor([[False, False, True], [False, True, True]])
+
+
+@pytest.mark.parametrize(
+    ("masks", "rows"),
+    [
+        ({}, 6),
+        ({"src_key_padding_mask": MASK}, 6),  # which says nothing of tgt
+        ({"src_key_padding_mask": MASK, "tgt_key_padding_mask": MASK}, 3),
+        ({"src_key_padding_mask": MASK, "tgt_key_padding_mask": MASK.flip(0)}, 4),
+        ({"src_key_padding_mask": MASK[:, :2], "tgt_key_padding_mask": MASK}, 3),
+        ({"src_key_padding_mask": MASK, "tgt_key_padding_mask": torch.zeros(2, 3)}, 6),
+        ({"src_key_padding_mask": torch.zeros(2, 3).masked_fill(MASK, -torch.inf),
+          "tgt_key_padding_mask": MASK}, 3),
+    ],
+)  # fmt: skip
+def test_masks(masks, rows):
+    """By shape; where two differ, padding is what is padding in both. Also attached."""
+    model = Both()
+    x, y = torch.randn(2, 3, 3), torch.tensor([0, 1])
+    found = kronecker(model, [({"src": x, "tgt": x, **masks}, y)])
+    fisher = FisherEstimator(model, structure="kronecker", energy=1.0, during_training=True)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    with fisher.attach(optimizer):
+        F.cross_entropy(model(x, tgt=x, **masks), y).backward()
+        optimizer.step()
+    for one in (found.factors, fisher.finalize().factors):
+        scale = one["target.weight"]
+        a, g = (side.matrix()[0].trace() for side in (scale.input, scale.output))
+        # S sums to tr(Σ ããᵀ) tr(Σ bbᵀ) / (rows · samples): rows²/(rows · samples) of the means.
+        assert float(scale.scale.sum() / (a * g) * 2) == pytest.approx(rows, rel=1e-5)
+
+
+def test_the_check_sees_a_wrong_rule(monkeypatch):
+    """What was captured is compared with autograd's gradients, of matrices too."""
+    from cl_optim.fisher.per_sample.matrices import Outer
+
+    right = Outer.sum
+    monkeypatch.setattr(Outer, "sum", lambda self, *args: right(self, *args) * 1.5)
+    with pytest.raises(ValueError, match=r"the self-check failed .* parameter '\d.weight'"):
+        kronecker(mlp(), [(torch.randn(4, 7), torch.zeros(4, dtype=torch.long))])

@@ -4,6 +4,5 @@
 padding; ``structure``, which parameters have factors; ``sums`` adds Σ ããᵀ and Σ bbᵀ up, from which
 ``terms`` makes the factors; ``scales`` adds the squares in their bases, in a second pass.
 
-May import: ``fisher.per_sample``, ``fisher.samples``, ``fisher.nested``,
-``importance.kronecker`` and ``ops``.
+May import: ``fisher.per_sample``, ``fisher.language`` and ``importance.kronecker``.
 """

@@ -2,7 +2,9 @@
 
 In the order of the way: ``observation`` meets a call of a function (``calls``) and asks its rule;
 ``watched``, ``lookups`` and ``gathered`` say what its tensors are; ``taps`` leaves a tap in the
-graph, which in the backward pass hands the output gradient to ``squares``; these add up in the ops.
+graph, which in the backward pass hands the output gradient to ``squares``; these add up in the ops,
+or, of matrices with Kronecker factors, in ``fisher.kronecker``.
 
-May import: ``fisher.rules``, ``fisher.per_sample``, ``fisher.samples`` and ``fisher.nested``.
+May import: ``fisher.rules``, ``fisher.kronecker``, ``fisher.per_sample``, ``fisher.samples`` and
+``fisher.nested``.
 """

@@ -7,7 +7,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from fisher_cases import CLASSES, Uses, batches, losses, mlp, randn
-from kronecker_rows import assert_alike, assert_factors, close, data_losses, sums_of
+from kronecker_rows import (
+    assert_alike,
+    assert_factors,
+    close,
+    data_losses,
+    exact_scales,
+    sums_of,
+)
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -166,9 +173,10 @@ def test_a_state_of_other_shapes_is_refused():
 class Tokens(nn.Module):
     """Reads tokens one by one: a packed batch is as good as its sequences."""
 
-    def __init__(self) -> None:
+    def __init__(self, vocabulary: int = 9) -> None:
         super().__init__()
-        self.table, self.body, self.head = nn.Embedding(9, 6), nn.Linear(6, 6), nn.Linear(6, 9)
+        self.table, self.body = nn.Embedding(vocabulary, 6), nn.Linear(6, 6)
+        self.head = nn.Linear(6, vocabulary)
         self.head.weight = self.table.weight
 
     def forward(self, tokens: Tensor) -> Tensor:
@@ -189,6 +197,23 @@ def test_packed(leading):
         logits = model(tokens.view(*leading, 7)).view(7, 9)
         F.cross_entropy(logits, tokens, reduction="sum").backward()
     assert_factors(fisher.finalize(), sums_of(model, data_losses(loss), 3), 3)
+
+
+@pytest.mark.parametrize("block", [1, 2, 2048])
+def test_exact_scales_of_a_tied_head(block):
+    """Of a vocabulary that is diagonal, one that is cut into blocks, and one that is whole."""
+    model, tokens = Tokens(20), torch.randint(0, 20, (4, 5))
+
+    def loss(model: nn.Module, n: int) -> Tensor:
+        part = tokens[n : n + 1]
+        return F.cross_entropy(model(part)[0], part[0], reduction="sum")
+
+    found = own_pass(model, [(tokens, tokens)], scale="exact", block=block)
+    one = found.factors["table.weight"]
+    assert one.output.blocks == {1: 0, 2: 10, 2048: 1}[block]
+    expected = exact_scales(model, data_losses(loss), 4, dict(found.factors))
+    for name, scale in expected.items():
+        close(found.factors[name].scale, scale, 1e-5, name)
 
 
 class Checkpointed(nn.Module):

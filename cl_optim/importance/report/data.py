@@ -53,10 +53,11 @@ def report_data(log: ImportanceLog) -> Data:
         "mean": _table(records, layers, lambda record, layer: record.layers[layer].mean),
         "largest": _table(records, layers, lambda record, layer: record.layers[layer].largest),
         "share": _table(records, layers, _share),
+        "ranks": _ranks(records, layers),
         "carriers": _table(records, layers, lambda record, layer: record.layers[layer].carriers),
         "top": TOP,
         "overlap": _overlap(overlap(_apart(records), TOP)),
-        "frozen": _frozen(log.merge(strict=False), layers),
+        "frozen": _frozen(_merged(records), layers),
         "pinned": _pinned(log, layers, records),
         "training": [_training(entries) for entries in watch.read(log.path / "training")],
     }
@@ -117,6 +118,33 @@ def _share(record: Record, layer: str) -> float:
     total = record.whole.mean * record.whole.weights
     summary = record.layers[layer]
     return summary.mean * summary.weights / total if total else 0.0
+
+
+def _ranks(records: list[Record], layers: list[str]) -> list[list[list[Data]]] | None:
+    """Return the effective ranks of each layer's matrices, by task; None where none has factors."""
+    if not any(record.effective_ranks for record in records):
+        return None
+    places = {layer: row for row, layer in enumerate(layers)}
+    table: list[list[list[Data]]] = [[[] for _ in records] for _ in layers]
+    for column, record in enumerate(records):
+        for weight, (output, input) in record.effective_ranks.items():
+            found = {"weight": _encodable(weight), "output": output, "input": input}
+            table[places[layer_of(weight)]][column].append(found)
+    return table
+
+
+def _merged(records: list[Record]) -> Importance:
+    """Return the sum of the records' diagonals: what all have, with factors or without."""
+    merged, *others = (_diagonal(record.importance()) for record in records)
+    for one in others:
+        merged = merged.merge(one, strict=False)
+    return merged
+
+
+def _diagonal(importance: Importance) -> Importance:
+    """Return the diagonal, of which a tensor is made when it is asked for."""
+    counts = (importance.samples, importance.tokens, importance.metadata)
+    return Importance.lazy(importance.sums, *counts)
 
 
 def _apart(records: list[Record]) -> list[Mapping[str, Tensor]]:

@@ -10,6 +10,8 @@ from cl_optim.importance.files import whole
 from cl_optim.importance.report.data import Data
 from cl_optim.importance.statistics import SHARES
 
+_SIDES = ("output", "input")
+
 
 def csv_cell(value: object) -> object:
     """Return the value as a cell of a CSV file that no spreadsheet takes for a formula.
@@ -36,7 +38,10 @@ def write_csv(data: Data, path: Path) -> None:
     with whole(path) as beside, open(beside, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(
-            ["layer", "task", "weights", "mean", "largest", "share", *carriers, *frozen, "frozen"]
+            [
+                *("layer", "task", "weights", "mean", "largest", "share", *carriers, *frozen),
+                *("frozen", "output_rank", "input_rank"),
+            ]
         )
         for row, layer in enumerate(data["layers"]):
             for column, task in enumerate(data["tasks"]):
@@ -47,4 +52,7 @@ def write_csv(data: Data, path: Path) -> None:
                 names = (csv_cell(layer["name"]), csv_cell(task["name"]))
                 line = [*names, layer["weights"], *figures]
                 pinned = data["pinned"][row] if data["pinned"] else 0.0
-                writer.writerow([*line, *data["carriers"][row][column], *parts, pinned])
+                matrices = data["ranks"][row][column] if data["ranks"] else []
+                # A cell of several, where a layer has several matrices.
+                ranks = [" ".join(str(one[side]) for one in matrices) for side in _SIDES]
+                writer.writerow([*line, *data["carriers"][row][column], *parts, pinned, *ranks])

@@ -26,6 +26,9 @@ def add_log(log: ImportanceLog, writer: ScalarWriter) -> None:
         for layer, summary in record.layers.items():
             writer.add_scalar(f"importance/mean/{layer}", summary.mean, number)
             writer.add_scalar(f"importance/largest/{layer}", summary.largest, number)
+        for weight, (output, input) in record.effective_ranks.items():
+            writer.add_scalar(f"importance/rank/output/{weight}", output, number)
+            writer.add_scalar(f"importance/rank/input/{weight}", input, number)
         for share, carriers in zip(SHARES, record.whole.carriers, strict=True):
             writer.add_scalar(f"importance/carriers/{share:.0%}", carriers, number)
     step = 0

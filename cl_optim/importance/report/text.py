@@ -78,6 +78,7 @@ def _layers(data: Data) -> Table:
     order = sorted(range(count), key=lambda row: -max(part or 0 for part in data["share"][row]))
     frozen = [f"top {part['fraction']:.0%}" for part in data["frozen"]]
     frozen += ["frozen"] if data["pinned"] else []
+    frozen += ["effective rank"] if data["ranks"] else []
     title = f"Layers, the first {_LAYERS} of {count}" if count > _LAYERS else "Layers"
     table = _table(
         f"{title}, by their share of a task's importance", "layer", "weights", "share", *frozen
@@ -91,8 +92,16 @@ def _layers(data: Data) -> Table:
             f"{low:.1%} to {high:.1%}" if len(shares) > 1 else f"{high:.1%}",
             *(f"{part['layers'][row]:.1%}" for part in data["frozen"]),
             *([f"{data['pinned'][row]:.1%}"] if data["pinned"] else []),
+            *([_ranks(data["ranks"][row])] if data["ranks"] else []),
         )
     return table
+
+
+def _ranks(by_task: list[list[Data]]) -> str:
+    """Return outputs × inputs of a layer's matrices, in the last task that knows them."""
+    known = [matrices for matrices in by_task if matrices]
+    last = known[-1] if known else []
+    return ", ".join(f"{one['output']:.1f} × {one['input']:.1f}" for one in last)
 
 
 def _overlap(data: Data) -> Table:

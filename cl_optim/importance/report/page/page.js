@@ -185,7 +185,20 @@
       const high = extreme(finite(table), Math.max, 1e-300);
       return { table, place: (value) => value / high, text: percent, ends: ["few weights", `${percent(high)} of the layer’s weights`] };
     },
+    output: () => rankScale("output"),
+    input: () => rankScale("input"),
   };
+  // Of records with Kronecker factors; of a layer with several matrices, the largest.
+  const rankScale = (side) => {
+    const table = data.ranks.map((row) => row.map((matrices) =>
+      matrices.length ? Math.max(...matrices.map((one) => one[side])) : null));
+    const high = extreme(finite(table), Math.max, 1e-300);
+    return { table, place: (value) => value / high, text: (value) => digits(value, 3), ends: ["1 direction", `${digits(high, 3)} directions`] };
+  };
+  if (data.ranks) {
+    byId("measure").append(make("option", { value: "output" }, "effective rank of the outputs’ gradients"),
+      make("option", { value: "input" }, "effective rank of the inputs"));
+  }
   const details = (row, column) => {
     const mean = data.mean[row][column];
     if (mean === null) return ["not in this task’s record"];
@@ -196,6 +209,8 @@
       `${percent(data.share[row][column])} of its importance, in ${percent(layers[row].weights / tasks[column].weights)} of the weights`,
       `50, 90, 99 % are carried by ${percent(half)}, ${percent(most)}, ${percent(nearly)}`,
       `mean ${digits(mean, 3)}, largest ${digits(data.largest[row][column], 3)}`,
+      ...(data.ranks?.[row][column] ?? []).map((one) =>
+        `effective rank ${digits(one.output, 3)} of outputs, ${digits(one.input, 3)} of inputs: ${one.weight}`),
     ];
   };
   const drawHeat = () => {

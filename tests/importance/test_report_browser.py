@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from kronecker_cases import importance_of
 from playwright.sync_api import Browser, Page, sync_playwright
 
 from cl_optim import EWCAdamW, ImportanceLog
@@ -88,6 +89,33 @@ def test_it_opens_in_every_light_and_width(browser, report, scheme, width):
     assert len(opened.wrong) == 1
     low = page.evaluate(LEAST_CONTRAST)
     assert low >= 4.5
+    page.close()
+
+
+def test_effective_ranks_can_be_shown(browser, report, tmp_path):
+    """Of matrices with Kronecker factors; where no record has any, there is no such choice."""
+    importance = importance_of(0)
+    log = ImportanceLog(tmp_path / "log")
+    log.record("factors", importance)
+    log.record("diagonal", importance.diagonal())
+    log.report(tmp_path / "report.html")
+    page = browser.new_page()
+    opened = Opened(page, tmp_path / "report.html")
+    layers = page.locator("#heat tbody th").all_text_contents()
+    for side, rank in zip(
+        ("output", "input"), importance.effective_ranks()["fc.weight"], strict=True
+    ):
+        page.select_option("#measure", side)
+        cells = page.locator("#heat tbody tr").nth(layers.index("fc")).locator("td")
+        assert float(cells.nth(0).text_content()) == pytest.approx(rank, rel=1e-2)
+        assert cells.nth(1).text_content() == ""
+    page.locator("#heat td").nth(2 * layers.index("fc")).click()
+    assert "of inputs: fc.weight" in page.locator("#tip").text_content()
+    assert len(opened.wrong) == 1
+    page.close()
+    page = browser.new_page()
+    Opened(page, report)
+    assert page.locator("#measure option").count() == 3
     page.close()
 
 

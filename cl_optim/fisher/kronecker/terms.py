@@ -11,7 +11,7 @@ from torch import Tensor
 from cl_optim.fisher.kronecker.sums import FactorSums, Sums
 from cl_optim.fisher.per_sample.rows import Way
 from cl_optim.importance.kronecker.factors import Factors, Layout, Term, from_sums
-from cl_optim.importance.kronecker.side import cut, partition
+from cl_optim.importance.kronecker.side import partition
 
 
 class Units(NamedTuple):
@@ -120,5 +120,13 @@ def _without_last(sums: Tensor, size: int, block: int) -> Tensor:
     each = []
     for blocks in sums:
         whole = torch.block_diag(*blocks)[:size, :size]  # type: ignore[no-untyped-call]
-        each.append(cut(whole, *partition(size, block)))
+        each.append(_cut(whole, *partition(size, block)))
     return torch.stack(each)
+
+
+def _cut(matrix: Tensor, blocks: int, width: int) -> Tensor:
+    """Return the blocks on the diagonal of [n, n], with zeros beyond it: [k, m, m]."""
+    around = blocks * width - len(matrix)
+    whole = torch.nn.functional.pad(matrix, (0, around, 0, around))
+    places = [slice(start, start + width) for start in range(0, blocks * width, width)]
+    return torch.stack([whole[place, place] for place in places])

@@ -22,8 +22,8 @@ from cl_optim.optim.invalid_steps import INVALID, InvalidSteps
 from cl_optim.optim.memories import Memories, Memory
 from cl_optim.optim.memory_rows import Products, check_dense, one_device, with_elements
 from cl_optim.optim.projection import Blocks, Projection, Solver, cosines, report
-from cl_optim.optim.state import in_order
-from cl_optim.optim.wrapper import Forwarded, Wrapper, inside_step
+from cl_optim.optim.settling import Settles
+from cl_optim.optim.wrapper import Forwarded, Wrapper, innermost, inside_step, layers
 
 BLOCKS = ("global", "group", "tensor")
 EVICT = ("error", "oldest")
@@ -67,7 +67,8 @@ class GEM(Wrapper):
 
     Around a :class:`cl_optim.EWCAdamW` its calls stay the same: ``consolidate``, ``freeze``,
     ``unfreeze``, ``penalty``, ``protected``, ``suggest_lambda``, ``last_penalty`` and
-    ``last_drift`` are forwarded to it. Around another optimizer they are an AttributeError. What
+    ``last_drift`` are forwarded to it, as are ``consolidate`` and ``settle`` to a
+    :class:`cl_optim.InputProjection`. Around another optimizer they are an AttributeError. What
     else it has is found at ``.optimizer``.
 
     What it guarantees is about the gradient. Momentum and Adam's preconditioning make another
@@ -178,23 +179,7 @@ class GEM(Wrapper):
     # --- the wrapped optimizer --------------------------------------------------------------------
 
     consolidate = Forwarded(EWCAdamW.consolidate)
-    freeze = Forwarded(EWCAdamW.freeze)
-    unfreeze = Forwarded(EWCAdamW.unfreeze)
-    penalty = Forwarded(EWCAdamW.penalty)
-    protected = Forwarded(EWCAdamW.protected)
-    suggest_lambda = Forwarded(EWCAdamW.suggest_lambda)
-
-    @property
-    def last_penalty(self) -> Tensor:
-        """Return :attr:`cl_optim.EWCAdamW.last_penalty` of the wrapped optimizer."""
-        penalty: Tensor = self._forwarded("last_penalty")
-        return penalty
-
-    @property
-    def last_drift(self) -> Tensor:
-        """Return :attr:`cl_optim.EWCAdamW.last_drift` of the wrapped optimizer."""
-        drift: Tensor = self._forwarded("last_drift")
-        return drift
+    settle = Forwarded(Settles.settle)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group to the wrapped optimizer; its rows are zero until they are refreshed."""
@@ -521,9 +506,9 @@ class GEM(Wrapper):
         Of the wrapped optimizer as far as it has a ``check_state_dict()`` itself.
         """
         check_groups(state_dict, self.param_groups)
-        if isinstance(self.optimizer, EWCAdamW):
-            inner = {key: value for key, value in state_dict.items() if key != "gem"}
-            self.optimizer.check_state_dict(inner)
+        check = getattr(self.optimizer, "check_state_dict", None)
+        if check is not None:
+            check({key: value for key, value in state_dict.items() if key != "gem"})
         if "gem" in state_dict:
             self._loaded(state_dict)
 
@@ -542,27 +527,19 @@ class GEM(Wrapper):
         memories.load(saved, self.param_groups, self._saved_places(state_dict), closures)
         return dict(options), memories
 
-    def _saved_places(self, state_dict: Mapping[str, Any]) -> list[int]:
-        """Return for each parameter its place among those of the state dict."""
-        groups = state_dict["param_groups"]
-        if isinstance(self.optimizer, EWCAdamW):
-            groups = in_order(dict(state_dict), self.param_groups)["param_groups"]
-        saved = [index for group in state_dict["param_groups"] for index in group["params"]]
-        places = {index: place for place, index in enumerate(saved)}
-        return [places[index] for group in groups for index in group["params"]]
-
 
 def _check_optimizer(optimizer: torch.optim.Optimizer) -> None:
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise TypeError(f"optimizer must be a torch.optim.Optimizer, not {optimizer!r}.")
-    if isinstance(optimizer, GEM):
+    if any(isinstance(layer, GEM) for layer in layers(optimizer)):
         raise ValueError("optimizer must not be a GEM itself: one holds any number of memories.")
-    if isinstance(optimizer, torch.optim.LBFGS):
+    inner = innermost(optimizer)
+    if isinstance(inner, torch.optim.LBFGS):
         raise ValueError(
             "optimizer must not be LBFGS, which takes its gradients from a closure of its own, "
             "several in a step."
         )
-    if isinstance(optimizer, torch.optim.SparseAdam):
+    if isinstance(inner, torch.optim.SparseAdam):
         raise ValueError("optimizer must not be SparseAdam: GEM needs dense gradients.")
 
 

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cl_optim.optim.wrapper import innermost
+
 # Of these only the fused ones leave out a step on the device.
 _TORCH_FUSED = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD, torch.optim.Adagrad)
 INVALID = (
@@ -69,6 +71,7 @@ def _skips_on_device(optimizer: torch.optim.Optimizer) -> bool:
     """Tell whether it leaves out a step by itself that its ``found_inf`` calls invalid."""
     if not getattr(optimizer, "_step_supports_amp_scaling", False):
         return False
+    optimizer = innermost(optimizer)
     if isinstance(optimizer, _TORCH_FUSED) and not all(
         group["fused"] for group in optimizer.param_groups
     ):

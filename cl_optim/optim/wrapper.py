@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict, defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Concatenate, Generic, ParamSpec, TypeVar, overload
 
@@ -11,11 +11,34 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
+from cl_optim.optim.ewc_adamw import EWCAdamW
+from cl_optim.optim.state import in_order
+
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
 
 # Wrapped optimizers whose step is a part of a wrapper's just now, by id.
 _inside: set[int] = set()
+
+
+class Forwarded(Generic[_P, _R]):
+    """A method of the wrapped optimizer, under its name; an AttributeError where it has none.
+
+    A descriptor, so that ``hasattr`` is right and types and documentation are the method's.
+    """
+
+    def __init__(self, method: Callable[Concatenate[Any, _P], _R]) -> None:
+        self._name = method.__name__
+        self.__doc__ = method.__doc__
+
+    @overload
+    def __get__(self, wrapper: None, owner: type[Wrapper]) -> Forwarded[_P, _R]: ...
+
+    @overload
+    def __get__(self, wrapper: Wrapper, owner: type[Wrapper]) -> Callable[_P, _R]: ...
+
+    def __get__(self, wrapper: Wrapper | None, owner: type[Wrapper]) -> Any:
+        return self if wrapper is None else wrapper._forwarded(self._name)
 
 
 class Wrapper(torch.optim.Optimizer):
@@ -67,6 +90,35 @@ class Wrapper(torch.optim.Optimizer):
         """Reset all gradients, as the wrapped optimizer does it."""
         self.optimizer.zero_grad(set_to_none)
 
+    # --- what protects ----------------------------------------------------------------------------
+
+    freeze = Forwarded(EWCAdamW.freeze)
+    unfreeze = Forwarded(EWCAdamW.unfreeze)
+    penalty = Forwarded(EWCAdamW.penalty)
+    protected = Forwarded(EWCAdamW.protected)
+    suggest_lambda = Forwarded(EWCAdamW.suggest_lambda)
+
+    @property
+    def last_penalty(self) -> Tensor:
+        """Return :attr:`cl_optim.EWCAdamW.last_penalty` of the wrapped optimizer."""
+        penalty: Tensor = self._forwarded("last_penalty")
+        return penalty
+
+    @property
+    def last_drift(self) -> Tensor:
+        """Return :attr:`cl_optim.EWCAdamW.last_drift` of the wrapped optimizer."""
+        drift: Tensor = self._forwarded("last_drift")
+        return drift
+
+    def _saved_places(self, state_dict: Mapping[str, Any]) -> list[int]:
+        """Return for each parameter its place among those of the state dict."""
+        groups = state_dict["param_groups"]
+        if isinstance(innermost(self), EWCAdamW):  # it matches them by name
+            groups = in_order(dict(state_dict), self.param_groups)["param_groups"]
+        saved = [index for group in state_dict["param_groups"] for index in group["params"]]
+        places = {index: place for place, index in enumerate(saved)}
+        return [places[index] for group in groups for index in group["params"]]
+
     def _forwarded(self, name: str) -> Any:
         try:
             return getattr(self.optimizer, name)
@@ -77,24 +129,17 @@ class Wrapper(torch.optim.Optimizer):
             ) from error
 
 
-class Forwarded(Generic[_P, _R]):
-    """A method of the wrapped optimizer, under its name; an AttributeError where it has none.
+def layers(optimizer: torch.optim.Optimizer) -> Iterator[torch.optim.Optimizer]:
+    """Yield an optimizer and what it wraps, from the outside to the inside."""
+    yield optimizer
+    while isinstance(optimizer, Wrapper):
+        optimizer = optimizer.optimizer
+        yield optimizer
 
-    A descriptor, so that ``hasattr`` is right and types and documentation are the method's.
-    """
 
-    def __init__(self, method: Callable[Concatenate[Any, _P], _R]) -> None:
-        self._name = method.__name__
-        self.__doc__ = method.__doc__
-
-    @overload
-    def __get__(self, wrapper: None, owner: type[Wrapper]) -> Forwarded[_P, _R]: ...
-
-    @overload
-    def __get__(self, wrapper: Wrapper, owner: type[Wrapper]) -> Callable[_P, _R]: ...
-
-    def __get__(self, wrapper: Wrapper | None, owner: type[Wrapper]) -> Any:
-        return self if wrapper is None else wrapper._forwarded(self._name)
+def innermost(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """Return the optimizer that takes the step."""
+    return [*layers(optimizer)][-1]
 
 
 class _Once:

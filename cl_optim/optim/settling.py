@@ -1,0 +1,81 @@
+"""Corrections that are due: applied before anybody looks at the weights."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any, Protocol
+
+import torch
+from torch.utils.hooks import RemovableHandle
+
+
+class Settles(Protocol):
+    """An optimizer that applies something every few steps only, and at once when it is told to."""
+
+    def settle(self) -> None:
+        """Apply what is due."""
+
+
+class Settling:
+    """The hooks of :func:`settle_before`; ``remove()`` takes them off."""
+
+    def __init__(self, handles: list[RemovableHandle]) -> None:
+        self._handles = handles
+
+    def remove(self) -> None:
+        """Let the model be looked at as it is."""
+        for handle in self._handles:
+            handle.remove()
+
+
+def settle_before(optimizer: Settles, model: torch.nn.Module) -> Settling:
+    """Settle an optimizer whenever its model is evaluated, saved or loaded into.
+
+    That is before a forward pass in eval mode, ``model.state_dict()`` and
+    ``model.load_state_dict()``. Copies of the model, by ``copy.deepcopy`` or ``pickle``, do not
+    settle anything, and the model does not keep the optimizer alive.
+
+    Args:
+        optimizer: What has a ``settle()``.
+        model: The bare model or what is around it: what is called, and what is saved.
+
+    Returns:
+        What removes the hooks by its ``remove()``.
+
+    Raises:
+        TypeError: The optimizer has no ``settle()``, or ``model`` is no module.
+    """
+    if not callable(getattr(optimizer, "settle", None)):
+        raise TypeError(
+            f"optimizer must have a settle(), and {type(optimizer).__name__} has none: give a "
+            "cl_optim.InputProjection, or what is around one."
+        )
+    if not isinstance(model, torch.nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, not {type(model).__name__}.")
+    settle = _Settle(optimizer)
+    handles = [
+        model.register_forward_pre_hook(settle.before_evaluation),
+        model.register_state_dict_pre_hook(settle),  # type: ignore[no-untyped-call]
+        model.register_load_state_dict_pre_hook(settle),  # type: ignore[no-untyped-call]
+    ]
+    return Settling(handles)
+
+
+class _Settle:
+    """A hook that settles an optimizer as long as there is one; its copies do nothing."""
+
+    def __init__(self, optimizer: Settles | None = None) -> None:
+        self._optimizer = (lambda: None) if optimizer is None else weakref.ref(optimizer)
+
+    def __call__(self, *of: Any) -> None:
+        optimizer = self._optimizer()
+        if optimizer is not None:
+            optimizer.settle()
+
+    def before_evaluation(self, module: torch.nn.Module, *of: Any) -> None:
+        """Settle unless the module is being trained."""
+        if not module.training:
+            self()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Settle, ()

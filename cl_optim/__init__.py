@@ -6,6 +6,7 @@ from cl_optim.fisher import FisherEstimator, estimate_fisher, register_fisher_ru
 from cl_optim.importance import Importance, ImportanceLog, KroneckerImportance
 from cl_optim.optim.ewc_adamw import EWCAdamW
 from cl_optim.optim.gem import GEM
+from cl_optim.optim.input_projection import InputProjection
 
 __all__ = [
     "GEM",
@@ -13,6 +14,7 @@ __all__ = [
     "FisherEstimator",
     "Importance",
     "ImportanceLog",
+    "InputProjection",
     "KroneckerImportance",
     "__version__",
     "estimate_fisher",

@@ -229,6 +229,7 @@ def test_no_warning_is_missing_here():
         "ops/warn.py": 1,
         "optim/cuda_graphs.py": 2,
         "optim/gem.py": 1,
+        "optim/input_projection.py": 1,
         "optim/matching.py": 1,
         "optim/protection.py": 1,
         "retention/checkpoint/checkpoints.py": 1,

@@ -1,4 +1,4 @@
-"""Optimizers that protect old tasks: EWCAdamW, and GEM around any optimizer.
+"""Optimizers that protect old tasks: EWCAdamW, and around any optimizer GEM, InputProjection.
 
 They import `ops` and `importance`, and nothing above them.
 """

@@ -1,0 +1,168 @@
+"""Displacements of many matrices since a moment, and the part of each that is taken back."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from cl_optim.importance.kronecker.side import Side
+from cl_optim.ops import formats
+from cl_optim.optim.input_subspaces import Subspace
+
+# Elements of the matrices that are computed together: temporary tensors are a few times as large.
+_TOGETHER = 2**24
+# Ranks of matrices that are computed together differ by less than this, in columns of zeros.
+_RANKS = 32
+
+_Parts = Callable[[Subspace, Side], Tensor]
+
+
+class Stack:
+    """Matrices of one shape, computed together: Δ ← Δ − ΔU diag(part) Uᵀ.
+
+    Args:
+        subspaces: Of the matrices.
+        sides: Of each, the directions U.
+        parts: Of each, what is taken away along a direction, float64 [rank].
+
+    Attributes:
+        subspaces: Of the matrices; their directions are this stack's, not a copy.
+        pairs: Each parameter, and its weights of the moment that displacements are from.
+    """
+
+    def __init__(
+        self, subspaces: Sequence[Subspace], sides: Sequence[Side], parts: Sequence[Tensor]
+    ) -> None:
+        first = subspaces[0]
+        self._transposed = first.layout.transposed
+        self._has_bias_column = first.layout.bias is not None
+        self._dtype = formats.arithmetic_dtype(first.weight)
+        self._basis: Tensor | None = None
+        if first.side.basis is None:
+            self._part = torch.stack([part.to(self._dtype) for part in parts]).unsqueeze(1)
+        else:
+            rank = max(side.rank // side.blocks for side in sides)
+            bases, part_of = [], []
+            for side, part in zip(sides, parts, strict=True):
+                assert side.basis is not None
+                blocks, _, own = side.basis.shape
+                bases.append(pad(side.basis.to(self._dtype), (0, rank - own)))
+                part_of.append(pad(part.view(blocks, 1, own).to(self._dtype), (0, rank - own)))
+            self._basis = bases[0] if len(bases) == 1 else torch.cat(bases)
+            self._part = torch.cat(part_of)
+        self.subspaces = [
+            one if side is not one.side else replace(one, side=self._shared(one.side, number))
+            for number, (one, side) in enumerate(zip(subspaces, sides, strict=True))
+        ]
+        self._weights = [one.weight for one in subspaces]
+        self._old_weights = torch.stack([weight.detach() for weight in self._weights])
+        self._biases = [one.bias for one in subspaces if one.bias is not None]
+        self._old_biases = None
+        if self._biases:
+            self._old_biases = torch.stack([bias.detach() for bias in self._biases])
+        self.pairs = [
+            *zip(self._weights, self._old_weights, strict=True),
+            *zip(self._biases, () if self._old_biases is None else self._old_biases, strict=True),
+        ]
+
+    def _shared(self, side: Side, number: int) -> Side:
+        """Return a side with its directions as they lie here, so that memory has them once."""
+        if side.basis is None or self._basis is None or side.basis.dtype != self._basis.dtype:
+            return side
+        blocks, _, own = side.basis.shape
+        values = pad(side.values.view(blocks, own), (0, self._basis.shape[2] - own)).flatten()
+        return Side(side.size, values, self._basis[number * blocks : (number + 1) * blocks])
+
+    def take_back(self, frozen: Callable[[Tensor], Tensor | None]) -> None:
+        """Correct the parameters; what has not moved as a whole, or is frozen, keeps its bits.
+
+        Args:
+            frozen: Gives the mask of a parameter's frozen weights; None where there are none.
+        """
+        weights = torch.stack([weight.detach() for weight in self._weights])
+        moved = weights.to(self._dtype) - self._old_weights.to(self._dtype)
+        delta = moved.mT if self._transposed else moved.reshape(*moved.shape[:2], -1)
+        biases = moved_biases = None
+        if self._old_biases is not None:
+            biases = torch.stack([bias.detach() for bias in self._biases])
+            moved_biases = biases.to(self._dtype) - self._old_biases.to(self._dtype)
+        if self._has_bias_column:
+            column = delta.new_zeros(delta.shape[:2]) if moved_biases is None else moved_biases
+            delta = torch.cat([delta, column.unsqueeze(2)], 2)
+        back = self._along_old_inputs(delta)
+        if self._old_biases is not None and biases is not None and moved_biases is not None:
+            _write(self._biases, biases, self._old_biases, moved_biases, back[:, :, -1], frozen)
+        back = back[:, :, :-1] if self._has_bias_column else back
+        back = back.mT if self._transposed else back.reshape(moved.shape)
+        _write(self._weights, weights, self._old_weights, moved, back, frozen)
+
+    def _along_old_inputs(self, delta: Tensor) -> Tensor:
+        """Return ΔU diag(part) Uᵀ, [matrices, out, in]."""
+        if self._basis is None:
+            return delta * self._part
+        matrices, outputs, inputs = delta.shape
+        total, width, _ = self._basis.shape
+        blocks = total // matrices
+        delta = pad(delta, (0, blocks * width - inputs)).view(matrices, outputs, blocks, width)
+        delta = delta.transpose(1, 2).reshape(total, outputs, width)
+        with torch.autocast(delta.device.type, enabled=False):
+            back = torch.bmm(torch.bmm(delta, self._basis) * self._part, self._basis.mT)
+        back = back.view(matrices, blocks, outputs, width).transpose(1, 2)
+        return back.reshape(matrices, outputs, blocks * width)[:, :, :inputs]
+
+
+def _write(
+    params: list[Tensor],
+    values: Tensor,
+    old: Tensor,
+    moved: Tensor,
+    back: Tensor,
+    frozen: Callable[[Tensor], Tensor | None],
+) -> None:
+    """Subtract from parameters of one shape what is to be taken back."""
+    has_moved = (moved != 0).flatten(1).any(1).view(-1, *[1] * (moved.dim() - 1))
+    back = torch.where(has_moved, back, 0.0)
+    # A difference that is taken back as a whole may be a rounded one.
+    exact = torch.where(back == moved, old, (values.to(back.dtype) - back).to(values.dtype))
+    new = list(exact.unbind())
+    for place, param in enumerate(params):
+        mask = frozen(param)
+        if mask is not None:
+            new[place] = torch.where(mask, values[place], new[place])
+    torch._foreach_copy_([param.detach() for param in params], new)
+
+
+def stacks(subspaces: Sequence[Subspace], parts: _Parts) -> list[Stack]:
+    """Put matrices together that can be computed together.
+
+    Args:
+        subspaces: All.
+        parts: Gives what is taken away along each direction of a side, float64 [rank].
+    """
+    return [
+        Stack(chunk, sides, [parts(one, side) for one, side in zip(chunk, sides, strict=True)])
+        for chunk, sides in _chunks(subspaces)
+    ]
+
+
+def _chunks(subspaces: Sequence[Subspace]) -> Iterator[tuple[list[Subspace], list[Side]]]:
+    alike: dict[Hashable, list[tuple[Subspace, Side]]] = defaultdict(list)
+    for one in subspaces:
+        side = one.movable()
+        rank = 0 if side.basis is None else -(-side.basis.shape[2] // _RANKS)
+        key = (
+            *(one.layout.shape, one.layout.transposed, one.layout.bias is None),
+            *((param.device, param.dtype) for param in one.params),
+            *(side.blocks, rank),
+        )
+        alike[key].append((one, side))
+    for members in alike.values():
+        size = max(1, _TOGETHER // max(1, members[0][0].weight.numel()))
+        for start in range(0, len(members), size):
+            chunk = members[start : start + size]
+            yield [one for one, _ in chunk], [side for _, side in chunk]

@@ -12,23 +12,21 @@ from torch.nn.functional import pad
 
 from cl_optim.importance.kronecker.side import Side
 from cl_optim.ops import formats
-from cl_optim.optim.input_subspaces import Subspace
+from cl_optim.optim.input_subspaces import Parts, Subspace
 
 # Elements of the matrices that are computed together: temporary tensors are a few times as large.
 _TOGETHER = 2**24
 # Ranks of matrices that are computed together differ by less than this, in columns of zeros.
 _RANKS = 32
 
-_Parts = Callable[[Subspace, Side], Tensor]
-
 
 class Stack:
-    """Matrices of one shape, computed together: Δ ← Δ − ΔU diag(part) Uᵀ.
+    """Matrices of one shape, computed together: Δ ← Δ − ΔU diag(along) Uᵀ − beside·Δ(I − UUᵀ).
 
     Args:
         subspaces: Of the matrices.
         sides: Of each, the directions U.
-        parts: Of each, what is taken away along a direction, float64 [rank].
+        parts: Of each, what is taken away.
 
     Attributes:
         subspaces: Of the matrices; their directions are this stack's, not a copy.
@@ -36,25 +34,30 @@ class Stack:
     """
 
     def __init__(
-        self, subspaces: Sequence[Subspace], sides: Sequence[Side], parts: Sequence[Tensor]
+        self, subspaces: Sequence[Subspace], sides: Sequence[Side], parts: Sequence[Parts]
     ) -> None:
         first = subspaces[0]
         self._transposed = first.layout.transposed
         self._has_bias_column = first.layout.bias is not None
         self._dtype = formats.arithmetic_dtype(first.weight)
         self._basis: Tensor | None = None
+        self._beside: Tensor | None = None
         if first.side.basis is None:
-            self._part = torch.stack([part.to(self._dtype) for part in parts]).unsqueeze(1)
+            self._along = torch.stack([part.along.to(self._dtype) for part in parts]).unsqueeze(1)
         else:
             rank = max(side.rank // side.blocks for side in sides)
-            bases, part_of = [], []
+            bases, along = [], []
             for side, part in zip(sides, parts, strict=True):
                 assert side.basis is not None
                 blocks, _, own = side.basis.shape
                 bases.append(pad(side.basis.to(self._dtype), (0, rank - own)))
-                part_of.append(pad(part.view(blocks, 1, own).to(self._dtype), (0, rank - own)))
+                inner = (part.along - part.beside).view(blocks, 1, own)
+                along.append(pad(inner.to(self._dtype), (0, rank - own)))
             self._basis = bases[0] if len(bases) == 1 else torch.cat(bases)
-            self._part = torch.cat(part_of)
+            self._along = torch.cat(along)
+            if any(part.beside for part in parts):
+                beside = self._along.new_tensor([part.beside for part in parts])
+                self._beside = beside.view(-1, 1, 1)
         self.subspaces = [
             one if side is not one.side else replace(one, side=self._shared(one.side, number))
             for number, (one, side) in enumerate(zip(subspaces, sides, strict=True))
@@ -76,7 +79,8 @@ class Stack:
             return side
         blocks, _, own = side.basis.shape
         values = pad(side.values.view(blocks, own), (0, self._basis.shape[2] - own)).flatten()
-        return Side(side.size, values, self._basis[number * blocks : (number + 1) * blocks])
+        basis = self._basis[number * blocks : (number + 1) * blocks]
+        return replace(side, values=values, basis=basis)
 
     def take_back(self, frozen: Callable[[Tensor], Tensor | None]) -> None:
         """Correct the parameters; what has not moved as a whole, or is frozen, keeps its bits.
@@ -102,18 +106,19 @@ class Stack:
         _write(self._weights, weights, self._old_weights, moved, back, frozen)
 
     def _along_old_inputs(self, delta: Tensor) -> Tensor:
-        """Return ΔU diag(part) Uᵀ, [matrices, out, in]."""
+        """Return what of Δ is taken back, [matrices, out, in]."""
         if self._basis is None:
-            return delta * self._part
+            return delta * self._along
         matrices, outputs, inputs = delta.shape
         total, width, _ = self._basis.shape
         blocks = total // matrices
-        delta = pad(delta, (0, blocks * width - inputs)).view(matrices, outputs, blocks, width)
-        delta = delta.transpose(1, 2).reshape(total, outputs, width)
+        cut = pad(delta, (0, blocks * width - inputs)).view(matrices, outputs, blocks, width)
+        cut = cut.transpose(1, 2).reshape(total, outputs, width)
         with torch.autocast(delta.device.type, enabled=False):
-            back = torch.bmm(torch.bmm(delta, self._basis) * self._part, self._basis.mT)
+            back = torch.bmm(torch.bmm(cut, self._basis) * self._along, self._basis.mT)
         back = back.view(matrices, blocks, outputs, width).transpose(1, 2)
-        return back.reshape(matrices, outputs, blocks * width)[:, :, :inputs]
+        back = back.reshape(matrices, outputs, blocks * width)[:, :, :inputs]
+        return back if self._beside is None else back + self._beside * delta
 
 
 def _write(
@@ -137,12 +142,12 @@ def _write(
     torch._foreach_copy_([param.detach() for param in params], new)
 
 
-def stacks(subspaces: Sequence[Subspace], parts: _Parts) -> list[Stack]:
+def stacks(subspaces: Sequence[Subspace], parts: Callable[[Subspace, Side], Parts]) -> list[Stack]:
     """Put matrices together that can be computed together.
 
     Args:
         subspaces: All.
-        parts: Gives what is taken away along each direction of a side, float64 [rank].
+        parts: Gives what is taken away from a matrix, along the directions of a side.
     """
     return [
         Stack(chunk, sides, [parts(one, side) for one, side in zip(chunk, sides, strict=True)])

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Literal, NamedTuple, TypeVar, overload
+from functools import wraps
+from typing import Any, Literal, NamedTuple, ParamSpec, TypeVar, overload
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ from torch._compile import _disable_dynamo
 
 from cl_optim.importance import ImportanceLog
 from cl_optim.importance.kronecker.importance import KroneckerImportance
-from cl_optim.importance.kronecker.side import Side
+from cl_optim.importance.kronecker.side import ENERGY, Side
 from cl_optim.ops import formats
 from cl_optim.ops.capture import is_capturing
 from cl_optim.ops.checks import check_fraction, check_groups, check_whole
@@ -20,10 +21,10 @@ from cl_optim.ops.warn import warn
 from cl_optim.optim import input_subspaces as subspaces
 from cl_optim.optim.displacements import Stack, stacks
 from cl_optim.optim.ewc_adamw import EWCAdamW
-from cl_optim.optim.input_subspaces import Subspace
+from cl_optim.optim.input_subspaces import Parts, Subspace, softly, wholly
 from cl_optim.optim.matching import named_params
 from cl_optim.optim.settling import Settling, settle_before
-from cl_optim.optim.wrapper import Wrapper, innermost, inside_step, layers
+from cl_optim.optim.wrapper import Forwarded, Wrapper, innermost, inside_step, layers
 
 MODES = ("soft", "hard")
 
@@ -31,6 +32,8 @@ _KEY = "input_projection"  # of a state dict
 
 _OPTIONS = ("strength", "mode", "energy", "every")
 
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
 _Loss = TypeVar("_Loss")  # what a closure returns, as for EWCAdamW
 
 
@@ -43,6 +46,22 @@ def _passed_on(name: str) -> property:
     )
 
 
+class _SettledFirst(Forwarded[_P, _R]):
+    """A method of the wrapped optimizer that reads or writes weights of which nothing is due."""
+
+    def __get__(self, wrapper: Any, owner: Any) -> Any:
+        method = super().__get__(wrapper, owner)
+        if wrapper is None:
+            return method
+
+        @wraps(method)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            wrapper.settle()
+            return method(*args, **kwargs)
+
+        return call
+
+
 class InputProjection(Wrapper):
     r"""Projection of another optimizer's updates away from the inputs of earlier tasks.
 
@@ -52,7 +71,8 @@ class InputProjection(Wrapper):
 
     ``"soft"``
         :math:`(I + κ ΣA)^{-1}`, where :math:`A = E[ãã^⊤]` over a task's inputs, summed over the
-        tasks: along an eigenvector of ΣA with eigenvalue e, 1/(1 + κe) of it remains.
+        tasks: along an eigenvector of ΣA with eigenvalue e, 1/(1 + κe) of it remains. Beside the
+        directions that the importance keeps, e is the mean of the others.
     ``"hard"``
         the projection on what is orthogonal to the leading eigenvectors of ΣA, those that hold the
         share ``energy`` of its trace.
@@ -115,8 +135,8 @@ class InputProjection(Wrapper):
         strength: Of ``"soft"``, ≥ 0, without unit: κ = strength / (mean eigenvalue of ΣA), so that
             1/(1 + strength) of a displacement remains along a direction of mean size.
         mode: ``"soft"`` or ``"hard"``.
-        energy: Of ``"hard"``, in (0, 1]: the share of the trace of ΣA (as far as the importance
-            keeps directions) that is protected wholly.
+        energy: Of ``"hard"``, in (0, 1]: the share of the trace of ΣA that is protected wholly; not
+            more than the ``energy`` that the importance was estimated with.
         every: Steps between projections.
 
     Raises:
@@ -193,10 +213,11 @@ class InputProjection(Wrapper):
     def _subspaces(self) -> list[Subspace]:
         return [one for stack in self._stacks for one in stack.subspaces]
 
-    def _parts(self, subspace: Subspace, side: Side) -> Tensor:
+    def _parts(self, one: Subspace, side: Side) -> Parts:
+        trace = float(one.trace())
         if self._mode == "hard":
-            return subspaces.wholly(side.values, self._energy)
-        return subspaces.softly(side.values, subspace.unit(), self._strength)
+            return wholly(side, trace, self._energy)
+        return softly(side, trace / max(1, one.side.size), self._strength)
 
     # --- the wrapped optimizer --------------------------------------------------------------------
 
@@ -209,6 +230,9 @@ class InputProjection(Wrapper):
     def _step_supports_amp_scaling(self) -> bool:
         """Tell GradScaler whether the wrapped optimizer unscales and skips by itself."""
         return bool(getattr(self.optimizer, "_step_supports_amp_scaling", False))
+
+    freeze = _SettledFirst(EWCAdamW.freeze)
+    unfreeze = _SettledFirst(EWCAdamW.unfreeze)
 
     # GradScaler sets these two for the time of a step.
     grad_scale = _passed_on("grad_scale")
@@ -315,14 +339,17 @@ class InputProjection(Wrapper):
         importance = subspaces.kronecker(importance, strict=strict)
         named = named_params(self.param_groups, model)
         new = subspaces.from_importance(importance, named, strict=strict)
-        old = {one.weight: one for one in self._subspaces()}
+        energy = max(ENERGY, self._energy) if self._mode == "hard" else ENERGY
         found = {one.weight: one for one in new}
-        for weight, one in old.items():
+        for one in self._subspaces():
+            weight = one.weight
             if weight in found:
-                found[weight] = one.added(found[weight], decay)
+                found[weight] = one.added(found[weight], decay, energy)
             elif decay > 0.0:
                 found[weight] = one.scaled(decay)
         ordered = [found[param] for param in named.values() if param in found]
+        if self._mode == "hard":
+            subspaces.check_energy(ordered, self._energy)
         subspaces.log_the_others(named, ordered)
         return ordered
 
@@ -452,10 +479,13 @@ class InputProjection(Wrapper):
         """Return the wrapped optimizer's state dict, and inputs and options with it.
 
         They are under ``"input_projection"``, and with them, where a projection is due, the weights
-        that displacements are from. Tensors are the optimizer's own, as always in torch.
+        that displacements are from. Around an :class:`cl_optim.EWCAdamW` nothing is: it settles.
+        Tensors are the optimizer's own, as always in torch.
         """
         for pre_hook in self._optimizer_state_dict_pre_hooks.values():
             pre_hook(self)
+        if hasattr(self.optimizer, "settle"):  # it settles then, and that must not come first
+            self.settle()
         params = [param for group in self.param_groups for param in group["params"]]
         places = {param: place for place, param in enumerate(params)}
         state_dict = self.optimizer.state_dict()

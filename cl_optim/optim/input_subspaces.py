@@ -5,15 +5,15 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from cl_optim.importance import ImportanceLog
 from cl_optim.importance.kronecker.factors import Layout
-from cl_optim.importance.kronecker.importance import KroneckerImportance, check_finite, departure
-from cl_optim.importance.kronecker.side import ENERGY, Side, leading
+from cl_optim.importance.kronecker.importance import KroneckerImportance, check_side
+from cl_optim.importance.kronecker.side import Side, leading
 from cl_optim.importance.names import match_names
 from cl_optim.ops import gram
 from cl_optim.ops.checks import dtype_name, listed
@@ -31,7 +31,7 @@ class Subspace:
         weight: The weight.
         bias: W̃'s last column; None where it has none, or the optimizer does not have it.
         layout: How the two lie in W̃.
-        side: Directions of ΣA, A = E[ããᵀ] over a task's inputs, and its values there.
+        side: ΣA, A = E[ããᵀ] over a task's inputs: leading directions, and the mean beside them.
     """
 
     name: str
@@ -45,8 +45,13 @@ class Subspace:
         """The parameters of the matrix."""
         return [self.weight] if self.bias is None else [self.weight, self.bias]
 
-    def added(self, newer: Subspace, decay: float) -> Subspace:
+    def added(self, newer: Subspace, decay: float, energy: float) -> Subspace:
         """Return ``decay`` times these inputs and another task's.
+
+        Args:
+            newer: Of the same matrix.
+            decay: What remains of these.
+            energy: The share of the sum's trace that its directions hold.
 
         Raises:
             ValueError: The two are of different matrices, or cut into other blocks.
@@ -67,13 +72,12 @@ class Subspace:
                 "or give decay=0 to forget the others."
             )
         sum_ = decay * self.side.matrix() + newer.side.matrix().to(self.side.values.device)
-        side = leading(sum_, self.side.size, ENERGY, f"{self.name!r}'s inputs")
+        side = leading(sum_, self.side.size, energy, f"{self.name!r}'s inputs")
         return replace(newer, side=side)
 
     def scaled(self, factor: float) -> Subspace:
         """Return inputs that weigh so many times as much."""
-        values = self.side.values * factor
-        return replace(self, side=Side(self.side.size, values, self.side.basis))
+        return replace(self, side=self.side.times(factor))
 
     def to(self, device: torch.device) -> Subspace:
         """Return it with its directions on a device."""
@@ -102,29 +106,54 @@ class Subspace:
         matrix = matrix * kept.unsqueeze(2) * kept.unsqueeze(1)
         return leading(matrix, self.side.size, 1.0, repr(self.name))
 
-    def unit(self) -> Tensor:
-        """Return what an eigenvalue of ΣA is measured in: their mean, trace over size; 0-dim."""
-        return self.side.values.double().sum() / max(1, self.side.size)
+    def trace(self) -> Tensor:
+        """Return the trace of ΣA, float64, 0-dim."""
+        return self.side.values.double().sum() + self.side.rest * self.side.tail
 
 
-def softly(values: Tensor, unit: Tensor, strength: float) -> Tensor:
-    """Return which part of a displacement to take away along each direction: κe/(1 + κe).
+class Parts(NamedTuple):
+    """Which part of a displacement is taken away.
+
+    Attributes:
+        along: Along each direction of a side, float64 [rank].
+        beside: In what is orthogonal to all of them.
+    """
+
+    along: Tensor
+    beside: float
+
+
+def softly(side: Side, unit: float, strength: float) -> Parts:
+    """Take κe/(1 + κe) along an eigenvector of ΣA with eigenvalue e.
 
     Args:
-        values: e of each direction.
-        unit: What they are measured in, so that κ = strength / unit.
-        strength: Has no unit: along a direction of mean e, 1/(1 + strength) remains.
+        side: Of ΣA, or of a part of it.
+        unit: What eigenvalues are measured in: κ = strength / unit.
+        strength: Has no unit.
     """
-    pull = strength * values.double() / unit.clamp_min(torch.finfo(torch.float64).tiny)
-    return pull / (1.0 + pull)
+    kappa = strength / unit if unit > 0.0 else 0.0
+    pull = kappa * side.values.double()
+    return Parts(pull / (1.0 + pull), kappa * side.tail / (1.0 + kappa * side.tail))
 
 
-def wholly(values: Tensor, energy: float) -> Tensor:
-    """Return 1 for the fewest directions that hold a share of the trace, and 0 for the others."""
-    ordered, order = values.double().sort(descending=True, stable=True)
-    held = ordered.cumsum(0)
-    taken = (held - ordered < energy * held[-1:]) & (ordered > 0)
-    return torch.zeros_like(ordered).index_copy_(0, order, taken.to(ordered.dtype))
+def wholly(side: Side, trace: float, energy: float) -> Parts:
+    """Take all along the fewest directions that hold a share of a trace, and nothing elsewhere."""
+    ordered, order = side.values.double().sort(descending=True, stable=True)
+    held_before = ordered.cumsum(0) - ordered
+    taken = (held_before < energy * trace * (1 - 1e-9)) & (ordered > 0)
+    return Parts(torch.zeros_like(ordered).index_copy_(0, order, taken.to(ordered.dtype)), 0.0)
+
+
+def check_energy(subspaces: Iterable[Subspace], energy: float) -> None:
+    """Raise ValueError where directions hold less than a share of the trace."""
+    for one in subspaces:
+        held = float(one.side.values.double().sum() / one.trace()) if one.side.rest else 1.0
+        if held < energy - 1e-4:
+            raise ValueError(
+                f"energy={energy} is more than the share of {one.name!r}'s inputs that importance "
+                f"has directions for, {held:.4f}: estimate it with energy={energy} or more, or "
+                "make the InputProjection with less."
+            )
 
 
 # --- from an importance ---------------------------------------------------------------------------
@@ -192,7 +221,7 @@ def from_importance(
         _check_param(names[name], weight)
         if bias is not None:
             _check_param(str(layout.bias), bias)
-        _check_side(name, layout, side)
+        check_side(side, layout.inputs, "input", name)
         found.append(Subspace(names[name], weight, bias, layout, side.to(weight.device)))
     if unknown or misfits:
         left_out = listed([*unknown, *misfits])
@@ -222,20 +251,6 @@ def _check_param(name: str, param: Tensor) -> None:
         )
 
 
-def _check_side(name: str, layout: Layout, side: Side) -> None:
-    if side.size != layout.inputs:
-        raise ValueError(
-            f"the input side of the Kronecker factors of {name!r} must have size {layout.inputs}, "
-            f"not {side.size}."
-        )
-    check_finite(side.values, f"the input eigenvalues of {name!r}")
-    if not departure(side) <= 1e-3:  # true for NaN as well
-        raise ValueError(
-            f"the input directions of the Kronecker factors of {name!r} must be orthonormal: the "
-            "file or the state that they are from is damaged."
-        )
-
-
 def log_the_others(named: Mapping[str, Tensor], subspaces: Iterable[Subspace]) -> None:
     """Say once which parameters that can move are not projected."""
     covered = {param for subspace in subspaces for param in subspace.params}
@@ -250,6 +265,9 @@ def log_the_others(named: Mapping[str, Tensor], subspaces: Iterable[Subspace]) -
 
 
 # --- state dicts ----------------------------------------------------------------------------------
+
+_LAYOUT = ("shape", "transposed", "bias_name")
+_ENTRY = ("name", "weight", "bias", *_LAYOUT, "values", "basis", "tail", "kept")
 
 
 def saved(subspaces: Sequence[Subspace], places: Mapping[Tensor, int]) -> list[dict[str, Any]]:
@@ -269,6 +287,8 @@ def saved(subspaces: Sequence[Subspace], places: Mapping[Tensor, int]) -> list[d
             "bias_name": one.layout.bias,
             "values": one.side.values,
             "basis": one.side.basis,
+            "tail": one.side.tail,
+            "kept": one.side.kept,
         }
         for one in subspaces
     ]
@@ -286,58 +306,30 @@ def loaded(entries: Sequence[Mapping[str, Any]], params: Mapping[int, Tensor]) -
     """
     found = []
     for number, entry in enumerate(entries):
-        for key in (
-            "weight",
-            "bias",
-            "name",
-            "shape",
-            "transposed",
-            "bias_name",
-            "values",
-            "basis",
-        ):
-            if key not in entry:
-                raise ValueError(
-                    f"the state dict is truncated: its 'input_projection' has no {key!r} of matrix "
-                    f"{number}."
-                )
-        shape = tuple(entry["shape"])
-        layout = Layout(shape, bool(entry["transposed"]), entry["bias_name"])
-        try:
+        missing = [key for key in _ENTRY if key not in entry]
+        if missing:
+            raise ValueError(
+                f"the state dict is truncated: its 'input_projection' has no {missing[0]!r} of "
+                f"matrix {number}."
+            )
+        name, layout = entry["name"], Layout(*(entry[key] for key in _LAYOUT))
+        layout = layout._replace(shape=tuple(layout.shape))
+        absent = [p for p in (entry["weight"], entry["bias"]) if p not in (None, *params)]
+        misfit = f"there is no parameter {absent[0]}" if absent else ""
+        if not absent:
             weight = params[entry["weight"]]
             bias = None if entry["bias"] is None else params[entry["bias"]]
-        except KeyError as error:
-            raise ValueError(
-                f"the state dict belongs to other parameters: {entry['name']!r} is its parameter "
-                f"{error}."
-            ) from None
-        misfit = _misfit(weight, bias, layout)
+            misfit = _misfit(weight, bias, layout)
         if misfit:
-            raise ValueError(
-                f"the state dict belongs to other parameters: {entry['name']!r}, {misfit}."
-            )
-        basis = entry["basis"]
-        values = entry["values"].to(weight.device, copy=True)
+            raise ValueError(f"the state dict belongs to other parameters: of {name!r}, {misfit}.")
+        values, basis = entry["values"], entry["basis"]
         side = Side(
-            layout.inputs, values, None if basis is None else basis.to(weight.device, copy=True)
+            layout.inputs,
+            values.to(weight.device, copy=True),
+            None if basis is None else basis.to(weight.device, copy=True),
+            entry["tail"],
+            entry["kept"],
         )
-        _check_shapes(entry["name"], side)
-        _check_side(entry["name"], layout, side)
-        found.append(Subspace(entry["name"], weight, bias, layout, side))
+        check_side(side, layout.inputs, "input", name)
+        found.append(Subspace(name, weight, bias, layout, side))
     return found
-
-
-def _check_shapes(name: str, side: Side) -> None:
-    if side.basis is None:
-        fits = side.values.shape == (side.size,)
-    else:
-        fits = side.basis.dim() == 3 and (
-            side.values.shape == (len(side.basis) * side.basis.shape[2],)
-            and 0 <= len(side.basis) * side.basis.shape[1] - side.size < max(1, len(side.basis))
-        )
-    if not fits:
-        shapes = [tuple(t.shape) for t in (side.values, side.basis) if t is not None]
-        raise ValueError(
-            f"the state dict is damaged: 'values' and 'basis' of {name!r} have shapes "
-            f"{listed(shapes, show=str)}."
-        )

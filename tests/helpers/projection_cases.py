@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from cl_optim.importance.kronecker.factors import Factors, Layout, Term, from_sums
 from cl_optim.importance.kronecker.importance import KroneckerImportance
-from cl_optim.importance.kronecker.side import cut, partition
+from cl_optim.importance.kronecker.side import ENERGY, partition
 
 
 def factors(layout: Layout, inputs: Tensor, block: int = 2048, energy: float = 1.0) -> Factors:
@@ -24,6 +24,15 @@ def factors(layout: Layout, inputs: Tensor, block: int = 2048, energy: float = 1
     outputs = cut(grads.T @ grads, *partition(layout.outputs, 2048))
     term = Term(sums, outputs, rows=len(inputs))
     return from_sums(layout, [term], len(inputs), block or 2048, energy, "a matrix")
+
+
+def cut(matrix: Tensor, blocks: int, width: int) -> Tensor:
+    """The blocks on the diagonal, [k, m, m], with zeros beyond the last one's coordinates."""
+    found = matrix.new_zeros(blocks, width, width)
+    for number, place in enumerate(range(0, len(matrix), width)):
+        part = matrix[place : place + width, place : place + width]
+        found[number, : len(part), : len(part)] = part
+    return found
 
 
 def rows(size: int, count: int, rank: int, seed: int, bias: bool = True) -> Tensor:
@@ -55,6 +64,15 @@ def second_moment(inputs: Tensor) -> Tensor:
     """A = E[ããᵀ], float64."""
     inputs = inputs.double()
     return inputs.T @ inputs / len(inputs)
+
+
+def low_rank(a: Tensor, energy: float = ENERGY) -> Tensor:
+    """What an importance keeps of A: leading directions, and of the others the mean eigenvalue."""
+    u, values, _ = torch.linalg.svd(a)
+    rank = int((values.cumsum(0) < energy * values.sum()).sum()) + 1
+    values = values.clone()
+    values[rank:] = values[rank:].mean() if rank < len(a) else 0.0
+    return (u * values) @ u.T
 
 
 def soft(a: Tensor, strength: float) -> Tensor:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from optimizer_cases import plain
-from projection_cases import factors, hard, importance, rows, second_moment, soft, stacked
+from projection_cases import factors, hard, importance, low_rank, rows, second_moment, soft, stacked
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW
 
@@ -84,7 +84,7 @@ class TestDefinition:
         optimizer.consolidate(importance(model, second), decay=0.5, inner=inner_of(model, inner))
         matrix = {}
         for name in INPUTS:
-            a = 0.5 * second_moment(INPUTS[name]) + second_moment(second[name])
+            a = low_rank(0.5 * second_moment(INPUTS[name]) + second_moment(second[name]))
             matrix[name] = soft(a, 3.0) if "strength" in options else hard(a, 0.9)
         for step in range(4):
             twin, bare = copy.deepcopy((model, optimizer.optimizer))
@@ -115,6 +115,40 @@ class TestDefinition:
         free, found = (stacked(twin) - before) @ vectors, (stacked(model) - before) @ vectors
         factor = 1 / (1 + strength * values / values.mean())
         torch.testing.assert_close(found, free * factor, rtol=1e-6, atol=1e-7)
+
+    @pytest.mark.parametrize("energy", [0.6, 0.9])
+    def test_beside_the_directions_that_are_kept_the_mean_counts(self, energy):
+        x = rows(8, 40, 8, seed=1) * torch.linspace(0.3, 1, 9)
+        params = {"w": nn.Parameter(torch.zeros(5, 8)), "b": nn.Parameter(torch.zeros(5))}
+        kept = factors(Layout((5, 8), False, "b"), x, energy=energy)
+        assert kept.input.tail > 0
+        free, got = one_step(params, {"w": kept}, strength=2.0)
+        a = low_rank(second_moment(x), energy)
+        whole = torch.cat([free["w"], free["b"].unsqueeze(1)], 1).double()
+        expected = whole @ soft(a, 2.0)
+        torch.testing.assert_close(got["w"].double(), expected[:, :-1], rtol=0, atol=1e-6)
+        torch.testing.assert_close(got["b"].double(), expected[:, -1], rtol=0, atol=1e-6)
+        free, got = one_step(params, {"w": kept}, mode="hard", energy=energy)
+        whole = torch.cat([free["w"], free["b"].unsqueeze(1)], 1).double()
+        expected = whole @ hard(second_moment(x), energy)
+        torch.testing.assert_close(got["w"].double(), expected[:, :-1], rtol=0, atol=1e-6)
+
+    def test_hard_with_more_energy_than_the_default(self):
+        """The sum of tasks keeps as many directions as that needs."""
+        model = nn.Linear(8, 4).double()
+        optimizer = InputProjection(
+            SGD(model.named_parameters(), lr=1.0), mode="hard", energy=1 - 1e-9
+        )
+        old = [rows(8, 40, 2, seed=seed) * (1e-3 if seed == 1 else 1.0) for seed in (1, 2)]
+        for x in old:
+            optimizer.consolidate(importance(model, {"weight": x}))
+        before = stacked(model)
+        model.weight.grad, model.bias.grad = torch.randn(4, 8).double(), torch.randn(4).double()
+        optimizer.step()
+        moved = stacked(model) - before
+        for x in old:
+            assert (moved @ x.T).abs().max() < 1e-4 * x.abs().max()
+        assert moved.abs().max() > 0.1
 
     def test_hard_with_all_energy_keeps_old_outputs(self):
         model = make_model(dtype=torch.float64)

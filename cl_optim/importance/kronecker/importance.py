@@ -359,16 +359,8 @@ def check_factors(factors: Factors, name: str) -> None:
     layout = factors.layout
     if layout.transposed and len(layout.shape) != 2:
         raise ValueError(f"the layout {of} must be a matrix's to be transposed: {layout.shape}.")
-    for which, side, size in (
-        ("output", factors.output, layout.outputs),
-        ("input", factors.input, layout.inputs),
-    ):
-        if side.size != size:
-            raise ValueError(f"the {which} side {of} must have size {size}, not {side.size}.")
-        _check_directions(side, f"the {which} directions {of}")
-        check_finite(side.values, f"the {which} eigenvalues of {name!r}")
-        if not 0.0 <= side.tail < math.inf:  # true for NaN as well
-            raise ValueError(f"the {which} tail {of} must be finite and at least 0: {side.tail}.")
+    check_side(factors.output, layout.outputs, "output", name)
+    check_side(factors.input, layout.inputs, "input", name)
     shape = (factors.output.rank + 1, factors.input.rank + 1)
     if factors.scale.shape != shape:
         raise ValueError(
@@ -376,6 +368,17 @@ def check_factors(factors: Factors, name: str) -> None:
             f"{tuple(factors.scale.shape)}."
         )
     check_finite(factors.scale, f"the scale of {name!r}")
+
+
+def check_side(side: Side, size: int, which: str, name: str) -> None:
+    """Raise ValueError where the ``which`` side of the factors of ``name`` is none of ``size``."""
+    of = f"of the Kronecker factors of {name!r}"
+    if side.size != size:
+        raise ValueError(f"the {which} side {of} must have size {size}, not {side.size}.")
+    _check_directions(side, f"the {which} directions {of}")
+    check_finite(side.values, f"the {which} eigenvalues of {name!r}")
+    if not 0.0 <= side.tail < math.inf:  # true for NaN as well
+        raise ValueError(f"the {which} tail {of} must be finite and at least 0: {side.tail}.")
 
 
 def _check_directions(side: Side, what: str) -> None:

@@ -1,173 +1,135 @@
-"""Displacements of many matrices since a moment, and the part of each that is taken back."""
+"""What steps do to matrices between two projections, and nobody else."""
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Callable, Hashable, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
-from cl_optim.importance.kronecker.side import Side
-from cl_optim.ops import formats
-from cl_optim.optim.input_subspaces import Parts, Subspace
-
-# Elements of the matrices that are computed together: temporary tensors are a few times as large.
-_TOGETHER = 2**24
-# Ranks of matrices that are computed together differ by less than this, in columns of zeros.
-_RANKS = 32
+from cl_optim.ops.warn import warn
+from cl_optim.optim.input_subspaces import Subspace
+from cl_optim.optim.projection_stacks import ChooseParts, Frozen, stacks
 
 
-class Stack:
-    """Matrices of one shape, computed together: Δ ← Δ − ΔU diag(along) Uᵀ − beside·Δ(I − UUᵀ).
+class Displacements:
+    """Displacements of matrices since the last projection.
 
     Args:
         subspaces: Of the matrices.
-        sides: Of each, the directions U.
-        parts: Of each, what is taken away.
+        parts: What is taken back of a displacement.
+        due: Steps since the last projection.
+        old: If there are some, by parameter what it was then. The weights of now are then taken
+            for those after the last of these steps, at whatever time they are read.
 
     Attributes:
-        subspaces: Of the matrices; their directions are this stack's, not a copy.
-        pairs: Each parameter, and its weights of the moment that displacements are from.
+        due: Likewise.
     """
 
     def __init__(
-        self, subspaces: Sequence[Subspace], sides: Sequence[Side], parts: Sequence[Parts]
+        self,
+        subspaces: Sequence[Subspace],
+        parts: ChooseParts,
+        due: int = 0,
+        old: Mapping[Tensor, Tensor] | None = None,
     ) -> None:
-        first = subspaces[0]
-        self._transposed = first.layout.transposed
-        self._has_bias_column = first.layout.bias is not None
-        self._dtype = formats.arithmetic_dtype(first.weight)
-        self._basis: Tensor | None = None
-        self._beside: Tensor | None = None
-        if first.side.basis is None:
-            self._along = torch.stack([part.along.to(self._dtype) for part in parts]).unsqueeze(1)
-        else:
-            rank = max(side.rank // side.blocks for side in sides)
-            bases, along = [], []
-            for side, part in zip(sides, parts, strict=True):
-                assert side.basis is not None
-                blocks, _, own = side.basis.shape
-                bases.append(pad(side.basis.to(self._dtype), (0, rank - own)))
-                inner = (part.along - part.beside).view(blocks, 1, own)
-                along.append(pad(inner.to(self._dtype), (0, rank - own)))
-            self._basis = bases[0] if len(bases) == 1 else torch.cat(bases)
-            self._along = torch.cat(along)
-            if any(part.beside for part in parts):
-                beside = self._along.new_tensor([part.beside for part in parts])
-                self._beside = beside.view(-1, 1, 1)
-        self.subspaces = [
-            one if side is not one.side else replace(one, side=self._shared(one.side, number))
-            for number, (one, side) in enumerate(zip(subspaces, sides, strict=True))
-        ]
-        self._weights = [one.weight for one in subspaces]
-        self._old_weights = torch.stack([weight.detach() for weight in self._weights])
-        self._biases = [one.bias for one in subspaces if one.bias is not None]
-        self._old_biases = None
-        if self._biases:
-            self._old_biases = torch.stack([bias.detach() for bias in self._biases])
-        self.pairs = [
-            *zip(self._weights, self._old_weights, strict=True),
-            *zip(self._biases, () if self._old_biases is None else self._old_biases, strict=True),
-        ]
+        self.due = due
+        self._parts = parts
+        # Where a projection is due, by parameter its memory and version after the last step; None:
+        # whatever they are now.
+        self._marks: dict[Tensor, tuple[int, int]] | None = {}
+        self._has_warned = False
+        self._stack(subspaces)
+        if due:
+            assert old is not None
+            self._marks = None
+            for param, place in self.old():
+                place.copy_(old[param])
 
-    def _shared(self, side: Side, number: int) -> Side:
-        """Return a side with its directions as they lie here, so that memory has them once."""
-        if side.basis is None or self._basis is None or side.basis.dtype != self._basis.dtype:
-            return side
-        blocks, _, own = side.basis.shape
-        values = pad(side.values.view(blocks, own), (0, self._basis.shape[2] - own)).flatten()
-        basis = self._basis[number * blocks : (number + 1) * blocks]
-        return replace(side, values=values, basis=basis)
+    def _stack(self, subspaces: Sequence[Subspace]) -> None:
+        self._stacks = stacks(subspaces, self._parts)
+        self._condition = _condition(param for stack in self._stacks for param, _ in stack.pairs)
 
-    def take_back(self, frozen: Callable[[Tensor], Tensor | None]) -> None:
-        """Correct the parameters; what has not moved as a whole, or is frozen, keeps its bits.
+    def subspaces(self) -> list[Subspace]:
+        """Return those of all matrices."""
+        return [one for stack in self._stacks for one in stack.subspaces]
 
-        Args:
-            frozen: Gives the mask of a parameter's frozen weights; None where there are none.
+    def old(self) -> list[tuple[Tensor, Tensor]]:
+        """Return each parameter and what it was at the last projection; nothing if none is due."""
+        return [pair for stack in self._stacks for pair in stack.pairs] if self.due else []
+
+    @torch.no_grad()
+    def begin_step(self, frozen: Frozen) -> None:
+        """See to it that displacements are those of steps alone.
+
+        Raises:
+            RuntimeError: A parameter has another shape now.
         """
-        weights = torch.stack([weight.detach() for weight in self._weights])
-        moved = weights.to(self._dtype) - self._old_weights.to(self._dtype)
-        delta = moved.mT if self._transposed else moved.reshape(*moved.shape[:2], -1)
-        biases = moved_biases = None
-        if self._old_biases is not None:
-            biases = torch.stack([bias.detach() for bias in self._biases])
-            moved_biases = biases.to(self._dtype) - self._old_biases.to(self._dtype)
-        if self._has_bias_column:
-            column = delta.new_zeros(delta.shape[:2]) if moved_biases is None else moved_biases
-            delta = torch.cat([delta, column.unsqueeze(2)], 2)
-        back = self._along_old_inputs(delta)
-        if self._old_biases is not None and biases is not None and moved_biases is not None:
-            _write(self._biases, biases, self._old_biases, moved_biases, back[:, :, -1], frozen)
-        back = back[:, :, :-1] if self._has_bias_column else back
-        back = back.mT if self._transposed else back.reshape(moved.shape)
-        _write(self._weights, weights, self._old_weights, moved, back, frozen)
+        if _condition(self._condition) != self._condition:
+            self._rebuild(frozen)
+        if self._marks is None:
+            return
+        written: list[Tensor] = []
+        for stack in self._stacks:
+            fresh = [
+                (param, old)
+                for param, old in stack.pairs
+                if not self.due or self._marks.get(param) != _mark(param)
+            ]
+            if fresh:
+                params, olds = zip(*fresh, strict=True)
+                torch._foreach_copy_(list(olds), [param.detach() for param in params])
+                written += params if self.due else ()
+        if written and not self._has_warned:
+            self._has_warned = True
+            warn(
+                f"{len(written)} parameters were written between the steps of an InputProjection, "
+                f"and what {self.due} steps before had done to them is not projected: call "
+                "settle() before you write weights, or use every=1."
+            )
 
-    def _along_old_inputs(self, delta: Tensor) -> Tensor:
-        """Return what of Δ is taken back, [matrices, out, in]."""
-        if self._basis is None:
-            return delta * self._along
-        matrices, outputs, inputs = delta.shape
-        total, width, _ = self._basis.shape
-        blocks = total // matrices
-        cut = pad(delta, (0, blocks * width - inputs)).view(matrices, outputs, blocks, width)
-        cut = cut.transpose(1, 2).reshape(total, outputs, width)
-        with torch.autocast(delta.device.type, enabled=False):
-            back = torch.bmm(torch.bmm(cut, self._basis) * self._along, self._basis.mT)
-        back = back.view(matrices, blocks, outputs, width).transpose(1, 2)
-        back = back.reshape(matrices, outputs, blocks * width)[:, :, :inputs]
-        return back if self._beside is None else back + self._beside * delta
+    def end_step(self) -> None:
+        """Note the weights, to know whether somebody writes them before the next step."""
+        self._marks = {param: _mark(param) for param in self._condition} if self.due else {}
 
+    @torch.no_grad()
+    def project(self, frozen: Frozen) -> None:
+        """Take back what is to be taken back of the displacements."""
+        for stack in self._stacks:
+            stack.take_back(frozen)
+        self.due = 0
 
-def _write(
-    params: list[Tensor],
-    values: Tensor,
-    old: Tensor,
-    moved: Tensor,
-    back: Tensor,
-    frozen: Callable[[Tensor], Tensor | None],
-) -> None:
-    """Subtract from parameters of one shape what is to be taken back."""
-    has_moved = (moved != 0).flatten(1).any(1).view(-1, *[1] * (moved.dim() - 1))
-    back = torch.where(has_moved, back, 0.0)
-    # A difference that is taken back as a whole may be a rounded one.
-    exact = torch.where(back == moved, old, (values.to(back.dtype) - back).to(values.dtype))
-    new = list(exact.unbind())
-    for place, param in enumerate(params):
-        mask = frozen(param)
-        if mask is not None:
-            new[place] = torch.where(mask, values[place], new[place])
-    torch._foreach_copy_([param.detach() for param in params], new)
+    def _rebuild(self, frozen: Frozen) -> None:
+        """Follow parameters that were moved, cast, or fixed."""
+        was, now = self._condition, _condition(self._condition)
+        for param, (place, _) in was.items():
+            if now[param][0].shape != place.shape:
+                raise RuntimeError(
+                    f"a parameter of shape {tuple(place.shape)} has shape "
+                    f"{tuple(now[param][0].shape)} now, which its inputs do not fit: make the "
+                    "optimizer anew, and consolidate it."
+                )
+        moved = any(now[param][0] != place for param, (place, _) in was.items())
+        if self.due and not moved:
+            self.project(frozen)
+        self._marks = self._marks or {}
+        self._stack([one.to(one.weight.device) for one in self.subspaces()])
 
 
-def stacks(subspaces: Sequence[Subspace], parts: Callable[[Subspace, Side], Parts]) -> list[Stack]:
-    """Put matrices together that can be computed together.
+class _Place(NamedTuple):
+    """Where a parameter is, and what it is made of."""
 
-    Args:
-        subspaces: All.
-        parts: Gives what is taken away from a matrix, along the directions of a side.
-    """
-    return [
-        Stack(chunk, sides, [parts(one, side) for one, side in zip(chunk, sides, strict=True)])
-        for chunk, sides in _chunks(subspaces)
-    ]
+    device: torch.device
+    dtype: torch.dtype
+    shape: torch.Size
 
 
-def _chunks(subspaces: Sequence[Subspace]) -> Iterator[tuple[list[Subspace], list[Side]]]:
-    alike: dict[Hashable, list[tuple[Subspace, Side]]] = defaultdict(list)
-    for one in subspaces:
-        side = one.movable()
-        rank = 0 if side.basis is None else -(-side.basis.shape[2] // _RANKS)
-        key = (
-            *(one.layout.shape, one.layout.transposed, one.layout.bias is None),
-            *((param.device, param.dtype) for param in one.params),
-            *(side.blocks, rank),
-        )
-        alike[key].append((one, side))
-    for members in alike.values():
-        size = max(1, _TOGETHER // max(1, members[0][0].weight.numel()))
-        for start in range(0, len(members), size):
-            chunk = members[start : start + size]
-            yield [one for one, _ in chunk], [side for _, side in chunk]
+def _condition(params: Iterable[Tensor]) -> dict[Tensor, tuple[_Place, bool]]:
+    """Return what matrices were stacked for: places, and which parameters can move."""
+    return {p: (_Place(p.device, p.dtype, p.shape), p.requires_grad) for p in params}
+
+
+def _mark(param: Tensor) -> tuple[int, int]:
+    """Return what differs after somebody wrote a parameter, but through ``.data``."""
+    return param.data_ptr(), param._version

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from functools import wraps
-from typing import Any, Literal, NamedTuple, ParamSpec, TypeVar, overload
+from typing import Any, Literal, ParamSpec, TypeVar, overload
 
 import torch
 from torch import Tensor
@@ -17,12 +17,12 @@ from cl_optim.importance.kronecker.side import ENERGY, Side
 from cl_optim.ops import formats
 from cl_optim.ops.capture import is_capturing
 from cl_optim.ops.checks import check_fraction, check_groups, check_whole
-from cl_optim.ops.warn import warn
 from cl_optim.optim import input_subspaces as subspaces
-from cl_optim.optim.displacements import Stack, stacks
+from cl_optim.optim.displacements import Displacements
 from cl_optim.optim.ewc_adamw import EWCAdamW
 from cl_optim.optim.input_subspaces import Parts, Subspace, softly, wholly
 from cl_optim.optim.matching import named_params
+from cl_optim.optim.projection_stacks import Frozen
 from cl_optim.optim.settling import Settling, settle_before
 from cl_optim.optim.wrapper import Forwarded, Wrapper, innermost, inside_step, layers
 
@@ -160,7 +160,9 @@ class InputProjection(Wrapper):
         options = {"strength": strength, "mode": mode, "energy": energy, "every": every}
         _check_options(options)
         if not isinstance(optimizer, torch.optim.Optimizer):
-            raise TypeError(f"optimizer must be a torch.optim.Optimizer, not {optimizer!r}.")
+            raise TypeError(
+                f"optimizer must be a torch.optim.Optimizer, not {type(optimizer).__name__}."
+            )
         if any(isinstance(layer, InputProjection) for layer in layers(optimizer)):
             raise ValueError(
                 "optimizer must not be an InputProjection itself: consolidate() one for each task."
@@ -179,16 +181,12 @@ class InputProjection(Wrapper):
         self._energy = float(options["energy"])
         self._every: int = options["every"]
 
-    def _begin_anew(self, found: list[Subspace]) -> None:
-        """Project by these inputs, from the weights of now on."""
-        self._stacks: list[Stack] = stacks(found, self._parts)
-        self._condition = _condition(param for stack in self._stacks for param, _ in stack.pairs)
-        self._due = 0  # steps since the last projection
-        # Where one is due, by parameter its memory and version after the last step; None: whatever
-        # they are now.
-        self._marks: dict[Tensor, tuple[int, int]] | None = {}
+    def _begin_anew(
+        self, found: list[Subspace], due: int = 0, old: Mapping[Tensor, Tensor] | None = None
+    ) -> None:
+        """Project by these inputs, from the weights of now on or some steps after others."""
+        self._displacements = Displacements(found, self._parts, due, old)
         self._is_stepping = False
-        self._has_warned = False
 
     @property
     def strength(self) -> float:
@@ -211,7 +209,7 @@ class InputProjection(Wrapper):
         return self._every
 
     def _subspaces(self) -> list[Subspace]:
-        return [one for stack in self._stacks for one in stack.subspaces]
+        return self._displacements.subspaces()
 
     def _parts(self, one: Subspace, side: Side) -> Parts:
         trace = float(one.trace())
@@ -252,29 +250,15 @@ class InputProjection(Wrapper):
             "optimizer": self.optimizer,
             "options": self._options(),
             "subspaces": self._subspaces(),
-            "due": self._due,
-            "old": [(param, old.clone()) for param, old in self._old()],
+            "due": self._displacements.due,
+            "old": [(param, old.clone()) for param, old in self._displacements.old()],
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore from a pickle or for a deep copy."""
         super().__init__(state["optimizer"])
         self._set_options(state["options"])
-        self._go_on(state["subspaces"], state["due"], dict(state["old"]))
-
-    def _old(self) -> list[tuple[Tensor, Tensor]]:
-        """Return each parameter and what it was at the last projection; nothing if none is due."""
-        return [pair for stack in self._stacks for pair in stack.pairs] if self._due else []
-
-    @torch.no_grad()
-    def _go_on(self, found: list[Subspace], due: int, old: Mapping[Tensor, Tensor]) -> None:
-        """Project by these inputs, some steps after a projection."""
-        self._begin_anew(found)
-        self._due = due
-        if due:
-            self._marks = None
-            for param, place in self._old():
-                place.copy_(old[param])
+        self._begin_anew(state["subspaces"], state["due"], dict(state["old"]))
 
     # --- consolidation ----------------------------------------------------------------------------
 
@@ -377,17 +361,18 @@ class InputProjection(Wrapper):
                 "who wrote the weights, which a replay would not: capture the forward and the "
                 "backward pass, and call step() outside of the graph."
             )
-        self._begin_step()
+        self._displacements.begin_step(self._frozen())
         self._is_stepping = True
         try:
             with inside_step(self.optimizer):
                 step: Callable[..., Any] = self.optimizer.step
                 loss: _Loss | None = step() if closure is None else step(closure)
-            self._due += 1 if self._stacks else 0
-            if self._due >= self._every:
-                self._project()
+            self._displacements.due += 1
+            if self._displacements.due >= self._every:
+                self._displacements.project(self._frozen())
         finally:
-            self._end_step()
+            self._is_stepping = False
+            self._displacements.end_step()
         return loss
 
     @_disable_dynamo
@@ -400,9 +385,9 @@ class InputProjection(Wrapper):
         """
         if self._is_stepping:
             return
-        if self._due:
-            self._begin_step()
-            self._project()
+        if self._displacements.due:
+            self._displacements.begin_step(self._frozen())
+            self._displacements.project(self._frozen())
         inner = getattr(self.optimizer, "settle", None)
         if inner is not None:
             inner()
@@ -421,57 +406,15 @@ class InputProjection(Wrapper):
         """
         return settle_before(self, model)
 
-    @torch.no_grad()
-    def _begin_step(self) -> None:
-        """See to it that displacements are those of steps alone."""
-        if _condition(self._condition) != self._condition:
-            self._rebuild()
-        if self._marks is None:  # what was loaded goes on from weights that were loaded, too
-            return
-        written: list[Tensor] = []
-        for stack in self._stacks:
-            fresh = [
-                (param, old)
-                for param, old in stack.pairs
-                if not self._due or self._marks.get(param) != _mark(param)
-            ]
-            if fresh:
-                params, olds = zip(*fresh, strict=True)
-                torch._foreach_copy_(list(olds), [param.detach() for param in params])
-                written += params if self._due else ()
-        if written and not self._has_warned:
-            self._has_warned = True
-            warn(
-                f"{len(written)} parameters were written between the steps of an InputProjection, "
-                f"and what {self._due} steps before had done to them is not projected: call "
-                "settle() before you write weights, or use every=1."
-            )
+    def _frozen(self) -> Frozen:
+        """Return what gives the mask of a parameter's frozen weights, or None."""
+        optimizer = innermost(self.optimizer)
 
-    def _end_step(self) -> None:
-        self._is_stepping = False
-        self._marks = {param: _mark(param) for param in self._condition} if self._due else {}
+        def frozen(param: Tensor) -> Tensor | None:
+            stored = optimizer.state.get(param, {}).get("importance")
+            return None if stored is None else formats.frozen_weights(stored, param)
 
-    def _rebuild(self) -> None:
-        """Follow parameters that were moved, cast, or fixed."""
-        was, now = self._condition, _condition(self._condition)
-        for param, (place, _) in was.items():
-            if now[param][0].shape != place.shape:
-                raise RuntimeError(
-                    f"a parameter of shape {tuple(place.shape)} has shape "
-                    f"{tuple(now[param][0].shape)} now, which its inputs do not fit: make the "
-                    "optimizer anew, and consolidate it."
-                )
-        moved = any(now[param][0] != place for param, (place, _) in was.items())
-        if self._due and not moved:
-            self._project()
-        self._begin_anew([one.to(one.weight.device) for one in self._subspaces()])
-
-    @torch.no_grad()
-    def _project(self) -> None:
-        frozen = _frozen(innermost(self.optimizer))
-        for stack in self._stacks:
-            stack.take_back(frozen)
-        self._due = 0
+        return frozen if isinstance(optimizer, EWCAdamW) else lambda param: None
 
     # --- state ------------------------------------------------------------------------------------
 
@@ -492,8 +435,8 @@ class InputProjection(Wrapper):
         state_dict[_KEY] = {
             "options": self._options(),
             "matrices": subspaces.saved(self._subspaces(), places),
-            "due": self._due,
-            "old": {places[param]: old for param, old in self._old()},
+            "due": self._displacements.due,
+            "old": {places[param]: old for param, old in self._displacements.old()},
         }
         for post_hook in self._optimizer_state_dict_post_hooks.values():
             result = post_hook(self, state_dict)
@@ -531,7 +474,7 @@ class InputProjection(Wrapper):
         else:
             options, found, due, old = own
             self._set_options(options)
-            self._go_on(found, due, old)
+            self._begin_anew(found, due, old)
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 
@@ -573,32 +516,6 @@ class InputProjection(Wrapper):
                             f"{one.name!r}."
                         )
         return dict(saved["options"]), found, saved["due"], old
-
-
-class _Place(NamedTuple):
-    """Where a parameter is, and what it is made of."""
-
-    device: torch.device
-    dtype: torch.dtype
-    shape: torch.Size
-
-
-def _condition(params: Iterable[Tensor]) -> dict[Tensor, tuple[_Place, bool]]:
-    """Return what a stack of matrices is made for: places, and which parameters can move."""
-    return {p: (_Place(p.device, p.dtype, p.shape), p.requires_grad) for p in params}
-
-
-def _mark(param: Tensor) -> tuple[int, int]:
-    """Return what differs after somebody wrote a parameter, but through ``.data``."""
-    return param.data_ptr(), param._version
-
-
-def _frozen(optimizer: torch.optim.Optimizer) -> Callable[[Tensor], Tensor | None]:
-    def frozen(param: Tensor) -> Tensor | None:
-        stored = optimizer.state.get(param, {}).get("importance")
-        return None if stored is None else formats.frozen_weights(stored, param)
-
-    return frozen if isinstance(optimizer, EWCAdamW) else lambda param: None
 
 
 def _without_own(state_dict: Mapping[str, Any]) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import StepLR
 
 import cl_optim
-from cl_optim import GEM, EWCAdamW, ImportanceLog
+from cl_optim import GEM, EWCAdamW, ImportanceLog, InputProjection
 from cl_optim.retention import Evaluation, RetentionGuard
 
 torch.manual_seed(0)  # an accuracy of 0 would be no baseline for the guard
@@ -51,6 +51,12 @@ assert_type(opt.step(tensor), Tensor)
 assert_type(opt.step(number), float)
 assert_type(opt.penalty(), Tensor)
 assert_type(opt.freeze(0.05), int)
+
+projection = InputProjection(torch.optim.AdamW(model.named_parameters()), every=2)
+assert_type(projection.step(), None)
+assert_type(projection.step(tensor), Tensor)
+projection.settle_before(model).remove()
+GEM(projection).settle()
 
 groups: list[dict[str, Any]] = [
     {"params": [model.weight], "lr": 1e-4},

@@ -15,12 +15,14 @@ from optimizer_cases import plain
 from projection_cases import factors, hard, importance, low_rank, rows, second_moment, soft, stacked
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW
+from torch.testing._internal.common_optimizers import optim_db
 
-from cl_optim import GEM, EWCAdamW, InputProjection
+from cl_optim import GEM, EWCAdamW, ImportanceLog, InputProjection
 from cl_optim.importance.kronecker.factors import Layout
 from cl_optim.importance.kronecker.importance import KroneckerImportance
 from cl_optim.optim.settling import settle_before
 
+INFOS = {info.optim_cls.__name__: info for info in optim_db}
 INNER: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "sgd": lambda params: SGD(params, lr=0.1),
     "momentum": lambda params: SGD(params, lr=0.1, momentum=0.9, weight_decay=0.1),
@@ -509,6 +511,20 @@ class TestFrozen:
         train(model, optimizer, 1)
         assert not torch.equal(model[0].weight[masks[0]], before[0][masks[0]])
 
+    def test_freezing_settles_first(self):
+        model = make_model()
+        optimizer = InputProjection(EWCAdamW(model.named_parameters(), lr=0.05), every=10)
+        ones = {name: torch.rand_like(param) for name, param in model.named_parameters()}
+        optimizer.consolidate(importance(model, INPUTS), inner=ones)
+        for change in (optimizer.freeze, optimizer.unfreeze):
+            train(model, optimizer, 2)
+            displaced = weights(model)
+            change()
+            assert not same(model, displaced)
+            settled = weights(model)
+            optimizer.settle()
+            assert same(model, settled)
+
     @pytest.mark.parametrize("every", [1, 3])
     def test_what_has_no_gradient_does_not_move(self, every):
         model = make_model()
@@ -560,10 +576,27 @@ class TestState:
         assert same(model, twin)
         assert plain(optimizer.state_dict()) == plain(resumed.state_dict())
 
+    def test_a_log_stands_for_all_its_tasks(self, tmp_path):
+        model, twin = make_model(), make_model()
+        second = {name: rows(x.shape[1] - 1, 30, 2, seed=9) for name, x in INPUTS.items()}
+        log = ImportanceLog(tmp_path)
+        one_by_one = InputProjection(SGD(twin.named_parameters(), lr=0.1))
+        for task, inputs in (("a", INPUTS), ("b", second)):
+            log.record(task, importance(model, inputs))
+            one_by_one.consolidate(importance(model, inputs))
+        optimizer = InputProjection(SGD(model.named_parameters(), lr=0.1))
+        optimizer.consolidate(log)
+        for side, each in ((model, optimizer), (twin, one_by_one)):
+            train(side, each, 3)
+        for one, other in zip(model.parameters(), twin.parameters(), strict=True):
+            torch.testing.assert_close(one, other, rtol=0, atol=1e-6)
+
     def test_directions_are_in_memory_once(self):
         optimizer = projected(make_model())
         for one in optimizer._subspaces():
-            (stack,) = [s for s in optimizer._stacks if any(s_ is one for s_ in s.subspaces)]
+            (stack,) = [
+                s for s in optimizer._displacements._stacks if any(s_ is one for s_ in s.subspaces)
+            ]
             assert one.side.basis.untyped_storage().data_ptr() == (
                 stack._basis.untyped_storage().data_ptr()
             )
@@ -723,6 +756,35 @@ class TestTorchOptimContract:
         for one, other in zip(model.parameters(), twin.parameters(), strict=True):
             torch.testing.assert_close(one, other, rtol=0, atol=1e-6)
 
+    @pytest.mark.parametrize("name", [*INFOS])
+    def test_every_optimizer_of_torch(self, name):
+        """With its defaults: what it would do, and nothing of it on old inputs."""
+        kind = INFOS[name].optim_cls
+        x = rows(6, 40, 3, seed=1, bias=False)
+        moved = []
+        for around in (False, True):
+            torch.manual_seed(0)
+            weight = nn.Parameter(torch.randn(5, 6))
+            before = weight.detach().clone()
+            optimizer = kind([("weight", weight)], lr=0.1)
+            if around:
+                given = KroneckerImportance({"weight": factors(Layout((5, 6)), x)}, {}, samples=1)
+                optimizer = InputProjection(optimizer, given, mode="hard", energy=1 - 1e-9)
+
+            def closure(weight: Tensor = weight) -> Tensor:
+                weight.grad = torch.linspace(-1, 2, 30).view(5, 6)
+                weight.grad = weight.grad.to_sparse() if name == "SparseAdam" else weight.grad
+                return weight.detach().sum()
+
+            loss = optimizer.step(closure)
+            assert loss == before.sum()
+            moved.append((weight - before).detach())
+        projector = hard(second_moment(x), 1 - 1e-9)
+        torch.testing.assert_close(
+            moved[1].double(), moved[0].double() @ projector, rtol=0, atol=1e-6
+        )
+        assert moved[0].abs().max() > 1e-4
+
     def test_schedulers(self):
         model = make_model()
         optimizer = projected(model)
@@ -860,6 +922,29 @@ class TestAroundAndInside:
         assert all(torch.equal(one.anchor, one.param) for one in protected)
         torch.testing.assert_close(protected[0].importance, 1.5 * given["0.weight"])
         assert optimizer.penalty() == 0
+
+
+@pytest.mark.gpu
+class TestOnTheGPU:
+    @pytest.mark.parametrize("every", [1, 2])
+    @pytest.mark.parametrize("inner", ["sgd", "adamw-fused", "ewc"])
+    def test_equal_to_the_cpu_without_waiting(self, inner, every):
+        models, found = [make_model(), make_model().cuda()], []
+        for model in models:
+            optimizer = projected(model, inner, every=every, strength=3.0)
+            gradients = torch.Generator().manual_seed(1)
+            for step in range(6):
+                for param in model.parameters():
+                    grad = torch.randn(param.shape, generator=gradients)
+                    param.grad = grad.to(param.device)
+                if step == 2 and param.is_cuda:
+                    torch.cuda.set_sync_debug_mode("error")
+                optimizer.step()
+                torch.cuda.set_sync_debug_mode("default")
+            optimizer.settle()
+            found.append([param.detach().cpu() for param in model.parameters()])
+        for one, other in zip(*found, strict=True):
+            torch.testing.assert_close(one, other, rtol=0, atol=1e-5)
 
 
 # --- retention ------------------------------------------------------------------------------------

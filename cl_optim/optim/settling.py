@@ -16,6 +16,19 @@ class Settles(Protocol):
         """Apply what is due."""
 
 
+def settle(optimizer: Any) -> None:
+    """Settle an optimizer, or the first one that can be of those that it is around.
+
+    Args:
+        optimizer: Any; one that cannot be settled, and what is no optimizer, stays as it is.
+    """
+    inner = optimizer
+    while not hasattr(inner, "settle") and hasattr(inner, "optimizer"):
+        inner = inner.optimizer
+    if hasattr(inner, "settle"):
+        inner.settle()
+
+
 class Settling:
     """The hooks of :func:`settle_before`; ``remove()`` takes them off."""
 

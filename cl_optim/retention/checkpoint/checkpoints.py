@@ -15,6 +15,7 @@ import torch
 from cl_optim.importance.files import fsync_folder
 from cl_optim.ops.checks import check_whole
 from cl_optim.ops.warn import warn
+from cl_optim.optim.settling import settle
 from cl_optim.retention import sealed_torch
 from cl_optim.retention.checkpoint.parts import (
     CheckpointError,
@@ -83,6 +84,7 @@ class Checkpoints:
                 string or a container of them; no file is left behind.
             OSError: The disk refuses.
         """
+        self._settle()
         content = {
             "format": _FORMAT,
             "step": step,
@@ -150,6 +152,7 @@ class Checkpoints:
         check_rng_state(content["rng"])
         for name, part in self.parts.items():
             check_part(name, part, saved[name])
+        self._settle()
         before, random_before = {}, rng_state()
         try:
             for name, part in self.parts.items():
@@ -167,6 +170,11 @@ class Checkpoints:
                 f"part {name!r} refuses its state in the checkpoint of step {content['step']}: "
                 f"{type(error).__name__}: {error}. Everything is as it was before."
             ) from error
+
+    def _settle(self) -> None:
+        """Let optimizers take the pull that is due, before any part's state is read."""
+        for part in self.parts.values():
+            settle(part)
 
     def discard_after(self, step: int) -> None:
         """Delete the checkpoints of later steps."""

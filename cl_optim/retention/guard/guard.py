@@ -14,6 +14,7 @@ from torch import nn
 from cl_optim.ops.checks import check_whole
 from cl_optim.ops.warn import warn
 from cl_optim.optim.gem import GEM
+from cl_optim.optim.settling import settle
 from cl_optim.retention.checkpoint.checkpoints import Checkpoints
 from cl_optim.retention.checkpoint.parts import Stateful
 from cl_optim.retention.guard.controller import LambdaController, largest_lambda
@@ -177,7 +178,7 @@ class RetentionGuard:
                 f"folder {str(self._checkpoints.folder)!r} holds checkpoints of an earlier run: "
                 "resume() goes on from them; choose another folder to begin anew."
             )
-        values = self._judge.measure(self.model)
+        values = self._measured()
         for name in given:
             if name not in values:
                 raise ValueError(f"baselines has {name!r}, which is no evaluation's name.")
@@ -230,7 +231,7 @@ class RetentionGuard:
             CheckpointError: A roll-back finds no checkpoint that can be read.
         """
         self._require_started()
-        check = self._compare(self._judge.measure(self.model))
+        check = self._compare(self._measured())
         if check.breached:
             check = self._act(check)
         elif self._controller is not None and not self._judge.breached(
@@ -306,6 +307,11 @@ class RetentionGuard:
             self._checkpoints.discard_after(self.steps)
             if self.baselines and not self._checkpoints.steps:
                 self._save()
+
+    def _measured(self) -> dict[str, float]:
+        """Measure the weights that would be saved, of which no pull is due."""
+        settle(self.optimizer)
+        return self._judge.measure(self.model)
 
     def _require_started(self) -> None:
         if not self.baselines:

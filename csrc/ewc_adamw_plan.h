@@ -7,6 +7,7 @@
 #include <pybind11/stl.h>
 
 #include <array>
+#include <cstring>
 #include <optional>
 #include <string>
 #include <tuple>
@@ -121,10 +122,11 @@ template <const Launcher& launcher>
 class Plan {
  public:
   // group: the parameters of the group; members: which of them take the step; skipped: which have
-  // no gradient; states: the members' dicts.
+  // no gradient; states: the members' dicts; is_protected: whether their importance, where they
+  // have one, takes part.
   Plan(const py::list& group, std::vector<size_t> members, std::vector<size_t> skipped,
-       const std::vector<py::dict>& states)
-      : members_(std::move(members)), skipped_(std::move(skipped)) {
+       const std::vector<py::dict>& states, bool is_protected)
+      : is_protected_(is_protected), members_(std::move(members)), skipped_(std::move(skipped)) {
     for (const py::handle& param : group) {
       group_.push_back(py::reinterpret_borrow<py::object>(param));
     }
@@ -335,8 +337,12 @@ class Plan {
         {"compensation", &compensation, &compensation_kind},
         {"step", &step, &step_kind},
     }};
+    const auto has = [&](const char* key) {
+      const bool protects = std::strcmp(key, "importance") == 0 || std::strcmp(key, "anchor") == 0;
+      return state.contains(key) && (is_protected_ || !protects);
+    };
     for (const auto& [key, array, array_kind] : arrays) {
-      if (!state.contains(key)) continue;
+      if (!has(key)) continue;
       const py::object tensor = state[key];
       const auto seen = plain_look(tensor.ptr());
       if (!seen) return false;
@@ -358,7 +364,6 @@ class Plan {
     t.anchor = anchor;
     t.compensation = static_cast<BFloat16*>(compensation);
     t.step = static_cast<float*>(step);
-    const auto has = [&](const char* key) { return state.contains(key); };
     return has("exp_avg") && has("exp_avg_sq") && has("step") &&
            has("importance") == has("anchor") && step_kind == ScalarKind::float32 &&
            exp_avg_sq_kind == t.moment_kind &&
@@ -409,6 +414,7 @@ class Plan {
   mutable std::vector<EWCAdamWTensor> spare_;
   const NegativeBit negative_bit_ = NegativeBit::instance();
   std::vector<py::object> group_;
+  const bool is_protected_;
   std::vector<size_t> members_;
   std::vector<size_t> skipped_;
   std::vector<Row> rows_;
@@ -465,8 +471,9 @@ void bind_plan(py::module_& m) {
   using P = Plan<launcher>;
   py::class_<P>(m, "Plan", py::module_local(), "A step that is taken again and again.")
       .def(py::init<const py::list&, std::vector<size_t>, std::vector<size_t>,
-                    const std::vector<py::dict>&>(),
-           py::arg("group"), py::arg("members"), py::arg("skipped"), py::arg("states"))
+                    const std::vector<py::dict>&, bool>(),
+           py::arg("group"), py::arg("members"), py::arg("skipped"), py::arg("states"),
+           py::arg("is_protected"))
       .def_property_readonly("possible", &P::possible)
       .def("workspace", &P::workspace, py::arg("sums"));
   m.def("take_step", &take_step<launcher>, py::arg("plans"), py::arg("calls"),

@@ -27,6 +27,7 @@ class Plan:
         skipped: Which have no gradient.
         states: The members' state: dicts of tensors with the names of `State`'s fields, without
             their plural.
+        is_protected: Whether the members' importance takes part, where they have one.
     """
 
     def __init__(
@@ -36,10 +37,13 @@ class Plan:
         members: list[int],
         skipped: list[int],
         states: list[dict[str, Any]],
+        is_protected: bool = True,
     ) -> None:
         self.device = device
         self.params = [group[index] for index in members]
-        self.compiled = library.extension(device.type).Plan(group, members, skipped, states)
+        self.compiled = library.extension(device.type).Plan(
+            group, members, skipped, states, is_protected
+        )
 
     @property
     def possible(self) -> bool:

@@ -74,7 +74,7 @@ def emulated_step(kernels: ModuleType, optimizer: EWCAdamW) -> None:
     step = optimizer._next_step()
     for batch in gather(step.groups, step.state):
         params = batch.group["params"]
-        plan = kernels.Plan(params, batch.members, [], batch.states)
+        plan = kernels.Plan(params, batch.members, [], batch.states, batch.is_protected)
         assert plan.possible
         inputs = optimizer._launch.inputs(step, batch)
         rows = list(inputs.memories), list(inputs.coefficients)

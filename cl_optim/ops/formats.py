@@ -26,6 +26,7 @@ OPTIONS: dict[str, tuple[str | None, ...]] = {
     "anchor_dtype": (None, "float32", "bfloat16"),
     "state_dtype": ("float32", "bfloat16", "8bit"),
     "rounding": ("nearest", "stochastic", "kahan"),
+    "basis_dtype": ("float32", "bfloat16"),
 }
 
 # Eight bits are for the moments of large tensors; those of norms and biases weigh nothing and

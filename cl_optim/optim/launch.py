@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -19,6 +20,11 @@ from cl_optim.optim.tracking import Sums
 # What GEM adds to the gradients: rows of each parameter, and how much of them.
 AddedRows: TypeAlias = tuple[Mapping[Tensor, Tensor], Mapping[Tensor, Tensor]]
 
+# How a parameter takes its step: as if it were unprotected; under the penalty; or without a pull,
+# while importance damps and freezes it.
+PLAIN, PROTECTED, HELD = "plain", "protected", "held"
+Roles: TypeAlias = Mapping[Tensor, str]
+
 
 class Step(NamedTuple):
     """A step that is to be taken.
@@ -30,6 +36,7 @@ class Step(NamedTuple):
         rows: GEM's memory rows and their coefficients, by parameter.
         grad_scale: What GradScaler has multiplied the gradients by.
         found_inf: Whether they have overflowed: not 0.
+        roles: Of the parameters whose pull is not a part of the step.
     """
 
     groups: list[dict[str, Any]]
@@ -38,16 +45,18 @@ class Step(NamedTuple):
     rows: AddedRows
     grad_scale: Tensor | None
     found_inf: Tensor | None
+    roles: Roles
 
 
 class Batch:
-    """Parameters of a group that take their step in one call: of one device, all protected or none.
+    """Parameters of a group that take their step in one call: of one device and one role.
 
     Args:
         number: The group's.
         group: The group.
         members: Which of its parameters.
         state: The optimizer's state.
+        role: Theirs.
     """
 
     def __init__(
@@ -56,6 +65,7 @@ class Batch:
         group: dict[str, Any],
         members: list[int],
         state: Mapping[Tensor, dict[str, Any]],
+        role: str,
     ) -> None:
         self.number = number
         self.group = group
@@ -63,7 +73,8 @@ class Batch:
         self.params: list[Tensor] = [group["params"][index] for index in members]
         self.states = [state[param] for param in self.params]
         self.device: torch.device = self.params[0].device
-        self.is_protected = "importance" in self.states[0]
+        self.role = role
+        self.is_protected = role != PLAIN
 
     def grads(self) -> list[Tensor]:
         """Return the parameters' gradients."""
@@ -86,6 +97,16 @@ class Batch:
             compensations if any("compensation" in state for state in self.states) else [],
             of("step"),
         )
+
+    @property
+    def is_tracked(self) -> bool:
+        """Tell whether the step sums the penalty."""
+        return bool(self.group["track_penalty"]) and self.role == PROTECTED
+
+    def hyper(self, step: Step) -> Hyperparameters:
+        """Return the hyperparameters of its step."""
+        hyper = step.hypers[self.number]
+        return replace(hyper, ewc_lambda=0.0) if self.role == HELD else hyper
 
     def refuse_misfits(self) -> None:
         """Raise RuntimeError where a parameter was cast and its state was not."""
@@ -110,19 +131,24 @@ def refuse_sparse(groups: list[dict[str, Any]]) -> None:
                 )
 
 
-def gather(groups: list[dict[str, Any]], state: dict[Tensor, dict[str, Any]]) -> list[Batch]:
+def gather(
+    groups: list[dict[str, Any]], state: dict[Tensor, dict[str, Any]], roles: Roles
+) -> list[Batch]:
     """Put the parameters that have gradients in batches, and begin their moments."""
     batches = []
     for number, group in enumerate(groups):
-        members: dict[tuple[torch.device, bool], list[int]] = {}
+        members: dict[tuple[torch.device, str], list[int]] = {}
         for index, param in enumerate(group["params"]):
             if param.grad is None:
                 continue
             of_param = state[param]
             if not has_moments(of_param, param, group):
                 start_moments(of_param, param, group)
-            members.setdefault((param.device, "importance" in of_param), []).append(index)
-        batches += [Batch(number, group, indices, state) for indices in members.values()]
+            role = roles.get(param, PROTECTED if "importance" in of_param else PLAIN)
+            members.setdefault((param.device, role), []).append(index)
+        batches += [
+            Batch(number, group, indices, state, role) for (_, role), indices in members.items()
+        ]
     return batches
 
 
@@ -165,17 +191,17 @@ class Launch:
 
     def begin(self, step: Step) -> None:
         """Take any step, and plan the next one where this one was like the last."""
-        batches = gather(step.groups, step.state)
+        batches = gather(step.groups, step.state, step.roles)
         for batch in batches:
             batch.refuse_misfits()
-        protected = [batch for batch in batches if batch.is_protected]
-        self.sums.clear(kept={Sums.key(batch.group, batch.device) for batch in protected})
+        tracked = [batch for batch in batches if batch.is_tracked]
+        self.sums.clear(kept={Sums.key(batch.group, batch.device) for batch in tracked})
         chosen = [choose(batch.group, batch.device) for batch in batches]
         inputs = [self.inputs(step, batch) for batch in batches]
         for batch, given in zip(batches, inputs, strict=True):
             check(batch.params, batch.grads(), batch.lists(), batch.group["amsgrad"], given)
         for batch, given, (self.backend, function) in zip(batches, inputs, chosen, strict=True):
-            hyper = step.hypers[batch.number]
+            hyper = batch.hyper(step)
             function(batch.params, batch.grads(), batch.lists(), hyper=hyper, inputs=given)
         # A plan is worth its making where steps are alike, and once where it is not possible.
         compiled = bool(chosen) and all(function is ops.fused for _, function in chosen)
@@ -191,13 +217,12 @@ class Launch:
         def on_device(number: Tensor | None) -> Tensor | None:
             return None if number is None else number.to(batch.device, torch.float32)
 
-        tracked = batch.group["track_penalty"] and batch.is_protected
         return Inputs(
             *_rows(step.rows, batch),
             lr_tensor(batch.group, batch.device),
             on_device(step.grad_scale),
             on_device(step.found_inf),
-            self.sums[Sums.key(batch.group, batch.device)] if tracked else None,
+            self.sums[Sums.key(batch.group, batch.device)] if batch.is_tracked else None,
         )
 
 
@@ -213,8 +238,8 @@ def _rows(rows: AddedRows, batch: Batch) -> tuple[list[Tensor], list[Tensor]]:
 
 
 def _are_alike(batches: list[Batch], others: list[Batch]) -> bool:
-    return [(id(batch.group), batch.members) for batch in batches] == [
-        (id(batch.group), batch.members) for batch in others
+    return [(id(batch.group), batch.members, batch.role) for batch in batches] == [
+        (id(batch.group), batch.members, batch.role) for batch in others
     ]
 
 
@@ -229,6 +254,7 @@ class PlannedStep:
     def __init__(self, step: Step, batches: list[Batch]) -> None:
         self._groups = list(step.groups)
         self._state = ewc_adamw_plan.snapshot(step.state)
+        self._roles = step.roles
         self._rounding = [group["rounding"] for group in self._groups]
         self.batches = batches
         self._plans: list[ewc_adamw_plan.Plan] = []
@@ -241,7 +267,9 @@ class PlannedStep:
             skipped, waiting[batch.number] = waiting[batch.number], []
             params = batch.group["params"]
             self._plans.append(
-                ewc_adamw_plan.Plan(batch.device, params, batch.members, skipped, batch.states)
+                ewc_adamw_plan.Plan(
+                    batch.device, params, batch.members, skipped, batch.states, batch.is_protected
+                )
             )
         # Those of another group; all plans must be of one device type to be taken as one.
         device = batches[0].device
@@ -266,6 +294,7 @@ class PlannedStep:
             len(groups) != len(self._groups)
             or not all(here is there for here, there in zip(groups, self._groups, strict=True))
             or [group["rounding"] for group in groups] != self._rounding
+            or step.roles is not self._roles
             or not self._state.matches(step.state)
         ):
             return False
@@ -274,7 +303,7 @@ class PlannedStep:
             for number, plan in self._idle
         ]
         calls += [
-            ewc_adamw_plan.Call(plan, batch.group["params"], step.hypers[batch.number], given)
+            ewc_adamw_plan.Call(plan, batch.group["params"], batch.hyper(step), given)
             for plan, batch, given in zip(self._plans, self.batches, inputs, strict=True)
         ]
         return ewc_adamw_plan.take_step(calls)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from cl_optim.ops import ewc_adamw as ops
 from cl_optim.ops import formats
+from cl_optim.ops.checks import check_whole
 from cl_optim.ops.ewc_adamw_arguments import Hyperparameters
 from cl_optim.optim.groups import is_dtensor, name_of
 
@@ -42,6 +43,7 @@ def check_group(group: dict[str, Any]) -> Hyperparameters:
         stochastic=group["rounding"] == "stochastic",
     )
     formats.settle(group)
+    check_whole("every", group["every"])
     if not 0.0 <= group["importance_damping"] < math.inf:
         raise ValueError(
             f"importance_damping must be finite and at least 0, not {group['importance_damping']}."

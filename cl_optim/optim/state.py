@@ -11,6 +11,7 @@ from torch import Tensor
 from cl_optim.importance.names import canonical_name
 from cl_optim.ops import formats
 from cl_optim.ops.checks import check_groups
+from cl_optim.optim.kronecker import matrices
 from cl_optim.optim.options import check_rounding
 
 MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
@@ -138,7 +139,10 @@ def from_adamw(state_dict: dict[str, Any], param_groups: list[dict[str, Any]]) -
             "the state dict is one of torch.optim.Adam with weight decay in the gradient, "
             "which this optimizer does not have."
         )
-    ours = ("ewc_lambda", "penalty", "importance_damping", "track_penalty", *formats.OPTIONS)
+    ours = (
+        *("ewc_lambda", "penalty", "importance_damping", "track_penalty", "every"),
+        *formats.OPTIONS,
+    )
     groups = [dict(group) for group in groups]
     for here, group in zip(param_groups, groups, strict=False):
         for key in ours:
@@ -203,9 +207,14 @@ def check_state_dict(
         )
     indices = [(index, group) for group in groups for index in group["params"]]
     params = [param for group in param_groups for param in group["params"]]
-    for (index, group), param, name in zip(indices, params, names, strict=True):
+    saved = [
+        (state_dict["state"].get(index, {}), param, group, name)
+        for (index, group), param, name in zip(indices, params, names, strict=True)
+    ]
+    for state, param, group, name in saved:
         check_rounding(group, param, name)
-        _check_state(state_dict["state"].get(index, {}), param, name)
+        _check_state(state, param, name)
+    matrices.check_saved(saved)
 
 
 def _check_state(state: Mapping[str, Any], param: Tensor, name: str) -> None:

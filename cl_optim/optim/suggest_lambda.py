@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 
 from cl_optim.ops import formats
 from cl_optim.optim import protection
+from cl_optim.optim.kronecker.matrices import Matrix
 
 Member = tuple[str, Tensor, Mapping[str, Any], Mapping[str, Any]]
 
 
-def suggest_lambda(members: Iterable[Member], drift: float) -> float:
+def suggest_lambda(
+    members: Iterable[Member], drift: float, matrices: Sequence[tuple[Matrix, Tensor]] = ()
+) -> float:
     """Solve ‖2λFδ‖ = ‖g‖ in float64; :meth:`EWCAdamW.suggest_lambda` says what each is.
 
     Args:
         members: Name, parameter, state and group of each protected parameter.
-        drift: |δ| as a fraction of a tensor's root mean square.
+        drift: |δ| as a fraction of a tensor's root mean square; of a matrix's, where it is in one.
+        matrices: Those whose importance is Kronecker-factored, with Σ S²: of drifts with random
+            signs, ‖Fδ‖² is δ²·Σ S² on average.
     """
     if not 0.0 < drift < math.inf:
         raise ValueError(f"drift must be positive and finite, not {drift}.")
@@ -34,9 +39,12 @@ def suggest_lambda(members: Iterable[Member], drift: float) -> float:
         )
     of_gradients = forms == {"gradient"}
     task = pull = 0.0
+    in_matrices = {param for matrix, _ in matrices for param in matrix.params}
+    skipped = set()
     for name, param, state, group in members:
         term = param.grad if of_gradients else _adam_direction(param, state, group)
         if term is None:  # a step would skip it, its pull included
+            skipped.add(param)
             continue
         importance, frozen = protection.read(state, param)
         size = _square_sum(term.double().masked_fill(frozen, 0.0))
@@ -46,8 +54,13 @@ def suggest_lambda(members: Iterable[Member], drift: float) -> float:
                 "backward pass that did not overflow."
             )
         task += size
+        if param in in_matrices:
+            continue
         mean_square = _square_sum(state["anchor"].double()) / param.numel()
         pull += mean_square * _square_sum(importance.double().masked_fill(frozen, 0.0))
+    for matrix, squares in matrices:
+        if not skipped.issuperset(matrix.params):
+            pull += _pull_of(matrix) * float(squares)
     if not task > 0.0:
         missing = "a gradient: call it after backward()" if of_gradients else "a step of the task"
         raise RuntimeError(f"suggest_lambda() needs {missing}; without, every λ is too large.")
@@ -57,6 +70,22 @@ def suggest_lambda(members: Iterable[Member], drift: float) -> float:
             "are 0 wherever there is a gradient and nothing is frozen."
         )
     return math.sqrt(task) / (2.0 * drift * math.sqrt(pull))
+
+
+def _pull_of(matrix: Matrix) -> float:
+    """Return the mean square of a matrix's anchor, by the square of how much may move of it.
+
+    That is the share of its importance that is not frozen: of F of rank 1 exactly that much is
+    left of ‖Fδ‖.
+    """
+    square = weights = free = whole = 0.0
+    for param, state in zip(matrix.params, matrix.states, strict=True):
+        importance, frozen = protection.read(state, param)
+        square += _square_sum(state["anchor"].double())
+        weights += param.numel()
+        whole += float(importance.double().sum())
+        free += float(importance.double().masked_fill(frozen, 0.0).sum())
+    return square / weights * (free / whole) ** 2 if whole > 0.0 else 0.0
 
 
 def _square_sum(values: Tensor) -> float:

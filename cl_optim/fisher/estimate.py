@@ -241,7 +241,7 @@ def estimate(
         matrices = _exact(
             model, batches, found, totals, objective, policy, verify is True, progress
         )
-        metadata["scale"] = "exact"
+        metadata |= {"scale": "exact", "tail": "product"}
     return totals.importance(model, policy, matrices, **metadata)
 
 

@@ -80,8 +80,25 @@ def assert_sums_of(found, expected) -> None:
 def assert_scales(found: KroneckerImportance, model, expected, samples: int) -> None:
     scales = exact_scales(model, expected, samples, dict(found.factors))
     for name, scale in scales.items():
-        error = (found.factors[name].scale - scale).norm() / scale.norm().clamp_min(1e-12)
+        kept = found.factors[name].scale[:-1, :-1]
+        error = (kept - scale).norm() / scale.norm().clamp_min(1e-12)
         assert float(error) <= 1e-5, (name, float(error))
+
+
+def test_what_is_not_kept_has_the_scale_of_the_product():
+    model, x = mlp(), torch.randn(9, 7)
+    product, exact = (
+        kronecker(model, [x], "exact", energy=0.8, scale=s) for s in ("product", "exact")
+    )
+    assert_scales(exact, model.eval(), class_losses(x), len(x))
+    for name, one in exact.factors.items():
+        other = product.factors[name].scale
+        assert one.input.rest
+        torch.testing.assert_close(one.scale[-1], other[-1])
+        torch.testing.assert_close(one.scale[:, -1], other[:, -1])
+        assert not torch.allclose(one.scale, other)
+    assert exact.metadata["tail"] == "product"
+    assert "tail" not in product.metadata
 
 
 def gpt2() -> nn.Module:

@@ -213,7 +213,7 @@ def test_exact_scales_of_a_tied_head(block):
     assert one.output.blocks == {1: 0, 2: 10, 2048: 1}[block]
     expected = exact_scales(model, data_losses(loss), 4, dict(found.factors))
     for name, scale in expected.items():
-        close(found.factors[name].scale, scale, 1e-5, name)
+        close(found.factors[name].scale[:-1, :-1], scale, 1e-5, name)
 
 
 class Checkpointed(nn.Module):

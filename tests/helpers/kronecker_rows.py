@@ -174,20 +174,27 @@ def of_side(side) -> Tensor:
 
 
 def along(matrix: Tensor, side) -> Tensor:
+    """What each direction holds of a matrix, and in the end each direction of the tail."""
     if side.basis is None:
-        return matrix.diag()
+        return F.pad(matrix.diag(), (0, 1))
     basis = side.basis[0].double()
-    return (basis * (matrix @ basis)).sum(0)
+    each = (basis * (matrix @ basis)).sum(0)
+    rest = (matrix.trace() - each.sum()) / side.rest if side.rest else each.new_zeros(())
+    return torch.cat([each, rest[None]])
 
 
 def exact_scales(
     model: nn.Module, losses: Losses, samples: int, factors: dict[str, Factors]
 ) -> dict[str, Tensor]:
-    """S by its definition: the mean over samples of (U_Gᵀ g̃ U_A)², one sample at a time."""
+    """S by its definition: the mean over samples of (U_Gᵀ g̃ U_A)², one sample at a time.
+
+    Of the directions that are kept.
+    """
     model = copy.deepcopy(model).double()
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
     found = {
-        name: torch.zeros_like(one.scale, dtype=torch.float64) for name, one in factors.items()
+        name: torch.zeros_like(one.scale[:-1, :-1], dtype=torch.float64)
+        for name, one in factors.items()
     }
     for n in range(samples):
         for weight, loss in losses(model, n):

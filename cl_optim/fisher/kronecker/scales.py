@@ -23,13 +23,20 @@ from cl_optim.importance.kronecker.side import Side
 class Scales(Matrices):
     """Adds S = Σ_n (U_Gᵀ g̃_n U_A)², and nothing of parameters without factors.
 
+    What lies beyond the directions that are kept, in a tail, keeps the scale of the factors'
+    product.
+
     Args:
         factors: Of each matrix, by the name of its weight.
     """
 
     def __init__(self, factors: Mapping[str, Factors]) -> None:
         self._factors = factors
-        self._sums = {name: torch.zeros_like(one.scale) for name, one in factors.items()}
+        # Contiguous, without the tails' row and column.
+        self._sums = {
+            name: torch.zeros_like(one.scale[:-1, :-1], memory_format=torch.contiguous_format)
+            for name, one in factors.items()
+        }
 
     def add(self, name: str, uses: Sequence[Used], again: bool) -> bool:
         """See :class:`Matrices`."""
@@ -49,10 +56,12 @@ class Scales(Matrices):
 
     def exact(self, samples: float) -> dict[str, Factors]:
         """Return the factors with their scale as summed here, over so many samples."""
-        return {
-            name: replace(one, scale=self._sums[name] / samples)
-            for name, one in self._factors.items()
-        }
+        exact = {}
+        for name, one in self._factors.items():
+            scale = one.scale.clone()
+            scale[:-1, :-1] = self._sums[name] / samples
+            exact[name] = replace(one, scale=scale)
+        return exact
 
 
 class _Rotated(PerSample):
@@ -64,7 +73,13 @@ class _Rotated(PerSample):
         biases = [use.bias for use in uses if use.bias is not None]
         inside = factors.layout.bias is not None
         self._bias = combine(biases) if inside else None
-        self.samples, self.shape = self._weight.samples, tuple(factors.scale.shape)
+        self.samples, self.shape = (
+            self._weight.samples,
+            (
+                factors.output.rank,
+                factors.input.rank,
+            ),
+        )
 
     def dense(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
         """See :class:`PerSample`."""

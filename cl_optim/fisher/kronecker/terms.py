@@ -84,6 +84,8 @@ def _terms(
         for group in range(way.groups):
             a, b = inputs[group], gradients[group]
             start = way.start + group * way.size if way.forward else 0
+            if not same and layout.bias is not None:
+                b = _with_last(b, layout.inputs, block)  # a lookup has no bias
             yield Term(a, b, rows, start, is_map) if same else Term(b, a, rows, 0, is_map)
 
 
@@ -122,6 +124,14 @@ def _without_last(sums: Tensor, size: int, block: int) -> Tensor:
         whole = torch.block_diag(*blocks)[:size, :size]  # type: ignore[no-untyped-call]
         each.append(_cut(whole, *partition(size, block)))
     return torch.stack(each)
+
+
+def _with_last(sums: Tensor, size: int, block: int) -> Tensor:
+    """Add a last coordinate of zeros, to [k, m, m] or [size − 1]."""
+    if sums.dim() == 1:
+        return torch.nn.functional.pad(sums, (0, 1))
+    whole = torch.block_diag(*sums)[: size - 1, : size - 1]  # type: ignore[no-untyped-call]
+    return _cut(whole, *partition(size, block))
 
 
 def _cut(matrix: Tensor, blocks: int, width: int) -> Tensor:

@@ -7,7 +7,7 @@ import math
 import time
 import uuid
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from datetime import datetime, timezone
 from pathlib import Path
 from types import TracebackType
@@ -62,6 +62,9 @@ class ProtectingOptimizer(Protocol):
 
     def protected(self) -> Iterable[ProtectedParameter]:
         """Return each protected parameter."""
+
+    def matrix_penalties(self) -> Mapping[Tensor, Tensor]:
+        """Return the penalties of parameters whose importance is not the diagonal alone."""
 
     def register_step_post_hook(self, hook: Callable[..., None]) -> RemovableHandle:
         """Call the hook after each step."""
@@ -119,7 +122,7 @@ class Watch:
         Raises:
             OSError: The disk is full, say.
         """
-        layers = _layers(self._optimizer.protected())
+        layers = _layers(self._optimizer.protected(), self._optimizer.matrix_penalties())
         if not layers:
             return
         entry = {"step": self._step, "time": time.time(), "layers": layers}
@@ -155,14 +158,20 @@ def _protecting(optimizer: Any) -> ProtectingOptimizer:
 
 
 @torch.no_grad()
-def _layers(protected: Iterable[ProtectedParameter]) -> dict[str, dict[str, Any]]:
-    """Return layer → penalty λ Σ F Δ², drift ‖Δ‖, quantiles of F from evenly spaced weights."""
+def _layers(
+    protected: Iterable[ProtectedParameter], of_matrices: Mapping[Tensor, Tensor]
+) -> dict[str, dict[str, Any]]:
+    """Return layer → penalty λ Σ F Δ², drift ‖Δ‖, quantiles of F from evenly spaced weights.
+
+    Where a parameter is in a matrix with Kronecker importance, the penalty is the matrix's.
+    """
     sums: dict[str, list[Tensor]] = defaultdict(list)
     samples: dict[str, list[Tensor]] = defaultdict(list)
     for one in protected:
         layer = layer_of(one.name or "")
         penalty, square = penalty_sums(one.param, one.importance, one.frozen, one.anchor)
-        sums[layer].append(torch.stack([one.ewc_lambda * penalty, square]))
+        penalty = of_matrices.get(one.param, one.ewc_lambda * penalty)
+        sums[layer].append(torch.stack([penalty, square]))
         flat = one.importance.reshape(-1)
         samples[layer].append(flat[:: max(1, flat.numel() // _SAMPLE)].float())
     rows = []

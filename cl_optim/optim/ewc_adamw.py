@@ -566,9 +566,22 @@ class EWCAdamW(torch.optim.Optimizer):
             weight = weight_of(param, self.state[param])
             sums = penalty_sums(weight, importance, frozen, anchor)
             total += (ewc_lambda * sums[0]).to(total.device)
-        for penalty in self._pull.penalties(self.param_groups, self.state):
+        for penalty in self.matrix_penalties().values():
             total += penalty.to(total.device)
         return total
+
+    @torch.no_grad()
+    def matrix_penalties(self) -> dict[Tensor, Tensor]:
+        """Return λ Σ S (UᵀΔU)² of each matrix with Kronecker importance, by its parameters.
+
+        That of a matrix stands with its weight, and 0 with its bias. Float64, 0-dim, on the
+        parameter's device; at the current weights.
+        """
+        of_weights = self._pull.penalties(self.param_groups, self.state)
+        return {
+            param: of_weights.get(param, torch.zeros((), dtype=torch.float64, device=param.device))
+            for param in self._pull.members(self.param_groups, self.state)
+        }
 
     @torch.no_grad()
     def suggest_lambda(self, drift: float = 0.01) -> float:

@@ -95,6 +95,7 @@ class Wrapper(torch.optim.Optimizer):
     freeze = Forwarded(EWCAdamW.freeze)
     unfreeze = Forwarded(EWCAdamW.unfreeze)
     penalty = Forwarded(EWCAdamW.penalty)
+    matrix_penalties = Forwarded(EWCAdamW.matrix_penalties)
     protected = Forwarded(EWCAdamW.protected)
     suggest_lambda = Forwarded(EWCAdamW.suggest_lambda)
 

@@ -87,6 +87,7 @@ def test_frozen_weights_are_not_in_the_penalty(tmp_path):
     )
     optimizer = SimpleNamespace(
         protected=lambda: iter([one]),
+        matrix_penalties=dict,
         param_groups=[{"param_names": ["a.weight"]}],
         register_step_post_hook=lambda hook: SimpleNamespace(remove=int),
     )

@@ -151,10 +151,13 @@ class Pull:
         """Return the parameters in matrices."""
         return {param for one in self.matrices(groups, state) for param in one.params}
 
-    def penalties(self, groups: Groups, state: State) -> list[Tensor]:
-        """Return λ Σ S z² of each stack at the weights of now, float64, frozen weights at rest."""
-        stacks = self._looked(groups, state)
-        return [groups[stack.group]["ewc_lambda"] * stack.penalty() for stack in stacks]
+    def penalties(self, groups: Groups, state: State) -> dict[Tensor, Tensor]:
+        """Return λ Σ S z² by a matrix's weight, of now, float64 0-dim, frozen weights at rest."""
+        return {
+            member.params[0]: groups[stack.group]["ewc_lambda"] * penalty
+            for stack in self._looked(groups, state)
+            for member, penalty in zip(stack.members, stack.penalties(), strict=True)
+        }
 
     def sums(self, groups: Groups, device: torch.device) -> Tensor:
         """Return λ Σ S z² and Σ Δ² as the last pull met them, float64 [groups, 2]."""

@@ -107,17 +107,17 @@ class Stack:
                 correction = shrink.correction(delta, at, share, bases)
             self._subtract(part, groups, correction.add_(0.0), moved)  # −0 would change −0
 
-    def penalty(self) -> Tensor:
-        """Sum S z² over all matrices at the weights of now, in float64, 0-dim."""
-        total = torch.zeros((), dtype=torch.float64, device=self.device)
+    def penalties(self) -> Tensor:
+        """Sum S z² of each matrix at the weights of now, float64 [L]."""
+        each = []
         for index in range(len(self.members)):
             part = slice(index, index + 1)
             delta = self._drift(part, torch.float64)
             self._rest(part, delta)
             with _exact(self.device):
                 at = shrink.coordinates(delta, self._bases(part, torch.float64))
-                total += shrink.penalty(delta, at, self._scale[part]).sum()
-        return total
+                each.append(shrink.penalty(delta, at, self._scale[part]))
+        return torch.cat(each)
 
     def squares(self, index: int) -> Tensor:
         """Sum S² of a matrix over all directions, ‖F‖², float64, 0-dim."""

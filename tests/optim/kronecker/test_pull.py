@@ -23,7 +23,8 @@ from kronecker_training import (
 )
 from torch import nn
 
-from cl_optim import GEM, EWCAdamW
+from cl_optim import GEM, EWCAdamW, ImportanceLog
+from cl_optim.importance import watch
 from cl_optim.importance.kronecker.factors import Layout
 from cl_optim.importance.kronecker.importance import KroneckerImportance
 from cl_optim.optim.kronecker import ledger
@@ -413,6 +414,18 @@ def test_damping_is_the_diagonals(importance_dtype):
     moved = [(p - old).abs().max() for p, old in zip(weights(model), before, strict=True)]
     assert moved[0] > 1e-4  # not held at the anchor
     optimizer.settle()
+
+
+@pytest.mark.parametrize("around", [lambda optimizer: optimizer, GEM])
+def test_a_watch_sees_the_penalty_that_is_pulled(tmp_path, around):
+    model, optimizer, reference, twin = pair(every=3)
+    train(model, optimizer.step, range(5))
+    train(twin, reference.step, range(5))
+    with ImportanceLog(tmp_path).watch(around(optimizer)) as watching:
+        watching.write()
+    ((entry,),) = watch.read(tmp_path / "training")
+    total = sum(layer["penalty"] for layer in entry["layers"].values())
+    assert total == pytest.approx(reference.penalty(), rel=1e-4)
 
 
 def test_tracked_sums():

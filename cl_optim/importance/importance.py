@@ -410,6 +410,12 @@ def merged_metadata(
     return {"merged": [*_sources(importance, decay), *_sources(newer, 1.0)]}
 
 
+def tasks_in(importance: object) -> float:
+    """Return of how many tasks an importance is a sum; what has decayed counts for less."""
+    metadata = importance.metadata if isinstance(importance, Importance) else {}
+    return sum((source["weight"] for source in metadata.get("merged", ())), start=0.0) or 1.0
+
+
 def _sources(importance: Mapping[str, Tensor], weight: float) -> list[dict[str, Any]]:
     """Return of what an importance was merged, with their weights."""
     metadata = importance.metadata if isinstance(importance, Importance) else {}

@@ -11,6 +11,7 @@ from torch._compile import _disable_dynamo
 from torch.optim.optimizer import ParamsT
 
 from cl_optim.importance import ImportanceLog
+from cl_optim.importance.importance import tasks_in
 from cl_optim.ops import formats
 from cl_optim.ops.capture import is_capturing
 from cl_optim.ops.checks import check_fraction, dtype_name
@@ -42,7 +43,7 @@ _ImportanceDtype: TypeAlias = Literal["float32", "bfloat16", "log8"] | torch.dty
 _AnchorDtype: TypeAlias = Literal["float32", "bfloat16"] | torch.dtype | None
 _StateDtype: TypeAlias = Literal["float32", "bfloat16", "8bit"] | torch.dtype
 # Options that pickles of earlier versions lack in their defaults.
-_YOUNGER = {"every": 10, "basis_dtype": "float32"}
+_YOUNGER = {"every": 10, "basis_dtype": "float32", "strength": None, "tasks": 0.0}
 
 
 class Protected(NamedTuple):
@@ -106,6 +107,12 @@ class EWCAdamW(torch.optim.Optimizer):
         eps: Added to the denominator.
         weight_decay: Decoupled weight decay, times lr.
         ewc_lambda: λ ≥ 0; may differ between groups.
+        strength: λ without a unit: each :meth:`consolidate` sets ``ewc_lambda`` to
+            strength · T / (mean F · mean θ*²), with the means over all protected weights that are
+            not frozen and T the number of tasks in F. A drift of all weights by their own size, in
+            root mean square, then costs ``strength`` per weight and task, whatever the scale of
+            loss, weights and learning rate. 0.1 to begin with (0.2 for Kronecker importance, 0.07
+            for the diagonal). None: λ is ``ewc_lambda``.
         penalty: ``"gradient"``, ``"decoupled"`` or ``"proximal"``; may differ between groups.
         importance_dtype: How F is stored: ``"float32"``, ``"bfloat16"`` (here and below also a
             dtype) or ``"log8"``, one byte within 4.5 % (2⁻³² of the largest of 256 neighbours and
@@ -160,6 +167,7 @@ class EWCAdamW(torch.optim.Optimizer):
         anchor_dtype: _AnchorDtype = None,
         state_dtype: _StateDtype = "float32",
         rounding: Literal["nearest", "stochastic", "kahan"] = "nearest",
+        strength: float | None = None,
         importance_damping: float = 0.0,
         track_penalty: bool = False,
         every: int = 10,
@@ -184,8 +192,10 @@ class EWCAdamW(torch.optim.Optimizer):
             "state_dtype": dtype_name(state_dtype),
             "rounding": rounding,
             "importance_damping": importance_damping,
-            # What consolidate() leaves: F̂, and how often it was called.
+            "strength": strength,
+            # What consolidate() leaves: F̂, of how many tasks, and how often it was called.
             "importance_mean": 0.0,
+            "tasks": 0.0,
             "consolidations": 0,
             "track_penalty": track_penalty,
             "every": every,
@@ -387,6 +397,7 @@ class EWCAdamW(torch.optim.Optimizer):
         if isinstance(importance, ImportanceLog):
             log = importance
             importance, frozen = log.merge(strict=strict), log.frozen(strict=strict)
+        new_tasks = tasks_in(importance)
         if importance is not None and not isinstance(importance, Mapping):
             raise TypeError(
                 "importance must be a mapping of tensors by parameter name, an ImportanceLog or "
@@ -427,10 +438,13 @@ class EWCAdamW(torch.optim.Optimizer):
             protection.pin(self.state[param], param, mask)
         store(matrices, self.param_groups, self.state)
         self._pull.forget()
-        mean = protection.mean_importance(self._protected_states())
+        mean, unit = protection.scales(self._protected_states())
         for group in self.param_groups:
             group["importance_mean"] = mean
+            group["tasks"] = decay * group["tasks"] + new_tasks
             group["consolidations"] += 1
+            if group["strength"] is not None:
+                group["ewc_lambda"] = group["strength"] * group["tasks"] * unit
         self._note_fixed()
 
     def _params(self) -> Iterator[Tensor]:

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo
 
-from cl_optim.importance import ImportanceLog
-from cl_optim.importance.kronecker.importance import KroneckerImportance
+from cl_optim.importance import Importance, ImportanceLog
 from cl_optim.importance.kronecker.side import ENERGY, Side
 from cl_optim.ops import formats
 from cl_optim.ops.capture import is_capturing
@@ -154,7 +153,7 @@ class InputProjection(Wrapper):
     def __init__(
         self,
         optimizer: torch.optim.Optimizer,
-        importance: KroneckerImportance | ImportanceLog | None = None,
+        importance: Importance | ImportanceLog | None = None,
         strength: float = 10.0,
         mode: Literal["soft", "hard"] = "soft",
         energy: float = 0.95,
@@ -268,7 +267,7 @@ class InputProjection(Wrapper):
     @torch.no_grad()
     def consolidate(
         self,
-        importance: KroneckerImportance | ImportanceLog,
+        importance: Importance | ImportanceLog,
         *,
         decay: float = 1.0,
         model: torch.nn.Module | None = None,

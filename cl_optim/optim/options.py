@@ -48,6 +48,10 @@ def check_group(group: dict[str, Any]) -> Hyperparameters:
         raise ValueError(
             f"importance_damping must be finite and at least 0, not {group['importance_damping']}."
         )
+    if group["strength"] is not None and not 0.0 <= group["strength"] < math.inf:
+        raise ValueError(
+            f"strength must be finite and at least 0, or None, not {group['strength']}."
+        )
     return hyper
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import Any
@@ -107,16 +108,26 @@ def _rounds_anchor(param: Tensor, group: Mapping[str, Any]) -> bool:
     return bool((param.detach().to(dtype).to(param.dtype) != param.detach()).any())
 
 
-def mean_importance(states: Iterable[tuple[Tensor, Mapping[str, Any]]]) -> float:
-    """Return the mean of F over the weights that are not frozen; 0 where there are none."""
+def scales(states: Iterable[tuple[Tensor, Mapping[str, Any]]]) -> tuple[float, float]:
+    """Return F̂, and the λ at which a drift of every weight by its own size costs 1 per weight.
+
+    F̂ is the mean of F over the weights that are not frozen, 0 where there are none; the λ is
+    1/(F̂ · mean θ*²), or 0 where that has no finite value.
+    """
     states = list(states)
     weights = sum(param.numel() for param, _ in states)
-    share, count = 0.0, 0
+    share, size, count = 0.0, 0.0, 0
     for param, state in states:
         importance, frozen = read(state, param)
         share += sum_over(importance.masked_fill(frozen, 0.0), weights)
+        anchor = formats.like(param).copy_(state["anchor"]).masked_fill_(frozen, 0.0)
+        size += sum_over(anchor.double().square_(), weights)
         count += importance.numel() - int(frozen.sum())
-    return share * (weights / count) if count else 0.0
+    if count == 0:
+        return 0.0, 0.0
+    mean, square = share * (weights / count), size * (weights / count)
+    unit = 1.0 / mean / square if mean > 0.0 and square > 0.0 else 0.0
+    return mean, unit if math.isfinite(unit) else 0.0
 
 
 # --- frozen weights -------------------------------------------------------------------------------

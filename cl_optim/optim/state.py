@@ -140,7 +140,7 @@ def from_adamw(state_dict: dict[str, Any], param_groups: list[dict[str, Any]]) -
             "which this optimizer does not have."
         )
     ours = (
-        *("ewc_lambda", "penalty", "importance_damping", "track_penalty", "every"),
+        *("ewc_lambda", "penalty", "importance_damping", "track_penalty", "every", "strength"),
         *formats.OPTIONS,
     )
     groups = [dict(group) for group in groups]

@@ -4,6 +4,7 @@ A row has the error, where there are several, what its message must match, and w
 """
 
 import copy
+import math
 from math import inf, nan
 
 import pytest
@@ -38,6 +39,8 @@ GROUP = {
     "anchor_dtype": ("anchor_dtype must be one of", {"anchor_dtype": "log8"}),
     "state_dtype": ("state_dtype must be one of", {"state_dtype": torch.float16}),
     "rounding": ("rounding must be one of", {"rounding": "up"}),
+    "strength": ("strength must be finite and at least 0, or None, not -1.0", {"strength": -1.0}),
+    "strength NaN": ("strength must be finite and at least 0, or None", {"strength": math.nan}),
     "damping": ("importance_damping must be finite and at least 0", {"importance_damping": -1.0}),
     **{
         f"{rounding} float16": (

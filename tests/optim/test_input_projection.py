@@ -28,7 +28,7 @@ INNER: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "momentum": lambda params: SGD(params, lr=0.1, momentum=0.9, weight_decay=0.1),
     "adamw": lambda params: AdamW(params, lr=0.05, weight_decay=0.1),
     "adamw-fused": lambda params: AdamW(params, lr=0.05, fused=True),
-    "ewc": lambda params: EWCAdamW(params, lr=0.05),
+    "ewc": lambda params: EWCAdamW(params, lr=0.05, penalty="proximal"),
 }
 
 

@@ -256,7 +256,7 @@ def log_the_others(named: Mapping[str, Tensor], subspaces: Iterable[Subspace]) -
     covered = {param for subspace in subspaces for param in subspace.params}
     others = [n for n, param in named.items() if param.requires_grad and param not in covered]
     if others:
-        _LOGGER.warning(
+        _LOGGER.info(
             "The updates of %d parameters are not projected, since no inputs of them are known: "
             "%s.",
             len(others),

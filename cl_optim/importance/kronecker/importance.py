@@ -219,10 +219,12 @@ class KroneckerImportance(Importance, file_format="cl_optim.KroneckerImportance/
         self._check_structure(other)
         assert isinstance(other, KroneckerImportance)
         newer = other.renamed(match_names(other, self))
-        dropped = self._resized(newer, strict)
-        kept = {name for name in self if name not in dropped}
+        # What a task does not use, such as another task's head, has no factors, and nothing to add.
+        unused = self._unused(newer) | self._resized(newer, strict)
+        newer_unused = newer._unused(self)
+        kept = {name for name in self if name not in unused}
         for name in newer:
-            if name in kept and self._matrix(name) != newer._matrix(name):
+            if name in kept and name not in newer_unused and self._matrix(name) != newer._matrix(name):
                 raise ValueError(
                     f"{name!r} cannot be merged: its Kronecker factors are of another matrix, or "
                     "in one of the two importances alone; merge what .diagonal() returns of both."
@@ -238,15 +240,21 @@ class KroneckerImportance(Importance, file_format="cl_optim.KroneckerImportance/
                 factors[weight] = one.merged(newer._factors[weight], decay, energy, weight)
             else:
                 factors[weight] = one.decayed(decay)
-        for name in dict.fromkeys([*self._sums, *newer._sums]):
+        newer_sums = [name for name in newer._sums if name not in newer_unused]
+        for name in dict.fromkeys([*self._sums, *newer_sums]):
             if name not in self._sums or name not in kept:
-                if name in newer._sums:
+                if name in newer_sums:
                     sums[name] = newer[name]
                 continue
             total = decay * self[name]
-            sums[name] = total + newer[name].to(total.device) if name in newer._sums else total
+            sums[name] = total + newer[name].to(total.device) if name in newer_sums else total
         metadata = merged_metadata(self, decay, other)
         return KroneckerImportance.lazy(sums, 1, None, metadata, factors)
+
+    def _unused(self, other: KroneckerImportance) -> set[str]:
+        """Return what has factors there, and here none and an importance of 0."""
+        shared = [name for name in self._sums if name in other._homes]
+        return {name for name in shared if not bool(self._sums[name].any())}
 
     def _matrix(self, name: str) -> tuple[str, Layout] | None:
         """Return the matrix that a parameter is in, by its weight; None where it has no factors."""

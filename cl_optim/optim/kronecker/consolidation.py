@@ -15,6 +15,7 @@ from cl_optim.importance.names import match_names
 from cl_optim.optim.groups import name_of
 from cl_optim.optim.kronecker import matrices as stored
 from cl_optim.optim.kronecker.matrices import Matrix
+from cl_optim.optim.protection import read
 
 Groups = Sequence[Mapping[str, Any]]
 Matched = Sequence[tuple[Tensor, Tensor | None]]
@@ -70,7 +71,9 @@ def consolidated(
     def name(param: Tensor) -> str:
         return name_of(groups[group_of[param]], param)
 
-    given = dict.fromkeys(param for param, new in matched if new is not None)
+    given = {param: new for param, new in matched if new is not None}
+    # What a task does not use, such as another task's head, has no factors, and nothing to add.
+    unused: set[Tensor] = set()
     new = _matched_factors(importance, named, given)
     earlier = {one.params[0]: one for one in old}
     if decay > 0.0:
@@ -79,7 +82,10 @@ def consolidated(
         for param in given:
             was_protected = "importance" in state.get(param, {})
             if was_protected and (param in in_new) != (param in in_old):
-                raise _mixed(name(param), is_new=param in in_new)
+                diagonal = read(state[param], param)[0] if param in in_new else given[param]
+                if bool(diagonal.any()):
+                    raise _mixed(name(param), is_new=param in in_new)
+                unused.add(param)
     if exact and (new or old):
         raise ValueError(
             "anchors must be 'latest' with Kronecker importance: quadratics in different bases do "
@@ -103,10 +109,10 @@ def consolidated(
             factors = kept.merged(factors, decay, ENERGY, name(weight))
         result.append(Consolidated(weight, bias, factors))
     for weight, before in earlier.items():
-        if weight in given:
+        if weight in given and weight not in unused:
             continue  # decay=0: the new task has a diagonal for it
         bias = before.params[1] if len(before.params) > 1 else None
-        if bias is not None and bias in given:
+        if bias is not None and bias in given and bias not in unused:
             raise ValueError(
                 f"importance has something for parameter {name(bias)} and nothing for "
                 f"{name(weight)}, in whose matrix it is: give both, or none."

@@ -20,7 +20,7 @@ from kronecker_training import (
 )
 from torch import nn
 
-from cl_optim import GEM, EWCAdamW, ImportanceLog
+from cl_optim import GEM, EWCAdamW, ImportanceLog, estimate_fisher
 from cl_optim.importance.kronecker.side import ENERGY
 from cl_optim.optim.kronecker.matrices import KEYS
 from cl_optim.optim.settling import settle
@@ -424,3 +424,48 @@ def test_what_is_in_a_matrix_steps_unprotected():
         group["importance_damping"] = 1.0
     found = roles()
     assert {found[one] for one in free} == {("held", 0.0)}
+
+
+# --- heads of other tasks -------------------------------------------------------------------------
+
+
+class Heads(nn.Module):
+    """One hidden layer, and a head for each of two tasks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.hidden = nn.Linear(5, 6)
+        self.heads = nn.ModuleList(nn.Linear(6, 3) for _ in range(2))
+        self.task = 0
+
+    def forward(self, x):
+        return self.heads[self.task](torch.tanh(self.hidden(x)))
+
+
+def test_what_a_task_does_not_use_keeps_what_it_has(tmp_path):
+    model, x = Heads(), torch.randn(20, 5)
+    optimizer = protected(model, importance_of_task(model, x, 0))
+    importances = [importance_of_task(model, x, task) for task in (0, 1)]
+    assert "heads.1.weight" in importances[0].unfactored
+    keys = [key for key in KEYS if key != "matrix"]
+    before = {key: optimizer.state[model.heads[0].weight][key].clone() for key in keys}
+    optimizer.consolidate(importances[1])
+    for key, value in before.items():
+        torch.testing.assert_close(optimizer.state[model.heads[0].weight][key], value)
+    assert "scale" in optimizer.state[model.heads[1].weight]
+    # All at once, from a log, it is the same.
+    log = ImportanceLog(tmp_path)
+    for task, importance in enumerate(importances):
+        log.record(str(task), importance)
+    other = EWCAdamW(model.named_parameters(), **OPTIONS)
+    other.consolidate(log)
+    for param in model.parameters():
+        for key in ("importance", "scale", "tails"):
+            if key in optimizer.state[param]:
+                torch.testing.assert_close(other.state[param][key], optimizer.state[param][key])
+
+
+def importance_of_task(model, x, task):
+    model.task = task
+    return estimate_fisher(model, [x], "exact", structure="kronecker", energy=0.99)

@@ -224,7 +224,11 @@ class KroneckerImportance(Importance, file_format="cl_optim.KroneckerImportance/
         newer_unused = newer._unused(self)
         kept = {name for name in self if name not in unused}
         for name in newer:
-            if name in kept and name not in newer_unused and self._matrix(name) != newer._matrix(name):
+            if (
+                name in kept
+                and name not in newer_unused
+                and self._matrix(name) != newer._matrix(name)
+            ):
                 raise ValueError(
                     f"{name!r} cannot be merged: its Kronecker factors are of another matrix, or "
                     "in one of the two importances alone; merge what .diagonal() returns of both."

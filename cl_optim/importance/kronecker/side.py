@@ -215,8 +215,7 @@ def leading(
         if bool((matrix < 0).any()):
             raise ValueError(f"the Kronecker factor of {name} must be positive semi-definite.")
         return Side(size, matrix.float(), None, 0.0, size)
-    values, basis = torch.linalg.eigh((matrix + matrix.mT) / 2)
-    values, basis = values.flip(-1), basis.flip(-1)
+    values, basis = _eigh((matrix + matrix.mT) / 2)
     if values.numel() and float(values.min()) < -1e-6 * max(float(values.max()), 0.0):
         raise ValueError(
             f"the Kronecker factor of {name} must be positive semi-definite: it has an eigenvalue "
@@ -241,3 +240,21 @@ def leading(
         max(tail, 0.0) if kept < size else 0.0,
         kept,
     )
+
+
+def _eigh(matrices: Tensor) -> tuple[Tensor, Tensor]:
+    """Return eigenvalues, the largest first, and eigenvectors of symmetric [k, m, m]."""
+    values = matrices.new_zeros(matrices.shape[:2])
+    bases = torch.zeros_like(matrices)
+    for matrix, value, basis in zip(matrices, values, bases, strict=True):
+        # Without what is 0, such as dead units: LAPACK may not converge beside so many zeros.
+        used = matrix.any(1).nonzero().squeeze(1)
+        size = len(used)
+        inner = matrix[used][:, used]
+        try:
+            found, directions = torch.linalg.eigh(inner)
+        except torch.linalg.LinAlgError:  # of the other triangle, it does
+            found, directions = torch.linalg.eigh(inner, UPLO="U")
+        value[:size] = found.flip(0)
+        basis[used, :size] = directions.flip(1)
+    return values, bases

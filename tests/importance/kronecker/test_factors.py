@@ -382,6 +382,19 @@ def test_the_diagonal_and_the_merge_are_those_of_the_dense_matrix(
     assert merged.trace() == pytest.approx(float(whole.trace()), rel=1e-5)
 
 
+def test_dead_units_take_no_part():
+    """Of so many zeros LAPACK's divide and conquer may not find its way."""
+    alive = torch.arange(0, 200, 7)
+    rows = torch.zeros(50, 200, dtype=torch.float64)
+    rows[:, alive] = torch.randn(50, len(alive), dtype=torch.float64)
+    matrix = rows.mT @ rows
+    side = leading(matrix[None], 200, 1.0, "x")
+    assert side.kept == side.rank == len(alive)
+    torch.testing.assert_close(side.matrix()[0], matrix, rtol=1e-5, atol=1e-5)
+    dead = torch.ones(200, dtype=torch.bool).index_fill_(0, alive, False)
+    assert not side.basis[0, dead].any()
+
+
 def test_the_effective_rank_is_that_of_the_shares():
     for values, expected in (([1, 1, 1, 0], 3.0), ([5, 0], 1.0), ([3, 1], math.exp(0.5623351446))):
         side = Side(len(values), torch.tensor(values).float(), None, 0.0, len(values))

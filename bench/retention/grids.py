@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from bench.retention import experiments as further
 from cl_optim.demo import experiments as demo
-from cl_optim.demo.methods import Method, Protected
+from cl_optim.demo.methods import Method, Projecting, Protected
 
 
 def powers(first: int, last: int) -> tuple[float, ...]:
@@ -22,15 +22,23 @@ class Grid:
         method: What is varied.
         lrs: Learning rates.
         lambdas: Values of λ; empty for a method that has none.
+        strengths: Of strengths, in place of λ.
     """
 
     method: Method
     lrs: tuple[float, ...]
     lambdas: tuple[float, ...] = ()
+    strengths: tuple[float, ...] = ()
 
     def candidates(self) -> list[Method]:
         """Return the method with each combination of values."""
         method = self.method
+        if self.strengths and isinstance(method, (Protected, Projecting)):
+            return [
+                replace(method, lr=lr, strength=value)
+                for lr in self.lrs
+                for value in self.strengths
+            ]
         if not isinstance(method, Protected):
             return [replace(method, lr=lr) for lr in self.lrs]
         return [
@@ -46,6 +54,8 @@ GRIDS = {
         Grid(demo.EWC_GRADIENT, powers(-6, -3), powers(1, 6)),
         Grid(demo.EWC_DECOUPLED, powers(-7, -4), powers(4, 9)),
         Grid(demo.EWC_PROXIMAL, powers(-6, -3), powers(6, 11)),
+        Grid(demo.EWC_KRONECKER, powers(-6, -3), strengths=powers(-3, 0)),
+        Grid(demo.INPUT_PROJECTION, powers(-6, -3), strengths=powers(0, 3)),
         Grid(demo.GEM_10, powers(-7, -3)),
         Grid(demo.A_GEM_10, powers(-7, -3)),
         Grid(demo.JOINT, powers(-8, -4)),
@@ -55,6 +65,8 @@ GRIDS = {
         Grid(demo.L2_SP, powers(-6, -3), powers(-7, -2)),
         Grid(demo.EWC_GRADIENT, powers(-6, -3), powers(-2, 5)),
         Grid(demo.EWC_EXACT, powers(-6, -3), powers(-2, 5)),
+        Grid(demo.EWC_KRONECKER, powers(-6, -3), strengths=powers(-4, 0)),
+        Grid(demo.INPUT_PROJECTION, powers(-6, -3), strengths=powers(-1, 3)),
         Grid(demo.JOINT, powers(-7, -3)),
     ),
     further.GEM_DIGITS.key: (

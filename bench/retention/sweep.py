@@ -90,6 +90,9 @@ def at_edge(method: Method, grids: Iterable[Grid]) -> list[str]:
     key = ADAMW.key if method.key == ADAMW_SLOW.key else method.key
     grid = next(g for g in grids if g.method.key == key)
     edges = ["lr"] if method.lr in (grid.lrs[0], grid.lrs[-1]) else []
-    if isinstance(method, Protected) and method.ewc_lambda in (grid.lambdas[0], grid.lambdas[-1]):
+    if grid.strengths:
+        if getattr(method, "strength", None) in (grid.strengths[0], grid.strengths[-1]):
+            edges.append("strength")
+    elif isinstance(method, Protected) and method.ewc_lambda in (grid.lambdas[0], grid.lambdas[-1]):
         edges.append("λ")
     return edges

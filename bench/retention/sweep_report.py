@@ -20,8 +20,8 @@ from cl_optim.demo.experiments import Experiment
 from cl_optim.demo.methods import Method
 from cl_optim.demo.report import (
     finite,
-    lambda_of,
     number_table,
+    setting_of,
     settings_of,
     versions,
     write_markdown,
@@ -53,9 +53,9 @@ def render(
 
 
 def _grid_table(scores: Sequence[Score], best: Method | None, table_box: box.Box) -> Table:
-    """Show one method: a row for each learning rate, a column for each λ."""
-    lambdas = dict.fromkeys(lambda_of(score.method) for score in scores)
-    headers = ["ACC" if value is None else f"λ = {value:g}" for value in lambdas]
+    """Show one method: a row for each learning rate, a column for each λ or strength."""
+    settings = dict.fromkeys(setting_of(score.method) for score in scores)
+    headers = [setting or "ACC" for setting in settings]
     table = number_table(table_box, scores[0].method.label, *headers)
     for lr in dict.fromkeys(score.method.lr for score in scores):
         cells = [_cell(s, s.method == best) for s in scores if s.method.lr == lr]

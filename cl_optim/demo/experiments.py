@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from cl_optim.demo.methods import Method, Protected, Remembering
+from cl_optim.demo.methods import Method, Projecting, Protected, Remembering
 from cl_optim.demo.scenarios import Scenario, Task, permuted, split
 from cl_optim.demo.train import Config
 
@@ -22,6 +22,11 @@ EWC_GRADIENT = Protected("ewc-gradient", "EWC, gradient", lr=1e-3, penalty="grad
 EWC_DECOUPLED = Protected("ewc-decoupled", "EWC, decoupled", lr=1e-3, penalty="decoupled")
 EWC_PROXIMAL = Protected("ewc-proximal", "EWC, proximal", lr=1e-3, penalty="proximal")
 EWC_EXACT = Protected("ewc-exact", "EWC, exact anchors", lr=1e-3, anchors="exact")
+EWC_KRONECKER = Protected(
+    "ewc-kronecker", "EWC, Kronecker", lr=1e-3, penalty="proximal", structure="kronecker",
+    strength=0.1,
+)  # fmt: skip
+INPUT_PROJECTION = Projecting("input-projection", "Input projection", lr=1e-3, every=10)
 GEM_10 = Remembering("gem-10", "GEM every 10", lr=1e-3, refresh_every=10)
 A_GEM_10 = Remembering("a-gem-10", "A-GEM every 10", lr=1e-3, refresh_every=10, average=True)
 JOINT = Method("joint", "Joint training", lr=1e-3, joint=True)
@@ -47,7 +52,13 @@ class Experiment:
     seeds: int
     methods: tuple[Method, ...]
     learning_loss: float = 0.05
-    headline: tuple[str, ...] = (EWC_GRADIENT.key, EWC_EXACT.key, GEM_10.key)
+    headline: tuple[str, ...] = (
+        EWC_GRADIENT.key,
+        EWC_EXACT.key,
+        EWC_KRONECKER.key,
+        INPUT_PROJECTION.key,
+        GEM_10.key,
+    )
 
     @property
     def scenario(self) -> str:
@@ -80,6 +91,8 @@ PERMUTED_DIGITS = Experiment(
         # diverges.
         replace(EWC_DECOUPLED, lr=1e-3, ewc_lambda=3200.0),
         replace(EWC_PROXIMAL, lr=3.2e-3, ewc_lambda=32000.0),
+        replace(EWC_KRONECKER, lr=3.2e-3, strength=0.1),
+        replace(INPUT_PROJECTION, lr=1e-2, strength=32.0),
         replace(GEM_10, lr=3.2e-3),
         replace(A_GEM_10, lr=3.2e-3),
         replace(JOINT, lr=1e-3),
@@ -97,6 +110,8 @@ SPLIT_DIGITS = Experiment(
         replace(L2_SP, lr=1e-2, ewc_lambda=0.0032),
         replace(EWC_GRADIENT, lr=3.2e-3, ewc_lambda=32.0),
         replace(EWC_EXACT, lr=3.2e-3, ewc_lambda=32.0),
+        replace(EWC_KRONECKER, lr=3.2e-2, strength=1.0),
+        replace(INPUT_PROJECTION, lr=1e-2, strength=3.2),
         replace(JOINT, lr=1e-2),
     ),
     learning_loss=0.02,

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cl_optim import GEM, EWCAdamW, Importance, ImportanceLog, estimate_fisher
+from cl_optim import GEM, EWCAdamW, Importance, ImportanceLog, InputProjection, estimate_fisher
 from cl_optim.demo.scenarios import Split
 
 WEIGHT_DECAY = 1e-2  # AdamW's default in torch
@@ -22,6 +22,7 @@ _WATCH_EVERY = 10  # steps
 MEMORY_SAMPLES = 128  # of each task, kept by GEM; Lopez-Paz & Ranzato 2017 have 256
 
 Base = Literal["adamw", "sgd"]
+Structure = Literal["diagonal", "kronecker"]
 
 
 def base_optimizer(base: Base, model: nn.Module, lr: float) -> torch.optim.Optimizer:
@@ -42,6 +43,18 @@ def use_head(model: nn.Module, task: int) -> None:
 def head_in_use(model: nn.Module) -> int:
     """Return the task whose head the network uses; 0 for a network that does not know tasks."""
     return int(getattr(model, "task", 0))
+
+
+def exact_fisher(model: nn.Module, train: Split, structure: Structure) -> Importance:
+    """Estimate the Fisher information of the head that is in use; it needs no labels."""
+    return estimate_fisher(
+        model,
+        torch.split(train.x, _FISHER_BATCH),
+        labels="exact",
+        max_samples=FISHER_SAMPLES,
+        structure=structure,
+        progress=False,
+    )
 
 
 class Learner:
@@ -78,6 +91,9 @@ class Learner:
     def after_step(self) -> None:
         """Look at what the step did; its time does not count."""
 
+    def settle(self) -> None:
+        """Do what a method does every so many steps, before the network is looked at."""
+
     def end_task(self, train: Split) -> None:
         """Protect what has been learned; without protection there is nothing to do."""
 
@@ -100,6 +116,7 @@ class ProtectedLearner(Learner):
             lr=method.lr,
             weight_decay=WEIGHT_DECAY,
             ewc_lambda=method.ewc_lambda,
+            strength=method.strength,
             penalty=method.penalty,
             importance_dtype=method.importance_dtype,
             anchor_dtype=method.anchor_dtype,
@@ -107,6 +124,7 @@ class ProtectedLearner(Learner):
         )
         super().__init__(model, optimizer)
         self.importance = method.importance
+        self.structure = method.structure
         self.anchors = method.anchors
         self._fisher: Importance | None = None  # of the task that ended last
 
@@ -120,14 +138,12 @@ class ProtectedLearner(Learner):
         if self.importance == "ones":
             self.optimizer.consolidate(None, decay=0.0)  # L2-SP: F = 1, however many tasks
             return
-        self._fisher = estimate_fisher(
-            self.model,
-            torch.split(train.x, _FISHER_BATCH),  # the exact Fisher needs no labels
-            labels="exact",
-            max_samples=FISHER_SAMPLES,
-            progress=False,
-        )
+        self._fisher = exact_fisher(self.model, train, self.structure)
         self.optimizer.consolidate(self._fisher, decay=1.0, anchors=self.anchors)
+
+    def settle(self) -> None:
+        """Let Kronecker importance pull as far as it is due."""
+        self.optimizer.settle()
 
     def record(self, log: ImportanceLog, task: str) -> None:
         """Record the task's Fisher information, and the weights that it left."""
@@ -138,6 +154,24 @@ class ProtectedLearner(Learner):
     def watch(self, log: ImportanceLog) -> AbstractContextManager[object]:
         """Follow penalty and drift."""
         return log.watch(self.optimizer, every=_WATCH_EVERY)
+
+
+class ProjectingLearner(Learner):
+    """AdamW, whose updates are kept away from the inputs of earlier tasks."""
+
+    optimizer: InputProjection
+
+    def __init__(self, model: nn.Module, method: Projecting) -> None:
+        base = base_optimizer("adamw", model, method.lr)
+        super().__init__(model, InputProjection(base, strength=method.strength, every=method.every))
+
+    def end_task(self, train: Split) -> None:
+        """Add this task's inputs to the earlier ones'."""
+        self.optimizer.consolidate(exact_fisher(self.model, train, "kronecker"), model=self.model)
+
+    def settle(self) -> None:
+        """Project as far as it is due."""
+        self.optimizer.settle()
 
 
 class RememberingLearner(Learner):
@@ -209,9 +243,11 @@ class Protected(Method):
     """EWCAdamW with one form of the penalty.
 
     Attributes:
-        ewc_lambda: λ.
+        ewc_lambda: λ, where there is no strength.
+        strength: λ without a unit.
         penalty: The penalty's form.
         importance: The exact Fisher (EWC), or one for every weight (L2-SP).
+        structure: Of the Fisher information.
         anchors: The newest weights (online EWC), or the sum of all tasks' quadratics.
         importance_dtype: As EWCAdamW's, and so the next two.
         anchor_dtype: How anchors are stored.
@@ -220,8 +256,10 @@ class Protected(Method):
 
     protects: ClassVar[bool] = True
     ewc_lambda: float = 1.0
+    strength: float | None = None
     penalty: Literal["gradient", "decoupled", "proximal"] = "gradient"
     importance: Literal["fisher", "ones"] = "fisher"
+    structure: Structure = "diagonal"
     anchors: Literal["latest", "exact"] = "latest"
     importance_dtype: Literal["float32", "bfloat16", "log8"] = "float32"
     anchor_dtype: Literal["float32", "bfloat16"] | None = None
@@ -230,6 +268,24 @@ class Protected(Method):
     def learner(self, model: nn.Module) -> Learner:
         """Start training a model."""
         return ProtectedLearner(model, self)
+
+
+@dataclass(frozen=True)
+class Projecting(Method):
+    """AdamW with its updates projected away from the inputs of earlier tasks.
+
+    Attributes:
+        strength: How strongly.
+        every: Steps from one projection to the next.
+    """
+
+    protects: ClassVar[bool] = True
+    strength: float = 10.0
+    every: int = 10
+
+    def learner(self, model: nn.Module) -> Learner:
+        """Start training a model."""
+        return ProjectingLearner(model, self)
 
 
 @dataclass(frozen=True)

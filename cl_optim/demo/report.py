@@ -246,14 +246,16 @@ def with_interval(interval: Interval, form: str) -> str:
 
 
 def settings_of(method: Method) -> tuple[str, str, str]:
-    """Return a method's label, learning rate and λ, as a table has them."""
-    value = lambda_of(method)
-    return method.label, f"{method.lr:g}", "" if value is None else f"{value:g}"
+    """Return a method's label, learning rate and λ or strength, as a table has them."""
+    return method.label, f"{method.lr:g}", setting_of(method).removeprefix("λ = ")
 
 
-def lambda_of(method: Method) -> float | None:
-    """Return a method's λ; None for one without."""
-    return method.ewc_lambda if isinstance(method, Protected) else None
+def setting_of(method: Method) -> str:
+    """Return what a method has besides its learning rate: λ or a strength; or nothing."""
+    strength = getattr(method, "strength", None)
+    if strength is not None:
+        return f"strength {strength:g}"
+    return f"λ = {method.ewc_lambda:g}" if isinstance(method, Protected) else ""
 
 
 def versions() -> dict[str, str]:

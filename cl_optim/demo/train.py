@@ -170,9 +170,11 @@ def train(
                 recorder.step(learner, task, x, y)
                 learner.after_step()
                 while added < points * done // batches:
+                    learner.settle()
                     recorder.add_point(begun)
                     added += 1
                     on_progress((number + done / batches) / len(stages))
+            learner.settle()
             _check_weights(model, method, number)
             recorder.add_row()
             if not method.joint:

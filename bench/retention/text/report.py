@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import asdict
+from collections.abc import Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +15,17 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from bench.retention.text.results import Results
-from bench.retention.text.runs import GUARD_EVERY, LAMBDA_WITH_REPLAY, METHODS
+from bench.retention.text.results import COSTS, Results
+from bench.retention.text.runs import ALPHAS, BASE, GUARD_EVERY, Method
 from cl_optim.demo.metrics import Interval
 from cl_optim.demo.picture import STYLE
 from cl_optim.demo.report import versions, write_markdown
 
 _COLOURS = {
     "AdamW": "#d55e00",
-    "EWC": "#0072b2",
+    "EWC": "#56b4e9",
+    "EWC, Kronecker": "#0072b2",
+    "input projection": "#e69f00",
     "GEM": "#009e73",
     "replay": "#777777",
     "EWC + replay": "#cc79a7",
@@ -41,36 +44,41 @@ def render(results: Results, table_box: box.Box = box.SIMPLE_HEAD) -> Renderable
     )
     before = Interval.of([b.old_bpb for b in results.before])
     unlearned = Interval.of([b.new_bpb for b in results.before])
+    known = f"Before: {_show(before, 1, 3)} on {old}, {_show(unlearned, 1, 3)} on {new}."
     table = Table(box=table_box)
     for name in (
         "Method",
-        f"{old}, bits",
-        f"{new}, bits",
-        f"kept of {old}, %",
-        f"cost on {new}, %",
+        "kept, %",
+        "cost, %",
+        *(f"decay, α: kept at {cost:.0%}" for cost in COSTS),
+        "decay: kept, %",
+        "cost, %",
     ):
         table.add_column(name, justify="left" if name == "Method" else "right")
-    table.add_row(f"before {new}", _show(before, 1, 3), _show(unlearned, 1, 3), "", "")
-    for method in METHODS:
+    for method in BASE:
+        decayed = replace(method, decay=True)
         table.add_row(
             method.label,
-            _show(results.old_bpb(method), 1, 3),
-            _show(results.new_bpb(method), 1, 3),
             _show(results.kept(method), 100, 1),
             _show(results.cost(method), 100, 2),
+            *(_show(results.kept_at(decayed, cost), 100, 1) for cost in COSTS),
+            _show(results.kept(decayed), 100, 1),
+            _show(results.cost(decayed), 100, 2),
         )
     definitions = (
-        f"Kept: (bpb_AdamW − bpb_method) / (bpb_AdamW − bpb_before) on {old}, paired by seed. "
-        f"Cost: bpb_method / bpb_AdamW − 1 on {new}. Replay replaces that part of each batch by "
-        f"some of {sizes.kept} kept windows of {old}; GEM's memory is the same windows, its row "
-        "computed anew every 10 steps. EWC is the proximal form; with replay, its λ is "
-        f"{LAMBDA_WITH_REPLAY:g}. Form and λ were chosen with another seed; nothing else was tuned."
+        f"Kept: (bpb_AdamW − bpb_method) / (bpb_AdamW − bpb_before) on {old}; cost: bpb_method / "
+        f"bpb_AdamW − 1 on {new}; both paired by seed, against AdamW at a constant learning rate. "
+        "Decay: the learning rate falls to 0 over the last four fifths. α: on the way from the end "
+        f"back to the old weights ({len(ALPHAS)} points), the most that is kept at no more than "
+        f"that cost. Replay replaces that part of each batch by some of {sizes.kept} kept windows "
+        f"of {old}; GEM's memory is the same windows, its row computed anew every 10 steps. EWC is "
+        "the proximal form. Nothing was tuned: every λ is a row."
     )
     guard = (
         f"The guard at work: AdamW, seed 0, checked every {GUARD_EVERY} steps, back to the last "
         f"good checkpoint when more than 10 % of {old} is lost:"
     )
-    parts: list[str | RenderableType] = [setting, "", table, definitions, ""]
+    parts: list[str | RenderableType] = [setting, known, "", table, definitions, ""]
     parts += [*results.verdicts, "", guard, "", results.guard, ""]
     parts.append(f"The whole demo took {results.seconds:.0f} s.")
     return Group(*(Text(part) if isinstance(part, str) else part for part in parts))
@@ -86,7 +94,8 @@ def write(results: Results, directory: Path) -> list[Path]:
 
 
 def _to_json(results: Results) -> dict[str, Any]:
-    return {**asdict(results), "versions": versions(), "verdicts": results.verdicts}
+    record = {**asdict(results), "alphas": ALPHAS, "verdicts": results.verdicts}
+    return {**record, "versions": versions()}
 
 
 def draw(results: Results, path: Path) -> None:
@@ -96,39 +105,52 @@ def draw(results: Results, path: Path) -> None:
     from matplotlib.figure import Figure
 
     with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(8, 5), dpi=160, layout="constrained")
+        figure = Figure(figsize=(11, 5), dpi=160, layout="constrained")
         FigureCanvasAgg(figure)
-        axes = figure.subplots()
+        ends, ways = figure.subplots(1, 2, sharey=True)
         for family, colour in _COLOURS.items():
-            methods = [method for method in METHODS if method.family == family]
-            costs = [results.cost(method) for method in methods]
-            kept = [results.kept(method) for method in methods]
-            x = 100 * np.array([interval.mean for interval in costs])
-            y = 100 * np.array([interval.mean for interval in kept])
-            axes.errorbar(
-                x, y,
-                xerr=100 * np.nan_to_num([interval.half_width for interval in costs]),
-                yerr=100 * np.nan_to_num([interval.half_width for interval in kept]),
-                fmt="o-", color=colour, label=family, linewidth=1.5, markersize=5, elinewidth=0.8,
-            )  # fmt: skip
-            for method, left, up in zip(methods, x, y, strict=True):
-                setting = method.label.removeprefix(family).strip(", ")
-                axes.annotate(
-                    setting, (left, up), xytext=(5, -9), textcoords="offset points", fontsize=7.5
-                )
-        axes.set_title(
-            f"What is kept of {results.old} while {results.new} is learned",
-            loc="left", fontweight="bold",
-        )  # fmt: skip
-        axes.set_xlabel(f"more bits per byte on {results.new} than AdamW, %")
-        axes.set_ylabel(f"kept of {results.old}, % of what AdamW forgets")
-        axes.grid(color="#d9d9d9", linewidth=0.6)
-        axes.set_axisbelow(True)
-        axes.legend(frameon=False, loc="lower right")
+            methods = [method for method in BASE if method.family == family]
+            _draw_ends(results, methods, ends, colour)
+            for method in methods:
+                decayed = replace(method, decay=True)
+                kept, costs = results.kept_along(decayed), results.cost_along(decayed)
+                ways.plot(
+                    100 * np.mean(costs, 0), 100 * np.mean(kept, 0),
+                    "o-", color=colour, linewidth=1.2, markersize=2.5,
+                    label=family if method is methods[0] else None,
+                )  # fmt: skip
+        titles = ("constant learning rate, at the end", "decay, on the way back to the old weights")
+        for axes, title in zip((ends, ways), titles, strict=True):
+            axes.set_title(title, loc="left", fontweight="bold")
+            axes.set_xlabel(f"more bits per byte on {results.new} than AdamW, %")
+            axes.grid(color="#d9d9d9", linewidth=0.6)
+            axes.set_axisbelow(True)
+        ends.set_ylabel(f"kept of {results.old}, % of what AdamW forgets")
+        low = min(0.0, *(100 * np.mean(results.cost_along(method), 0).min() for method in BASE))
+        ways.set_xlim(low - 1, 100 * COSTS[-1] + 3)
+        ways.legend(frameon=False, loc="lower right", fontsize=8)
         figure.savefig(path)
 
 
+def _draw_ends(results: Results, methods: Sequence[Method], axes: Any, colour: str) -> None:
+    costs = [results.cost(method) for method in methods]
+    kept = [results.kept(method) for method in methods]
+    x = 100 * np.array([interval.mean for interval in costs])
+    y = 100 * np.array([interval.mean for interval in kept])
+    axes.errorbar(
+        x, y,
+        xerr=100 * np.nan_to_num([interval.half_width for interval in costs]),
+        yerr=100 * np.nan_to_num([interval.half_width for interval in kept]),
+        fmt="o-", color=colour, linewidth=1.5, markersize=4, elinewidth=0.8,
+    )  # fmt: skip
+    for method, left, up in zip(methods, x, y, strict=True):
+        setting = method.label.removeprefix(method.family).strip(", ")
+        axes.annotate(setting, (left, up), xytext=(4, -8), textcoords="offset points", fontsize=6.5)
+
+
 def _show(interval: Interval, scale: float, digits: int) -> str:
+    if math.isnan(interval.mean):
+        return "–"
     text = f"{scale * interval.mean:.{digits}f}"
     if math.isnan(interval.half_width):
         return text

@@ -2,12 +2,36 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 from bench.retention.text.model import Sizes
-from bench.retention.text.runs import ADAMW, FRACTIONS, METHODS, Method, Run
+from bench.retention.text.runs import (
+    ADAMW,
+    ALPHAS,
+    DIAGONAL,
+    EWC_REPLAY,
+    KRONECKER,
+    KRONECKER_REPLAY,
+    REPLAY,
+    Method,
+    Run,
+)
 from cl_optim.demo.metrics import Interval
+
+COSTS = (0.01, 0.02)
+COMPARED = tuple(
+    (replace(first, decay=True), replace(second, decay=True))
+    for first, second in (
+        (DIAGONAL, ADAMW),
+        (KRONECKER, ADAMW),
+        (KRONECKER, DIAGONAL),
+        (EWC_REPLAY, REPLAY),
+        (KRONECKER_REPLAY, REPLAY),
+    )
+)
 
 
 @dataclass(frozen=True)
@@ -45,82 +69,82 @@ class Results:
         """Return a method's runs, by seed."""
         return sorted((r for r in self.runs if r.method == method), key=lambda run: run.seed)
 
-    def old_bpb(self, method: Method) -> Interval:
-        """Return bits per byte on the old text."""
-        return Interval.of([run.old_bpb for run in self.of(method)])
-
-    def new_bpb(self, method: Method) -> Interval:
-        """Return bits per byte on the new text."""
-        return Interval.of([run.new_bpb for run in self.of(method)])
-
     def kept(self, method: Method) -> Interval:
-        """Return (bpb_AdamW − bpb_method) / (bpb_AdamW − bpb_before) on the old text.
+        """Return (bpb_AdamW − bpb_method) / (bpb_AdamW − bpb_before) on the old text, at the end.
 
-        NaN where AdamW forgot nothing.
+        AdamW's learning rate is constant there. NaN where it forgot nothing.
         """
-        return Interval.of(self._kept(method))
+        return Interval.of([kept[0] for kept in self.kept_along(method)])
 
     def cost(self, method: Method) -> Interval:
-        """Return bpb_method / bpb_AdamW − 1 on the new text."""
-        return Interval.of(self._cost(method))
+        """Return bpb_method / bpb_AdamW − 1 on the new text, at the end."""
+        return Interval.of([cost[0] for cost in self.cost_along(method)])
 
-    def verdict(self, fraction: float) -> tuple[Interval, Interval, bool]:
-        """Compare EWC + replay with replay alone at a fraction: more kept, more cost, who wins.
+    def kept_at(self, method: Method, cost: float) -> Interval:
+        """Return the most that is kept on the way to the old weights, at no more than that cost.
 
-        It wins where it keeps more, by a paired 95 % interval above 0, and costs no more on the new
-        text than replay alone: an interval that is not above 0.
+        NaN where a seed's curve costs more everywhere.
         """
-        alone, both = (
-            next(m for m in METHODS if m.replay == fraction and (m.ewc_lambda is None) is bare)
-            for bare in (True, False)
-        )
-        kept = Interval.of(_differences(self._kept(both), self._kept(alone)))
-        cost = Interval.of(_differences(self._cost(both), self._cost(alone)))
-        wins = kept.mean - kept.half_width > 0 and not cost.mean - cost.half_width > 0
-        return kept, cost, wins
+        return Interval.of(self._kept_at(method, cost))
+
+    def more_kept(self, first: Method, second: Method, cost: float) -> Interval:
+        """Return how much more the first keeps than the second at a cost, paired by seed."""
+        pairs = zip(self._kept_at(first, cost), self._kept_at(second, cost), strict=True)
+        return Interval.of([a - b for a, b in pairs])
 
     @property
     def verdicts(self) -> list[str]:
-        """Return a sentence for each fraction, and the recommendation."""
+        """Return a sentence for each comparison that the benchmark is for."""
         if not self.forgotten:
             return [f"AdamW did not forget {self.old} with every seed: there is nothing to keep."]
         if len(self.before) == 1:
-            return ["One seed does not tell whether EWC + replay beats replay alone."]
-        sentences, won = [], []
-        for fraction in FRACTIONS:
-            kept, cost, wins = self.verdict(fraction)
-            won += [f"{fraction:.0%}"] if wins else []
-            sentences.append(
-                f"At {fraction:.0%}, EWC + replay {'beats' if wins else 'does not beat'} replay "
-                f"alone: it keeps {100 * kept.mean:+.1f} ± {100 * kept.half_width:.1f} points of "
-                f"{self.old} more and costs {100 * cost.mean:+.2f} ± {100 * cost.half_width:.2f} "
-                f"points more on {self.new}."
-            )
-        advice = (
-            f"EWC + replay is recommended here at {', '.join(won)} only."
-            if won
-            else "EWC + replay is not recommended here over replay alone."
-        )
-        return [*sentences, advice]
+            return ["One seed does not tell which method keeps more."]
+        sentences = []
+        for first, second in COMPARED:
+            for cost in COSTS:
+                more = self.more_kept(first, second, cost)
+                if math.isnan(more.mean):
+                    continue
+                sign = more.mean - more.half_width > 0, more.mean + more.half_width < 0
+                how = {(True, False): "more", (False, True): "less"}.get(
+                    sign, "neither more nor less"
+                )
+                sentences.append(
+                    f"With decay and interpolation, at a cost of {cost:.0%}, {first.label} keeps "
+                    f"{how} than {second.label}: {100 * more.mean:+.1f} ± "
+                    f"{100 * more.half_width:.1f} points of {self.old}."
+                )
+        return sentences
 
     @property
     def forgotten(self) -> bool:
         """Say whether AdamW forgot something of the old text with each seed."""
         pairs = zip(self.of(ADAMW), self.before, strict=True)
-        return all(run.old_bpb > before.old_bpb for run, before in pairs)
+        return all(run.old[0] > before.old_bpb for run, before in pairs)
 
-    def _kept(self, method: Method) -> list[float]:
+    def kept_along(self, method: Method) -> list[list[float]]:
+        """Return what each seed keeps at each of `ALPHAS`."""
         if not self.forgotten:
-            return [math.nan] * len(self.before)
+            return [[math.nan] * len(ALPHAS)] * len(self.before)
         return [
-            (adamw.old_bpb - run.old_bpb) / (adamw.old_bpb - before.old_bpb)
+            [(adamw.old[0] - old) / (adamw.old[0] - before.old_bpb) for old in run.old]
             for adamw, run, before in zip(self.of(ADAMW), self.of(method), self.before, strict=True)
         ]
 
-    def _cost(self, method: Method) -> list[float]:
+    def cost_along(self, method: Method) -> list[list[float]]:
+        """Return what each seed costs at each of `ALPHAS`."""
         pairs = zip(self.of(method), self.of(ADAMW), strict=True)
-        return [run.new_bpb / adamw.new_bpb - 1 for run, adamw in pairs]
+        return [[new / adamw.new[0] - 1 for new in run.new] for run, adamw in pairs]
+
+    def _kept_at(self, method: Method, cost: float) -> list[float]:
+        curves = zip(self.kept_along(method), self.cost_along(method), strict=True)
+        return [most_kept(kept, costs, cost) for kept, costs in curves]
 
 
-def _differences(first: list[float], second: list[float]) -> list[float]:
-    return [a - b for a, b in zip(first, second, strict=True)]
+def most_kept(kept: Sequence[float], costs: Sequence[float], limit: float) -> float:
+    """Return the most that is kept on a line through points, where it costs at most so much."""
+    found = [k for k, cost in zip(kept, costs, strict=True) if cost <= limit]
+    for (k, c), (next_k, next_c) in itertools.pairwise(zip(kept, costs, strict=True)):
+        if (c - limit) * (next_c - limit) < 0:
+            found.append(k + (next_k - k) * (limit - c) / (next_c - c))
+    return max(found, default=math.nan)

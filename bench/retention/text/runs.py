@@ -1,17 +1,17 @@
-"""One run: learn the new text by some method, and measure both texts before and after."""
+"""One run: learn the new text by some method, and measure both texts on the way back to the old."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from typing import Final
+from dataclasses import dataclass, replace
+from typing import Final, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from bench.retention.text.corpora import Corpus
 from bench.retention.text.model import ByteTransformer, Sizes, bits_per_byte, loss
-from cl_optim import GEM, EWCAdamW, Importance, estimate_fisher
+from cl_optim import GEM, EWCAdamW, Importance, InputProjection, estimate_fisher
 from cl_optim.demo.methods import WEIGHT_DECAY
 from cl_optim.demo.scenarios import generator
 from cl_optim.demo.train import DivergedError
@@ -26,6 +26,9 @@ _WARM_UP = 50  # steps; Adam's first steps, at full length, forget more than all
 GUARD_EVERY = 5
 
 
+Structure = Literal["diagonal", "kronecker"]
+
+
 @dataclass(frozen=True)
 class Method:
     """How the new text is learned.
@@ -34,29 +37,59 @@ class Method:
         label: In tables and pictures.
         family: Methods that differ in one number only have the same.
         ewc_lambda: λ; None: no EWC.
+        structure: Of the importance.
+        strength: Of the input projection; None: none.
         replay: The part of each batch that is old, in [0, 1).
         gem: Project gradients against one memory of old windows.
+        decay: The learning rate falls to 0, linearly, after the first fifth of the steps.
     """
 
     label: str
     family: str
     ewc_lambda: float | None = None
+    structure: Structure = "diagonal"
+    strength: float | None = None
     replay: float = 0.0
     gem: bool = False
+    decay: bool = False
 
 
 _PENALTY: Final = "proximal"  # which kept as much at two thirds of the gradient form's cost
-_LAMBDAS = (1.0, 3.0, 10.0, 30.0)
-LAMBDA_WITH_REPLAY = 1.0
+_DIAGONAL = (1.0, 3.0, 10.0, 30.0)
+_KRONECKER = (0.3, 1.0, 3.0, 10.0)
+_STRENGTHS = (0.1, 1.0)
 FRACTIONS = (0.05, 0.10, 0.25)
+WITH_REPLAY = 0.10  # is what EWC is added to
 ADAMW = Method("AdamW", "AdamW")
-METHODS = (
+
+
+def _kronecker(value: float) -> Method:
+    return Method(f"EWC, Kronecker, λ = {value:g}", "EWC, Kronecker", value, "kronecker")
+
+
+REPLAY = Method(f"replay {WITH_REPLAY:.0%}", "replay", replay=WITH_REPLAY)
+DIAGONAL, KRONECKER = Method("EWC, λ = 1", "EWC", 1.0), _kronecker(1.0)
+EWC_REPLAY = replace(DIAGONAL, label="EWC + replay 10%", family="EWC + replay", replay=WITH_REPLAY)
+KRONECKER_REPLAY = replace(
+    KRONECKER, label="EWC, Kronecker + replay 10%", family="EWC + replay", replay=WITH_REPLAY
+)
+# With a constant learning rate, and again with one that decays.
+BASE = (
     ADAMW,
-    *(Method(f"EWC, λ = {value:g}", "EWC", ewc_lambda=value) for value in _LAMBDAS),
+    *(replace(DIAGONAL, label=f"EWC, λ = {value:g}", ewc_lambda=value) for value in _DIAGONAL),
+    *(_kronecker(value) for value in _KRONECKER),
+    *(
+        Method(f"input projection, {value:g}", "input projection", strength=value)
+        for value in _STRENGTHS
+    ),
     Method("GEM", "GEM", gem=True),
     *(Method(f"replay {f:.0%}", "replay", replay=f) for f in FRACTIONS),
-    *(Method(f"EWC + replay {f:.0%}", "EWC + replay", LAMBDA_WITH_REPLAY, f) for f in FRACTIONS),
+    EWC_REPLAY,
+    KRONECKER_REPLAY,
 )
+METHODS = (*BASE, *(replace(method, decay=True) for method in BASE))
+# θ* + α (θ − θ*): from what was learned back towards the old weights.
+ALPHAS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.6, 0.5, 0.4)
 
 
 @dataclass(frozen=True)
@@ -66,26 +99,33 @@ class Learned:
     Attributes:
         seed: Of its weights, and of the windows drawn.
         weights: Its state dict.
-        importance: Its Fisher information on the old text.
+        importance: Its Fisher information on the old text, by structure.
         old_bpb: Bits per byte on the old text's held-out part.
         new_bpb: On the new one's.
     """
 
     seed: int
     weights: Mapping[str, Tensor]
-    importance: Importance
+    importance: Mapping[Structure, Importance]
     old_bpb: float
     new_bpb: float
 
 
 @dataclass(frozen=True)
 class Run:
-    """What one method did with one seed: bits per byte on both held-out parts at the end."""
+    """What one method did with one seed.
+
+    Attributes:
+        method: How it was learned.
+        seed: Of the model and the windows.
+        old: Bits per byte on the old text's held-out part at each of `ALPHAS`, the end first.
+        new: On the new one's.
+    """
 
     method: Method
     seed: int
-    old_bpb: float
-    new_bpb: float
+    old: tuple[float, ...]
+    new: tuple[float, ...]
 
 
 def learn_old(old: Corpus, new: Corpus, sizes: Sizes, seed: int) -> Learned:
@@ -100,9 +140,17 @@ def learn_old(old: Corpus, new: Corpus, sizes: Sizes, seed: int) -> Learned:
         _step(model, optimizer, old.windows(sizes.batch, sizes.context + 1, draw))
         schedule.step()
     windows = old.windows(_FISHER_WINDOWS, sizes.context, draw)
-    importance = estimate_fisher(
-        model, torch.split(windows, 32), labels="sample", generator=draw, progress=False
-    )
+    importance: dict[Structure, Importance] = {
+        structure: estimate_fisher(
+            model,
+            torch.split(windows, 32),
+            labels="sample",
+            structure=structure,
+            generator=generator(seed, "labels"),
+            progress=False,
+        )
+        for structure in get_args(Structure)
+    }
     return Learned(seed, model.state_dict(), importance, *_measure(model, old, new, sizes))
 
 
@@ -118,14 +166,21 @@ def learn_new(method: Method, learned: Learned, old: Corpus, new: Corpus, sizes:
     model.load_state_dict(learned.weights)
     optimizer = _optimizer(method, model, learned, old, sizes)
     batches = _batches(method, learned.seed, old, new, sizes)
-    schedule = _warm_up(optimizer)
+    schedule = _schedule(method, optimizer, sizes)
     for _ in range(sizes.new_steps):
         _step(model, optimizer, next(batches))
         schedule.step()
-    old_bpb, new_bpb = _measure(model, old, new, sizes)
-    if not old_bpb + new_bpb < float("inf"):
+    _settle(optimizer)
+    end = {name: value.clone() for name, value in model.state_dict().items()}
+    measured = []
+    for alpha in ALPHAS:
+        weights = {name: torch.lerp(learned.weights[name], end[name], alpha) for name in end}
+        model.load_state_dict(weights)
+        measured.append(_measure(model, old, new, sizes))
+    if not sum(measured[0]) < float("inf"):
         raise DivergedError(f"{method.label} diverged while learning {new.name}.")
-    return Run(method, learned.seed, old_bpb, new_bpb)
+    olds, news = zip(*measured, strict=True)
+    return Run(method, learned.seed, olds, news)
 
 
 def watch(
@@ -140,7 +195,7 @@ def watch(
         _evaluation(old, sizes, role="old"),
         _evaluation(new, sizes, role="new"),
     ]
-    schedule = _warm_up(optimizer)
+    schedule = _schedule(method, optimizer, sizes)
     guard = RetentionGuard(
         model, optimizer, evaluations, every=GUARD_EVERY, on_breach="rollback", folder=folder,
         scheduler=schedule,
@@ -154,8 +209,24 @@ def watch(
     return guard
 
 
-def _warm_up(optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
-    return torch.optim.lr_scheduler.LinearLR(optimizer, 1 / _WARM_UP, total_iters=_WARM_UP)
+def _schedule(
+    method: Method, optimizer: torch.optim.Optimizer, sizes: Sizes
+) -> torch.optim.lr_scheduler.LRScheduler:
+    """Warm up; and decay, where the method does."""
+    begin = sizes.new_steps // 5
+
+    def factor(step: int) -> float:
+        warm = min(1.0, (step + 1) / _WARM_UP)
+        left = (sizes.new_steps - step) / (sizes.new_steps - begin) if method.decay else 1.0
+        return warm * min(1.0, max(0.0, left))
+
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+
+
+def _settle(optimizer: torch.optim.Optimizer) -> None:
+    """Let an optimizer that protects every so many steps do what is due."""
+    if isinstance(optimizer, (EWCAdamW, GEM, InputProjection)):
+        optimizer.settle()
 
 
 def _evaluation(corpus: Corpus, sizes: Sizes, role: Role) -> Evaluation:
@@ -198,7 +269,11 @@ def _optimizer(
         penalty=_PENALTY,
     )
     if method.ewc_lambda is not None:
-        optimizer.consolidate(learned.importance)
+        optimizer.consolidate(learned.importance[method.structure])
+    if method.strength is not None:
+        projection = InputProjection(optimizer, strength=method.strength)
+        projection.consolidate(learned.importance["kronecker"])
+        return projection
     if not method.gem:
         return optimizer
     gem = GEM(optimizer)

@@ -1,0 +1,127 @@
+"""What Kronecker importance costs: the factors' pass, the pull, and bytes of state; on the CPU.
+
+    python bench/kronecker_cost.py --json FILE [--energy 0.99] [--length 256] [--turns 5]
+
+GPT-2 small with random weights on random tokens: its time, not its directions, is that of a trained
+one, so that ranks are printed, too. A step without a pull and one with every weight protected by
+the diagonal take turns; the pull is timed beside them, and a tenth of it counts (every=10).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from training_step import adamw, backward
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from cl_optim import EWCAdamW, KroneckerImportance, estimate_fisher
+
+_EVERY = 10
+
+
+def seconds(work: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def importance(model: GPT2LMHeadModel, tokens: Tensor, **options: Any) -> Any:
+    batches = [{"input_ids": part} for part in tokens.split(2)]
+    return estimate_fisher(model, batches, "sample", progress=False, verify=False, **options)
+
+
+def step(model: GPT2LMHeadModel, optimizer: torch.optim.Optimizer, tokens: Tensor) -> None:
+    backward(model, tokens)
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def state_bytes(optimizer: EWCAdamW) -> dict[str, float]:
+    """Return bytes per weight of what protects, by what it is."""
+    weights = sum(p.numel() for group in optimizer.param_groups for p in group["params"])
+    found: dict[str, float] = {}
+    for state in optimizer.state.values():
+        for key, value in state.items():
+            if isinstance(value, Tensor) and key not in ("step", "exp_avg", "exp_avg_sq"):
+                found[key] = found.get(key, 0.0) + value.nbytes / weights
+    return found
+
+
+def ranks(found: KroneckerImportance) -> Mapping[str, tuple[int, int]]:
+    return {name: (one.output.kept, one.input.kept) for name, one in found.factors.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--json", type=Path, required=True, help="where the figures go")
+    parser.add_argument("--energy", type=float, default=0.99)
+    parser.add_argument("--length", type=int, default=256)
+    parser.add_argument("--samples", type=int, default=8, help="sequences of the Fisher")
+    parser.add_argument("--turns", type=int, default=5)
+    arguments = parser.parse_args()
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config()).eval()
+    tokens = torch.randint(50257, (arguments.samples, arguments.length))
+
+    passes: dict[str, list[float]] = {"diagonal": [], "kronecker": []}
+    made: dict[str, Any] = {}
+    for _ in range(2):
+        for structure, times in passes.items():
+            options = {"structure": structure}
+            if structure == "kronecker":
+                options["energy"] = arguments.energy
+            start = time.perf_counter()
+            made[structure] = importance(model, tokens, **options)
+            times.append(time.perf_counter() - start)
+    kept = ranks(made["kronecker"])
+
+    one = tokens[:1]
+    plain = adamw(model)
+    protected = EWCAdamW(model.named_parameters(), lr=1e-5, penalty="proximal", every=10**6)
+    # Two optimizers on one model: what they write is of no interest here.
+    protected.consolidate(made["kronecker"])
+    found: dict[str, list[float]] = {"AdamW fused": [], "Kronecker, no pull": [], "pull": []}
+    for turn in range(arguments.turns + 1):
+        times = (
+            seconds(lambda: step(model, plain, one)),
+            seconds(lambda: step(model, protected, one)),
+            seconds(protected.settle),
+        )
+        if turn > 0:
+            for name, taken in zip(found, times, strict=True):
+                found[name].append(taken)
+    ratios = [
+        (with_ + pull / _EVERY) / without
+        for without, with_, pull in zip(*found.values(), strict=True)
+    ]
+    report = {
+        "torch": torch.__version__,
+        "arguments": {k: str(v) for k, v in vars(arguments).items()},
+        "passes": passes,
+        "seconds": found,
+        "whole step / AdamW": statistics.median(ratios),
+        "ranks": kept,
+        "bytes per weight": state_bytes(protected),
+    }
+    arguments.json.write_text(json.dumps(report, indent=1) + "\n")
+    diagonal, kronecker = (min(times) for times in passes.values())
+    ratio = kronecker / diagonal
+    print(f"Fisher: diagonal {diagonal:.1f} s, Kronecker {kronecker:.1f} s: {ratio:.2f}")
+    for name, values in found.items():
+        print(f"{name:20}{1e3 * statistics.median(values):10.1f} ms")
+    print(f"whole step, every {_EVERY}: {statistics.median(ratios):.3f} of AdamW's")
+    print(f"mean ranks: {[statistics.mean(r[i] for r in kept.values()) for i in (0, 1)]}")
+    print({key: round(value, 2) for key, value in report["bytes per weight"].items()})
+
+
+if __name__ == "__main__":
+    main()

@@ -253,7 +253,8 @@ def _eigh(matrices: Tensor) -> tuple[Tensor, Tensor]:
         inner = matrix[used][:, used]
         try:
             found, directions = torch.linalg.eigh(inner)
-        except torch.linalg.LinAlgError:  # of the other triangle, it does
+        except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+            # Of the other triangle it does.
             found, directions = torch.linalg.eigh(inner, UPLO="U")
         value[:size] = found.flip(0)
         basis[used, :size] = directions.flip(1)

@@ -336,7 +336,7 @@ def test_a_side_holds_its_share_by_as_few_directions_as_can_be(
     held, total = values.sum(1), blocks.diagonal(dim1=1, dim2=2).sum(1)
     assert bool((held >= energy * total * (1 - 1e-5)).all())
     fewer = held - torch.where(values > 0, values, math.inf).min(1).values
-    assert bool((fewer < energy * total)[total > 0].all())
+    assert bool((fewer < energy * total * (1 + 1e-6))[total > 0].all())  # Values are float32.
     # Directions end where the side ends, and the projection onto them is one.
     basis = side.basis.reshape(-1, side.basis.shape[2])
     assert not basis[size:].any()

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TypeAlias
 
-from bench.retention.commands import Choice, run, run_published, run_sweeps
+from bench.retention.commands import Choice, run, run_published, run_strength, run_sweeps
 from bench.retention.text.commands import run_text_demo
 from bench.retention.text.corpora import english, from_file, python_code
 from bench.retention.text.model import Sizes
@@ -66,6 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         ("published", run_published, "measured figures beside published ones", _PUBLISHED),
     ):
         _add_choice(commands.add_parser(name, help=help_, description=description), command)
+    _add_strength(commands.add_parser("strength", help="one strength on many networks"))
     _add_text(commands.add_parser("text", help="two texts: English, then Python code"))
     arguments = parser.parse_args(argv)
     chosen: Callable[[argparse.Namespace], int] = arguments.run
@@ -114,6 +115,24 @@ def _carry_out(
         out=arguments.out,
     )
     return train(parser, "this", arguments.out, lambda: command(choice))
+
+
+def _add_strength(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Train each form of protection with several strengths on networks of several widths, on "
+        "ten tasks and on heads; print what each keeps."
+    )
+    whole = whole_number(2, MAX_SEEDS)
+    parser.add_argument("--seeds", type=whole, default=3, metavar="N", help="runs per cell (3)")
+    add_out(parser, OUT)
+
+    def run_it(arguments: argparse.Namespace) -> int:
+        def command() -> None:
+            run_strength(arguments.seeds, arguments.out)
+
+        return train(parser, "this", arguments.out, command)
+
+    parser.set_defaults(run=run_it)
 
 
 def _add_text(parser: argparse.ArgumentParser) -> None:

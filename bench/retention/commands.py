@@ -8,13 +8,21 @@ from pathlib import Path
 
 from rich import box
 
-from bench.retention import experiments, published, retention_table, sweep, sweep_report
+from bench.retention import (
+    experiments,
+    published,
+    retention_table,
+    strength,
+    sweep,
+    sweep_report,
+)
 from bench.retention.fashion_mnist import fashion_mnist
 from bench.retention.grids import GRIDS, sweep_seeds
 from bench.retention.sweep import Score
 from cl_optim.demo import report
 from cl_optim.demo.commands import announce, check, new_console, progress_bar, run_demo
 from cl_optim.demo.experiments import Experiment
+from cl_optim.demo.methods import Method
 from cl_optim.demo.report import Results
 from cl_optim.demo.scenarios import DataError, Task, digits
 from cl_optim.demo.train import one_thread
@@ -126,3 +134,21 @@ def _sweep(experiment: Experiment, data: Task, seeds: int, out: Path) -> None:
             progress.advance(bar)
     console.print(sweep_report.render(experiment, grids, scores, seeds))
     announce(sweep_report.write(experiment, grids, scores, seeds, out), console)
+
+
+def run_strength(seeds: int, out: Path) -> None:
+    """Try every strength on every network; print and write the tables.
+
+    Raises:
+        DivergedError: Training failed.
+    """
+    data, console = digits(), new_console()
+    with one_thread(), progress_bar(console) as progress:
+        bar = progress.add_task("", total=len(strength.NETWORKS) * len(strength.candidates()))
+
+        def on_cell(network: str, method: Method) -> None:
+            progress.update(bar, description=f"{network}: {method.label}", advance=1)
+
+        cells = strength.measure(data, seeds, on_cell)
+    console.print(strength.render(cells))
+    announce(strength.write(cells, out), console)

@@ -77,7 +77,7 @@ def correction(delta: Tensor, at: Coordinates, share: Tensor, bases: Bases) -> T
     """Return what is to be subtracted from the weights, [L, out, in]; exactly 0 for shares of 0.
 
     Args:
-        delta: The drift.
+        delta: The drift; it is overwritten, as are its coordinates.
         at: Its coordinates.
         share: Of each direction, [L, p + 1, q + 1]; 0 for directions that there are none of.
         bases: The directions.
@@ -95,16 +95,21 @@ def correction(delta: Tensor, at: Coordinates, share: Tensor, bases: Bases) -> T
     if at.input is None:
         assert at.output is not None
         both = (body - of_output) * at.both
-        inner = of_output * at.output + columns_of(both, bases.input, delta.shape[2])
+        inner = at.output.mul_(of_output)
+        _add_columns_of(inner, both, bases.input)
         return rows_of(inner, bases.output, size)
     if at.output is None:
         both = (body - of_input) * at.both
-        inner = of_input * at.input + rows_of(both, bases.output, size)
+        inner = at.input.mul_(of_input)
+        _add_rows_of(inner, both, bases.output)
         return columns_of(inner, bases.input, delta.shape[2])
     both = (body - of_output - of_input + corner) * at.both
-    inner = (of_output - corner) * at.output + columns_of(both, bases.input, delta.shape[2])
-    beside = columns_of((of_input - corner) * at.input, bases.input, delta.shape[2])
-    return corner * delta + rows_of(inner, bases.output, size) + beside
+    inner = at.output.mul_(of_output - corner)
+    _add_columns_of(inner, both, bases.input)
+    delta *= corner
+    _add_rows_of(delta, inner, bases.output)
+    _add_columns_of(delta, at.input.mul_(of_input - corner), bases.input)
+    return delta
 
 
 def penalty(delta: Tensor, at: Coordinates, scale: Tensor) -> Tensor:
@@ -187,3 +192,20 @@ def columns_of(z: Tensor, basis: Tensor | None, size: int) -> Tensor:
     if basis is None:
         return z
     return z @ basis[:, 0].mT if basis.shape[1] == 1 else rows_of(z.mT, basis, size).mT
+
+
+def _add_rows_of(to: Tensor, z: Tensor, basis: Tensor | None) -> None:
+    """Add Uz, or z where there is no basis, to [L, n, c]."""
+    if basis is None:
+        to += z
+        return
+    _, blocks, width, rank = basis.shape
+    for block in range(blocks):
+        here = to[:, block * width : (block + 1) * width]  # the last may be narrower
+        of_block = z[:, block * rank : (block + 1) * rank]
+        here.baddbmm_(basis[:, block, : here.shape[1]], of_block)
+
+
+def _add_columns_of(to: Tensor, z: Tensor, basis: Tensor | None) -> None:
+    """Add zUᵀ, or z where there is no basis, to [L, r, n]."""
+    _add_rows_of(to.mT, z.mT, basis)

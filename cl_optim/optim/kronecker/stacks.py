@@ -16,7 +16,9 @@ from cl_optim.optim.kronecker import shrink
 from cl_optim.optim.kronecker.matrices import BASES, VALUES, Matrix, is_frozen, padded
 from cl_optim.optim.state import weight_of
 
-_PIECE = 2**26  # weights whose drift is in memory at once, if they are of several matrices
+# Weights whose drift is in memory at once, if they are of several matrices; on a CPU, few enough
+# that their memory is taken again from the caches.
+_PIECE, _PIECE_CPU = 2**26, 2**20
 _USE = 4  # tells the random numbers of a pull from those of a step
 
 
@@ -47,6 +49,7 @@ class Stack:
         self._dtypes = [[param.dtype for param in m.params] for m in members]
         layout = members[0].layout
         self._size = (layout.outputs, layout.inputs)
+        self._transposed = layout.transposed
         ranks = [max(m.state[k].shape[2] if k in m.state else 0 for m in members) for k in BASES]
         tensors = [padded(m.state, (ranks[0], ranks[1])) for m in members]
         whole: dict[str, Tensor] = {}
@@ -94,10 +97,12 @@ class Stack:
         """
         dtype = formats.arithmetic_dtype(self.members[0].params[0])
         pulls = pulls.clamp(max=torch.finfo(dtype).max).to(dtype)
+        most = max(part.stop - part.start for part in self._pieces())
+        memory = self._memory(most, dtype)
         for part in self._pieces():
             with _exact(self.device):
                 bases, scale = self._bases(part, dtype), self._scale[part]
-                delta = self._drift(part, dtype)
+                delta = self._drift(part, memory)
                 drift = None if sums is None else shrink.square_sums(delta)
                 self._rest(part, delta)
                 at = shrink.coordinates(delta, bases)
@@ -110,9 +115,10 @@ class Stack:
     def penalties(self) -> Tensor:
         """Sum S z² of each matrix at the weights of now, float64 [L]."""
         each = []
+        memory = self._memory(1, torch.float64)
         for index in range(len(self.members)):
             part = slice(index, index + 1)
-            delta = self._drift(part, torch.float64)
+            delta = self._drift(part, memory)
             self._rest(part, delta)
             with _exact(self.device):
                 at = shrink.coordinates(delta, self._bases(part, torch.float64))
@@ -128,25 +134,33 @@ class Stack:
         return squares.sum()
 
     def _pieces(self) -> Iterator[slice]:
-        count = max(1, _PIECE // max(1, self._size[0] * self._size[1]))
+        most = _PIECE_CPU if self.device.type == "cpu" else _PIECE
+        count = max(1, most // max(1, self._size[0] * self._size[1]))
         for begin in range(0, len(self.members), count):
             yield slice(begin, min(begin + count, len(self.members)))
 
-    def _drift(self, part: slice, dtype: torch.dtype) -> Tensor:
-        """Return W̃ − W̃*, [L, out, in]."""
+    def _memory(self, count: int, dtype: torch.dtype) -> Tensor:
+        """Return memory for matrices, [count, out, in], whose order is that of the weights'."""
+        outputs, inputs = self._size
+        if self._transposed:
+            return torch.empty(count, inputs, outputs, dtype=dtype, device=self.device).mT
+        return torch.empty(count, outputs, inputs, dtype=dtype, device=self.device)
+
+    def _drift(self, part: slice, memory: Tensor) -> Tensor:
+        """Return W̃ − W̃*, [L, out, in], in the memory of as many matrices or more."""
         members = self.members[part]
-        delta = torch.empty(len(members), *self._size, dtype=dtype, device=self.device)
-        places, weights, anchors = [], [], []
+        delta = memory[: len(members)]
         for matrix, member in zip(delta, members, strict=True):
-            places += member.places(matrix)
-            weights += [param.detach() for param in member.params]
-            anchors += [state["anchor"] for state in member.states]
-        torch._foreach_copy_(places, weights)
-        states = [state for member in members for state in member.states]
-        for place, state in zip(places, states, strict=True):
-            if "compensation" in state:
-                place += state["compensation"]
-        torch._foreach_sub_(places, anchors)
+            parts = zip(member.places(matrix), member.params, member.states, strict=True)
+            for place, param, state in parts:
+                weight, anchor = param.detach(), state["anchor"]
+                if weight.dtype == anchor.dtype == delta.dtype:
+                    torch.sub(weight, anchor, out=place)
+                    continue
+                place.copy_(weight)
+                if "compensation" in state:
+                    place += state["compensation"]
+                place -= anchor
         return delta
 
     def _rest(self, part: slice, delta: Tensor) -> None:

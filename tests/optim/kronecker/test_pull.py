@@ -282,7 +282,7 @@ def test_stacks_in_pieces(monkeypatch):
     model, twin = network(), network()
     optimizer, other = protected(model, every=2), protected(twin, every=2)
     train(model, optimizer.step, range(4))
-    monkeypatch.setattr(stacks, "_PIECE", 1)
+    monkeypatch.setattr(stacks, "_PIECE_CPU", 1)
     train(twin, other.step, range(4))
     assert_alike(model, twin)
 
@@ -333,15 +333,17 @@ def test_kahan_sums_pulls_that_are_below_the_last_place():
         optimizer = protected(model, importance, every=1, rounding=rounding, lr=1e-7)
         with torch.no_grad():
             model.weight.fill_(2.0)
-        for _ in range(5):
+        for _ in range(50):
             model.weight.grad = torch.zeros_like(model.weight)
             optimizer.step()
         state = optimizer.state[model.weight]
         total = model.weight.detach().double() + state.get("compensation", torch.zeros(())).double()
-        moved[rounding] = float((2.0 - total).sum(1).norm())
-    assert moved["nearest"] == 0.0
-    assert moved["kahan"] > 0.0
-    assert moved["stochastic"] == pytest.approx(moved["kahan"], rel=0.3)
+        moved[rounding] = 2.0 - total
+    assert not moved["nearest"].any()
+    exact = moved["kahan"]
+    assert float(exact.norm()) > 0.0
+    along = float((moved["stochastic"] * exact).sum() / exact.square().sum())
+    assert along == pytest.approx(1.0, abs=0.15)
 
 
 def test_float16():

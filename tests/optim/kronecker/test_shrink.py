@@ -47,9 +47,10 @@ def test_correction_and_penalty(case, size):
     scale = torch.stack([one.scale for one in factors])
     delta = torch.randn(2, *size, dtype=F64)
     pulls = torch.tensor([0.3, 7.0], dtype=F64)
-    at = shrink.coordinates(delta, bases)
-    found = shrink.correction(delta, at, shrink.shares(scale, pulls), bases)
+    moved = delta.clone()  # which the correction overwrites
+    at = shrink.coordinates(moved, bases)
     penalties = shrink.penalty(delta, at, scale)
+    found = shrink.correction(moved, at, shrink.shares(scale, pulls), bases)
     for index, one in enumerate(factors):
         fisher, vector = dense(one), delta[index].flatten()
         eye = torch.eye(len(fisher), dtype=F64)

@@ -6,7 +6,7 @@ from typing import Literal, TypeAlias
 
 from torch import Tensor, nn
 
-from cl_optim.importance.kronecker.side import BLOCK, ENERGY
+from cl_optim.importance.kronecker.side import BLOCK, ENERGY, MAX_RANK
 from cl_optim.ops.checks import check_positive
 
 Verify: TypeAlias = Literal["first"] | bool
@@ -25,7 +25,9 @@ def check_verify(verify: object) -> None:
         raise ValueError(f"verify must be 'first', True or False, not {verify!r}.")
 
 
-def check_structure(structure: object, scale: object, block: object, energy: object) -> None:
+def check_structure(
+    structure: object, scale: object, block: object, energy: object, max_rank: object
+) -> None:
     """Refuse what is no structure of an importance, or settings that it does not have."""
     if structure not in ("diagonal", "kronecker"):
         raise ValueError(f"structure must be 'diagonal' or 'kronecker', not {structure!r}.")
@@ -36,11 +38,13 @@ def check_structure(structure: object, scale: object, block: object, energy: obj
         raise TypeError(f"energy must be a number, not {type(energy).__name__}.")
     if not 0.0 < energy <= 1.0:
         raise ValueError(f"energy must be in (0, 1], not {energy}.")
+    check_integer("max_rank", max_rank, 1, or_none=True)
     if structure == "diagonal":
         settings = {
             "scale": (scale, "product"),
             "block": (block, BLOCK),
             "energy": (energy, ENERGY),
+            "max_rank": (max_rank, MAX_RANK),
         }
         for argument, (value, default) in settings.items():
             if value != default:

@@ -31,7 +31,7 @@ from cl_optim.fisher.own_pass import OwnPass
 from cl_optim.fisher.totals import Totals
 from cl_optim.importance.importance import Importance
 from cl_optim.importance.kronecker.factors import Factors
-from cl_optim.importance.kronecker.side import BLOCK, ENERGY
+from cl_optim.importance.kronecker.side import BLOCK, ENERGY, MAX_RANK
 from cl_optim.ops.checks import require
 
 Unsupported: TypeAlias = Literal["error", "sign", "skip"]
@@ -55,6 +55,7 @@ def estimate_fisher(
     scale: Scale = "product",
     block: int = BLOCK,
     energy: float = ENERGY,
+    max_rank: int | None = MAX_RANK,
 ) -> Importance:
     r"""Compute the Fisher information of ``model`` on ``batches``: its diagonal, or its factors.
 
@@ -143,7 +144,8 @@ def estimate_fisher(
         block: The widest block of a factor. A wider side is cut into blocks, and correlations
             between them are left out; one that is wider than 16 blocks is diagonal.
         energy: The share of each factor's trace that its directions hold, in (0, 1]; the others
-            are dropped, and have importance 0.
+            have the mean importance of what is left.
+        max_rank: The most directions of a block, whatever the share; None: as many as it takes.
 
     Returns:
         An :class:`cl_optim.Importance`; with ``structure="kronecker"``, a ``KroneckerImportance``.
@@ -176,7 +178,7 @@ def estimate_fisher(
         raise ValueError("unsupported='sign' estimates sums of squares, which kind='mas' is not.")
     check_integer("sign_draws", sign_draws, 1)
     check_verify(verify)
-    check_structure(structure, scale, block, energy)
+    check_structure(structure, scale, block, energy, max_rank)
     kronecker = None
     if structure == "kronecker":
         if kind == "mas":
@@ -189,7 +191,7 @@ def estimate_fisher(
                 f"scale='exact' goes through batches twice, and a {type(batches).__name__} can be "
                 f"iterated only once: give a list or a DataLoader."
             )
-        kronecker = Structure(trained(model), block, energy)
+        kronecker = Structure(trained(model), block, energy, max_rank)
     return estimate(
         model,
         batches,

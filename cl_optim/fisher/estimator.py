@@ -32,7 +32,7 @@ from cl_optim.fisher.observer import Observer
 from cl_optim.fisher.samples import Samples
 from cl_optim.fisher.totals import Totals
 from cl_optim.importance.importance import Importance
-from cl_optim.importance.kronecker.side import BLOCK, ENERGY
+from cl_optim.importance.kronecker.side import BLOCK, ENERGY, MAX_RANK
 from cl_optim.ops.passes import is_unobserved
 
 
@@ -100,6 +100,7 @@ class FisherEstimator:
         scale: ``"product"``; the exact one needs a second pass over the samples.
         block: The widest block of a factor, as for :func:`estimate_fisher`.
         energy: The share of each factor's trace that is kept, as for :func:`estimate_fisher`.
+        max_rank: The most directions of a block, as for :func:`estimate_fisher`.
 
     Raises:
         TypeError: ``model`` is not a module, or an argument is of a wrong type.
@@ -123,6 +124,7 @@ class FisherEstimator:
         scale: Scale = "product",
         block: int = BLOCK,
         energy: float = ENERGY,
+        max_rank: int | None = MAX_RANK,
     ) -> None:
         check_model(model)
         if unsupported not in ("error", "skip"):
@@ -136,7 +138,7 @@ class FisherEstimator:
         self._model = model
         self._during_training = during_training
         self._policy = Policy(unsupported)
-        check_structure(structure, scale, block, energy)
+        check_structure(structure, scale, block, energy, max_rank)
         if scale == "exact":
             raise ValueError(
                 "scale='exact' needs a second pass over the samples: use "
@@ -144,7 +146,7 @@ class FisherEstimator:
             )
         matrices = None
         if structure == "kronecker":
-            matrices = FactorSums(Structure(trained(model), block, energy))
+            matrices = FactorSums(Structure(trained(model), block, energy, max_rank))
         self._totals = Totals(model, decay, matrices)
         self._observer = Observer(model, self._totals, self._policy, verify)
         self._observing: Observation | None = None

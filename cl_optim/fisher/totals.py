@@ -394,6 +394,7 @@ class Totals(_Batches):
             "scale": "product",
             "block": structure.block,
             "energy": structure.energy,
+            "max_rank": structure.max_rank,
             "reduction": "expand",
             "diagonal": dict(reasons),
             "blocked": blocked,

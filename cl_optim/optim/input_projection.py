@@ -325,16 +325,17 @@ class InputProjection(Wrapper):
         importance = subspaces.kronecker(importance, strict=strict)
         named = named_params(self.param_groups, model)
         new = subspaces.from_importance(importance, named, strict=strict)
-        energy = max(ENERGY, self._energy) if self._mode == "hard" else ENERGY
+        hard = self._mode == "hard"  # which needs all directions of its share
+        energy = max(ENERGY, self._energy) if hard else ENERGY
         found = {one.weight: one for one in new}
         for one in self._subspaces():
             weight = one.weight
             if weight in found:
-                found[weight] = one.added(found[weight], decay, energy)
+                found[weight] = one.added(found[weight], decay, energy, capped=not hard)
             elif decay > 0.0:
                 found[weight] = one.scaled(decay)
         ordered = [found[param] for param in named.values() if param in found]
-        if self._mode == "hard":
+        if hard:
             subspaces.check_energy(ordered, self._energy)
         subspaces.log_the_others(named, ordered)
         return ordered

@@ -13,7 +13,7 @@ from torch import Tensor
 from cl_optim.importance import ImportanceLog
 from cl_optim.importance.kronecker.factors import Layout
 from cl_optim.importance.kronecker.importance import KroneckerImportance, check_side
-from cl_optim.importance.kronecker.side import Side, leading
+from cl_optim.importance.kronecker.side import Side, leading, merged_side
 from cl_optim.importance.names import match_names
 from cl_optim.ops import gram
 from cl_optim.ops.checks import dtype_name, listed
@@ -45,13 +45,16 @@ class Subspace:
         """The parameters of the matrix."""
         return [self.weight] if self.bias is None else [self.weight, self.bias]
 
-    def added(self, newer: Subspace, decay: float, energy: float) -> Subspace:
+    def added(
+        self, newer: Subspace, decay: float, energy: float, *, capped: bool = True
+    ) -> Subspace:
         """Return ``decay`` times these inputs and another task's.
 
         Args:
             newer: Of the same matrix.
             decay: What remains of these.
             energy: The share of the sum's trace that its directions hold.
+            capped: As for :func:`~cl_optim.importance.kronecker.side.merged_side`.
 
         Raises:
             ValueError: The two are of different matrices, or cut into other blocks.
@@ -71,8 +74,8 @@ class Subspace:
                 f"those of the tasks before {self.side.blocks}: estimate all with the same block=, "
                 "or give decay=0 to forget the others."
             )
-        sum_ = decay * self.side.matrix() + newer.side.matrix().to(self.side.values.device)
-        side = leading(sum_, self.side.size, energy, f"{self.name!r}'s inputs")
+        name = f"{self.name!r}'s inputs"
+        side = merged_side(self.side, newer.side, decay, energy, name, capped=capped)
         return replace(newer, side=side)
 
     def scaled(self, factor: float) -> Subspace:
@@ -151,8 +154,8 @@ def check_energy(subspaces: Iterable[Subspace], energy: float) -> None:
         if held < energy - 1e-4:
             raise ValueError(
                 f"energy={energy} is more than the share of {one.name!r}'s inputs that importance "
-                f"has directions for, {held:.4f}: estimate it with energy={energy} or more, or "
-                "make the InputProjection with less."
+                f"has directions for, {held:.4f}: estimate it with energy={energy} or more and "
+                "max_rank=None, or make the InputProjection with less."
             )
 
 

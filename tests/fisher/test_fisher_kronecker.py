@@ -101,6 +101,19 @@ def test_what_is_not_kept_has_the_scale_of_the_product():
     assert "tail" not in product.metadata
 
 
+def test_no_more_directions_than_are_wanted():
+    model, x = mlp(), torch.randn(9, 7)
+    whole = kronecker(model, [x], "exact", max_rank=None)
+    few = kronecker(model, [x], "exact", max_rank=2)
+    assert (whole.metadata["max_rank"], few.metadata["max_rank"]) == (None, 2)
+    for name, one in few.factors.items():
+        of_all = whole.factors[name]
+        assert one.output.kept == min(2, of_all.output.kept)
+        assert one.input.kept == 2
+        assert one.trace() == pytest.approx(of_all.trace(), rel=1e-5)
+        torch.testing.assert_close(one.input.values, of_all.input.values[:2])
+
+
 def gpt2() -> nn.Module:
     config = transformers.GPT2Config(
         n_layer=2, n_head=2, n_embd=WIDTH, n_positions=LENGTH, bos_token_id=0, eos_token_id=0,

@@ -27,17 +27,21 @@ class Structure:
         parameters: By name.
         block: The widest block.
         energy: The share of the trace that a side's directions hold.
+        max_rank: The most directions of a block; None: as many as it takes.
 
     Attributes:
         block: As given.
         energy: As given.
+        max_rank: As given.
         factored: The parameters that have factors.
         reasons: Others, and in short why they have none.
         owners: Of each bias the matrix that it is beside; ``""`` where it is used elsewhere, too.
     """
 
-    def __init__(self, parameters: Mapping[str, Tensor], block: int, energy: float) -> None:
-        self.block, self.energy = block, energy
+    def __init__(
+        self, parameters: Mapping[str, Tensor], block: int, energy: float, max_rank: int | None
+    ) -> None:
+        self.block, self.energy, self.max_rank = block, energy, max_rank
         self.shapes = {name: tuple(one.shape) for name, one in parameters.items()}
         self.forget()
 

@@ -37,7 +37,9 @@ def factors(
         if (ways := sums.ways.get(name)) is not None and name not in skipped:
             layout = _layout(sums, name, skipped)
             terms = _alike(list(_terms(layout, ways, units, structure.block)))
-            made[name] = from_sums(layout, terms, samples, structure.block, structure.energy, name)
+            made[name] = from_sums(
+                layout, terms, samples, structure.block, structure.energy, name, structure.max_rank
+            )
     return made
 
 

@@ -10,7 +10,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from cl_optim.importance.kronecker.side import Side, check_sums, leading, partition, times
+from cl_optim.importance.kronecker.side import (
+    Side,
+    check_sums,
+    leading,
+    merged_side,
+    partition,
+    times,
+)
 from cl_optim.ops.checks import check_positive
 
 
@@ -125,7 +132,7 @@ class Factors:
         Args:
             newer: Of the same matrix.
             decay: What remains of these.
-            energy: As for :func:`~cl_optim.importance.kronecker.side.leading`.
+            energy: As for :func:`~cl_optim.importance.kronecker.side.merged_side`.
             name: Of the matrix's weight, for a sentence.
 
         Raises:
@@ -140,8 +147,7 @@ class Factors:
                     f"the Kronecker factors of {name!r} were made with different block=: make both "
                     "with the same."
                 )
-            sum_ = decay * here.matrix() + there.matrix().to(here.values.device)
-            sides.append(leading(sum_, here.size, energy, repr(name)))
+            sides.append(merged_side(here, there, decay, energy, repr(name)))
         output, input = sides
         scale = decay * _in_bases(self, output, input) + _in_bases(
             newer.to(self.scale.device), output, input
@@ -195,7 +201,13 @@ class Term(NamedTuple):
 
 
 def from_sums(
-    layout: Layout, terms: Sequence[Term], samples: float, block: int, energy: float, name: str
+    layout: Layout,
+    terms: Sequence[Term],
+    samples: float,
+    block: int,
+    energy: float,
+    name: str,
+    max_rank: int | None = None,
 ) -> Factors:
     """Decompose sums, and take S as the product of the factors' parts: one pass.
 
@@ -210,6 +222,7 @@ def from_sums(
         block: The widest block.
         energy: As for :func:`~cl_optim.importance.kronecker.side.leading`.
         name: Of the matrix's weight, for a sentence.
+        max_rank: As for :func:`~cl_optim.importance.kronecker.side.leading`.
 
     Raises:
         ValueError: There is no term, or no sample; a sum has another size, is not finite, or not
@@ -226,8 +239,11 @@ def from_sums(
     rows = sum(term.rows for term in maps) or 1.0
     inputs = [_whole(term.inputs, 0, layout.inputs, block) for term in maps]
     outputs = [_whole(term.outputs, term.start, layout.outputs, block) for term in maps]
-    input = leading(_sum(inputs) / rows, layout.inputs, energy, input_name)
-    output = leading(_sum(outputs) / rows, layout.outputs, energy, output_name)
+    input = leading(_sum(inputs) / rows, layout.inputs, energy, input_name, max_rank)
+    output = leading(_sum(outputs) / rows, layout.outputs, energy, output_name, max_rank)
+    if len(terms) == 1:  # whose parts are the eigenvalues
+        scale = torch.outer(_parts(output), _parts(input)) * (rows / samples)
+        return Factors(layout, output, input, scale.float())
     scale = output.values.new_zeros(output.rank + 1, input.rank + 1, dtype=torch.float64)
     for term in terms:
         if term.rows > 0:
@@ -279,6 +295,12 @@ def _whole(sums: Tensor, start: int, size: int, block: int) -> Tensor:
             whole[at, here, here] = one[there, there]
             low = high
     return whole
+
+
+def _parts(side: Side) -> Tensor:
+    """Return a factor's eigenvalues, the tail's last, float64 [rank + 1]."""
+    tail = side.values.new_tensor([side.tail], dtype=torch.float64)
+    return torch.cat([side.values.double(), tail])
 
 
 def _along(sums: Tensor, start: int, side: Side, block: int, name: str) -> Tensor:

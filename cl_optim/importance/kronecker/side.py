@@ -15,6 +15,13 @@ BLOCK = 2048
 # a tenth of all directions, say, protects as well as all of them, and a step costs accordingly.
 ENERGY = 0.99
 
+# The most directions of a block that are kept: where a spectrum is flat, more of them cost a step
+# much and protect no better.
+MAX_RANK = 64
+
+_MORE = 32  # directions beyond those wanted, which make the last of these converge
+_POWER = 4  # times that they are multiplied with the matrix
+
 
 @dataclass(frozen=True)
 class Side:
@@ -199,7 +206,8 @@ def leading(
         size: n.
         energy: The share, in (0, 1]; of each block as much as of the whole.
         name: Of what it is a side, for a sentence.
-        max_rank: The most directions of a block.
+        max_rank: The most directions of a block; where that is a small part of them, they are found
+            by subspace iteration, the last of them not to rounding.
 
     Raises:
         ValueError: It has another size, is not finite, or not positive semi-definite; or ``energy``
@@ -215,31 +223,116 @@ def leading(
         if bool((matrix < 0).any()):
             raise ValueError(f"the Kronecker factor of {name} must be positive semi-definite.")
         return Side(size, matrix.float(), None, 0.0, size)
-    values, basis = _eigh((matrix + matrix.mT) / 2)
-    if values.numel() and float(values.min()) < -1e-6 * max(float(values.max()), 0.0):
-        raise ValueError(
-            f"the Kronecker factor of {name} must be positive semi-definite: it has an eigenvalue "
-            f"of {float(values.min()):.3g} beside one of {float(values.max()):.3g}."
-        )
+    matrix = (matrix + matrix.mT) / 2
+    few = max_rank is not None and 4 * (max_rank + _MORE) <= matrix.shape[1]
+    values, basis = _subspace(matrix, max_rank) if few and max_rank else _eigh(matrix)
+    diagonal = matrix.diagonal(dim1=1, dim2=2)
+    if values.numel():
+        lowest = min(float(values.min()), float(diagonal.min()))
+        if lowest < -1e-6 * max(float(values.max()), 0.0):
+            raise ValueError(
+                f"the Kronecker factor of {name} must be positive semi-definite: it has an "
+                f"eigenvalue of {lowest:.3g} or less beside one of {float(values.max()):.3g}."
+            )
     # What is below float64's rounding is 0: its directions would be anything, beyond n as well.
-    noise = values[:, :1] * values.shape[1] * torch.finfo(values.dtype).eps
+    noise = values[:, :1] * matrix.shape[1] * torch.finfo(values.dtype).eps
     values = torch.where(values > noise, values, 0.0)
-    # In each block the directions whose share is needed; the widest block decides the rank.
-    held = values.cumsum(-1)
-    needed = (held - values < energy * held[:, -1:]) & (values > 0)
+    total = diagonal.sum(-1) if few else values.sum(-1)
+    return _cut(size, values, basis, values > 0, total, energy, max_rank)
+
+
+def merged_side(
+    older: Side, newer: Side, decay: float, energy: float, name: str, *, capped: bool = True
+) -> Side:
+    """Return the side of ``decay`` × one factor + another.
+
+    Args:
+        older: The one that decays; with as many blocks as the other.
+        newer: The other.
+        decay: What remains of the older one.
+        energy: As for :func:`leading`.
+        name: As for :func:`leading`.
+        capped: Keep at most ``MAX_RANK`` directions of a block, or as many as one of the two has.
+    """
+    device = older.values.device
+    if older.basis is None or newer.basis is None:
+        sum_ = decay * older.matrix() + newer.matrix().to(device)
+        return leading(sum_, older.size, energy, name)
+    blocks, width, rank = older.basis.shape
+    ranks = (rank, newer.basis.shape[2])
+    max_rank = max(MAX_RANK, *ranks) if capped else None
+    if sum(ranks) >= width:
+        sum_ = decay * older.matrix() + newer.matrix().to(device)
+        return leading(sum_, older.size, energy, name, max_rank)
+    # Beyond the directions of the two, which few span, the sum is what both tails are.
+    tail = decay * older.tail + newer.tail
+    sides = ((decay, older), (1.0, newer))
+    bases = [side.basis.to(device).double() for _, side in sides if side.basis is not None]
+    span, _ = torch.linalg.qr(torch.cat(bases, 2))
+    inner = span.new_zeros(blocks, sum(ranks), sum(ranks))
+    for (factor, side), basis in zip(sides, bases, strict=True):
+        turned = span.mT @ basis
+        above = factor * (side.values.to(device).double() - side.tail)
+        inner += (turned * above.view(blocks, 1, -1)) @ turned.mT
+    values, directions = torch.linalg.eigh(inner)
+    values, basis = values.flip(-1) + tail, span @ directions.flip(-1)
+    first = torch.arange(blocks, device=device) * width
+    sizes = (older.size - first).clamp(0, width)
+    total = (values - tail).sum(-1) + tail * sizes
+    return _cut(older.size, values, basis, values > tail * (1 + 1e-9), total, energy, max_rank)
+
+
+def _cut(
+    size: int,
+    values: Tensor,
+    basis: Tensor,
+    wanted: Tensor,
+    total: Tensor,
+    energy: float,
+    max_rank: int | None,
+) -> Side:
+    """Keep the directions of each block whose share of its trace is needed.
+
+    Args:
+        size: The side's.
+        values: The largest first, float64 [k, w].
+        basis: Their directions, [k, m, w].
+        wanted: Which of them are worth having, [k, w].
+        total: The blocks' traces, [k].
+        energy: The share.
+        max_rank: The most of a block.
+    """
+    needed = (values.cumsum(-1) - values < energy * total.unsqueeze(1)) & wanted
     if max_rank is not None:
         needed[:, max_rank:] = False
-    rank = max(1, int(needed.sum(-1).max()))
+    rank = max(1, int(needed.sum(-1).max()))  # the widest block decides
     needed = needed[:, :rank]
+    held = values[:, :rank] * needed
     kept = int(needed.sum())
-    tail = float(values.sum() - (values[:, :rank] * needed).sum()) / max(size - kept, 1)
+    tail = float(total.sum() - held.sum()) / max(size - kept, 1)
     return Side(
         size,
-        (values[:, :rank] * needed).flatten().float(),
+        held.flatten().float(),
         (basis[:, :, :rank] * needed.unsqueeze(1)).float().contiguous(),
         max(tail, 0.0) if kept < size else 0.0,
         kept,
     )
+
+
+def _subspace(matrices: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Return the leading eigenvalues of [k, m, m] and directions [k, m, count]: orthonormal."""
+    generator = torch.Generator(matrices.device).manual_seed(0)
+    basis = torch.randn(
+        *matrices.shape[:2],
+        count + _MORE,
+        dtype=matrices.dtype,
+        device=matrices.device,
+        generator=generator,
+    )
+    for _ in range(_POWER):
+        basis, _ = torch.linalg.qr(matrices @ basis)
+    values, directions = torch.linalg.eigh(basis.mT @ (matrices @ basis))
+    return values.flip(-1)[:, :count], (basis @ directions.flip(-1))[:, :, :count]
 
 
 def _eigh(matrices: Tensor) -> tuple[Tensor, Tensor]:

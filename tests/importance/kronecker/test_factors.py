@@ -14,7 +14,14 @@ from kronecker_cases import by_block, dense, directions, factors_of, gram, means
 
 from cl_optim.importance.kronecker.factors import Layout, Term, from_sums
 from cl_optim.importance.kronecker.importance import departure
-from cl_optim.importance.kronecker.side import ENERGY, Side, leading, orthonormal, partition
+from cl_optim.importance.kronecker.side import (
+    ENERGY,
+    Side,
+    leading,
+    merged_side,
+    orthonormal,
+    partition,
+)
 
 LAYOUTS = [
     Layout((4, 6)),
@@ -475,3 +482,59 @@ BAD = [
 def test_bad_input_is_one_sentence(given, error, message):
     with refused(error, message):
         given()
+
+
+def decaying(size, seed, power=1.0):
+    """A matrix whose eigenvalues are 1, 2^-power, 3^-power, …, and its directions; float64."""
+    generator = torch.Generator().manual_seed(seed)
+    square = torch.randn(size, size, dtype=torch.float64, generator=generator)
+    basis, _ = torch.linalg.qr(square)
+    values = torch.arange(1, size + 1, dtype=torch.float64) ** -power
+    return (basis * values) @ basis.mT, values, basis
+
+
+def test_few_of_many_directions_are_those_of_the_whole():
+    matrix, values, basis = decaying(400, 0)
+    side = leading(matrix[None], 400, 1.0, "it", max_rank=64)
+    assert side.rank == side.kept == 64
+    assert departure(side) < 1e-5
+    torch.testing.assert_close(side.values.double(), values[:64], rtol=2e-2, atol=0)
+    torch.testing.assert_close(side.values[:32].double(), values[:32], rtol=1e-4, atol=0)
+    aligned = (side.basis[0].double().mT @ basis[:, :32]).square().sum(0)
+    assert bool((aligned > 1 - 1e-3).all())
+    # No trace is lost, and it is the same each time, whatever the user's random numbers.
+    total = side.values.double().sum() + side.rest * side.tail
+    torch.testing.assert_close(total, values.sum(), rtol=1e-6, atol=0)
+    state = torch.get_rng_state()
+    assert torch.equal(leading(matrix[None], 400, 1.0, "it", max_rank=64).basis, side.basis)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_few_directions_of_what_is_not_positive_semi_definite():
+    matrix, _, _ = decaying(400, 0)
+    matrix[3, 3] = -1.0
+    with pytest.raises(ValueError, match="positive semi-definite"):
+        leading(matrix[None], 400, 0.99, "it", max_rank=64)
+
+
+@pytest.mark.parametrize("block", [30, 13])
+def test_sums_of_few_directions_are_those_of_whole_matrices(block):
+    size = 30
+    sides = []
+    for seed in (0, 1):
+        matrix, _, _ = decaying(size, seed, power=1.5)
+        sides.append(leading(by_block(matrix, block), size, 1.0, "it", max_rank=3))
+    older, newer = sides
+    whole = leading(0.5 * older.matrix() + newer.matrix(), size, 1 - 1e-9, "it")
+    few = merged_side(older, newer, 0.5, 1.0, "it")
+    # Beyond the directions of the two all are alike: they are not kept.
+    assert few.kept == older.kept + newer.kept < whole.kept == size
+    torch.testing.assert_close(few.matrix(), whole.matrix(), rtol=1e-5, atol=1e-6)
+    assert merged_side(older, newer, 0.5, 0.5, "it").kept < few.kept
+
+
+def test_merged_sides_have_as_many_directions_as_one_of_the_two_or_the_default(monkeypatch):
+    monkeypatch.setattr("cl_optim.importance.kronecker.side.MAX_RANK", 2)
+    sides = [leading(decaying(30, s)[0][None], 30, 1.0, "it", max_rank=3) for s in (0, 1)]
+    assert merged_side(*sides, 1.0, 1.0, "it").kept == 3
+    assert merged_side(*sides, 1.0, 1.0, "it", capped=False).kept == 6

@@ -226,8 +226,8 @@ def _backend(results: Results) -> str:
     return (
         f"Steps of EWCAdamW (L2-SP, EWC) ran on {ours}; steps of AdamW on "
         "torch.optim.AdamW(fused=True), of SGD likewise. One thread. A step is forward, backward "
-        "and optimizer, the median of a run; the end of a task is the Fisher and consolidate(), or "
-        "remember()."
+        "and optimizer, the median over tens of steps of their mean; the end of a task is the "
+        "Fisher and consolidate(), or remember()."
     )
 
 

@@ -26,7 +26,7 @@ from cl_optim.demo.methods import MEMORY_SAMPLES, Learner, Method, Protected, Re
 from cl_optim.demo.metrics import Interval
 from cl_optim.demo.report import Results
 from cl_optim.demo.scenarios import Split, Task
-from cl_optim.demo.train import Config, DivergedError, Run, train
+from cl_optim.demo.train import Config, DivergedError, Run, per_step, train
 from cl_optim.importance.report.data import report_data
 
 RESULTS = ROOT / "bench" / "results"
@@ -164,6 +164,10 @@ class TestTraining:
         assert run.curve_steps.tolist() == [6, 12, 18, 24, 30, 36]
         assert np.isnan(run.curves[:, 1]).tolist() == [True] * 3 + [False] * 3
         assert 0 < run.optimizer_seconds < run.step_seconds
+
+    def test_what_every_tenth_step_does_is_in_the_time_of_a_step(self):
+        assert per_step([2.0, 1.0]) == 1.5
+        assert per_step(3 * ([1.0] * 9 + [11.0]) + [100.0] * 9) == 2.0
 
     def test_joint_training_sees_all_tasks(self, data):
         spy = Spy("spy", "spy", 1e-3, joint=True)

@@ -18,6 +18,12 @@ from cl_optim.retention.guard.guard import RetentionGuard, RetentionWarning
 from cl_optim.retention.guard.loggers import CSVLogger, Logger, RichLogger, TensorBoardLogger
 from cl_optim.retention.guard.quantize import quantized
 from cl_optim.retention.guard.report import Report
+from cl_optim.retention.interpolation.between import (
+    InterpolationWarning,
+    interpolate,
+    interpolation_curve,
+)
+from cl_optim.retention.interpolation.curve import Curve, Point
 from cl_optim.retention.progressive import Growth, ProgressiveNetwork
 from cl_optim.retention.replay.buffer import MixedLoader, ReplayBuffer
 
@@ -28,15 +34,18 @@ __all__ = [
     "CheckpointWarning",
     "Checkpoints",
     "Conflict",
+    "Curve",
     "DataStream",
     "Diagnosis",
     "Evaluation",
     "Growth",
+    "InterpolationWarning",
     "LabelDrift",
     "LambdaController",
     "Logger",
     "Measured",
     "MixedLoader",
+    "Point",
     "ProgressiveNetwork",
     "ReplayBuffer",
     "Report",
@@ -47,6 +56,8 @@ __all__ = [
     "TensorBoardLogger",
     "adapters",
     "diagnose",
+    "interpolate",
+    "interpolation_curve",
     "quantized",
     "read_corpus",
 ]

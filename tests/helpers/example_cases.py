@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
@@ -84,6 +85,9 @@ def page_scene(block: str, folder: Path) -> dict[str, Any]:
         scene["trainer"] = scene["Trainer"](
             model, scene["args"], train_dataset=scene["data"], optimizers=(optimizer, None)
         )
+    if "base.safetensors" in block:
+        save_file(model.state_dict(), "base.safetensors")
+        scene["train_step"](scene["new_loader"].dataset[:4])
     if "fisher.attach" in block:
         scene["fisher"] = cl_optim.FisherEstimator(model, during_training=True)
     if "ImportanceLog" in block:

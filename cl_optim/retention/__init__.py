@@ -12,6 +12,10 @@ from cl_optim.retention.checkpoint.stream import DataStream
 from cl_optim.retention.diagnosis.compare import diagnose
 from cl_optim.retention.diagnosis.corpora import read_corpus
 from cl_optim.retention.diagnosis.findings import Conflict, Diagnosis, LabelDrift
+from cl_optim.retention.distillation.divergence import divergence
+from cl_optim.retention.distillation.loss import distillation_loss
+from cl_optim.retention.distillation.old_model import OldModel
+from cl_optim.retention.distillation.stored import TopK, top_k
 from cl_optim.retention.guard.controller import LambdaController
 from cl_optim.retention.guard.evaluation import Check, Evaluation, Measured
 from cl_optim.retention.guard.guard import RetentionGuard, RetentionWarning
@@ -45,6 +49,7 @@ __all__ = [
     "Logger",
     "Measured",
     "MixedLoader",
+    "OldModel",
     "Point",
     "ProgressiveNetwork",
     "ReplayBuffer",
@@ -54,10 +59,14 @@ __all__ = [
     "RichLogger",
     "Stateful",
     "TensorBoardLogger",
+    "TopK",
     "adapters",
     "diagnose",
+    "distillation_loss",
+    "divergence",
     "interpolate",
     "interpolation_curve",
     "quantized",
     "read_corpus",
+    "top_k",
 ]

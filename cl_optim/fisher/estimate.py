@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, Literal, TypeAlias, get_args
 
@@ -32,7 +29,7 @@ from cl_optim.fisher.totals import Totals
 from cl_optim.importance.importance import Importance
 from cl_optim.importance.kronecker.factors import Factors
 from cl_optim.importance.kronecker.side import BLOCK, ENERGY, MAX_RANK
-from cl_optim.ops.checks import require
+from cl_optim.ops.progress import progress_bar
 
 Unsupported: TypeAlias = Literal["error", "sign", "skip"]
 
@@ -282,7 +279,11 @@ def _add_all(
     """Add batches, up to so many samples; return how many batches there were."""
     device = next(model.parameters()).device
     batch_count = 0
-    with evaluating(model), _progress_bar(progress, max_samples) as advance, torch.enable_grad():
+    with (
+        evaluating(model),
+        progress_bar(progress, "Fisher", max_samples) as advance,
+        torch.enable_grad(),
+    ):
         for batch in batches:
             where = f"batch {batch_count}"
             batch_count += 1
@@ -337,22 +338,3 @@ def _check_arguments(
     if per_sample_loss is not None and labels != "empirical":
         raise ValueError(f"per_sample_loss needs labels='empirical', not {labels!r}.")
     return labels
-
-
-@contextmanager
-def _progress_bar(shown: bool | None, total: int | None) -> Iterator[Callable[[int], None]]:
-    """Yield a function that advances the bar, or does nothing where none is shown."""
-    if shown is None:
-        shown = sys.stderr.isatty() and importlib.util.find_spec("rich") is not None
-    if not shown:
-        yield lambda samples: None
-        return
-    require("rich", "cli", "progress=True")
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-    columns = (TextColumn("Fisher"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task("Fisher", total=total)
-        yield lambda samples: bar.advance(task, samples)
-        bar.update(task, total=bar.tasks[0].completed)  # there may be fewer than max_samples

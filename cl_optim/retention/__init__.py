@@ -30,6 +30,7 @@ from cl_optim.retention.interpolation.between import (
 from cl_optim.retention.interpolation.curve import Curve, Point
 from cl_optim.retention.progressive import Growth, ProgressiveNetwork
 from cl_optim.retention.replay.buffer import MixedLoader, ReplayBuffer
+from cl_optim.retention.replay.self_written import self_written
 
 __all__ = [
     "CSVLogger",
@@ -68,5 +69,6 @@ __all__ = [
     "interpolation_curve",
     "quantized",
     "read_corpus",
+    "self_written",
     "top_k",
 ]

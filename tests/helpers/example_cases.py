@@ -85,6 +85,9 @@ def page_scene(block: str, folder: Path) -> dict[str, Any]:
         scene["trainer"] = scene["Trainer"](
             model, scene["args"], train_dataset=scene["data"], optimizers=(optimizer, None)
         )
+    if "language_model" in block:
+        scene["language_model"] = language()["model"]
+        scene["language_model"].config.bos_token_id = 1
     if "base.safetensors" in block:
         save_file(model.state_dict(), "base.safetensors")
         scene["train_step"](scene["new_loader"].dataset[:4])

@@ -23,7 +23,7 @@ from cl_optim.importance.manifest import FILE
 from cl_optim.ops import library, squared_grad
 from cl_optim.ops.warn import warn
 from cl_optim.optim import cuda_graphs
-from cl_optim.retention import Checkpoints, Evaluation, RetentionGuard
+from cl_optim.retention import Checkpoints, Evaluation, RetentionGuard, interpolate
 
 PACKAGE = Path(cl_optim.__file__).parent
 
@@ -206,6 +206,12 @@ def test_a_damaged_line_of_a_watch(tmp_path):
     warned("line 1 of", lambda: watch.read(tmp_path))
 
 
+def test_batch_norms_between_two_models():
+    model = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.BatchNorm1d(3))
+    old = {name: value.clone() for name, value in model.state_dict().items()}
+    warned("running statistics of 1 batch norms", lambda: interpolate(model, old, 0.5))
+
+
 def test_a_program_that_is_nothing_but_the_package():
     """Where no line is a user's it is the outermost."""
     code = compile("warn('x')", "outermost", "exec")
@@ -244,4 +250,5 @@ def test_no_warning_is_missing_here():
         "optim/protection.py": 1,
         "retention/checkpoint/checkpoints.py": 1,
         "retention/guard/guard.py": 1,
+        "retention/interpolation/between.py": 1,
     }

@@ -206,6 +206,14 @@ def test_a_damaged_line_of_a_watch(tmp_path):
     warned("line 1 of", lambda: watch.read(tmp_path))
 
 
+def test_a_strength_without_a_lambda(model):
+    torch.nn.init.zeros_(model.weight)
+    torch.nn.init.zeros_(model.bias)
+    optimizer = EWCAdamW(model.named_parameters(), strength=0.1)
+    ones = {name: torch.ones_like(param) for name, param in model.named_parameters()}
+    warned("strength makes λ 0", lambda: optimizer.consolidate(ones))
+
+
 def test_batch_norms_between_two_models():
     model = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.BatchNorm1d(3))
     old = {name: value.clone() for name, value in model.state_dict().items()}
@@ -247,7 +255,7 @@ def test_no_warning_is_missing_here():
         "optim/displacements.py": 1,
         "optim/gem.py": 1,
         "optim/matching.py": 1,
-        "optim/protection.py": 1,
+        "optim/protection.py": 2,
         "retention/checkpoint/checkpoints.py": 1,
         "retention/guard/guard.py": 1,
         "retention/interpolation/between.py": 1,

@@ -111,8 +111,7 @@ class EWCAdamW(torch.optim.Optimizer):
             strength · T / (mean F · mean θ*²), with the means over all protected weights that are
             not frozen and T the number of tasks in F. A drift of all weights by their own size, in
             root mean square, then costs ``strength`` per weight and task, whatever the scale of
-            loss, weights and learning rate. 0.1 to begin with (0.2 for Kronecker importance, 0.07
-            for the diagonal). None: λ is ``ewc_lambda``.
+            loss, weights and learning rate. 0.1 to begin with. None: λ is ``ewc_lambda``.
         penalty: ``"gradient"``, ``"decoupled"`` or ``"proximal"``; may differ between groups.
         importance_dtype: How F is stored: ``"float32"``, ``"bfloat16"`` (here and below also a
             dtype) or ``"log8"``, one byte within 4.5 % (2⁻³² of the largest of 256 neighbours and
@@ -439,6 +438,8 @@ class EWCAdamW(torch.optim.Optimizer):
         store(matrices, self.param_groups, self.state)
         self._pull.forget()
         mean, unit = protection.scales(self._protected_states())
+        if mean > 0.0 and unit == 0.0:
+            protection.warn_of_no_unit(self.param_groups)
         for group in self.param_groups:
             group["importance_mean"] = mean
             group["tasks"] = decay * group["tasks"] + new_tasks

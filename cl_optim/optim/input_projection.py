@@ -337,7 +337,7 @@ class InputProjection(Wrapper):
         ordered = [found[param] for param in named.values() if param in found]
         if hard:
             subspaces.check_energy(ordered, self._energy)
-        subspaces.log_the_others(named, ordered)
+        subspaces.log_the_others(named, ordered, importance)
         return ordered
 
     # --- the step ---------------------------------------------------------------------------------

@@ -254,12 +254,23 @@ def _check_param(name: str, param: Tensor) -> None:
         )
 
 
-def log_the_others(named: Mapping[str, Tensor], subspaces: Iterable[Subspace]) -> None:
-    """Say once which parameters that can move are not projected."""
+def log_the_others(
+    named: Mapping[str, Tensor], subspaces: Iterable[Subspace], importance: Mapping[str, Tensor]
+) -> None:
+    """Say once which parameters that can move are not projected.
+
+    It is a warning where the task's importance says that it uses one of them, such as a norm.
+    """
     covered = {param for subspace in subspaces for param in subspace.params}
     others = [n for n, param in named.items() if param.requires_grad and param not in covered]
     if others:
-        _LOGGER.info(
+        used = {
+            named[known]
+            for name, known in match_names(importance, named).items()
+            if bool(importance[name].any())
+        }
+        _LOGGER.log(
+            logging.WARNING if any(named[name] in used for name in others) else logging.INFO,
             "The updates of %d parameters are not projected, since no inputs of them are known: "
             "%s.",
             len(others),

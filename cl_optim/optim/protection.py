@@ -130,6 +130,16 @@ def scales(states: Iterable[tuple[Tensor, Mapping[str, Any]]]) -> tuple[float, f
     return mean, unit if math.isfinite(unit) else 0.0
 
 
+def warn_of_no_unit(groups: Iterable[Mapping[str, Any]]) -> None:
+    """Warn where a strength makes λ 0, as the weights that are protected have no size."""
+    if any(group["strength"] for group in groups):
+        warn(
+            "strength makes λ 0: the protected weights are 0, or their importance is beyond "
+            "float64's range, so that a drift has nothing to be compared with. Set ewc_lambda, "
+            "with strength=None."
+        )
+
+
 # --- frozen weights -------------------------------------------------------------------------------
 
 

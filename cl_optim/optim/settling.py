@@ -3,10 +3,25 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, Protocol
 
 import torch
 from torch.utils.hooks import RemovableHandle
+
+_unsettled: ContextVar[bool] = ContextVar("cl_optim_unsettled", default=False)
+
+
+@contextmanager
+def unsettled() -> Iterator[None]:
+    """Let the hooks of :func:`settle_before` do nothing: other weights are looked at inside."""
+    token = _unsettled.set(True)
+    try:
+        yield
+    finally:
+        _unsettled.reset(token)
 
 
 class Settles(Protocol):
@@ -82,7 +97,7 @@ class _Settle:
 
     def __call__(self, *of: Any) -> None:
         optimizer = self._optimizer()
-        if optimizer is not None:
+        if optimizer is not None and not _unsettled.get():
             optimizer.settle()
 
     def before_evaluation(self, module: torch.nn.Module, *of: Any) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, AdamW
 from torch.testing._internal.common_optimizers import optim_db
 
-from cl_optim import GEM, EWCAdamW, ImportanceLog, InputProjection
+from cl_optim import GEM, EWCAdamW, ImportanceLog, InputProjection, estimate_fisher
 from cl_optim.importance.kronecker.factors import Layout
 from cl_optim.importance.kronecker.importance import KroneckerImportance
 from cl_optim.optim.settling import settle_before
@@ -841,6 +841,23 @@ class TestTorchOptimContract:
         (record,) = caplog.records
         assert "2 parameters are not projected" in record.getMessage()
         assert "'3.weight', '3.bias'" in record.getMessage()
+
+    @pytest.mark.parametrize("used", [False, True])
+    def test_what_is_used_and_not_projected_is_a_warning(self, used, caplog):
+        model = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4), nn.Linear(4, 3))
+        x, y = torch.randn(8, 4), torch.arange(8) % 3
+        found = estimate_fisher(
+            model if used else nn.Sequential(model[0], model[2]),
+            [(x, y)],
+            "empirical",
+            structure="kronecker",
+        )
+        if not used:
+            found = found.renamed({"1.weight": "2.weight", "1.bias": "2.bias"})
+        with caplog.at_level(logging.INFO, "cl_optim"):
+            InputProjection(SGD(model.named_parameters(), lr=0.1), found)
+        (record,) = [r for r in caplog.records if "not projected" in r.getMessage()]
+        assert record.levelno == (logging.WARNING if used else logging.INFO)
 
     def test_a_compiled_step(self):
         model, twin = make_model(), make_model()

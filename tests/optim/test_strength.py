@@ -108,3 +108,14 @@ def test_an_importance_of_zero_protects_nothing():
     optimizer = EWCAdamW(model.named_parameters(), strength=0.1)
     optimizer.consolidate({n: torch.zeros_like(p) for n, p in model.named_parameters()})
     assert optimizer.param_groups[0]["ewc_lambda"] == 0.0
+
+
+def test_weights_without_a_size_have_no_lambda_and_that_is_said():
+    model = nn.Linear(2, 3)
+    nn.init.zeros_(model.weight)
+    nn.init.zeros_(model.bias)
+    optimizer = EWCAdamW(model.named_parameters(), strength=0.1)
+    with pytest.warns(UserWarning, match="strength makes λ 0"):
+        optimizer.consolidate(importance_of(model))
+    assert optimizer.param_groups[0]["ewc_lambda"] == 0.0
+    EWCAdamW(model.named_parameters()).consolidate(importance_of(model))  # without: no warning

@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from cl_optim import EWCAdamW, FisherEstimator
+from cl_optim import EWCAdamW, FisherEstimator, estimate_fisher
 from cl_optim.retention import OldModel, ReplayBuffer, distillation_loss, divergence, top_k
 from cl_optim.retention.distillation.stored import TopK
 
@@ -231,6 +231,26 @@ def test_adapters_that_are_switched_off():
     assert value == pytest.approx(float(exact), rel=1e-4)
 
 
+def test_no_pull_is_taken_for_an_old_pass():
+    """Else weights would change between a forward pass and its backward pass."""
+    model, x = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 3)), torch.randn(6, 4)
+    optimizer = EWCAdamW(model.named_parameters(), lr=0.05, penalty="proximal", strength=1.0)
+    optimizer.consolidate(
+        estimate_fisher(model, [(x, torch.arange(6) % 3)], "empirical", structure="kronecker")
+    )
+    optimizer.settle_before(model)
+    before = copy.deepcopy(model)(x).detach()
+    was = OldModel(model, optimizer)
+    trained(model, optimizer, 3)  # a pull is due
+    now = [param.detach().clone() for param in model.parameters()]
+    logits = model(x)
+    assert torch.equal(was(x), before)
+    distillation_loss(logits, was(x)).backward()
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), now, strict=True))
+    model.eval()(x)  # a look at the new weights settles, as ever
+    assert not all(torch.equal(a, b) for a, b in zip(model.parameters(), now, strict=True))
+
+
 def test_no_estimator_counts_old_passes():
     model, x = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 3)), torch.randn(6, 4)
     was = OldModel(model, copy.deepcopy(model).state_dict())
@@ -330,6 +350,8 @@ def test_old_models_refused():
         OldModel(model, {"0.weight": torch.zeros(8, 4), "0.bias": torch.zeros(8)})
     with refused(TypeError, "^old must be a state dict"):
         OldModel(model, 3)
+    with refused(ValueError, "is on the meta device: load"):
+        OldModel(nn.Linear(2, 2, device="meta"), {"weight": torch.ones(2, 2)})
 
 
 def test_divergences_refused():

@@ -439,6 +439,26 @@ def test_damaged_files(tmp_path, content, suffix):
         interpolate(network(0), path, 0.5)
 
 
+def test_a_damaged_checkpoint_of_a_guard(tmp_path):
+    path = Checkpoints(tmp_path, {"model": network(0)}).save(1)
+    content = bytearray(path.read_bytes())
+    at = content.find(network(0)[0].weight.detach().numpy().tobytes())
+    assert at > 0
+    content[at] ^= 1  # which torch.load would not notice
+    path.write_bytes(content)
+    with refused(ValueError, "cannot be read .DamagedError."):
+        interpolate(network(1), path, 0.5)
+
+
+def test_weights_that_are_not_there_or_not_here():
+    with refused(ValueError, "is on the meta device: load"):
+        interpolate(nn.Linear(2, 2, device="meta"), {"weight": torch.ones(2, 2)}, 0.5)
+    model = nn.Module()
+    model.register_parameter("_flat_param", nn.Parameter(torch.ones(3)))
+    with refused(ValueError, "is distributed over devices: gather"):
+        interpolate(model, {"_flat_param": torch.zeros(3)}, 0.5)
+
+
 def test_an_evaluation_that_says_nothing_of_the_old_weights():
     with refused(ValueError, "^the baseline of evaluation 'x' must be finite and not zero"):
         interpolate(

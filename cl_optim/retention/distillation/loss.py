@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from cl_optim.ops.formats import arithmetic_dtype
 from cl_optim.retention.distillation.stored import TopK, as_top_k, check_vocabulary
 
 Reduction = Literal["token", "sequence", "sum", "none"]
@@ -105,7 +106,7 @@ def _by_chunks(
 
 def _divergence(temperature: float, logits: Tensor, *old: Tensor) -> Tensor:
     """Return KL(old ‖ new) of each row, [rows]."""
-    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    dtype = arithmetic_dtype(logits)
     new = torch.log_softmax(logits.to(dtype) / temperature, -1)
     if len(old) == 1:
         before = torch.log_softmax(old[0].to(logits.device, dtype) / temperature, -1)

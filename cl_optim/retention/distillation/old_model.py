@@ -10,11 +10,21 @@ import torch
 from torch import Tensor, nn
 
 from cl_optim.ops.passes import eval_mode, unobserved
-from cl_optim.retention.interpolation.old_weights import Old, matched, old_weights
+from cl_optim.optim.settling import unsettled
+from cl_optim.retention.interpolation.old_weights import (
+    Old,
+    anchors_of,
+    check_local,
+    matched,
+    old_weights,
+)
 
 
 class OldModel:
     """A model's outputs with the weights that it had, in eval mode and without gradients.
+
+    No pull that is due is taken for it. One thread at a time: the old weights stand in the model
+    meanwhile.
 
     - ``old`` an optimizer with anchors: the model runs with its anchors in place of its weights. No
       copy is made but of anchors that have another dtype, for the time of the pass.
@@ -45,6 +55,8 @@ class OldModel:
     def __init__(self, model: nn.Module, old: Old | None = None) -> None:
         self._model = model
         self._old: Old | None = None
+        if not isinstance(old, nn.Module) and old is not None:
+            check_local(dict([*model.named_parameters(), *model.named_buffers()]))
         self._weights: dict[str, Tensor] | None = None
         if old is None:
             if not hasattr(model, "disable_adapter"):
@@ -57,8 +69,8 @@ class OldModel:
                 raise ValueError("old is the model itself: give a copy from before the training.")
             self._old = old
         elif hasattr(old, "param_groups"):
+            self._matched(old)  # so that what is wrong is found now
             self._old = old
-            self._read()  # so that what is wrong is found now
         else:
             self._weights = {
                 name: value.detach().clone() if isinstance(old, Mapping) else value
@@ -81,12 +93,16 @@ class OldModel:
     def _read(self) -> dict[str, Tensor]:
         if self._weights is not None:
             return self._weights
-        assert self._old is not None
-        return self._matched(self._old)
+        params = dict(self._model.named_parameters())
+        anchors = anchors_of(self._old, self._model)
+        return {
+            name: anchor.to(params[name].device, params[name].dtype)
+            for name, anchor in anchors.items()
+        }
 
     @contextmanager
     def _quiet(self, model: nn.Module) -> Iterator[None]:
-        with torch.no_grad(), eval_mode(model), unobserved():
+        with torch.no_grad(), eval_mode(model), unobserved(), unsettled():
             yield
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from cl_optim.ops.checks import check_whole
+from cl_optim.ops.formats import arithmetic_dtype
 
 K = 64  # 384 bytes of a position
 
@@ -43,7 +44,7 @@ def top_k(logits: Tensor, k: int = K) -> TopK:
     if logits.dim() < 2:
         raise ValueError(f"logits must have the shape [n, ..., V], not {list(logits.shape)}.")
     check_finite(logits, "logits")
-    wide = logits.detach().to(_arithmetic(logits))
+    wide = logits.detach().to(arithmetic_dtype(logits))
     values, indices = torch.log_softmax(wide, -1).topk(min(k, logits.shape[-1]), -1)
     if logits.dtype != torch.float64:
         values = values.to(torch.float16)
@@ -96,7 +97,3 @@ def check_finite(logits: Tensor, name: str) -> None:
     """
     if bool((logits.isnan() | (logits == torch.inf)).any()):
         raise ValueError(f"{name} must not be NaN or +∞: the model's weights or inputs are not.")
-
-
-def _arithmetic(logits: Tensor) -> torch.dtype:
-    return torch.float64 if logits.dtype == torch.float64 else torch.float32

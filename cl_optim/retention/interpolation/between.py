@@ -13,11 +13,13 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from cl_optim.importance.names import named_like
 from cl_optim.ops.checks import listed
+from cl_optim.ops.formats import arithmetic_dtype
 from cl_optim.ops.warn import warn
+from cl_optim.optim.settling import settle
 from cl_optim.retention.guard.evaluation import Evaluation
 from cl_optim.retention.guard.judge import Judge
 from cl_optim.retention.interpolation.curve import Curve, Point, ascending
-from cl_optim.retention.interpolation.old_weights import Old, matched, old_weights
+from cl_optim.retention.interpolation.old_weights import Old, check_local, matched, old_weights
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -56,7 +58,8 @@ def interpolate(
     ``recalibrate``. Everything is done tensor by tensor; the new weights are kept in memory while
     α is being looked for, and ``old`` is read when it is needed.
 
-    Do it when training has ended: moments in an optimizer are those of the new weights.
+    Do it when training has ended, and after ``settle()`` of an optimizer that is not ``old``:
+    moments, and what is due of a pull, are of the new weights.
 
     Args:
         model: Its parameters are written. If anything fails they are what they were.
@@ -244,7 +247,8 @@ class _Line:
         self.model = model
         self._recalibrate = recalibrate
         tensors = dict([*model.named_parameters(), *model.named_buffers()])
-        _check_local(tensors)
+        check_local(tensors)
+        settle(old)
         values, missing = matched(old_weights(old, model), model, strict=strict)
         scaled = _check_adapters(tensors, values)
         missing = [name for name in missing if not _is_adapter(name)]
@@ -347,7 +351,7 @@ def _between(part: _Part, new: Tensor, alpha: float) -> Tensor:
     """Return θ* + α(θ − θ*): at 0 and 1 bit for bit the ends, else rounded once."""
     if alpha == 1.0:
         return new
-    dtype = torch.float64 if new.dtype == torch.float64 else torch.float32
+    dtype = arithmetic_dtype(new)
     if part.old is None:
         return new.to(dtype) * alpha
     old = part.old().to(new.device, dtype)
@@ -409,16 +413,3 @@ def _check_adapters(
             )
         scaled.add(name)
     return scaled
-
-
-def _check_local(tensors: Mapping[str, Tensor]) -> None:
-    from torch.distributed.tensor import DTensor
-
-    for name, tensor in tensors.items():
-        if isinstance(tensor, DTensor) or "_flat_param" in name:
-            raise ValueError(
-                f"{name!r} is distributed over devices: gather the weights into one model "
-                "(get_model_state_dict with full_state_dict=True) and interpolate that."
-            )
-        if tensor.is_meta:
-            raise ValueError(f"{name!r} is on the meta device: load the model's weights first.")

@@ -14,9 +14,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from cl_optim.importance.errors import DamagedError
 from cl_optim.importance.names import Lazy, match_names
 from cl_optim.ops.checks import listed
-from cl_optim.optim.settling import settle
+from cl_optim.optim.groups import is_dtensor
+from cl_optim.retention import sealed_torch
 
 # What holds the weights: a state dict, a model, an optimizer with anchors, or where a file is.
 Old = Mapping[str, Tensor] | nn.Module | torch.optim.Optimizer | str | os.PathLike[str]
@@ -43,7 +45,7 @@ def old_weights(old: Old, model: nn.Module) -> Mapping[str, Tensor]:
     if isinstance(old, nn.Module):
         return old.state_dict(keep_vars=True)
     if isinstance(old, torch.optim.Optimizer) or hasattr(old, "param_groups"):
-        return _anchors(old, model)
+        return anchors_of(old, model)
     if isinstance(old, Mapping):
         return old
     if isinstance(old, (str, os.PathLike)):
@@ -54,8 +56,12 @@ def old_weights(old: Old, model: nn.Module) -> Mapping[str, Tensor]:
     )
 
 
-def _anchors(optimizer: Any, model: nn.Module) -> Mapping[str, Tensor]:
-    settle(optimizer)
+def anchors_of(optimizer: Any, model: nn.Module) -> Mapping[str, Tensor]:
+    """Return an optimizer's anchors, or those of one that it is around, by the model's names.
+
+    Raises:
+        ValueError: It has none, or none of this model.
+    """
     while not isinstance(getattr(optimizer, "state", None), Mapping) or not _has_anchors(optimizer):
         if not hasattr(optimizer, "optimizer"):
             raise ValueError(
@@ -96,8 +102,9 @@ def _from_path(path: Path) -> Mapping[str, Tensor]:
     try:
         if path.suffix == ".safetensors":
             return _safetensors(path)
+        sealed_torch.verify_sealed(path)
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (SafetensorError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+    except (SafetensorError, DamagedError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
         raise ValueError(
             f"old: {str(path)!r} cannot be read ({type(error).__name__}): give a whole file of "
             "safetensors or torch.save."
@@ -205,3 +212,19 @@ def _check_apart(name: str, tensor: Tensor, old: Tensor) -> None:
             "weights before it: {name: value.clone() for name, value in "
             "model.state_dict().items()}."
         )
+
+
+def check_local(tensors: Mapping[str, Tensor]) -> None:
+    """Refuse weights that others cannot take the place of.
+
+    Raises:
+        ValueError: They are distributed over devices, or not there.
+    """
+    for name, tensor in tensors.items():
+        if is_dtensor(tensor) or "_flat_param" in name:
+            raise ValueError(
+                f"{name!r} is distributed over devices: gather the weights into one model "
+                "(get_model_state_dict with full_state_dict=True) and take that."
+            )
+        if tensor.is_meta:
+            raise ValueError(f"{name!r} is on the meta device: load the model's weights first.")

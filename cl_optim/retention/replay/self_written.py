@@ -43,7 +43,7 @@ def self_written(
 
     The model is in eval mode meanwhile. Ends of text are tokens like others: what follows is a new
     text. Where a sample comes from depends on ``seed`` alone, and on rounding, which another
-    ``batch_size`` or device may change.
+    ``batch_size`` or device may change: on several ranks give each its own.
 
     Args:
         model: Of transformers, whose keys and values are kept from token to token; any other with

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from training_step import adamw, backward
+from training_step import adamw, step
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from cl_optim import EWCAdamW, KroneckerImportance, estimate_fisher
@@ -57,13 +57,6 @@ def timed_decompositions() -> list[float]:
 
     factors.leading = timed
     return found
-
-
-def step(model: GPT2LMHeadModel, optimizer: torch.optim.Optimizer, tokens: Tensor) -> None:
-    backward(model, tokens)
-    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-    optimizer.step()
-    optimizer.zero_grad()
 
 
 def state_bytes(optimizer: EWCAdamW) -> dict[str, float]:

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from cl_optim import GEM, EWCAdamW, Importance, ImportanceLog, InputProjection, estimate_fisher
 from cl_optim.demo.scenarios import Split
+from cl_optim.optim.settling import settle
 
 WEIGHT_DECAY = 1e-2  # AdamW's default in torch
 FISHER_SAMPLES = 500  # nearly as good as all of them (van de Ven 2025, arXiv:2502.11756)
@@ -92,7 +93,8 @@ class Learner:
         """Look at what the step did; its time does not count."""
 
     def settle(self) -> None:
-        """Do what a method does every so many steps, before the network is looked at."""
+        """Let what a method does every so many steps be done, before the network is looked at."""
+        settle(self.optimizer)
 
     def end_task(self, train: Split) -> None:
         """Protect what has been learned; without protection there is nothing to do."""
@@ -141,10 +143,6 @@ class ProtectedLearner(Learner):
         self._fisher = exact_fisher(self.model, train, self.structure)
         self.optimizer.consolidate(self._fisher, decay=1.0, anchors=self.anchors)
 
-    def settle(self) -> None:
-        """Let Kronecker importance pull as far as it is due."""
-        self.optimizer.settle()
-
     def record(self, log: ImportanceLog, task: str) -> None:
         """Record the task's Fisher information, and the weights that it left."""
         if self._fisher is not None:
@@ -168,10 +166,6 @@ class ProjectingLearner(Learner):
     def end_task(self, train: Split) -> None:
         """Add this task's inputs to the earlier ones'."""
         self.optimizer.consolidate(exact_fisher(self.model, train, "kronecker"), model=self.model)
-
-    def settle(self) -> None:
-        """Project as far as it is due."""
-        self.optimizer.settle()
 
 
 class RememberingLearner(Learner):

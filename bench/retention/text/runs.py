@@ -15,7 +15,8 @@ from cl_optim import GEM, EWCAdamW, Importance, InputProjection, estimate_fisher
 from cl_optim.demo.methods import WEIGHT_DECAY
 from cl_optim.demo.scenarios import generator
 from cl_optim.demo.train import DivergedError
-from cl_optim.retention import Evaluation, ReplayBuffer, RetentionGuard
+from cl_optim.optim.settling import settle
+from cl_optim.retention import Evaluation, ReplayBuffer, RetentionGuard, interpolation_curve
 from cl_optim.retention.guard.evaluation import Role
 
 OLD_LR, NEW_LR = 3e-3, 1e-3
@@ -170,16 +171,13 @@ def learn_new(method: Method, learned: Learned, old: Corpus, new: Corpus, sizes:
     for _ in range(sizes.new_steps):
         _step(model, optimizer, next(batches))
         schedule.step()
-    _settle(optimizer)
-    end = {name: value.clone() for name, value in model.state_dict().items()}
-    measured = []
-    for alpha in ALPHAS:
-        weights = {name: torch.lerp(learned.weights[name], end[name], alpha) for name in end}
-        model.load_state_dict(weights)
-        measured.append(_measure(model, old, new, sizes))
-    if not sum(measured[0]) < float("inf"):
+    settle(optimizer)
+    evaluations = [_evaluation(old, sizes, role="old"), _evaluation(new, sizes, role="new")]
+    curve = interpolation_curve(model, learned.weights, evaluations, ALPHAS)
+    found = {point.alpha: [one.value for one in point.measured] for point in curve.points}
+    if not sum(found[1.0]) < float("inf"):
         raise DivergedError(f"{method.label} diverged while learning {new.name}.")
-    olds, news = zip(*measured, strict=True)
+    olds, news = zip(*(found[alpha] for alpha in ALPHAS), strict=True)
     return Run(method, learned.seed, olds, news)
 
 
@@ -221,12 +219,6 @@ def _schedule(
         return warm * min(1.0, max(0.0, left))
 
     return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
-
-
-def _settle(optimizer: torch.optim.Optimizer) -> None:
-    """Let an optimizer that protects every so many steps do what is due."""
-    if isinstance(optimizer, (EWCAdamW, GEM, InputProjection)):
-        optimizer.settle()
 
 
 def _evaluation(corpus: Corpus, sizes: Sizes, role: Role) -> Evaluation:

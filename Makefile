@@ -52,6 +52,7 @@ bench-peers: install $(PEERS)/.installed
 # python -m bench.retention run permuted split retention --data fashion-mnist.
 bench-retention: install
 	$(RUN) -m bench.retention run gem formats retention
+	$(RUN) -m bench.retention strength
 	$(RUN) -m bench.retention text
 	$(RUN) -m bench.retention published
 

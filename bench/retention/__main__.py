@@ -123,7 +123,7 @@ def _add_strength(parser: argparse.ArgumentParser) -> None:
         "ten tasks and on heads; print what each keeps."
     )
     whole = whole_number(2, MAX_SEEDS)
-    parser.add_argument("--seeds", type=whole, default=3, metavar="N", help="runs per cell (3)")
+    parser.add_argument("--seeds", type=whole, default=5, metavar="N", help="runs per cell (5)")
     add_out(parser, OUT)
 
     def run_it(arguments: argparse.Namespace) -> int:

@@ -74,27 +74,47 @@ class NegativeBit {
     return value;
   }
 
-  // Not known unless a single bit tells all pairs of tensors apart.
+  // Not known unless a single bit tells negated tensors from others. Some bits of torch's object are
+  // never written and have what was in that memory before: all tensors live on, each in memory of
+  // its own, and more are made until chance is ruled out.
   static NegativeBit find() {
+    constexpr int kRounds = 8;
     std::array<uint64_t, kEnd> masks;
     masks.fill(~uint64_t{0});
     const py::module_ torch = py::module_::import("torch");
-    for (const std::vector<int>& shape : {std::vector<int>{}, {3}, {0, 2}, {2, 3, 4, 5, 6}}) {
-      for (const char* dtype : {"float32", "bfloat16", "uint8"}) {
-        const py::object plain = torch.attr("ones")(shape, py::arg("dtype") = torch.attr(dtype));
-        const py::object negated = torch.attr("_neg_view")(plain);
-        const auto a = look(plain.ptr()), b = look(negated.ptr());
-        if (!a || !b) return {};
-        for (int i = kFirst; i < kEnd; ++i) {
-          const uint64_t differs = word(*a, i) ^ word(*b, i);
-          masks[i] &= (differs & (differs - 1)) == 0 ? differs & word(*b, i) : 0;
+    const py::object negate = torch.attr("_neg_view");
+    std::vector<py::object> alive;
+    const auto narrow = [&](const py::object& tensor, bool is_negated) {
+      alive.push_back(tensor);
+      const auto seen = look(tensor.ptr());
+      if (!seen) return false;
+      for (int i = kFirst; i < kEnd; ++i) {
+        masks[i] &= is_negated ? word(*seen, i) : ~word(*seen, i);
+      }
+      return true;
+    };
+    NegativeBit found;
+    for (int round = 0; round < kRounds && !found.is_known(); ++round) {
+      for (const std::vector<int>& shape : {std::vector<int>{}, {3}, {0, 2}, {2, 3, 4, 5, 6}}) {
+        for (const char* dtype : {"float32", "bfloat16", "uint8"}) {
+          const py::object plain = torch.attr("ones")(shape, py::arg("dtype") = torch.attr(dtype));
+          const py::object negated = negate(plain);
+          if (!narrow(plain, false) || !narrow(negated, true) || !narrow(negate(negated), false)) {
+            return {};
+          }
         }
       }
+      found = the_only_bit(masks);
     }
+    return found;
+  }
+
+  // Not known where there is none, or more than one.
+  static NegativeBit the_only_bit(const std::array<uint64_t, kEnd>& masks) {
     NegativeBit found;
     for (int i = kFirst; i < kEnd; ++i) {
       if (masks[i] == 0) continue;
-      if (found.is_known()) return {};
+      if (found.is_known() || (masks[i] & (masks[i] - 1)) != 0) return {};
       found.index_ = i;
       found.mask_ = masks[i];
     }

@@ -667,14 +667,18 @@ def test_gradients_that_nobody_else_holds_are_kept(planned):
 # --- memory that another thread drops -------------------------------------------------------------
 
 
-@pytest.mark.parametrize("how", ["grad = None", "grad.data =", "data =", "state.data ="])
-def test_memory_is_kept_until_the_step_is_over(how, planned):
-    """What another thread drops amid the kernels is freed when they are done with it."""
+def freed_amid_a_step(how: str, planned: list[int]) -> bool | None:
+    """Drop memory of a planned step while its kernels run: whether it was freed at once.
+
+    Returns:
+        None where the step was over before the other thread had its turn.
+    """
     weight = nn.Parameter(torch.zeros(2**23))
     optimizer = EWCAdamW([weight], fused=True)
     for _ in range(3):
         weight.grad = torch.ones_like(weight)
         optimizer.step()
+    assert planned[-1:] == [1]  # only a planned step keeps what another thread drops
     state = optimizer.state[weight]
     dropped: dict[str, Callable[[], Tensor]] = {
         "grad = None": lambda: weight.grad,
@@ -689,7 +693,7 @@ def test_memory_is_kept_until_the_step_is_over(how, planned):
 
     def drop() -> None:
         nonlocal freed_early
-        while state["step"].item() == count:  # the kernels begin with it
+        while stepping and state["step"].item() == count:  # the kernels begin with it
             pass
         if how == "grad = None":
             weight.grad = None
@@ -704,12 +708,25 @@ def test_memory_is_kept_until_the_step_is_over(how, planned):
 
     thread = threading.Thread(target=drop)
     thread.start()
-    optimizer.step()
-    stepping = False
-    thread.join()
-    assert planned[-1] == 1
-    assert freed_early is False  # and not None: it was during the step
+    try:
+        optimizer.step()
+    finally:
+        stepping = False
+        thread.join()
+    assert len(planned) == 2
     assert storage.expired()
+    return freed_early
+
+
+@pytest.mark.parametrize("how", ["grad = None", "grad.data =", "data =", "state.data ="])
+def test_memory_is_kept_until_the_step_is_over(how, planned):
+    """What another thread drops amid the kernels is freed when they are done with it."""
+    for _ in range(100):  # on a busy machine the other thread may come too late
+        planned.clear()
+        freed_early = freed_amid_a_step(how, planned)
+        if freed_early is not None:
+            break
+    assert freed_early is False
 
 
 def test_a_short_step_is_not_interrupted(planned):

@@ -25,8 +25,10 @@ sweep: install
 
 # A process for each core, so one thread in each; tests of threads ask for theirs. Whole files at a
 # time: what a file builds once is built once. Not those of few tests last: some of these take longest.
+# A test that hangs ends with a traceback and its process, and is tried in another one, twice at most.
 test: install
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder \
+	  --timeout 600 --timeout-method thread --max-worker-restart 2
 
 gpu-test: install
 	PYTHON=$(RUN) bench/gpu.sh runs/gpu 1

@@ -74,9 +74,9 @@ class NegativeBit {
     return value;
   }
 
-  // Not known unless a single bit tells negated tensors from others. Some bits of torch's object are
-  // never written and have what was in that memory before: all tensors live on, each in memory of
-  // its own, and more are made until chance is ruled out.
+  // Not known unless a single bit tells negated tensors from others. Some bits of torch's object
+  // are never written and have what was in that memory before: all tensors live on, each in memory
+  // of its own, and more are made until chance is ruled out.
   static NegativeBit find() {
     constexpr int kRounds = 8;
     std::array<uint64_t, kEnd> masks;

@@ -117,6 +117,7 @@ def cpu_extension() -> Extension:
             "gram_cpu.cpp",
             "importance_codec_cpu.cpp",
             "importance_histogram_cpu.cpp",
+            "kronecker_shrink_cpu.cpp",
             "module.cpp",
             "nnqp_cpu.cpp",
         ],

@@ -263,7 +263,7 @@ print(cl_optim.functional.gram(torch.eye(2), torch.ones(2))[1].tolist())
     command = [sys.executable, "-c", code]
     shown = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     *schemas, product = shown.splitlines()
-    assert len(schemas) == len(library.OPERATORS) == 9
+    assert len(schemas) == len(library.OPERATORS) == 10
     assert all(schema.startswith("cl_optim::") for schema in schemas)
     assert product == "[1.0, 1.0]"
 

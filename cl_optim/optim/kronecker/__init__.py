@@ -2,5 +2,5 @@
 
 ``consolidation`` brings factors into the state, as :mod:`~cl_optim.optim.kronecker.matrices` says
 how; ``ledger`` counts what is due; ``pull`` takes it, in ``stacks`` of equal matrices, by the
-arithmetic of ``shrink``. Imports what the room above it, ``optim``, does.
+arithmetic of :mod:`cl_optim.ops.kronecker_shrink`. Imports what the room above it, ``optim``, does.
 """

@@ -134,10 +134,10 @@ class Pull:
                 continue
             moved = [tuple(any(flags[i] for flags in due) for i in of_one) for of_one in indices]
             size = len(stack.members)
-            if pulls is None:
-                pulls = torch.zeros(size, dtype=torch.float64, device=stack.device)
-            sums = pulls.new_zeros(size, 2) if track else None
-            stack.pull(groups, pulls, moved, sums)
+            sums = None
+            if track:
+                sums = torch.zeros(size, 2, dtype=torch.float64, device=stack.device)
+            stack.pull(groups, 0.0 if pulls is None else pulls, moved, sums)
             if sums is not None:
                 active = [index for index, flags in enumerate(moved) if any(flags)]
                 of_stack = sums.sum(0) if len(active) == size else sums[active].sum(0)
@@ -176,13 +176,16 @@ class Pull:
 
 def _pulls(
     due: Mapping[Moved, Amount], indices: Sequence[Sequence[int]], device: torch.device
-) -> Tensor | None:
-    """Return 2·Σ λ·lr of each matrix, float64 [L]; None where the host knows that all are 0.
+) -> Tensor | float | None:
+    """Return 2·Σ λ·lr: of each matrix, float64 [L]; one number where the host knows it for all.
 
     Args:
         due: What each pattern of moved parameters owes.
         indices: Of each matrix, the places of its parameters in a pattern.
         device: Where the matrices are.
+
+    Returns:
+        None where the host knows that all are 0.
     """
     known = [0.0] * len(indices)
     unknown: Tensor | None = None
@@ -191,21 +194,21 @@ def _pulls(
         if not any(active):
             continue
         if isinstance(owed, Tensor):
-            share = owed.to(device) * _on_device([float(one) for one in active], device)
+            flags = torch.tensor([float(one) for one in active], dtype=torch.float64, device="cpu")
+            share = owed.to(device) * _on_device(flags, device)
             unknown = share if unknown is None else unknown + share
         else:
             known = [sum_ + owed * one for sum_, one in zip(known, active, strict=True)]
     if unknown is None and not any(known):
         return None
-    pulls = _on_device(known, device)
+    if unknown is None and len(set(known)) == 1:
+        return 2.0 * known[0]
+    pulls = _on_device(torch.tensor(known, dtype=torch.float64, device="cpu"), device)
     return 2.0 * (pulls if unknown is None else pulls + unknown)
 
 
-def _on_device(numbers: list[float], device: torch.device) -> Tensor:
-    """Return float64 [n] on a device, for which the host does not wait."""
-    if len(set(numbers)) == 1:
-        return torch.full((len(numbers),), numbers[0], dtype=torch.float64, device=device)
-    host = torch.tensor(numbers, dtype=torch.float64, device="cpu")
+def _on_device(host: Tensor, device: torch.device) -> Tensor:
+    """Return it on a device, for which the host does not wait."""
     if device.type == "cuda":
         host = host.pin_memory()
     return host.to(device, non_blocking=True)

@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 from cl_optim.ops import formats
+from cl_optim.ops import kronecker_shrink as shrink
 from cl_optim.ops.importance_codec import hashed, stochastic_bfloat16
-from cl_optim.optim.kronecker import shrink
 from cl_optim.optim.kronecker.matrices import BASES, VALUES, Matrix, is_frozen, padded
 from cl_optim.optim.state import weight_of
 
 # Weights whose drift is in memory at once, if they are of several matrices; on a CPU, few enough
 # that their memory is taken again from the caches.
 _PIECE, _PIECE_CPU = 2**26, 2**20
+Places: TypeAlias = list[list[Tensor]]  # by matrix: a weight's and perhaps a bias's
 _USE = 4  # tells the random numbers of a pull from those of a step
 
 
@@ -49,6 +51,7 @@ class Stack:
         self._dtypes = [[param.dtype for param in m.params] for m in members]
         layout = members[0].layout
         self._size = (layout.outputs, layout.inputs)
+        self._rest = [any(counts) for counts in zip(*(m.rest for m in members), strict=True)]
         self._transposed = layout.transposed
         ranks = [max(m.state[k].shape[2] if k in m.state else 0 for m in members) for k in BASES]
         tensors = [padded(m.state, (ranks[0], ranks[1])) for m in members]
@@ -83,7 +86,7 @@ class Stack:
     def pull(
         self,
         groups: Sequence[Mapping[str, Any]],
-        pulls: Tensor,
+        pulls: Tensor | float,
         moved: Sequence[tuple[bool, ...]],
         sums: Tensor | None,
     ) -> None:
@@ -91,35 +94,67 @@ class Stack:
 
         Args:
             groups: The optimizer's.
-            pulls: 2·Σ λ·lr of each matrix, float64 [L].
+            pulls: 2·Σ λ·lr: of each matrix, float64 [L], or one for all.
             moved: Of each matrix, which of its parameters are written.
             sums: float64 [L, 2]; written: Σ S z² and ‖Δ‖² of each from before the pull.
         """
         dtype = formats.arithmetic_dtype(self.members[0].params[0])
-        pulls = pulls.clamp(max=torch.finfo(dtype).max).to(dtype)
-        most = max(part.stop - part.start for part in self._pieces())
-        memory = self._memory(most, dtype)
-        for part in self._pieces():
+        largest = torch.finfo(dtype).max
+        if isinstance(pulls, float):
+            pulls = min(pulls, largest)
+        else:
+            pulls = pulls.clamp(max=largest).to(dtype)
+        if sums is None and self._pulled_at_once(pulls, dtype, moved):
+            return
+        parts = self._pieces()
+        memory = self._memory(parts[0].stop, dtype)
+        for part in parts:
+            delta = memory[: part.stop - part.start]
+            places = self._places(part, delta)
             with _exact(self.device):
-                bases, scale = self._bases(part, dtype), self._scale[part]
-                delta = self._drift(part, memory)
+                bases, scale = self._bases(part, dtype), _in_dtype(self._scale, part, dtype)
+                self._drift(part, places)
                 drift = None if sums is None else shrink.square_sums(delta)
-                self._rest(part, delta)
                 at = shrink.coordinates(delta, bases)
                 if sums is not None and drift is not None:
                     sums[part] = torch.stack([shrink.penalty(delta, at, scale), drift], 1)
-                share = shrink.shares(scale, pulls[part])
+                share = shrink.shares(scale, pulls if isinstance(pulls, float) else pulls[part])
                 correction = shrink.correction(delta, at, share, bases)
-            self._subtract(part, groups, correction.add_(0.0), moved)  # −0 would change −0
+            if correction is not delta:
+                places = self._places(part, correction)
+            correction.add_(0.0)  # −0 would change −0
+            self._subtract(part, groups, places, moved)
+
+    def _pulled_at_once(
+        self, pulls: Tensor | float, dtype: torch.dtype, moved: Sequence[tuple[bool, ...]]
+    ) -> bool:
+        """Pull small matrices of plain weights by one kernel, if that is what these are."""
+        if any(map(any, self.frozen)) or not all(map(all, moved)):
+            return False
+        params = [m.params for m in self.members]
+        anchors = [[state["anchor"] for state in m.states] for m in self.members]
+        every = slice(0, len(self.members))
+        bases = self._bases(every, dtype)
+        if not shrink.fits(self._size, bases, [t for one in (*params, *anchors) for t in one]):
+            return False
+        weights, of_weights, biases, of_biases = (
+            [of_one[place] for of_one in of_all if place < len(of_one)]
+            for place in (0, 1)
+            for of_all in (params, anchors)
+        )
+        scale = _in_dtype(self._scale, every, dtype)
+        shrink.fused_(
+            weights, of_weights, biases, of_biases, bases, scale, pulls, transposed=self._transposed
+        )
+        return True
 
     def penalties(self) -> Tensor:
         """Sum S z² of each matrix at the weights of now, float64 [L]."""
         each = []
-        memory = self._memory(1, torch.float64)
+        delta = self._memory(1, torch.float64)
         for index in range(len(self.members)):
             part = slice(index, index + 1)
-            delta = self._drift(part, memory)
-            self._rest(part, delta)
+            self._drift(part, self._places(part, delta))
             with _exact(self.device):
                 at = shrink.coordinates(delta, self._bases(part, torch.float64))
                 each.append(shrink.penalty(delta, at, self._scale[part]))
@@ -133,11 +168,12 @@ class Stack:
         squares[:, -1] *= inputs
         return squares.sum()
 
-    def _pieces(self) -> Iterator[slice]:
+    def _pieces(self) -> list[slice]:
+        """Return which members are pulled at once; the first are the most."""
         most = _PIECE_CPU if self.device.type == "cpu" else _PIECE
         count = max(1, most // max(1, self._size[0] * self._size[1]))
-        for begin in range(0, len(self.members), count):
-            yield slice(begin, min(begin + count, len(self.members)))
+        size = len(self.members)
+        return [slice(begin, min(begin + count, size)) for begin in range(0, size, count)]
 
     def _memory(self, count: int, dtype: torch.dtype) -> Tensor:
         """Return memory for matrices, [count, out, in], whose order is that of the weights'."""
@@ -146,64 +182,59 @@ class Stack:
             return torch.empty(count, inputs, outputs, dtype=dtype, device=self.device).mT
         return torch.empty(count, outputs, inputs, dtype=dtype, device=self.device)
 
-    def _drift(self, part: slice, memory: Tensor) -> Tensor:
-        """Return W̃ − W̃*, [L, out, in], in the memory of as many matrices or more."""
-        members = self.members[part]
-        delta = memory[: len(members)]
-        for matrix, member in zip(delta, members, strict=True):
-            parts = zip(member.places(matrix), member.params, member.states, strict=True)
-            for place, param, state in parts:
-                weight, anchor = param.detach(), state["anchor"]
-                if weight.dtype == anchor.dtype == delta.dtype:
-                    torch.sub(weight, anchor, out=place)
-                    continue
-                place.copy_(weight)
-                if "compensation" in state:
-                    place += state["compensation"]
-                place -= anchor
-        return delta
+    def _places(self, part: slice, matrices: Tensor) -> Places:
+        """Return the parameters' places in [L, out, in], as views."""
+        return [member.places(m) for m, member in zip(matrices, self.members[part], strict=True)]
 
-    def _rest(self, part: slice, delta: Tensor) -> None:
-        """Let frozen weights have no drift."""
-        for matrix, member, flags in zip(delta, self.members[part], self.frozen[part], strict=True):
-            if any(flags):
-                places = zip(member.places(matrix), member.states, member.params, strict=True)
-                for place, state, param in places:
-                    frozen = formats.frozen_weights(state["importance"], param)
-                    place.masked_fill_(frozen, 0.0)
+    def _drift(self, part: slice, places: Places) -> None:
+        """Write W̃ − W̃* where it has its places; 0 for frozen weights."""
+        members = zip(self.members[part], self.frozen[part], places, strict=True)
+        for member, frozen, of_one in members:
+            parts = zip(of_one, member.params, member.states, frozen, strict=True)
+            for place, param, state, has_frozen in parts:
+                weight, anchor = param.detach(), state["anchor"]
+                if weight.dtype == anchor.dtype == place.dtype:
+                    torch.sub(weight, anchor, out=place)
+                else:
+                    place.copy_(weight)
+                    if "compensation" in state:
+                        place += state["compensation"]
+                    place -= anchor
+                if has_frozen:
+                    place.masked_fill_(formats.frozen_weights(state["importance"], param), 0.0)
 
     def _bases(self, part: slice, dtype: torch.dtype) -> shrink.Bases:
         output, input = (
-            None if basis is None else basis[part].to(dtype)
+            None if basis is None else _in_dtype(basis, part, dtype)
             for basis in (self._output, self._input)
         )
-        rest = [any(counts) for counts in zip(*(m.rest for m in self.members), strict=True)]
-        return shrink.Bases(output, input, *rest)
+        return shrink.Bases(output, input, *self._rest)
 
     def _subtract(
         self,
         part: slice,
         groups: Sequence[Mapping[str, Any]],
-        correction: Tensor,
+        places: Places,
         moved: Sequence[tuple[bool, ...]],
     ) -> None:
+        """Subtract from the parameters what is in their places."""
         weights, corrections = [], []
-        for index, matrix in zip(range(len(self.members))[part], correction, strict=True):
-            member = self.members[index]
+        members = zip(self.members[part], self.frozen[part], moved[part], places, strict=True)
+        for member, frozen_of_one, moves_of_one, places_of_one in members:
             for place, param, state, number, moves, has_frozen in zip(
-                member.places(matrix),
+                places_of_one,
                 member.params,
                 member.states,
                 member.groups,
-                moved[index],
-                self.frozen[index],
+                moves_of_one,
+                frozen_of_one,
                 strict=True,
             ):
                 if not moves:
                     continue
                 if has_frozen:
                     frozen = formats.frozen_weights(state["importance"], param)
-                    place = place.masked_fill(frozen, 0.0)
+                    place.masked_fill_(frozen, 0.0)
                 if param.dtype == place.dtype:
                     weights.append(param.detach())
                     corrections.append(place)
@@ -214,8 +245,16 @@ class Stack:
             torch._foreach_sub_(weights, corrections)
 
 
-def _exact(device: torch.device) -> torch.autocast:
+def _in_dtype(stack: Tensor, part: slice, dtype: torch.dtype) -> Tensor:
+    """Return some of a stack's matrices; without a call of torch for what is as it is wanted."""
+    some = stack if part.start == 0 and part.stop == len(stack) else stack[part]
+    return some if some.dtype == dtype else some.to(dtype)
+
+
+def _exact(device: torch.device) -> AbstractContextManager[object]:
     """Compute as written: a step may be taken under the user's autocast."""
+    if not torch.is_autocast_enabled(device.type):
+        return nullcontext()
     return torch.autocast(device.type, enabled=False)
 
 

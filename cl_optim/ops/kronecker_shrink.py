@@ -1,17 +1,30 @@
-"""The arithmetic of the pull, over matrices [L, out, in] at once; it knows no optimizer.
+"""What a proximal step takes from matrices whose importance is Kronecker-factored.
 
 F = Σ_jk S_jk (u_j ⊗ a_k)(u_j ⊗ a_k)ᵀ, where S has a last row and column for the directions that are
 not kept: all of them alike, whichever basis one takes of them. So no more than the kept directions
-U and A is needed, and a proximal step costs 4·out·in·(p + q) multiplications and additions for p
-and q of them.
+U and A is needed, and a step costs 4·out·in·(p + q) multiplications and additions for p and q of
+them. Matrices [L, out, in] are computed at once; small ones on the CPU by a compiled kernel.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from cl_optim.ops import library
+
+# Weights of a matrix up to which one kernel is faster than products on all cores and their calls.
+_SMALL = 2**17
+
+library.define(
+    "kronecker_shrink_(Tensor(a!)[] weights, Tensor[] anchors, Tensor(b!)[] biases, "
+    "Tensor[] bias_anchors, Tensor output_basis, Tensor input_basis, Tensor scale, Tensor pulls, "
+    "bool transposed) -> ()",
+    cpu="compiled",
+)
 
 
 class Bases(NamedTuple):
@@ -45,6 +58,56 @@ class Coordinates(NamedTuple):
     input: Tensor | None
 
 
+def fused_(
+    weights: Sequence[Tensor],
+    anchors: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    bias_anchors: Sequence[Tensor],
+    bases: Bases,
+    scale: Tensor,
+    pulls: Tensor | float,
+    *,
+    transposed: bool,
+) -> None:
+    """Take a proximal step of small matrices, which `fits` has looked at, by the compiled kernel.
+
+    Args:
+        weights: Of L matrices W̃ [out, in]; written.
+        anchors: W*.
+        biases: None, or of each matrix the last column; written.
+        bias_anchors: Likewise.
+        bases: The directions.
+        scale: S, [L, p + 1, q + 1].
+        pulls: 2·Σ λ·lr, finite and at least 0: [L], or one for all.
+        transposed: The weights are [in, out].
+    """
+    if isinstance(pulls, float):
+        pulls = torch.full((len(weights),), pulls, device="cpu")
+    torch.ops.cl_optim.kronecker_shrink_(
+        weights, anchors, biases, bias_anchors, *bases[:2], scale, pulls, transposed
+    )
+    torch.autograd.graph.increment_version([*weights, *biases])
+
+
+def fits(size: tuple[int, int], bases: Bases, params: Sequence[Tensor]) -> bool:
+    """Return whether `fused_` computes matrices, and is faster.
+
+    Args:
+        size: Outputs and inputs.
+        bases: The directions.
+        params: All that it would read and write of parameters and anchors.
+    """
+    return (
+        size[0] * size[1] <= _SMALL
+        and all(basis is not None and basis.shape[1] == 1 for basis in bases[:2])
+        and all(
+            tensor.dtype == torch.float32 and tensor.is_contiguous() and not tensor.is_neg()
+            for tensor in params
+        )
+        and library.choose("kronecker_shrink_", params[0].device) == "cpu"
+    )
+
+
 def coordinates(delta: Tensor, bases: Bases) -> Coordinates:
     """Rotate a drift."""
     output = rows_onto(delta, bases.output) if bases.input_rest else None
@@ -62,15 +125,16 @@ def coordinates(delta: Tensor, bases: Bases) -> Coordinates:
     return Coordinates(both, output, input)
 
 
-def shares(scale: Tensor, pulls: Tensor) -> Tensor:
+def shares(scale: Tensor, pulls: Tensor | float) -> Tensor:
     """Return c/(1 + c) with c = pull·S: what a proximal step takes away along each direction.
 
     Args:
         scale: S ≥ 0, [L, p + 1, q + 1], finite.
-        pulls: 2·Σ λ·lr, [L], finite and at least 0, of the dtype of the result.
+        pulls: 2·Σ λ·lr, finite and at least 0: [L], of the dtype of the result, or one for all.
     """
-    c = pulls.view(-1, 1, 1) * scale
-    return torch.where(c > torch.finfo(c.dtype).max, 1.0, c / (1 + c))  # where c overflows, too
+    c = scale * (pulls if isinstance(pulls, float) else pulls.view(-1, 1, 1))
+    c.clamp_(max=torch.finfo(c.dtype).max)  # so that it is 1 where c overflows, too
+    return c.div_(c + 1)
 
 
 def correction(delta: Tensor, at: Coordinates, share: Tensor, bases: Bases) -> Tensor:
@@ -103,8 +167,9 @@ def correction(delta: Tensor, at: Coordinates, share: Tensor, bases: Bases) -> T
         inner = at.input.mul_(of_input)
         _add_rows_of(inner, both, bases.output)
         return columns_of(inner, bases.input, delta.shape[2])
-    both = (body - of_output - of_input + corner) * at.both
-    inner = at.output.mul_(of_output - corner)
+    above_rest = share[:, :-1] - share[:, -1:]  # of_output − corner is its last column
+    both = at.both.mul_(above_rest[:, :, :-1] - above_rest[:, :, -1:])
+    inner = at.output.mul_(above_rest[:, :, -1:])
     _add_columns_of(inner, both, bases.input)
     delta *= corner
     _add_rows_of(delta, inner, bases.output)

@@ -24,7 +24,8 @@ def retention_guard(
 
     ``accelerator.save_state()`` and ``load_state()`` then hold its baselines and history, too:
     after a load, do not call ``start()``. In the loop, count optimizer steps only:
-    ``if accelerator.sync_gradients and guard.step(): break``.
+    ``if accelerator.sync_gradients and guard.step(): break``; after it, ``guard.finish()`` where
+    there is a budget.
 
     Args:
         accelerator: Has prepared model and optimizer.

@@ -24,7 +24,9 @@ class RetentionCallback(TrainerCallback):
     The guard counts optimizer steps, whatever the gradient accumulation. Its baselines and history
     are in Trainer's own checkpoints, so that ``trainer.train(resume_from_checkpoint=True)`` goes on
     with them. A roll-back restores model, optimizer, scheduler and random numbers; the position in
-    the data and ``global_step`` are Trainer's, and stay.
+    the data and ``global_step`` are Trainer's, and stay. With a ``budget`` or ``on_end`` the model
+    has the weights of :meth:`~cl_optim.retention.RetentionGuard.finish` when training ends; those
+    of Trainer's last checkpoint are the ones before.
 
     Args:
         evaluations: As for the guard.
@@ -84,6 +86,13 @@ class RetentionCallback(TrainerCallback):
         if self.guard.step():
             control.should_training_stop = True
         _states(state)[self._key] = self.guard.state_dict()
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Go back a part of the way where the guard has a budget, or ``on_end``."""
+        assert self.guard is not None  # training has begun
+        self.guard.finish()
 
 
 def _states(state: TrainerState) -> dict[str, Any]:

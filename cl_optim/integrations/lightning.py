@@ -16,7 +16,9 @@ class RetentionCallback(Callback):
     The guard counts optimizer steps, whatever the gradient accumulation. Its baselines and history
     are in Lightning's own checkpoints, so that ``trainer.fit(..., ckpt_path=...)`` goes on with
     them. A roll-back restores model, optimizer, scheduler and random numbers; the position in the
-    data and ``global_step`` are Lightning's, and stay.
+    data and ``global_step`` are Lightning's, and stay. With a ``budget`` or ``on_end`` the module
+    has the weights of :meth:`~cl_optim.retention.RetentionGuard.finish` when training ends; those
+    of Lightning's last checkpoint are the ones before.
 
     Args:
         evaluations: As for the guard; they are given the LightningModule.
@@ -76,6 +78,11 @@ class RetentionCallback(Callback):
         self._global_step = trainer.global_step
         if self.guard.step():
             trainer.should_stop = True
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Go back a part of the way where the guard has a budget, or ``on_end``."""
+        assert self.guard is not None  # training has begun
+        self.guard.finish()
 
     def state_dict(self) -> dict[str, Any]:
         """Return the guard's state; empty before training."""

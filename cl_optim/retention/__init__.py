@@ -12,7 +12,7 @@ from cl_optim.retention.checkpoint.stream import DataStream
 from cl_optim.retention.diagnosis.compare import diagnose
 from cl_optim.retention.diagnosis.corpora import read_corpus
 from cl_optim.retention.diagnosis.findings import Conflict, Diagnosis, LabelDrift
-from cl_optim.retention.distillation.divergence import divergence
+from cl_optim.retention.distillation.divergence import divergence, old_outputs
 from cl_optim.retention.distillation.loss import distillation_loss
 from cl_optim.retention.distillation.old_model import OldModel
 from cl_optim.retention.distillation.stored import TopK, top_k
@@ -67,6 +67,7 @@ __all__ = [
     "divergence",
     "interpolate",
     "interpolation_curve",
+    "old_outputs",
     "quantized",
     "read_corpus",
     "self_written",

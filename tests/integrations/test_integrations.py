@@ -108,6 +108,32 @@ def test_huggingface_stops_and_rolls_back(tmp_path):
     assert distance(model) == dict(good)["distance"]  # of step 2
 
 
+def far(model, start):
+    """1 plus a distance: a budget is of the distance."""
+    return (
+        1.0
+        + sum(
+            (p.detach() - old).square().sum().item()
+            for p, old in zip(model.parameters(), start, strict=True)
+        )
+        ** 0.5
+    )
+
+
+def test_huggingface_keeps_a_budget(tmp_path):
+    from cl_optim.integrations.huggingface import RetentionCallback
+
+    model = tiny_gpt2()
+    start = [p.detach().clone() for p in model.parameters()]
+    old = Evaluation("old", lambda now: far(now, start), higher_is_better=False)
+    callback = RetentionCallback([old], budget=0.1, every=2)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    huggingface_trainer(tmp_path, model, optimizer, callback).train()
+    assert [check.step for check in callback.guard.history] == [0, 2, 4, 6, 6]
+    assert callback.guard.history[-2].measured[0].loss > 0.1
+    assert 0.05 < far(model, start) - 1.0 <= 0.1 + 1e-6
+
+
 def test_huggingface_resumes_two_guards_each_with_its_own_state(tmp_path):
     from cl_optim.integrations.huggingface import RetentionCallback
 
@@ -337,6 +363,18 @@ def test_lightning_stops_and_rolls_back(tmp_path):
     assert trainer.global_step == 4
     good = dict(values(callback.guard)[1])["distance"]
     assert distance(module) == good
+
+
+def test_lightning_keeps_a_budget(tmp_path):
+    from cl_optim.integrations.lightning import RetentionCallback
+
+    module = lightning_module(lambda one: torch.optim.AdamW(one.parameters(), lr=0.1))
+    start = [p.detach().clone() for p in module.parameters()]
+    old = Evaluation("old", lambda now: far(now, start), higher_is_better=False)
+    callback = RetentionCallback([old], budget=0.1, every=2)
+    lightning_fit(tmp_path, module, callback, epochs=2)
+    assert callback.guard.history[-2].measured[0].loss > 0.1
+    assert 0.05 < far(module, start) - 1.0 <= 0.1 + 1e-6
 
 
 def test_lightning_with_several_optimizers_is_a_sentence():

@@ -1,23 +1,26 @@
-"""How far a model's outputs are from what they were: KL(old ‖ new), streamed."""
+"""How far outputs are from what they were: KL(old ‖ new), streamed, and as an evaluation."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from cl_optim.ops.formats import arithmetic_dtype
 from cl_optim.ops.passes import eval_mode, unobserved
 from cl_optim.retention.distillation.loss import distillation_loss
 from cl_optim.retention.distillation.old_model import OldModel, old_model
 from cl_optim.retention.distillation.stored import check_finite, top_k
+from cl_optim.retention.guard.evaluation import Evaluation
 from cl_optim.retention.interpolation.old_weights import Old
 
 # Runs a model, or what stands for it, on a batch: returns logits [n, ..., V].
 Forward = Callable[[Callable[..., Any], Any], Tensor]
 
 _CHUNK = 4096
+_TARGETS = ("labels", "old")  # of a batch, and no inputs: "old" are stored outputs
 
 
 def divergence(
@@ -69,6 +72,89 @@ def divergence(
     return total / count
 
 
+def old_outputs(
+    model: nn.Module,
+    old: OldModel | Old | None,
+    batches: Collection[Any],
+    *,
+    name: str = "old outputs",
+    forward: Forward | None = None,
+    mask: Callable[[Any], Tensor | None] | None = None,
+) -> Evaluation:
+    """Make an evaluation of what a model said before, which needs neither labels nor old data.
+
+    Its number is the cross-entropy of the old model's outputs under those of now, in nats per
+    position: H(old) + KL(old ‖ new). At the start that is H(old), and the relative loss of it
+    KL/H: on text that the old model wrote itself, the part of its bits that it has lost. So a
+    budget can be given to :class:`~cl_optim.retention.RetentionGuard` and
+    :func:`~cl_optim.retention.interpolate` where nothing of the old task is left.
+
+    Args:
+        model: As for :func:`divergence`, as are the others.
+        old: What it was.
+        batches: Inputs, such as a list of ``self_written(...).sample(n)``; they are gone through at
+            each evaluation.
+        name: Of the evaluation.
+        forward: Runs a model on a batch and returns logits.
+        mask: Which positions of a batch count.
+
+    Raises:
+        ValueError: As for :func:`divergence`; or the old model is certain of everything, so that
+            nothing can be lost relative to that.
+        TypeError: ``batches`` can be gone through only once.
+
+    Example:
+        .. code-block:: python
+
+            own = retention.self_written(language_model, 256, 64)
+            opt.consolidate(cl_optim.estimate_fisher(language_model, [own.sample(64)], "sample"))
+            was = retention.OldModel(language_model, opt)
+            kept = retention.old_outputs(language_model, was, [own.sample(64) for _ in range(4)])
+            guard = RetentionGuard(language_model, opt, [kept], budget=0.05)
+    """
+    if not isinstance(batches, Collection):
+        raise TypeError(
+            f"batches must be a list, or what can be gone through again, not "
+            f"{type(batches).__name__}: each evaluation goes through them."
+        )
+    was = old_model(model, old)
+    entropy = _entropy(was, batches, forward or logits_of, mask)
+    if not entropy > 0.0:
+        raise ValueError(
+            "the old model is certain of its outputs on all batches: losses are relative to their "
+            "entropy; give batches on which it is not."
+        )
+
+    def measure(now: nn.Module) -> float:
+        return entropy + divergence(now, was, batches, forward=forward, mask=mask)
+
+    return Evaluation(name, measure, higher_is_better=False)
+
+
+def _entropy(
+    was: OldModel,
+    batches: Iterable[Any],
+    run: Forward,
+    mask: Callable[[Any], Tensor | None] | None,
+) -> float:
+    """Return the mean entropy of the old outputs, in nats per position."""
+    total, count = 0.0, 0
+    for batch in batches:
+        logits = run(was, batch)
+        check_finite(logits, "the old model's logits")
+        counted = mask_of(batch, logits) if mask is None else mask(batch)
+        rows = logits.flatten(0, -2)
+        if counted is not None:
+            rows = rows[counted.to(rows.device).flatten() != 0]
+        for part in torch.split(rows, _CHUNK):
+            log_probs = torch.log_softmax(part.to(arithmetic_dtype(part)), -1)
+            total += float(torch.special.entr(log_probs.exp()).double().sum())
+        count += len(rows)
+    if count == 0:
+        raise ValueError("batches have no position that counts: give some inputs.")
+    return total / count
+
+
 def logits_of(model: Callable[..., Any], batch: Any) -> Tensor:
     """Run a model on a batch, and return its logits, [n, ..., V].
 
@@ -76,7 +162,7 @@ def logits_of(model: Callable[..., Any], batch: Any) -> Tensor:
         TypeError: The output has none.
     """
     if isinstance(batch, Mapping):
-        output = model(**{key: value for key, value in batch.items() if key != "labels"})
+        output = model(**{key: value for key, value in batch.items() if key not in _TARGETS})
     else:
         output = model(batch[0] if isinstance(batch, (tuple, list)) else batch)
     logits = getattr(output, "logits", output)

@@ -12,7 +12,8 @@ class LambdaController:
 
     At a breach the factor is multiplied by ``raise_by``, up to ``limit``. Where no old task has
     lost more than half the threshold it is divided by √raise_by, down to 1: the λ that the user
-    chose is never undercut. In between it stays.
+    chose is never undercut. In between it stays. Under a budget (:meth:`steer`) it goes both ways,
+    from 1/limit to limit.
 
     A λ that the user sets in the meantime, or brings with a new group, is the present one from
     then on: what it relaxes to changes in proportion.
@@ -60,6 +61,20 @@ class LambdaController:
         """Lower λ after a check in which nothing was lost that matters."""
         self._notice()
         self._set(max(self.factor / self._raise_by**0.5, 1.0))
+
+    def steer(self, used: float) -> None:
+        """Protect more the more of a budget is used, and less the less: at 1 λ stays.
+
+        The factor is multiplied by raise_by to the power of used − 1, which is at least −½ and at
+        most 1: so it doubts what a single check says.
+
+        Args:
+            used: What an old task has lost, as a part of the budget; negative where it has gained.
+        """
+        self._notice()
+        power = min(max(used - 1.0, -0.5), 1.0)
+        factor = self.factor * self._raise_by**power
+        self._set(min(max(factor, 1.0 / self._limit), self._limit))
 
     def apply(self) -> None:
         """Set the groups' λ again, after a roll-back has set them to what they were."""

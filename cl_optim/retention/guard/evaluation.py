@@ -94,3 +94,8 @@ class Check:
     action: str = ""
     rolled_back_to: int | None = None
     stopped: bool = False
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether all numbers are."""
+        return all(math.isfinite(one.value) for one in self.measured)

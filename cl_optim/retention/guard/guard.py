@@ -23,6 +23,9 @@ from cl_optim.retention.guard.judge import Judge, packed
 from cl_optim.retention.guard.loggers import Logger
 from cl_optim.retention.guard.quantize import Quantize
 from cl_optim.retention.guard.report import Report
+from cl_optim.retention.guard.way_back import WayBack
+from cl_optim.retention.interpolation.curve import Curve
+from cl_optim.retention.interpolation.old_weights import Old
 
 Action = Literal["warn", "stop", "raise_lambda", "rollback"]
 
@@ -51,12 +54,19 @@ class RetentionGuard:
         Everything goes back, and training goes on with a larger λ; where λ is at its limit, it is
         stopped there.
 
+    With a ``budget`` none of these is asked for: "lose at most so much of any old task". Where the
+    optimizer has a λ, it is raised while more than the budget is lost and lowered while less is
+    (:meth:`LambdaController.steer`), and when training is over, :meth:`finish` goes back towards
+    the old weights as far as it must. Without old data let ``retention.old_outputs`` be the
+    evaluation.
+
     It is made for one process. Where several train one model, the evaluations must give the same
     number in each, and checkpoints are the trainer's business: leave out ``folder``.
 
-    With a ``folder``, every check without a breach is followed by a checkpoint of model, optimizer
-    (importance and anchors included), scheduler, data position, random number generators and
-    whatever ``extra`` names. :meth:`resume` continues a run from it in a new process.
+    With a ``folder``, every check without a breach, or under a budget, is followed by a checkpoint
+    of model, optimizer (importance and anchors included), scheduler, data position, random number
+    generators and whatever ``extra`` names. :meth:`resume` continues a run from it in a new
+    process.
 
     Args:
         model: The network in training.
@@ -78,8 +88,15 @@ class RetentionGuard:
             weights, too. An evaluation "English" has a second one "English (int8)" with its own
             baseline.
         loggers: Where each check is written.
-        raise_by: For ``"raise_lambda"``: see :class:`LambdaController`.
+        raise_by: For ``"raise_lambda"`` and a budget: see :class:`LambdaController`.
         limit: The same.
+        budget: The part of any old task that may be lost at the end, in (0, 1). In place of
+            ``threshold`` and ``on_breach``; numbers that are not finite stop training.
+        on_end: ``"interpolate"``: :meth:`finish` sets the weights between the old ones and the new;
+            a budget implies it, and the threshold is one.
+        old: The old weights, as for :func:`cl_optim.retention.interpolate`. None: the optimizer's
+            anchors where every trained parameter has one; else a copy from :meth:`start`, in the
+            folder if there is one, or in the CPU's memory.
 
     Raises:
         ValueError: An argument is out of range, or two do not go together.
@@ -105,7 +122,7 @@ class RetentionGuard:
         evaluations: Iterable[Evaluation],
         *,
         threshold: float = 0.10,
-        on_breach: Action | Sequence[Action] = "stop",
+        on_breach: Action | Sequence[Action] | None = None,
         every: int = 100,
         folder: str | os.PathLike[str] | None = None,
         keep: int = 3,
@@ -117,12 +134,32 @@ class RetentionGuard:
         loggers: Iterable[Logger] = (),
         raise_by: float = 3.0,
         limit: float = 1000.0,
+        budget: float | None = None,
+        on_end: Literal["interpolate"] | None = None,
+        old: Old | None = None,
     ) -> None:
         self._judge = Judge(evaluations, useful, quantize)
         if not 0.0 < threshold < 1.0:
             raise ValueError(f"threshold must be between 0 and 1, both excluded, not {threshold}.")
         check_whole("every", every)
-        self._actions = _check_actions(on_breach)
+        if on_end not in (None, "interpolate"):
+            raise ValueError(f"on_end must be 'interpolate' or None, not {on_end!r}.")
+        if budget is not None:
+            if not 0.0 < budget < 1.0:
+                raise ValueError(f"budget must be between 0 and 1, both excluded, not {budget}.")
+            if on_breach is not None:
+                raise ValueError(
+                    f"on_breach must be left out beside a budget, not {on_breach!r}: the budget is "
+                    "kept by λ and, at the end, by interpolation."
+                )
+            threshold, on_end = budget, "interpolate"
+        if on_end is not None and not self._judge.guards_any:
+            raise ValueError(
+                "useful names all old tasks: there is nothing to keep within a budget."
+            )
+        if old is not None and on_end is None:
+            raise ValueError("old is for on_end='interpolate' or a budget: give one of them.")
+        self._actions = ("stop",) if on_breach is None else _check_actions(on_breach)
         if "rollback" in self._actions and folder is None:
             raise ValueError("on_breach='rollback' needs a folder for its checkpoints.")
         if folder is not None and _processes() > 1:
@@ -132,6 +169,8 @@ class RetentionGuard:
             )
         self.model = model
         self.optimizer = optimizer
+        self.budget = budget
+        self._way_back = None if on_end is None else WayBack(model, optimizer, old, folder)
         self.threshold = threshold
         self.every = every
         self.loggers = tuple(loggers)
@@ -141,7 +180,7 @@ class RetentionGuard:
         self.stopped = False
         self._controller = (
             LambdaController(optimizer, raise_by, limit)
-            if "raise_lambda" in self._actions
+            if "raise_lambda" in self._actions or (budget is not None and largest_lambda(optimizer))
             else None
         )
         parts: dict[str, Stateful | None] = {
@@ -184,6 +223,8 @@ class RetentionGuard:
                 raise ValueError(f"baselines has {name!r}, which is no evaluation's name.")
         start = {**values, **given}
         self._judge.check_baselines(start)
+        if self._way_back is not None:
+            self._way_back.start()
         self.baselines = start
         try:
             check = self._compare(values)
@@ -232,16 +273,44 @@ class RetentionGuard:
         """
         self._require_started()
         check = self._compare(self._measured())
-        if check.breached:
+        if self.budget is not None and check.is_finite:
+            check = self._steer(check)
+        elif check.breached:
             check = self._act(check)
         elif self._controller is not None and not self._judge.breached(
             check.measured, self.threshold / 2
         ):
             self._controller.relax()
         self._record(check)
-        if not check.breached:
+        if not check.breached or (self.budget is not None and check.is_finite):
             self._save()
         return check
+
+    def finish(self) -> Curve | None:
+        """End the run: go back towards the old weights until what is lost fits the budget.
+
+        What the weights lose no more than the budget of, or the threshold, stays as it is. Nothing
+        is done without ``on_end`` or a budget. The last check of the history is that of the weights
+        afterwards; the optimizer's moments are those of before.
+
+        Returns:
+            What was measured on the way; None where nothing was to be done.
+
+        Raises:
+            RuntimeError: :meth:`start` or :meth:`resume` has not been called.
+            ValueError: As for :func:`cl_optim.retention.interpolate`.
+        """
+        self._require_started()
+        if self._way_back is None:
+            return None
+        settle(self.optimizer)
+        curve = self._way_back.go(self._judge.of_weights(), self.threshold)
+        check = self._compare(self._measured())
+        if curve.alpha < 1.0:
+            action = f"went back to α = {curve.alpha:.3g} of the way from the old weights."
+            check = replace(check, action=action)
+        self._record(check)
+        return curve
 
     def report(self) -> Report:
         """Say what is retained of each task, what was learned, where it stopped, what is next."""
@@ -350,6 +419,15 @@ class RetentionGuard:
         if self._actions == ("warn",):
             warn(f"step {check.step}: {action}", RetentionWarning)
         return replace(check, action=action, rolled_back_to=back, stopped=self.stopped)
+
+    def _steer(self, check: Check) -> Check:
+        assert self.budget is not None
+        if self._controller is None:
+            return check
+        before = largest_lambda(self.optimizer)
+        self._controller.steer(self._judge.most_lost(check.measured) / self.budget)
+        now = largest_lambda(self.optimizer)
+        return check if now == before else replace(check, action=f"λ is {now:g} now.")
 
     def _roll_back(self) -> int:
         assert self._checkpoints is not None  # the constructor saw to it

@@ -93,6 +93,22 @@ class Judge:
             or (self._guards(one.evaluation) and one.loss > threshold)
         )
 
+    def most_lost(self, measured: Iterable[Measured]) -> float:
+        """Return the largest relative loss of a guarded task; −∞ where there is none."""
+        losses = (one.loss for one in measured if self._guards(one.evaluation))
+        return max(losses, default=-math.inf)
+
+    @property
+    def guards_any(self) -> bool:
+        """Whether there is an old task whose forgetting is not wanted."""
+        return any(map(self._guards, self._all))
+
+    def of_weights(self) -> list[Evaluation]:
+        """Return the evaluations of the model itself; those of useful tasks guard nothing."""
+        return [
+            replace(one, role="mixed") if one.name in self.wanted else one for one in self._plain
+        ]
+
     def compare(
         self, values: Mapping[str, float], baselines: Mapping[str, float]
     ) -> tuple[Measured, ...]:

@@ -55,7 +55,7 @@ class Report:
             stopped_at=None if ending is None else ending.step,
             back_at=(ending or last).rolled_back_to,
             lost=sum(map(_has_lost, history)),
-            diverged=sum(not _is_finite(check) for check in history),
+            diverged=sum(not check.is_finite for check in history),
             recommendation=_recommend(last),
         )
 
@@ -140,10 +140,6 @@ def _present(history: Sequence[Check]) -> Check:
     return next(good, last)
 
 
-def _is_finite(check: Check) -> bool:
-    return all(math.isfinite(one.value) for one in check.measured)
-
-
 def _has_lost(check: Check) -> bool:
     """Return whether there was a breach by forgetting, not only by numbers that are not finite."""
     return any(
@@ -166,7 +162,7 @@ def _retained(one: Measured) -> str:
 
 def _recommend(last: Check) -> str:
     gains = [one.loss for one in last.measured if one.evaluation.role == "new"]
-    if not _is_finite(last):
+    if not last.is_finite:
         return "Recommendation: lower the learning rate and clip gradients: training diverged."
     if last.breached:
         names = ", ".join(last.breached)

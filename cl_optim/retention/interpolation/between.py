@@ -45,7 +45,7 @@ def interpolate(
     r"""Set a model's weights to θ* + α(θ − θ*), between the old ones and those that it has.
 
     Either α is given, or the largest one is looked for that loses no more than ``budget`` of any
-    old task: by bisection, so that about 1 + log₂(1/tolerance) α's are evaluated. What the new
+    old task: by bisection, so that about 1 + log₂(1/(α·tolerance)) α's are evaluated. What the new
     weights lose no more than the budget of stays as it is. Of losses that do not rise all the way
     the result says so; the weights taken are always some that were measured to fit.
 
@@ -69,7 +69,7 @@ def interpolate(
         evaluate: What measures old tasks (``role="old"``, one at least) and, only to be shown,
             new ones.
         budget: The part of an old task that may be lost, in (0, 1), of what the old weights reach.
-        tolerance: How exactly α is found, in (0, 1).
+        tolerance: How exactly α is found, as a part of it, in (0, 1); below its square, α is 0.
         importance: F* of the old task and F of the new one, by parameter name.
         recalibrate: Runs the model on some batches. Batch norms average their statistics over
             these.
@@ -170,6 +170,28 @@ def interpolation_curve(
     return Curve(points.found, 1.0)
 
 
+def check_between(model: nn.Module, old: Old) -> None:
+    """Refuse old weights that a model cannot be interpolated with, before it is trained.
+
+    Raises:
+        TypeError: As for :func:`interpolate`.
+        ValueError: Likewise.
+    """
+    tensors = dict([*model.named_parameters(), *model.named_buffers()])
+    check_local(tensors)
+    values, missing = matched(old_weights(old, model), model, strict=True)
+    _check_adapters(tensors, values)
+    _check_present([name for name in missing if not _is_adapter(name)])
+
+
+def _check_present(missing: Sequence[str]) -> None:
+    if missing:
+        raise ValueError(
+            f"old has nothing for {listed(missing)}: give all the old weights, or strict=False "
+            "to leave these as they are."
+        )
+
+
 def _all_of(evaluate: Evaluation | Iterable[Evaluation]) -> list[Evaluation]:
     return [evaluate] if isinstance(evaluate, Evaluation) else list(evaluate)
 
@@ -202,7 +224,7 @@ def _largest(points: _Points, budget: float, tolerance: float) -> float:
     if points.at(1.0).loss <= budget:
         return 1.0
     low, high = 0.0, 1.0
-    while high - low > tolerance:
+    while high - low > tolerance * max(low, tolerance):
         middle = (low + high) / 2
         if points.at(middle).loss <= budget:
             low = middle
@@ -252,11 +274,8 @@ class _Line:
         values, missing = matched(old_weights(old, model), model, strict=strict)
         scaled = _check_adapters(tensors, values)
         missing = [name for name in missing if not _is_adapter(name)]
-        if strict and missing:
-            raise ValueError(
-                f"old has nothing for {listed(missing)}: give all the old weights, or strict=False "
-                "to leave these as they are."
-            )
+        if strict:
+            _check_present(missing)
         if missing:
             _LOGGER.info("not interpolated, as there is nothing old of them: %s.", listed(missing))
         weights = None if importance is None else [named_like(one, tensors) for one in importance]

@@ -1,0 +1,101 @@
+"""The old weights of a guarded run, and how far back towards them it ends."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from cl_optim.retention.guard.evaluation import Evaluation
+from cl_optim.retention.interpolation.between import check_between, interpolate
+from cl_optim.retention.interpolation.curve import Curve
+from cl_optim.retention.interpolation.old_weights import Old, anchors_of
+
+_FILE = "old-weights.safetensors"
+
+
+class WayBack:
+    """Knows the weights that a run began with, wherever they are.
+
+    Args:
+        model: The network in training.
+        optimizer: Its optimizer.
+        old: The old weights; None: the optimizer's anchors where all trained parameters have one,
+            else a copy that :meth:`start` makes.
+        folder: Where the copy goes; None: into memory.
+
+    Raises:
+        ValueError: ``old`` does not fit the model.
+        TypeError: It is of an unknown kind.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        old: Old | None,
+        folder: str | os.PathLike[str] | None,
+    ) -> None:
+        self._model = model
+        self._optimizer = optimizer
+        self._file = None if folder is None else Path(folder) / _FILE
+        self._old = old
+        if old is not None:
+            check_between(model, old)
+
+    def start(self) -> None:
+        """Find the old weights, or copy those of now: before training.
+
+        Raises:
+            ValueError: There is no way between them and others of this model.
+        """
+        if self._old is not None:
+            return
+        if self._has_anchors():
+            if self._file is not None:
+                self._file.unlink(missing_ok=True)  # of another run
+            return
+        moving: dict[str, Tensor] = {
+            name: p for name, p in self._model.named_parameters() if p.requires_grad
+        }
+        moving.update((n, b) for n, b in self._model.named_buffers() if b.is_floating_point())
+        copy = {
+            name: value.detach().to("cpu", copy=True).contiguous() for name, value in moving.items()
+        }
+        check_between(self._model, copy)
+        if self._file is None:
+            self._old = copy
+            return
+        self._file.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = self._file.with_suffix(".unfinished")
+        save_file(copy, unfinished)
+        os.replace(unfinished, self._file)
+
+    def go(self, evaluations: Sequence[Evaluation], budget: float) -> Curve:
+        """Go back as far as a budget asks for.
+
+        Raises:
+            ValueError: The old weights are not known any more, or as for ``interpolate``.
+        """
+        old = self._old
+        if old is None and self._file is not None and self._file.is_file():
+            old = self._file  # rather than anchors, which may have come since
+        if old is None and self._has_anchors():
+            old = self._optimizer
+        if old is None:
+            raise ValueError(
+                "the weights that the run began with are not known in this process: give them as "
+                "old=, or the guard a folder from the start."
+            )
+        return interpolate(self._model, old, evaluate=evaluations, budget=budget)
+
+    def _has_anchors(self) -> bool:
+        try:
+            anchors = anchors_of(self._optimizer, self._model)
+        except ValueError:
+            return False
+        return all(name in anchors for name, p in self._model.named_parameters() if p.requires_grad)

@@ -106,11 +106,12 @@ def old_outputs(
     Example:
         .. code-block:: python
 
-            own = retention.self_written(language_model, 256, 64)
-            opt.consolidate(cl_optim.estimate_fisher(language_model, [own.sample(64)], "sample"))
-            was = retention.OldModel(language_model, opt)
-            kept = retention.old_outputs(language_model, was, [own.sample(64) for _ in range(4)])
-            guard = RetentionGuard(language_model, opt, [kept], budget=0.05)
+            from cl_optim import retention
+
+            opt.consolidate(importance)
+            was = retention.OldModel(model, opt)
+            kept = retention.old_outputs(model, was, list(new_loader))
+            guard = RetentionGuard(model, opt, [kept], budget=0.05)
     """
     if not isinstance(batches, Collection):
         raise TypeError(

@@ -50,6 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     _add_demo(commands.add_parser("demo", help="forgetting, and what prevents it, on real data"))
     _add_report(commands.add_parser("report", help="what an importance log says"))
     _add_diagnose(commands.add_parser("diagnose", help="how far new training data are from old"))
+    _add_check(commands.add_parser("check", help="how much a tuned language model forgot"))
     _add_info(commands.add_parser("info", help="versions and compiled kernels"))
     arguments = parser.parse_args(argv)
     run: Callable[[argparse.Namespace], int] = arguments.run
@@ -208,6 +209,52 @@ def _diagnose(parser: argparse.ArgumentParser, arguments: argparse.Namespace) ->
     else:
         show(diagnosis)
     return 0
+
+
+# --- cl-optim check ---
+
+
+def _add_check(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Measure a language model and what fine-tuning made of it on texts of what it should still "
+        "know: bits per byte, accuracy of the next token, KL to the base. Exits with 2 where more "
+        "is lost than --budget allows."
+    )
+    parser.add_argument("base", metavar="BASE", help="a folder of transformers', or a hub's name")
+    parser.add_argument("tuned", metavar="TUNED", help="likewise; or an adapter of peft")
+    parser.add_argument(
+        "--texts", type=Path, nargs="+", required=True, metavar="FILE",
+        help="UTF-8 text, or .jsonl with 'text', or 'prompt' and 'answer'",
+    )  # fmt: skip
+    parser.add_argument(
+        "--budget", type=float, metavar="PART",
+        help="the part of the base's bits per byte that may come on top: 0.05",
+    )  # fmt: skip
+    parser.add_argument(
+        "--length", type=int, default=512, metavar="TOKENS", help="of a window (512)"
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    parser.set_defaults(run=lambda arguments: _check(parser, arguments))
+
+
+def _check(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> int:
+    if importlib.util.find_spec("transformers") is None:
+        parser.error("checking models needs transformers: pip install transformers")
+    if not arguments.json:
+        _require_rich(parser, "printing a comparison")
+    from cl_optim.retention.forgetting.command import check_models, show
+
+    try:
+        found = check_models(
+            arguments.base, arguments.tuned, arguments.texts, arguments.budget, arguments.length
+        )
+    except (OSError, ValueError) as error:
+        parser.error(str(error).splitlines()[0])
+    if arguments.json:
+        print(json.dumps(found.to_json(), ensure_ascii=False, indent=2))
+    else:
+        show(found)
+    return 2 if found.breached else 0
 
 
 # --- cl-optim info ---

@@ -16,6 +16,7 @@ from cl_optim.retention.distillation.divergence import divergence, old_outputs
 from cl_optim.retention.distillation.loss import distillation_loss
 from cl_optim.retention.distillation.old_model import OldModel
 from cl_optim.retention.distillation.stored import TopK, top_k
+from cl_optim.retention.forgetting.compare import Comparison, Forgotten, compare_models
 from cl_optim.retention.guard.controller import LambdaController
 from cl_optim.retention.guard.evaluation import Check, Evaluation, Measured
 from cl_optim.retention.guard.guard import RetentionGuard, RetentionWarning
@@ -38,11 +39,13 @@ __all__ = [
     "CheckpointError",
     "CheckpointWarning",
     "Checkpoints",
+    "Comparison",
     "Conflict",
     "Curve",
     "DataStream",
     "Diagnosis",
     "Evaluation",
+    "Forgotten",
     "Growth",
     "InterpolationWarning",
     "LabelDrift",
@@ -62,6 +65,7 @@ __all__ = [
     "TensorBoardLogger",
     "TopK",
     "adapters",
+    "compare_models",
     "diagnose",
     "distillation_loss",
     "divergence",

@@ -1,0 +1,1 @@
+"""How much a language model forgot: a tuned one beside what it was, on texts; see ``command``."""

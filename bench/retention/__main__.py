@@ -13,6 +13,7 @@ from bench.retention.commands import Choice, run, run_published, run_strength, r
 from bench.retention.text.commands import run_text_demo
 from bench.retention.text.corpora import english, from_file, python_code
 from bench.retention.text.model import Sizes
+from bench.retention.text.runs import FAMILIES
 from cl_optim.cli import Parser, train
 from cl_optim.demo.arguments import MAX_SEEDS, add_length, add_out, whole_number
 from cl_optim.demo.commands import new_console
@@ -138,7 +139,8 @@ def _add_strength(parser: argparse.ArgumentParser) -> None:
 def _add_text(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         "A byte-level transformer learns English (CPython's help texts), then Python code (the "
-        "standard library), or any two files: with AdamW, EWC, GEM, replay, and EWC with replay. "
+        "standard library), or any two files: with AdamW, EWC, GEM, replay, text that the old "
+        "model wrote, LwF, and EWC with some of them. "
         "What each keeps of the first text, and what that costs on the second."
     )
     parser.add_argument("old", type=Path, nargs="?", metavar="OLD", help="the text to keep")
@@ -148,6 +150,10 @@ def _add_text(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--processes", type=whole(1, 256), default=2, metavar="P",
         help="runs at the same time, each with one thread (2)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--families", nargs="+", choices=FAMILIES, default=FAMILIES, metavar="FAMILY",
+        help=f"of methods, beside AdamW: {'; '.join(FAMILIES)} (all)",
     )  # fmt: skip
     add_out(parser, OUT)
     for name, high, help_ in _SIZES:
@@ -170,7 +176,8 @@ def _text(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> int
         else:
             old, new = from_file(arguments.old), from_file(arguments.new)
         seeds, processes, out = arguments.seeds, arguments.processes, arguments.out
-        run_text_demo(old, new, sizes, seeds, processes, out, new_console())
+        families = arguments.families
+        run_text_demo(old, new, sizes, seeds, processes, families, out, new_console())
 
     return train(parser, "this", arguments.out, run_on_texts)
 

@@ -23,10 +23,12 @@ from bench.retention.text.runs import (
     Run,
     _batches,
     _kept,
+    _objective,
     learn_new,
     learn_old,
 )
 from cl_optim.demo.scenarios import DataError
+from cl_optim.retention import ReplayBuffer
 
 SIZES = Sizes(
     width=8, layers=1, heads=2, context=16, batch=8, old_steps=6, new_steps=4, kept=32, held_out=9
@@ -119,6 +121,43 @@ def test_replay_replaces_that_part_of_the_batches_by_kept_windows(fraction):
     assert abs(share - fraction) < 4 * deviation
 
 
+def objective_of(method):
+    """Its loss, the model as it was, and as it is after a change."""
+    old, new = corpus("old", text(0)), corpus("new", text(1))
+    learned = learn_old(old, new, SIZES, seed=0)
+    was, model = (ByteTransformer(SIZES) for _ in range(2))
+    for one in (was, model):
+        one.load_state_dict(learned.weights)
+    with torch.no_grad():
+        model.head.bias += torch.randn(256)
+    windows = new.windows(SIZES.batch, SIZES.context + 1, torch.Generator().manual_seed(0))
+    return _objective(method, model, learned, SIZES), was.eval(), model.eval(), learned, windows
+
+
+def divergence(was, model, x):
+    p, q = (torch.log_softmax(one(x).double(), -1) for one in (was, model))
+    return (p.exp() * (p - q)).sum(-1)
+
+
+def test_learning_without_forgetting_adds_the_divergence_on_the_new_text():
+    objective, was, model, _, windows = objective_of(Method("LwF", "LwF", lwf=0.3))
+    with torch.no_grad():
+        expected = loss(model, windows) + 0.3 * divergence(was, model, windows[:, :-1]).mean()
+        assert float(objective(windows)) == pytest.approx(float(expected), rel=1e-4)
+
+
+def test_self_written_windows_take_the_place_of_new_ones(monkeypatch):
+    monkeypatch.setattr("bench.retention.text.runs.TOP", 256)  # all, so that nothing is rounded off
+    objective, was, model, learned, windows = objective_of(Method("own", "own", own=0.25))
+    drawn = ReplayBuffer(SIZES.kept, seed=0)
+    drawn.add(learned.own)
+    own = drawn.sample(2)["input_ids"]  # a quarter of 8
+    with torch.no_grad():
+        sums = [loss(model, windows[2:]) * 6 * SIZES.context, divergence(was, model, own).sum()]
+        expected = sum(map(float, sums)) / (8 * SIZES.context)
+        assert float(objective(windows)) == pytest.approx(expected, rel=1e-3)
+
+
 def test_methods_begin_alike_and_a_run_is_repeatable():
     old, new = corpus("old", text(0)), corpus("new", text(1))
     learned = learn_old(old, new, SIZES, seed=0)
@@ -192,6 +231,24 @@ def test_where_nothing_is_forgotten_there_is_nothing_to_keep():
     one = results(0.5, adamw_old=1.9)
     assert math.isnan(one.kept(METHODS[1]).mean)
     assert one.verdicts == ["AdamW did not forget old with every seed: there is nothing to keep."]
+
+
+def test_some_families_only(tmp_path, capsys):
+    old, new, out = tmp_path / "old.bin", tmp_path / "new.bin", tmp_path / "out"
+    old.write_bytes(text(0))
+    new.write_bytes(text(1))
+    sizes = ["--width", "8", "--layers", "1", "--context", "16", "--batch", "4"]
+    steps = ["--old-steps", "4", "--new-steps", "5", "--seeds", "2", "--processes", "1"]
+    chosen = ["--families", "LwF", "EWC + self-written"]
+    arguments = [str(old), str(new), *sizes, *steps, *chosen, "--out", str(out)]
+    assert retention.main(["text", *arguments]) == 0
+    labels = [
+        line.split("|")[1].strip()
+        for line in (out / "text-demo.md").read_text().splitlines()
+        if "|" in line
+    ]
+    assert labels[2:] == ["AdamW", "LwF, 0.3", "LwF, 1", "EWC, Kronecker + self-written 25%"]
+    capsys.readouterr()
 
 
 def test_the_command_writes_table_json_and_picture_for_any_two_files(tmp_path, capsys):

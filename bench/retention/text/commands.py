@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import tempfile
 import time
+from collections.abc import Collection
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import TypeVar
@@ -29,10 +30,11 @@ def run_text_demo(
     sizes: Sizes,
     seeds: int,
     processes: int,
+    families: Collection[str],
     out: Path,
     console: Console,
 ) -> Results:
-    """Learn the old text, then the new one by every method; print, write and draw the results.
+    """Learn the old text, then the new one by methods; print, write and draw the results.
 
     Args:
         old: The text that must not be forgotten.
@@ -40,16 +42,18 @@ def run_text_demo(
         sizes: Of model and training.
         seeds: How many; they are 0, 1, ...
         processes: Runs that are trained at the same time, each with one thread.
+        families: Of methods; AdamW, which all are compared with, is always there.
         out: An existing directory.
         console: Where to print.
     """
     start = time.perf_counter()
+    methods = [m for m in METHODS if m.family in families or m.family == ADAMW.family]
     spawn = multiprocessing.get_context("spawn")  # forking after torch's threads began hangs
     with (
         progress_bar(console) as bar,
         ProcessPoolExecutor(processes, spawn, torch.set_num_threads, (1,)) as pool,
     ):
-        task = bar.add_task(f"learning {old.name}", total=seeds * (1 + len(METHODS)) + 1)
+        task = bar.add_task(f"learning {old.name}", total=seeds * (1 + len(methods)) + 1)
         learned = _collect(
             [pool.submit(learn_old, old, new, sizes, seed) for seed in range(seeds)], bar, task
         )
@@ -58,7 +62,7 @@ def run_text_demo(
             [
                 pool.submit(learn_new, method, model, old, new, sizes)
                 for model in learned
-                for method in METHODS
+                for method in methods
             ],
             bar,
             task,

@@ -86,7 +86,11 @@ class ByteTransformer(nn.Module):
 
 def loss(model: nn.Module, windows: Tensor) -> Tensor:
     """Return mean nats per byte of windows [N, T + 1]."""
-    logits = model(windows[:, :-1])
+    return cross_entropy(model(windows[:, :-1]), windows)
+
+
+def cross_entropy(logits: Tensor, windows: Tensor) -> Tensor:
+    """Return mean nats per byte of windows [N, T + 1], given the logits of all but the last."""
     return F.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten())
 
 

@@ -16,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from bench.retention.text.results import COSTS, Results
-from bench.retention.text.runs import ALPHAS, BASE, GUARD_EVERY, Method
+from bench.retention.text.runs import ALPHAS, GUARD_EVERY, TOP, Method
 from cl_optim.demo.metrics import Interval
 from cl_optim.demo.picture import STYLE
 from cl_optim.demo.report import versions, write_markdown
@@ -29,6 +29,9 @@ _COLOURS = {
     "GEM": "#009e73",
     "replay": "#777777",
     "EWC + replay": "#cc79a7",
+    "self-written, KL": "#000000",
+    "LwF": "#a6761d",
+    "EWC + self-written": "#7570b3",
 }
 
 
@@ -55,7 +58,7 @@ def render(results: Results, table_box: box.Box = box.SIMPLE_HEAD) -> Renderable
         "cost, %",
     ):
         table.add_column(name, justify="left" if name == "Method" else "right")
-    for method in BASE:
+    for method in results.base:
         decayed = replace(method, decay=True)
         table.add_row(
             method.label,
@@ -71,7 +74,10 @@ def render(results: Results, table_box: box.Box = box.SIMPLE_HEAD) -> Renderable
         "Decay: the learning rate falls to 0 over the last four fifths. α: on the way from the end "
         f"back to the old weights ({len(ALPHAS)} points), the most that is kept at no more than "
         f"that cost. Replay replaces that part of each batch by some of {sizes.kept} kept windows "
-        f"of {old}; GEM's memory is the same windows, its row computed anew every 10 steps. EWC is "
+        f"of {old}; GEM's memory is the same windows, its row computed anew every 10 steps. "
+        f"Self-written: that part of each batch is replaced by some of {sizes.kept} windows that "
+        f"the old model wrote, and the loss there is KL to its {TOP} largest outputs; LwF: KL to "
+        "its outputs on the new text, times a weight. EWC is "
         "the proximal form. Nothing was tuned: every λ is a row."
     )
     guard = (
@@ -109,7 +115,7 @@ def draw(results: Results, path: Path) -> None:
         FigureCanvasAgg(figure)
         ends, ways = figure.subplots(1, 2, sharey=True)
         for family, colour in _COLOURS.items():
-            methods = [method for method in BASE if method.family == family]
+            methods = [method for method in results.base if method.family == family]
             _draw_ends(results, methods, ends, colour)
             for method in methods:
                 decayed = replace(method, decay=True)
@@ -126,7 +132,9 @@ def draw(results: Results, path: Path) -> None:
             axes.grid(color="#d9d9d9", linewidth=0.6)
             axes.set_axisbelow(True)
         ends.set_ylabel(f"kept of {results.old}, % of what AdamW forgets")
-        low = min(0.0, *(100 * np.mean(results.cost_along(method), 0).min() for method in BASE))
+        low = min(
+            0.0, *(100 * np.mean(results.cost_along(method), 0).min() for method in results.base)
+        )
         ways.set_xlim(low - 1, 100 * COSTS[-1] + 3)
         ways.legend(frameon=False, loc="lower right", fontsize=8)
         figure.savefig(path)

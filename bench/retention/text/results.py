@@ -11,10 +11,13 @@ from bench.retention.text.model import Sizes
 from bench.retention.text.runs import (
     ADAMW,
     ALPHAS,
+    BASE,
     DIAGONAL,
     EWC_REPLAY,
     KRONECKER,
     KRONECKER_REPLAY,
+    OWN,
+    OWN_KRONECKER,
     REPLAY,
     Method,
     Run,
@@ -30,6 +33,10 @@ COMPARED = tuple(
         (KRONECKER, DIAGONAL),
         (EWC_REPLAY, REPLAY),
         (KRONECKER_REPLAY, REPLAY),
+        (OWN, ADAMW),
+        (OWN, DIAGONAL),
+        (OWN, REPLAY),
+        (OWN_KRONECKER, OWN),
     )
 )
 
@@ -52,7 +59,7 @@ class Results:
         new: The new one's.
         sizes: Of model and training.
         before: By seed.
-        runs: Every method with every seed.
+        runs: The methods, AdamW among them, with every seed.
         guard: The report of the guarded run, printed.
         seconds: The whole demo took.
     """
@@ -64,6 +71,11 @@ class Results:
     runs: tuple[Run, ...]
     guard: str
     seconds: float
+
+    @property
+    def base(self) -> list[Method]:
+        """The methods that were run, with a constant learning rate."""
+        return [method for method in BASE if self.of(method)]
 
     def of(self, method: Method) -> list[Run]:
         """Return a method's runs, by seed."""
@@ -101,6 +113,8 @@ class Results:
             return ["One seed does not tell which method keeps more."]
         sentences = []
         for first, second in COMPARED:
+            if not (self.of(first) and self.of(second)):
+                continue
             for cost in COSTS:
                 more = self.more_kept(first, second, cost)
                 if math.isnan(more.mean):

@@ -2,27 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Final, Literal, get_args
+from typing import Any, Final, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from bench.retention.text.corpora import Corpus
-from bench.retention.text.model import ByteTransformer, Sizes, bits_per_byte, loss
+from bench.retention.text.model import (
+    ByteTransformer,
+    Sizes,
+    bits_per_byte,
+    cross_entropy,
+    loss,
+)
 from cl_optim import GEM, EWCAdamW, Importance, InputProjection, estimate_fisher
 from cl_optim.demo.methods import WEIGHT_DECAY
 from cl_optim.demo.scenarios import generator
 from cl_optim.demo.train import DivergedError
 from cl_optim.optim.settling import settle
-from cl_optim.retention import Evaluation, ReplayBuffer, RetentionGuard, interpolation_curve
+from cl_optim.retention import (
+    Evaluation,
+    OldModel,
+    ReplayBuffer,
+    RetentionGuard,
+    distillation_loss,
+    interpolation_curve,
+    self_written,
+)
 from cl_optim.retention.guard.evaluation import Role
 
 OLD_LR, NEW_LR = 3e-3, 1e-3
 _FISHER_WINDOWS = 500
 _GEM_BATCH = 64  # of the kept windows, in a memory row
 _GEM_REFRESH = 10
+_START = ord("\n")  # what a text begins with that the model writes
+TOP = 64  # outputs of a position that are kept: 384 bytes
 _WARM_UP = 50  # steps; Adam's first steps, at full length, forget more than all that follow
 GUARD_EVERY = 5
 
@@ -41,6 +57,9 @@ class Method:
         structure: Of the importance.
         strength: Of the input projection; None: none.
         replay: The part of each batch that is old, in [0, 1).
+        own: The part of each batch that the old model wrote itself, where the loss is KL to its
+            outputs, in [0, 1).
+        lwf: The weight of KL to the old model's outputs on the new text; 0: none.
         gem: Project gradients against one memory of old windows.
         decay: The learning rate falls to 0, linearly, after the first fifth of the steps.
     """
@@ -51,6 +70,8 @@ class Method:
     structure: Structure = "diagonal"
     strength: float | None = None
     replay: float = 0.0
+    own: float = 0.0
+    lwf: float = 0.0
     gem: bool = False
     decay: bool = False
 
@@ -60,6 +81,8 @@ _DIAGONAL = (1.0, 3.0, 10.0, 30.0)
 _KRONECKER = (0.3, 1.0, 3.0, 10.0)
 _STRENGTHS = (0.1, 1.0)
 FRACTIONS = (0.05, 0.10, 0.25)
+OWN_FRACTIONS = (0.10, 0.25)
+LWF_WEIGHTS = (0.3, 1.0)
 WITH_REPLAY = 0.10  # is what EWC is added to
 ADAMW = Method("AdamW", "AdamW")
 
@@ -74,6 +97,10 @@ EWC_REPLAY = replace(DIAGONAL, label="EWC + replay 10%", family="EWC + replay", 
 KRONECKER_REPLAY = replace(
     KRONECKER, label="EWC, Kronecker + replay 10%", family="EWC + replay", replay=WITH_REPLAY
 )
+OWN = Method("self-written 25%, KL", "self-written, KL", own=0.25)
+OWN_KRONECKER = replace(
+    KRONECKER, label="EWC, Kronecker + self-written 25%", family="EWC + self-written", own=0.25
+)
 # With a constant learning rate, and again with one that decays.
 BASE = (
     ADAMW,
@@ -87,8 +114,12 @@ BASE = (
     *(Method(f"replay {f:.0%}", "replay", replay=f) for f in FRACTIONS),
     EWC_REPLAY,
     KRONECKER_REPLAY,
+    *(replace(OWN, label=f"self-written {f:.0%}, KL", own=f) for f in OWN_FRACTIONS),
+    *(Method(f"LwF, {w:g}", "LwF", lwf=w) for w in LWF_WEIGHTS),
+    OWN_KRONECKER,
 )
 METHODS = (*BASE, *(replace(method, decay=True) for method in BASE))
+FAMILIES = tuple(dict.fromkeys(method.family for method in BASE))
 # θ* + α (θ − θ*): from what was learned back towards the old weights.
 ALPHAS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.6, 0.5, 0.4)
 
@@ -101,6 +132,7 @@ class Learned:
         seed: Of its weights, and of the windows drawn.
         weights: Its state dict.
         importance: Its Fisher information on the old text, by structure.
+        own: Windows that it wrote, and its outputs there.
         old_bpb: Bits per byte on the old text's held-out part.
         new_bpb: On the new one's.
     """
@@ -108,6 +140,7 @@ class Learned:
     seed: int
     weights: Mapping[str, Tensor]
     importance: Mapping[Structure, Importance]
+    own: Mapping[str, Any]
     old_bpb: float
     new_bpb: float
 
@@ -152,7 +185,13 @@ def learn_old(old: Corpus, new: Corpus, sizes: Sizes, seed: int) -> Learned:
         )
         for structure in get_args(Structure)
     }
-    return Learned(seed, model.state_dict(), importance, *_measure(model, old, new, sizes))
+    own = self_written(
+        model, sizes.kept, sizes.context, start=_START, top=TOP, seed=seed, progress=False
+    )
+    own_windows = own.sample(sizes.kept)
+    return Learned(
+        seed, model.state_dict(), importance, own_windows, *_measure(model, old, new, sizes)
+    )
 
 
 def learn_new(method: Method, learned: Learned, old: Corpus, new: Corpus, sizes: Sizes) -> Run:
@@ -168,8 +207,11 @@ def learn_new(method: Method, learned: Learned, old: Corpus, new: Corpus, sizes:
     optimizer = _optimizer(method, model, learned, old, sizes)
     batches = _batches(method, learned.seed, old, new, sizes)
     schedule = _schedule(method, optimizer, sizes)
+    objective = _objective(method, model, learned, sizes)
     for _ in range(sizes.new_steps):
-        _step(model, optimizer, next(batches))
+        optimizer.zero_grad()
+        torch.autograd.backward(objective(next(batches)))
+        optimizer.step()
         schedule.step()
     settle(optimizer)
     evaluations = [_evaluation(old, sizes, role="old"), _evaluation(new, sizes, role="new")]
@@ -274,6 +316,40 @@ def _optimizer(
         old.name, kept.closure(lambda windows: loss(model, windows), _GEM_BATCH), _GEM_REFRESH
     )
     return gem
+
+
+def _objective(
+    method: Method, model: ByteTransformer, learned: Learned, sizes: Sizes
+) -> Callable[[Tensor], Tensor]:
+    """Return the loss of a batch: cross-entropy, and KL to the old model's outputs."""
+    if method.lwf:
+        before = ByteTransformer(sizes)
+        before.load_state_dict(learned.weights)
+        was = OldModel(model, before)
+
+        def with_old_outputs(windows: Tensor) -> Tensor:
+            logits = model(windows[:, :-1])
+            entropy = cross_entropy(logits, windows)
+            return entropy + method.lwf * distillation_loss(logits, was(windows[:, :-1]))
+
+        return with_old_outputs
+    if not method.own:
+        return lambda windows: loss(model, windows)
+    own = ReplayBuffer(sizes.kept, seed=learned.seed)
+    own.add(learned.own)
+    rounding = generator(learned.seed, "self-written windows")
+    share = method.own * sizes.batch
+
+    def with_own(windows: Tensor) -> Tensor:
+        count = int(share) + int(torch.rand((), generator=rounding).item() < share % 1)
+        new = loss(model, windows[count:])
+        if not count:
+            return new
+        written = own.sample(count)
+        kept = distillation_loss(model(written["input_ids"]), written["old"])
+        return new + (kept - new) * (count / len(windows))  # as many positions in each window
+
+    return with_own
 
 
 def _batches(method: Method, seed: int, old: Corpus, new: Corpus, sizes: Sizes) -> Iterator[Tensor]:

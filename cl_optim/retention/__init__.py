@@ -13,7 +13,7 @@ from cl_optim.retention.diagnosis.compare import diagnose
 from cl_optim.retention.diagnosis.corpora import read_corpus
 from cl_optim.retention.diagnosis.findings import Conflict, Diagnosis, LabelDrift
 from cl_optim.retention.distillation.divergence import divergence, old_outputs
-from cl_optim.retention.distillation.loss import distillation_loss
+from cl_optim.retention.distillation.loss import Hidden, distillation_loss
 from cl_optim.retention.distillation.old_model import OldModel
 from cl_optim.retention.distillation.stored import TopK, top_k
 from cl_optim.retention.forgetting.compare import Comparison, Forgotten, compare_models
@@ -47,6 +47,7 @@ __all__ = [
     "Evaluation",
     "Forgotten",
     "Growth",
+    "Hidden",
     "InterpolationWarning",
     "LabelDrift",
     "LambdaController",

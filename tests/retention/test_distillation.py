@@ -16,7 +16,14 @@ from torch.nn import functional as F
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from cl_optim import EWCAdamW, FisherEstimator, estimate_fisher
-from cl_optim.retention import OldModel, ReplayBuffer, distillation_loss, divergence, top_k
+from cl_optim.retention import (
+    Hidden,
+    OldModel,
+    ReplayBuffer,
+    distillation_loss,
+    divergence,
+    top_k,
+)
 from cl_optim.retention.distillation.stored import TopK
 
 # peft asks transformers for it by its old name
@@ -79,6 +86,77 @@ def test_against_the_definition(shape, reduction, masked, temperature, chunk, se
         torch.testing.assert_close(new.grad, twin.grad, rtol=1e-9, atol=1e-12)
     else:
         assert not new.grad.any()
+
+
+# --- hidden states --------------------------------------------------------------------------------
+
+
+def hidden(seed: int, *shape: int, classes: int = 11, bias: bool = True) -> Hidden:
+    return Hidden(
+        logits(seed, *shape), logits(seed + 1, classes, shape[-1]),
+        logits(seed + 2, classes) if bias else None,
+    )  # fmt: skip
+
+
+def made(one: Hidden) -> torch.Tensor:
+    return F.linear(*one)
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 100, None])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("kind", ["logits", "stored", "hidden"])
+def test_hidden_states_give_the_loss_and_the_gradients_of_logits(kind, bias, chunk):
+    before = hidden(5, 2, 5, 3, bias=bias)
+    old = {"logits": made(before), "hidden": before, "stored": top_k(made(before), 4)}[kind]
+    mask = torch.rand(2, 5) > 0.3
+    found = []
+    for of_states in (True, False):
+        new = Hidden(
+            *(None if x is None else x.requires_grad_() for x in hidden(0, 2, 5, 3, bias=bias))
+        )
+        given_old = made(before) if kind == "hidden" and not of_states else old
+        loss = distillation_loss(new if of_states else made(new), given_old, mask, chunk=chunk)
+        loss.backward()
+        found.append([loss.detach(), *(x.grad for x in new if x is not None)])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
+    assert before.states.grad is None
+
+
+def test_no_more_than_a_chunk_of_logits_is_ever_there():
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    sizes = []
+
+    class Largest(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **(kwargs or {}))
+            sizes.extend(x.numel() for x in (result,) if isinstance(x, torch.Tensor))
+            return result
+
+    positions, units, classes, chunk = 64, 4, 500, 8
+    new = Hidden(*(x.requires_grad_() for x in hidden(0, 1, positions, units, classes=classes)))
+    with Largest():
+        distillation_loss(
+            new, hidden(5, 1, positions, units, classes=classes), chunk=chunk
+        ).backward()
+    assert max(sizes) == chunk * classes
+    assert new.states.grad.abs().sum() > 0
+
+
+def test_by_itself_hidden_states_go_in_chunks(monkeypatch):
+    from cl_optim.retention.distillation import loss as module
+
+    seen = []
+    inner = module._divergence
+
+    def watched(temperature, new, before, rows, *old):
+        seen.append(len(rows))
+        return inner(temperature, new, before, rows, *old)
+
+    monkeypatch.setattr(module, "_divergence", watched)
+    distillation_loss(hidden(0, 1, 1500, 3), hidden(5, 1, 1500, 3))
+    assert seen == [1024, 476]
 
 
 @pytest.mark.parametrize("chunk", [None, 2])
@@ -311,7 +389,13 @@ def test_padding_does_not_count():
 NEW, OLD = logits(0, 4, 3, 5), logits(1, 4, 3, 5)
 STORED = top_k(OLD, 2)
 BAD = [
-    ("kind", {"old": [1.0]}, TypeError, "^old must be logits or what"),
+    ("kind", {"old": [1.0]}, TypeError, "^old must be logits, what .* makes, or retention.Hidden"),
+    ("another vocabulary", {"old": hidden(0, 4, 3, 2, classes=6)}, ValueError,
+     r"^old has shape \[4, 3, 6\] and logits \[4, 3, 5\]"),
+    ("a weight", {"old": Hidden(OLD, torch.ones(5, 4))}, ValueError,
+     r"^the weight of old must be \[V, 5\]"),
+    ("a bias", {"old": Hidden(OLD, torch.ones(5, 5), torch.ones(4))}, ValueError,
+     r"^the bias of old must be \[5\], not \[4\]"),
     ("shape", {"old": OLD[:, :2]}, ValueError, r"^old has shape \[4, 2, 5\] and logits"),
     ("vocabulary", {"old": top_k(logits(1, 4, 3, 6), 2)}, ValueError,
      "^stored outputs are of 6 classes, and the model has 5: store them anew"),

@@ -74,7 +74,7 @@ def fused_(
     Args:
         weights: Of L matrices W̃ [out, in]; written.
         anchors: W*.
-        biases: None, or of each matrix the last column; written.
+        biases: Empty, or of each matrix the last column; written.
         bias_anchors: Likewise.
         bases: The directions.
         scale: S, [L, p + 1, q + 1].
@@ -89,17 +89,17 @@ def fused_(
     torch.autograd.graph.increment_version([*weights, *biases])
 
 
-def fits(size: tuple[int, int], bases: Bases, params: Sequence[Tensor]) -> bool:
+def fits(size: tuple[int, int], bases: Sequence[Tensor | None], params: Sequence[Tensor]) -> bool:
     """Return whether `fused_` computes matrices, and is faster.
 
     Args:
         size: Outputs and inputs.
-        bases: The directions.
+        bases: The output and the input basis, in any dtype.
         params: All that it would read and write of parameters and anchors.
     """
     return (
         size[0] * size[1] <= _SMALL
-        and all(basis is not None and basis.shape[1] == 1 for basis in bases[:2])
+        and all(basis is not None and basis.shape[1] == 1 for basis in bases)
         and all(
             tensor.dtype == torch.float32 and tensor.is_contiguous() and not tensor.is_neg()
             for tensor in params

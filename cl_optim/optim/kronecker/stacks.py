@@ -133,10 +133,11 @@ class Stack:
             return False
         params = [m.params for m in self.members]
         anchors = [[state["anchor"] for state in m.states] for m in self.members]
-        every = slice(0, len(self.members))
-        bases = self._bases(every, dtype)
-        if not shrink.fits(self._size, bases, [t for one in (*params, *anchors) for t in one]):
+        tensors = [t for one in (*params, *anchors) for t in one]
+        if not shrink.fits(self._size, (self._output, self._input), tensors):
             return False
+        every = slice(0, len(self.members))
+        bases = self._bases(every, dtype)  # not of large ones: it may be a copy
         weights, of_weights, biases, of_biases = (
             [of_one[place] for of_one in of_all if place < len(of_one)]
             for place in (0, 1)

@@ -212,6 +212,31 @@ def test_anchors_that_come_in_between_are_not_the_old_weights(tmp_path):
     assert float((weights(guard.model) - before).norm()) <= 0.05 + 1e-6
 
 
+def test_anchors_that_are_not_the_weights_at_the_start_are_not_taken():
+    """Exact ones of two tasks are not, nor those from before some training."""
+    guard, before = run(budget=0.05, anchors=True, optimizer_of=EWCAdamW)
+    guard.start()  # from the weights that it has trained to
+    begin = weights(guard.model)
+    assert (begin - before).norm() > 0.1
+    guard._judge._plain[0] = moved_from(guard.model)
+    train(guard.model, guard.optimizer, guard)
+    guard.finish()
+    assert float((weights(guard.model) - begin).norm()) <= 0.05 + 1e-6
+
+
+def test_a_consolidation_in_between_is_refused(tmp_path):
+    guard, _ = run(budget=0.05, anchors=True, optimizer_of=EWCAdamW)
+    saved = json.loads(json.dumps(guard.state_dict()))
+    guard.optimizer.consolidate({n: torch.ones_like(p) for n, p in guard.model.named_parameters()})
+    before = flatten(guard.model.state_dict())
+    again = RetentionGuard(guard.model, guard.optimizer, guard._judge._plain, budget=0.05, every=4)
+    again.load_state_dict(saved)
+    for one in (guard, again):
+        with refused(ValueError, "anchors are not those that the run began with.* as old="):
+            one.finish()
+    assert flatten(guard.model.state_dict()) == before
+
+
 def test_adapters_that_did_not_begin_at_0_are_refused_before_training():
     model = nn.Sequential(nn.Linear(3, 2))
     model.lora_A = nn.Parameter(torch.ones(1, 3))

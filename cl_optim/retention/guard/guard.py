@@ -95,8 +95,8 @@ class RetentionGuard:
         on_end: ``"interpolate"``: :meth:`finish` sets the weights between the old ones and the new;
             a budget implies it, and the threshold is one.
         old: The old weights, as for :func:`cl_optim.retention.interpolate`. None: the optimizer's
-            anchors where every trained parameter has one; else a copy from :meth:`start`, in the
-            folder if there is one, or in the CPU's memory.
+            anchors where these are the weights at :meth:`start`; else a copy of them, in the folder
+            if there is one, or in the CPU's memory.
 
     Raises:
         ValueError: An argument is out of range, or two do not go together.
@@ -328,6 +328,7 @@ class RetentionGuard:
             "baselines": dict(self.baselines),
             "history": [packed(check) for check in self.history],
             "controller": None if self._controller is None else self._controller.state_dict(),
+            "anchors": None if self._way_back is None else self._way_back.anchors,
         }
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -346,6 +347,8 @@ class RetentionGuard:
             ]
         if self._controller is not None and state_dict["controller"] is not None:
             self._controller.load_state_dict(state_dict["controller"])
+        if self._way_back is not None:
+            self._way_back.anchors = state_dict.get("anchors")  # earlier versions had none
 
     def check_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Raise ValueError if the state is of a guard with other evaluations, or an older one."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -24,8 +24,8 @@ class WayBack:
     Args:
         model: The network in training.
         optimizer: Its optimizer.
-        old: The old weights; None: the optimizer's anchors where all trained parameters have one,
-            else a copy that :meth:`start` makes.
+        old: The old weights; None: the optimizer's anchors where these are the weights at
+            :meth:`start`, else a copy that it makes.
         folder: Where the copy goes; None: into memory.
 
     Raises:
@@ -44,6 +44,8 @@ class WayBack:
         self._optimizer = optimizer
         self._file = None if folder is None else Path(folder) / _FILE
         self._old = old
+        # Of each anchor the sum, where they are the old weights: they change if it consolidates.
+        self.anchors: list[float] | None = None
         if old is not None:
             check_between(model, old)
 
@@ -55,10 +57,12 @@ class WayBack:
         """
         if self._old is not None:
             return
-        if self._has_anchors():
+        if self._begins_at_anchors():
+            self.anchors = self._sums()
             if self._file is not None:
                 self._file.unlink(missing_ok=True)  # of another run
             return
+        self.anchors = None
         moving: dict[str, Tensor] = {
             name: p for name, p in self._model.named_parameters() if p.requires_grad
         }
@@ -82,10 +86,15 @@ class WayBack:
             ValueError: The old weights are not known any more, or as for ``interpolate``.
         """
         old = self._old
-        if old is None and self._file is not None and self._file.is_file():
-            old = self._file  # rather than anchors, which may have come since
-        if old is None and self._has_anchors():
+        if old is None and self.anchors is not None:
+            if self._sums() != self.anchors:
+                raise ValueError(
+                    "the optimizer's anchors are not those that the run began with, since it has "
+                    "consolidated: give the guard the old weights as old=."
+                )
             old = self._optimizer
+        if old is None and self._file is not None and self._file.is_file():
+            old = self._file
         if old is None:
             raise ValueError(
                 "the weights that the run began with are not known in this process: give them as "
@@ -93,9 +102,20 @@ class WayBack:
             )
         return interpolate(self._model, old, evaluate=evaluations, budget=budget)
 
-    def _has_anchors(self) -> bool:
+    def _anchors(self) -> Mapping[str, Tensor]:
         try:
-            anchors = anchors_of(self._optimizer, self._model)
+            return anchors_of(self._optimizer, self._model)
         except ValueError:
-            return False
-        return all(name in anchors for name, p in self._model.named_parameters() if p.requires_grad)
+            return {}
+
+    def _begins_at_anchors(self) -> bool:
+        """Tell whether the anchors are the weights of now: exact ones of several tasks are not."""
+        anchors = self._anchors()
+        return all(
+            name in anchors and torch.equal(anchors[name].to(p.dtype), p.detach())
+            for name, p in self._model.named_parameters()
+            if p.requires_grad
+        )
+
+    def _sums(self) -> list[float]:
+        return [float(anchor.double().sum()) for anchor in self._anchors().values()]

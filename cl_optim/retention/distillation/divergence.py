@@ -91,7 +91,8 @@ def old_outputs(
 
     Args:
         model: As for :func:`divergence`, as are the others.
-        old: What it was.
+        old: What it was; it must stay that: an optimizer whose anchors it is must not consolidate
+            in between.
         batches: Inputs, such as a list of ``self_written(...).sample(n)``; they are gone through at
             each evaluation.
         name: Of the evaluation.

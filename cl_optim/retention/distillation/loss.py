@@ -21,7 +21,10 @@ _CHUNK = 1024  # positions whose logits are made at once of hidden states
 
 
 class Hidden(NamedTuple):
-    """What a model's last layer makes logits of: ``states @ weight.T + bias``.
+    """What a model's last layer makes logits of: ``states @ weight.T + bias``, and nothing more.
+
+    A model that scales its logits, or caps them, needs them themselves: what follows its last layer
+    would be left out.
 
     Attributes:
         states: [n, ..., d].

@@ -17,6 +17,7 @@ from cl_optim.ops.progress import progress_bar
 from cl_optim.retention.distillation.divergence import logits_of
 from cl_optim.retention.distillation.loss import distillation_loss
 from cl_optim.retention.distillation.stored import check_finite
+from cl_optim.retention.tables import as_lines, as_rich
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -114,29 +115,14 @@ class Comparison:
         ]
 
     def __str__(self) -> str:
-        table = [_TITLES, *self._cells()]
-        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-        lines = [
-            "  ".join(
-                cell.ljust(width) if place == 0 else cell.rjust(width)
-                for place, (cell, width) in enumerate(zip(row, widths, strict=True))
-            ).rstrip()
-            for row in table
-        ]
+        lines = as_lines(_TITLES, self._cells(), left=(0,))
         return "\n".join((*lines, self.sentence))
 
     def __rich__(self) -> RenderableType:
-        from rich import box
         from rich.console import Group
-        from rich.table import Table
         from rich.text import Text as RichText
 
-        table = Table(box=box.SIMPLE_HEAD)
-        for place, title in enumerate(_TITLES):
-            table.add_column(title, justify="left" if place == 0 else "right")
-        for row in self._cells():
-            table.add_row(*map(RichText, row))  # not markup
-        return Group(table, RichText(self.sentence))
+        return Group(as_rich(_TITLES, self._cells(), left=(0,)), RichText(self.sentence))
 
 
 def compare_models(

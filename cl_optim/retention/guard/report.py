@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import math
 import textwrap
-import unicodedata
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from cl_optim.retention.guard.evaluation import Check, Measured
+from cl_optim.retention.tables import as_lines, as_rich, cells
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
 _WIDTH = 100
-_IS_TEXT = (True, True, False, False, False, True)  # of each column; the others are numbers
+_TEXTS = (0, 1, 5)  # the columns that are no numbers
 
 
 @dataclass(frozen=True)
@@ -60,31 +60,17 @@ class Report:
         )
 
     def __rich__(self) -> RenderableType:
-        from rich import box
         from rich.console import Group
-        from rich.table import Table
         from rich.text import Text
 
         names, *rows = self._table()
-        table = Table(box=box.SIMPLE_HEAD)
-        for name, is_text in zip(names, _IS_TEXT, strict=True):
-            table.add_column(name, justify="left" if is_text else "right")
-        for row in rows:
-            table.add_row(*map(Text, row))  # not markup
-        return Group(table, self._outcome(), Text(self.recommendation))
+        return Group(as_rich(names, rows, _TEXTS), self._outcome(), Text(self.recommendation))
 
     def __str__(self) -> str:
-        rows = self._table()
-        widths = [max(map(_cells, column)) for column in zip(*rows, strict=True)]
-        lines = []
-        for row in rows:
-            cells = []
-            for cell, width, is_text in zip(row, widths, _IS_TEXT, strict=True):
-                space = " " * (width - _cells(cell))
-                cells.append(f" {cell}{space}" if is_text else f" {space}{cell}")
-            lines.append("  ".join(cells))
-        rule = "─" * (_cells(lines[0]) + 1)
-        lines = ["", *(f" {line}".rstrip() for line in (lines[0], rule, *lines[1:])), ""]
+        names, *rows = self._table()
+        first, *others = as_lines(names, rows, _TEXTS, gap="   ")
+        rule = " " + "─" * (cells(first) + 2)
+        lines = ["", f"  {first}".rstrip(), rule, *(f"  {line}".rstrip() for line in others), ""]
         for sentence in (self._outcome(), self.recommendation):
             lines += textwrap.wrap(sentence, _WIDTH, break_on_hyphens=False)
         return "\n".join(lines)
@@ -122,12 +108,6 @@ class Report:
         if (self.lost or self.diverged) and not back and not self.check.breached:
             found += f", but not in the last, at step {self.check.step}"
         return f"Training was {ending}{back}; {found}."
-
-
-def _cells(text: str) -> int:
-    """Count the cells that a terminal takes for a text: two for wide characters, none for marks."""
-    wide = sum(unicodedata.east_asian_width(character) in "WF" for character in text)
-    return len(text) + wide - sum(map(bool, map(unicodedata.combining, text)))
 
 
 def _present(history: Sequence[Check]) -> Check:

@@ -10,6 +10,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from cl_optim.retention.guard.evaluation import Measured
+from cl_optim.retention.tables import as_lines, as_rich
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -92,27 +93,13 @@ class Curve:
 
     def __str__(self) -> str:
         """Return the table as text; rich prints a nicer one."""
-        names, rows = self._rows()
-        widths = [max(map(len, column)) for column in zip(names, *rows, strict=True)]
-        lines = [
-            "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True))
-            for row in (names, *rows)
-        ]
-        return "\n".join([*lines, self.sentence])
+        return "\n".join([*as_lines(*self._rows()), self.sentence])
 
     def __rich__(self) -> RenderableType:
-        from rich import box
         from rich.console import Group
-        from rich.table import Table
         from rich.text import Text
 
-        names, rows = self._rows()
-        table = Table(box=box.SIMPLE_HEAD)
-        for name in names:
-            table.add_column(Text(name), justify="right")
-        for row in rows:
-            table.add_row(*map(Text, row))
-        return Group(table, Text(self.sentence))
+        return Group(as_rich(*self._rows()), Text(self.sentence))
 
     def draw(self, path: str | os.PathLike[str]) -> None:
         """Write a picture of it, as PNG, PDF or SVG by the path's suffix.

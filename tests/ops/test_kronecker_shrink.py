@@ -14,6 +14,7 @@ from torch import Tensor
 from cl_optim.importance.kronecker.factors import Factors, Layout
 from cl_optim.ops import kronecker_shrink as shrink
 from cl_optim.ops import library
+from cl_optim.optim.kronecker.stacks import Stack
 
 F64 = torch.float64
 # Outputs and inputs: by block or diagonal, the share that is kept, the widest block.
@@ -287,3 +288,20 @@ def test_training_is_the_same_with_and_without_it(basis_dtype, monkeypatch):
         (a - b.detach()).abs().max() > 0.05
         for a, b in zip(found[0], network().parameters(), strict=True)
     )
+
+
+def test_large_bases_are_not_copied_to_find_out_that_they_are_large(monkeypatch):
+    monkeypatch.setattr(shrink, "_SMALL", 1)
+    parts, inner = [], Stack._bases
+
+    def counted(self: Stack, part: slice, dtype: torch.dtype) -> shrink.Bases:
+        parts.append(part)
+        return inner(self, part, dtype)
+
+    monkeypatch.setattr(Stack, "_bases", counted)
+    monkeypatch.setattr("cl_optim.optim.kronecker.stacks._PIECE_CPU", 1)
+    model = network()
+    optimizer = protected(model, importance_of(model), every=1, basis_dtype="bfloat16")
+    train(model, optimizer.step, range(1))
+    assert len(parts) == 4
+    assert all(part.stop - part.start == 1 for part in parts)

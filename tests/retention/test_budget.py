@@ -13,6 +13,7 @@ from bad_input import Row, each_of, refused
 from guard_cases import flatten, guard_of, network, scripted, started
 from torch import nn
 from torch.nn import functional as F
+from trainer_cases import tiny_gpt2
 
 from cl_optim import GEM, EWCAdamW
 from cl_optim.retention import (
@@ -23,6 +24,7 @@ from cl_optim.retention import (
     divergence,
     interpolate,
     old_outputs,
+    self_written,
 )
 from cl_optim.retention.guard.guard import largest_lambda
 
@@ -331,6 +333,18 @@ def test_a_budget_without_old_data():
     entropy = start.measured[0].value
     assert 0.025 < divergence(model, was, batches) / entropy <= 0.05
     assert interpolate(model, optimizer, evaluate=kept, budget=0.05).alpha == 1.0
+
+
+def test_self_written_batches_with_stored_outputs_beside_them():
+    model = tiny_gpt2(dropout=0.0)
+    own = self_written(model, 8, 6, start=0, top=4, progress=False)
+    was, batch = copy.deepcopy(model), own.sample(4)
+    kept = old_outputs(model, was, [batch])
+    with torch.no_grad():
+        model.lm_head.weight.mul_(3.0)
+        p, q = (torch.log_softmax(one(batch["input_ids"]).logits, -1) for one in (was, model))
+    expected = -(p.exp() * q).sum(-1).mean()
+    assert kept.measure(model) == pytest.approx(float(expected), rel=1e-4)
 
 
 def test_old_outputs_refuse():

@@ -171,7 +171,7 @@ def learn_old(old: Corpus, new: Corpus, sizes: Sizes, seed: int) -> Learned:
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, sizes.old_steps, OLD_LR / 10)
     draw = generator(seed, "old windows")
     for _ in range(sizes.old_steps):
-        _step(model, optimizer, old.windows(sizes.batch, sizes.context + 1, draw))
+        _step(optimizer, loss(model, old.windows(sizes.batch, sizes.context + 1, draw)))
         schedule.step()
     windows = old.windows(_FISHER_WINDOWS, sizes.context, draw)
     importance: dict[Structure, Importance] = {
@@ -209,9 +209,7 @@ def learn_new(method: Method, learned: Learned, old: Corpus, new: Corpus, sizes:
     schedule = _schedule(method, optimizer, sizes)
     objective = _objective(method, model, learned, sizes)
     for _ in range(sizes.new_steps):
-        optimizer.zero_grad()
-        torch.autograd.backward(objective(next(batches)))
-        optimizer.step()
+        _step(optimizer, objective(next(batches)))
         schedule.step()
     settle(optimizer)
     evaluations = [_evaluation(old, sizes, role="old"), _evaluation(new, sizes, role="new")]
@@ -242,7 +240,7 @@ def watch(
     )  # fmt: skip
     guard.start()
     for _ in range(sizes.new_steps):
-        _step(model, optimizer, next(batches))
+        _step(optimizer, loss(model, next(batches)))
         schedule.step()
         if guard.step():
             break
@@ -270,10 +268,16 @@ def _evaluation(corpus: Corpus, sizes: Sizes, role: Role) -> Evaluation:
     )
 
 
-def _step(model: ByteTransformer, optimizer: torch.optim.Optimizer, windows: Tensor) -> None:
+def _step(optimizer: torch.optim.Optimizer, value: Tensor) -> None:
     optimizer.zero_grad()
-    torch.autograd.backward(loss(model, windows))
+    torch.autograd.backward(value)
     optimizer.step()
+
+
+def _number(fraction: float, sizes: Sizes, rounding: torch.Generator) -> int:
+    """Return how many windows of a batch a fraction is: right on average, not in each batch."""
+    share = fraction * sizes.batch
+    return int(share) + int(torch.rand((), generator=rounding).item() < share % 1)
 
 
 def _measure(model: ByteTransformer, old: Corpus, new: Corpus, sizes: Sizes) -> tuple[float, float]:
@@ -338,10 +342,9 @@ def _objective(
     own = ReplayBuffer(sizes.kept, seed=learned.seed)
     own.add(learned.own)
     rounding = generator(learned.seed, "self-written windows")
-    share = method.own * sizes.batch
 
     def with_own(windows: Tensor) -> Tensor:
-        count = int(share) + int(torch.rand((), generator=rounding).item() < share % 1)
+        count = _number(method.own, sizes, rounding)
         new = loss(model, windows[count:])
         if not count:
             return new
@@ -356,11 +359,9 @@ def _batches(method: Method, seed: int, old: Corpus, new: Corpus, sizes: Sizes) 
     """Yield windows of the new text, of which a part is replaced by kept windows of the old."""
     kept = _kept(seed, old, sizes)
     draw_new, rounding = generator(seed, "new windows"), generator(seed, "replayed windows")
-    share = method.replay * sizes.batch
     while True:
         batch = new.windows(sizes.batch, sizes.context + 1, draw_new)
-        # Less than a window is a window in some of the batches: the fraction is right on average.
-        replayed = int(share) + int(torch.rand((), generator=rounding).item() < share % 1)
+        replayed = _number(method.replay, sizes, rounding)
         if replayed:
             batch[:replayed] = kept.sample(replayed)
         yield batch

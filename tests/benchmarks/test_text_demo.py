@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from bench.retention import __main__ as retention
+from bench.retention.drift import Drift
 from bench.retention.text.corpora import SMALLEST, corpus, english, from_file, python_code
 from bench.retention.text.model import ByteTransformer, Sizes, bits_per_byte, loss
 from bench.retention.text.results import Before, Results, most_kept
@@ -191,7 +192,7 @@ def test_the_most_that_is_kept_is_read_from_the_line_between_points():
 
 def results(kronecker_kept: float, adamw_old: float = 3.0) -> Results:
     """Two seeds; before: 2 bits. Most keep 50 % at a cost of 1 %, and the way back changes none."""
-    runs = []
+    runs, draw = [], torch.Generator().manual_seed(0)
     for seed in (0, 1):
         noise = 0.001 * seed
         for method in METHODS:
@@ -202,7 +203,8 @@ def results(kronecker_kept: float, adamw_old: float = 3.0) -> Results:
                 kept = kronecker_kept + noise
             old = adamw_old - kept * (adamw_old - 2.0)
             along = [(old, 4.0 * (1 + cost))] * len(ALPHAS)
-            runs.append(Run(method, seed, *map(tuple, zip(*along, strict=True))))
+            drift = Drift(old, old, *torch.rand(3, generator=draw).tolist())
+            runs.append(Run(method, seed, *map(tuple, zip(*along, strict=True)), drift))
     before = tuple(Before(seed, 2.0, 5.0) for seed in (0, 1))
     return Results("old", "new", SIZES, before, tuple(runs), "report", 1.0)
 
@@ -242,12 +244,9 @@ def test_some_families_only(tmp_path, capsys):
     chosen = ["--families", "LwF", "EWC + self-written"]
     arguments = [str(old), str(new), *sizes, *steps, *chosen, "--out", str(out)]
     assert retention.main(["text", *arguments]) == 0
-    labels = [
-        line.split("|")[1].strip()
-        for line in (out / "text-demo.md").read_text().splitlines()
-        if "|" in line
-    ]
-    assert labels[2:] == ["AdamW", "LwF, 0.3", "LwF, 1", "EWC, Kronecker + self-written 25%"]
+    rows = [line for line in (out / "text-demo.md").read_text().splitlines() if "|" in line]
+    labels = [row.split("|")[1].strip() for row in rows]
+    assert labels[2:6] == ["AdamW", "LwF, 0.3", "LwF, 1", "EWC, Kronecker + self-written 25%"]
     capsys.readouterr()
 
 
@@ -275,4 +274,7 @@ def test_the_command_writes_table_json_and_picture_for_any_two_files(tmp_path, c
     shown = f"{100 * kept:.1f}" if adamw["old"][0] > before["old_bpb"] else "–"
     cost = 100 * (replay["new"][0] / adamw["new"][0] - 1)
     assert [cell.strip() for cell in cells[2:4]] == [shown, f"{cost:.2f}"]
-    assert (out / "text-demo.png").read_bytes().startswith(b"\x89PNG")
+    for name in ("text-demo.png", "text-drift.png"):
+        assert (out / name).read_bytes().startswith(b"\x89PNG")
+    assert adamw["drift"]["own_kl"] > 0.0
+    assert any(row.startswith("| KL on self-written text") for row in rows)

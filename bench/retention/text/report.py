@@ -15,6 +15,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from bench.retention import drift
 from bench.retention.text.results import COSTS, Results
 from bench.retention.text.runs import ALPHAS, GUARD_EVERY, TOP, Method
 from cl_optim.demo.metrics import Interval
@@ -84,18 +85,32 @@ def render(results: Results, table_box: box.Box = box.SIMPLE_HEAD) -> Renderable
         f"The guard at work: AdamW, seed 0, checked every {GUARD_EVERY} steps, back to the last "
         f"good checkpoint when more than 10 % of {old} is lost:"
     )
+    predicts = (
+        f"What says how much of {old} is forgotten: measures of the ends of all "
+        f"{len(results.runs)} runs, against the bits per byte lost."
+    )
     parts: list[str | RenderableType] = [setting, known, "", table, definitions, ""]
-    parts += [*results.verdicts, "", guard, "", results.guard, ""]
+    parts += [*results.verdicts, "", predicts, ""]
+    parts += [drift.table([run.drift for run in results.runs], results.bits_lost, table_box), ""]
+    parts += [guard, "", results.guard, ""]
     parts.append(f"The whole demo took {results.seconds:.0f} s.")
     return Group(*(Text(part) if isinstance(part, str) else part for part in parts))
 
 
 def write(results: Results, directory: Path) -> list[Path]:
-    """Write JSON, Markdown and a PNG into an existing directory."""
+    """Write JSON, Markdown and two PNGs into an existing directory."""
     paths = [directory / f"text-demo.{kind}" for kind in ("json", "md", "png")]
     paths[0].write_text(json.dumps(_to_json(results), indent=1) + "\n", encoding="utf-8")
     write_markdown(render(results, box.MARKDOWN), paths[1])
     draw(results, paths[2])
+    paths.append(directory / "text-drift.png")
+    drift.draw(
+        [run.drift for run in results.runs],
+        results.bits_lost,
+        [_COLOURS[run.method.family] for run in results.runs],
+        "bits per byte",
+        paths[3],
+    )
     return paths
 
 

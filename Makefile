@@ -55,6 +55,7 @@ bench-peers: install $(PEERS)/.installed
 bench-retention: install
 	$(RUN) -m bench.retention run gem formats retention
 	$(RUN) -m bench.retention strength
+	$(RUN) -m bench.retention budget
 	$(RUN) -m bench.retention text
 	$(RUN) -m bench.retention published
 

@@ -9,7 +9,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TypeAlias
 
-from bench.retention.commands import Choice, run, run_published, run_strength, run_sweeps
+from bench.retention.commands import (
+    Choice,
+    run,
+    run_budget,
+    run_published,
+    run_strength,
+    run_sweeps,
+)
 from bench.retention.pretrained.commands import run_pretrained
 from bench.retention.pretrained.methods import METHODS, QUICK, Setting
 from bench.retention.pretrained.runs import Place
@@ -71,6 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     ):
         _add_choice(commands.add_parser(name, help=help_, description=description), command)
     _add_strength(commands.add_parser("strength", help="one strength on many networks"))
+    _add_budget(commands.add_parser("budget", help="a forgetting budget on five pairs of tasks"))
     _add_text(commands.add_parser("text", help="two texts: English, then Python code"))
     _add_pretrained(commands.add_parser("pretrained", help="SmolLM2 learns German manual pages"))
     arguments = parser.parse_args(argv)
@@ -127,13 +135,27 @@ def _add_strength(parser: argparse.ArgumentParser) -> None:
         "Train each form of protection with several strengths on networks of several widths, on "
         "ten tasks and on heads; print what each keeps."
     )
+    _add_seeded(parser, run_strength, "runs per cell", 5)
+
+
+def _add_budget(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Learn a new task after an old one with a budget of what may be lost of it, for five pairs "
+        "of tasks and three budgets; print what is lost, and how much of the budget was used."
+    )
+    _add_seeded(parser, run_budget, "runs of each budget", 3)
+
+
+def _add_seeded(
+    parser: argparse.ArgumentParser, function: Callable[[int, Path], None], what: str, seeds: int
+) -> None:
     whole = whole_number(2, MAX_SEEDS)
-    parser.add_argument("--seeds", type=whole, default=5, metavar="N", help="runs per cell (5)")
+    parser.add_argument("--seeds", type=whole, default=seeds, metavar="N", help=f"{what} ({seeds})")
     add_out(parser, OUT)
 
     def run_it(arguments: argparse.Namespace) -> int:
         def command() -> None:
-            run_strength(arguments.seeds, arguments.out)
+            function(arguments.seeds, arguments.out)
 
         return train(parser, "this", arguments.out, command)
 

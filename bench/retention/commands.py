@@ -1,14 +1,16 @@
-"""What the commands of ``python -m bench.retention`` do, but for ``text``."""
+"""What the commands of ``python -m bench.retention`` do, but for those on texts."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from rich import box
 
 from bench.retention import (
+    budget,
     experiments,
     published,
     retention_table,
@@ -152,3 +154,14 @@ def run_strength(seeds: int, out: Path) -> None:
         cells = strength.measure(data, seeds, on_cell)
     console.print(strength.render(cells))
     announce(strength.write(cells, out), console)
+
+
+def run_budget(seeds: int, out: Path) -> None:
+    """Run every pair of tasks with every budget; print and write the table."""
+    console = new_console()
+    with one_thread(), progress_bar(console) as progress:
+        total = len(budget.PAIRS) * seeds * (1 + len(budget.BUDGETS))
+        bar = progress.add_task("budgets", total=total)
+        runs = budget.measure(seeds, on_run=partial(progress.advance, bar))
+    console.print(budget.render(runs))
+    announce(budget.write(runs, out), console)

@@ -516,7 +516,15 @@ def test_the_report_says_what_is_retained_what_was_learned_and_one_recommendatio
     assert "learned" in report
     assert "Training was stopped at step 1; more than 10% was lost in 1 check." in report
     assert report.count("Recommendation") == 1
-    assert "raise ewc_lambda above 2" in report
+    advice = " ".join(report.partition("Recommendation: ")[2].split())
+    assert advice.startswith("protect old more: raise ewc_lambda above 2, let the learning rate")
+    assert "budget" in advice
+    assert "self_written" in advice
+    guard = guard_of(scripted(0.9, 0.45))
+    guard.optimizer.param_groups[0]["ewc_lambda"] = 0.0
+    guard.start()
+    guard.step()
+    assert "protect old: let the learning rate" in " ".join(str(guard.report()).split())
 
 
 def outcome_and_recommendation(guard):

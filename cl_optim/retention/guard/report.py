@@ -146,14 +146,12 @@ def _recommend(last: Check) -> str:
         return "Recommendation: lower the learning rate and clip gradients: training diverged."
     if last.breached:
         names = ", ".join(last.breached)
-        if not last.ewc_lambda:
-            return (
-                f"Recommendation: protect {names}: mix old samples into the batches, or train with "
-                "EWCAdamW and consolidate() before the new task."
-            )
+        more = f" more: raise ewc_lambda above {last.ewc_lambda:g}," if last.ewc_lambda else ":"
         return (
-            f"Recommendation: protect {names} more: raise ewc_lambda above {last.ewc_lambda:g}, or "
-            "mix old samples into the batches."
+            f"Recommendation: protect {names}{more} let the learning rate decay to 0, and give the "
+            "guard a budget, which goes back towards the old weights at the end; where that is not "
+            "enough, mix old samples into the batches or, without any, text that the model wrote "
+            "itself (self_written, distillation_loss)."
         )
     if gains and min(gains) >= 0:
         return "Recommendation: train longer or protect less: nothing new has been learned."

@@ -10,6 +10,8 @@
 //
 // Adam's own step may be damped where a weight is important, by 1 / (1 + damping F). A frozen
 // weight keeps its bits.
+//
+// The pull may also come alone, beside the step of another optimizer.
 #pragma once
 
 #include <cfloat>
@@ -132,6 +134,36 @@ struct EWCAdamWElement {
   T max_exp_avg_sq;
 };
 
+// theta* + (theta - theta*) / (1 + c), c = pull * F.
+template <typename T>
+CL_OPTIM_HD T proximal(T param, T importance, T anchor, T pull) {
+  const T c = pull * importance;
+  // Both forms are the same number. The first leaves the weight as it is where F = 0; the second
+  // is finite where c overflows.
+  const T toward = param + c / (T{1} + c) * (anchor - param);
+  const T from_anchor = anchor + (param - anchor) / (T{1} + c);
+  return c < T{1} ? toward : from_anchor;
+}
+
+// The pull alone: what becomes of the gradient, beside the weight (gradient); of the weight after
+// another optimizer's step, beside the one from before (decoupled); of the weight (proximal). What
+// is frozen stays, and it is not for this to undo that step.
+template <Penalty penalty, typename T>
+CL_OPTIM_HD T ewc_pull_element(T target, T beside, T importance, T anchor,
+                               const EWCAdamWConstants<T>& k) {
+  const bool frozen = is_frozen(importance);
+  importance = std::fabs(importance);
+  T pulled = target;
+  if constexpr (penalty == Penalty::gradient) {
+    pulled += k.pull * (importance * (beside - anchor)) / k.grad_factor;
+  } else if constexpr (penalty == Penalty::decoupled) {
+    pulled -= k.pull * (importance * (beside - anchor));
+  } else {
+    pulled = proximal(target, importance, anchor, k.pull);
+  }
+  return frozen ? target : pulled;
+}
+
 template <Penalty penalty, bool amsgrad, typename T>
 CL_OPTIM_HD EWCAdamWElement<T> ewc_adamw_element(EWCAdamWElement<T> x, T grad, T importance,
                                                  T anchor, const EWCAdamWConstants<T>& k) {
@@ -157,12 +189,7 @@ CL_OPTIM_HD EWCAdamWElement<T> ewc_adamw_element(EWCAdamWElement<T> x, T grad, T
   if constexpr (penalty == Penalty::decoupled) x.param -= k.pull * (importance * drift);
   x.param -= k.step_size * x.exp_avg / denominator;
   if constexpr (penalty == Penalty::proximal) {
-    const T c = k.pull * importance;
-    // Both forms are the same number. The first leaves the weight as it is where F = 0; the
-    // second is finite where c overflows.
-    const T toward = x.param + c / (T{1} + c) * (anchor - x.param);
-    const T from_anchor = anchor + (x.param - anchor) / (T{1} + c);
-    x.param = c < T{1} ? toward : from_anchor;
+    x.param = proximal(x.param, importance, anchor, k.pull);
   }
   if constexpr (penalty != Penalty::none) x.param = frozen ? before : x.param;
   return x;
@@ -170,7 +197,8 @@ CL_OPTIM_HD EWCAdamWElement<T> ewc_adamw_element(EWCAdamWElement<T> x, T grad, T
 
 // One tensor as the kernels see it: `numel` elements of each array, in the same order in memory.
 // The gradient has the parameter's type; what types the others may have is in formats.h. Null
-// where the update does not use it.
+// where the update does not use it. Where only the pull is taken, the arrays are named after what
+// it writes and what is beside: see ewc_pull_element().
 struct EWCAdamWTensor {
   void* param;
   const void* grad;
@@ -187,37 +215,43 @@ struct EWCAdamWTensor {
   ScalarKind importance_kind;
   ScalarKind anchor_kind;
   MemoryRows memory;
+  bool pull_only;
 };
 
 // The template arguments of an update, as a value.
-template <typename T_, Penalty penalty_, bool amsgrad_>
+template <typename T_, Penalty penalty_, bool amsgrad_, bool pull_only_ = false>
 struct EWCAdamWInstance {
   using T = T_;
   static constexpr Penalty penalty = penalty_;
   static constexpr bool amsgrad = amsgrad_;
+  static constexpr bool pull_only = pull_only_;
 };
 
 // Calls f(EWCAdamWInstance<...>{}) with the instance that a tensor needs, and returns what f does.
 template <typename F>
 auto dispatch(const EWCAdamWTensor& tensor, const EWCAdamWOptions& options, F&& f) {
-  const auto by_penalty = [&](auto zero, auto amsgrad) {
+  const auto by_penalty = [&](auto zero, auto amsgrad, auto pull_only) {
     using T = decltype(zero);
-    constexpr bool amsgrad_ = decltype(amsgrad)::value;
-    if (tensor.importance == nullptr) return f(EWCAdamWInstance<T, Penalty::none, amsgrad_>{});
+    constexpr bool a = decltype(amsgrad)::value, p = decltype(pull_only)::value;
+    if constexpr (!p) {
+      if (tensor.importance == nullptr) return f(EWCAdamWInstance<T, Penalty::none, a>{});
+    }
     switch (options.penalty) {
       case Penalty::decoupled:
-        return f(EWCAdamWInstance<T, Penalty::decoupled, amsgrad_>{});
+        return f(EWCAdamWInstance<T, Penalty::decoupled, a, p>{});
       case Penalty::proximal:
-        return f(EWCAdamWInstance<T, Penalty::proximal, amsgrad_>{});
+        return f(EWCAdamWInstance<T, Penalty::proximal, a, p>{});
       default:
-        return f(EWCAdamWInstance<T, Penalty::gradient, amsgrad_>{});
+        return f(EWCAdamWInstance<T, Penalty::gradient, a, p>{});
     }
   };
-  const auto by_amsgrad = [&](auto zero) {
-    return options.amsgrad ? by_penalty(zero, std::true_type{})
-                           : by_penalty(zero, std::false_type{});
+  const std::true_type yes;
+  const std::false_type no;
+  const auto by_step = [&](auto zero) {
+    if (tensor.pull_only) return by_penalty(zero, no, yes);
+    return options.amsgrad ? by_penalty(zero, yes, no) : by_penalty(zero, no, no);
   };
-  return tensor.param_kind == ScalarKind::float64 ? by_amsgrad(double{}) : by_amsgrad(float{});
+  return tensor.param_kind == ScalarKind::float64 ? by_step(double{}) : by_step(float{});
 }
 
 }  // namespace cl_optim

@@ -81,6 +81,15 @@ inline DeviceNumbers device_numbers(const std::optional<Tensor>& lr,
           one_float("found_inf", found_inf, beside), penalty_sums(sums, beside)};
 }
 
+// The tensors of a pull alone: see ewc_pull_element().
+struct EWCPullLists {
+  const TensorList& targets;
+  const TensorList& beside;  // empty where the penalty is proximal
+  const TensorList& importances;
+  const TensorList& anchors;
+  const TensorList& steps;  // empty unless rounding is stochastic
+};
+
 // The arrays of one call. A tensor whose strides differ from its parameter's takes part as a copy
 // in the parameter's memory order, which write_back() copies to where it came from. Codes are in
 // row-major order whatever the parameter's strides, so beside them all others are copied to it.
@@ -90,6 +99,16 @@ class EWCAdamWArguments {
     check_lengths(gradients, lists.params.size());
     check_length("max_exp_avg_sqs", lists.max_exp_avg_sqs, amsgrad ? lists.params.size() : 0);
     add_all(lists, gradients);
+  }
+
+  EWCAdamWArguments(const EWCPullLists& lists, Penalty penalty, bool stochastic) {
+    const size_t n = lists.targets.size();
+    check_length("beside", lists.beside, penalty == Penalty::proximal ? 0 : n);
+    check_length("importances", lists.importances, n);
+    check_length("anchors", lists.anchors, n);
+    check_length("steps", lists.steps, stochastic ? n : 0);
+    tensors_.reserve(n);
+    for (size_t i = 0; i < n; ++i) add(lists, i);
   }
 
   const std::vector<EWCAdamWTensor>& tensors() const { return tensors_; }
@@ -133,28 +152,52 @@ class EWCAdamWArguments {
     if (!lists.max_exp_avg_sqs.empty()) {
       t.max_exp_avg_sq = write("max_exp_avg_sqs", lists.max_exp_avg_sqs[i], i, param, moments);
     }
-    if (is_protected) {
-      const Tensor& importance = lists.importances[i];
-      const Tensor& anchor = lists.anchors[i];
-      t.importance_kind = state_kind("importances", importance, i, t.param_kind);
-      t.importance = read("importances", importance, i, param, importance.scalar_type());
-      const std::optional<ScalarKind> anchor_kind = scalar_kind(anchor.scalar_type());
-      const bool fits = anchor_kind && is_anchor_kind(*anchor_kind, t.param_kind);
-      t.anchor = read("anchors", anchor, i, param, fits ? anchor.scalar_type() : type);
-      t.anchor_kind = *anchor_kind;
-    }
+    if (is_protected) protect(t, lists.importances[i], lists.anchors[i], i, param);
     if (!lists.compensations.empty() && lists.compensations[i].numel() != 0) {
       check(type == ScalarType::BFloat16, "compensations[", i, "] must be empty: params[", i,
             "] is not bfloat16");
       t.compensation = static_cast<BFloat16*>(
           write("compensations", lists.compensations[i], i, param, ScalarType::BFloat16));
     }
-    const Tensor& step = lists.steps[i];
-    check(
-        step.numel() == 1 && step.scalar_type() == ScalarType::Float && on_same_device(step, given),
-        "steps[", i, "] must be one float32 number on the device of params[", i, "]");
-    t.step = static_cast<float*>(step.mutable_data_ptr());
+    t.step = step_of(lists.steps[i], given, i);
     tensors_.push_back(t);
+  }
+
+  void add(const EWCPullLists& lists, size_t i) {
+    const Tensor& given = lists.targets[i];
+    const bool row_major = is_codes(lists.importances[i]);
+    const bool in_place = row_major ? given.is_contiguous() : is_dense(given);
+    const Tensor target = in_place ? given : copy(given, given, true, row_major);
+    EWCAdamWTensor t{};
+    t.pull_only = true;
+    t.param_kind = scalar_kind(given.scalar_type(), "params", i);
+    t.moment_kind = t.param_kind == ScalarKind::float64 ? ScalarKind::float64 : ScalarKind::float32;
+    t.numel = target.numel();
+    t.param = target.mutable_data_ptr();
+    if (!lists.beside.empty()) {
+      t.grad = read("beside", lists.beside[i], i, target, given.scalar_type());
+    }
+    protect(t, lists.importances[i], lists.anchors[i], i, target);
+    if (!lists.steps.empty()) t.step = step_of(lists.steps[i], given, i);
+    tensors_.push_back(t);
+  }
+
+  void protect(EWCAdamWTensor& t, const Tensor& importance, const Tensor& anchor, size_t i,
+               const Tensor& param) {
+    t.importance_kind = state_kind("importances", importance, i, t.param_kind);
+    t.importance = read("importances", importance, i, param, importance.scalar_type());
+    const std::optional<ScalarKind> anchor_kind = scalar_kind(anchor.scalar_type());
+    const bool fits = anchor_kind && is_anchor_kind(*anchor_kind, t.param_kind);
+    const ScalarType type = fits ? anchor.scalar_type() : param.scalar_type();
+    t.anchor = read("anchors", anchor, i, param, type);
+    t.anchor_kind = *anchor_kind;
+  }
+
+  static float* step_of(const Tensor& step, const Tensor& param, size_t i) {
+    check(
+        step.numel() == 1 && step.scalar_type() == ScalarType::Float && on_same_device(step, param),
+        "steps[", i, "] must be one float32 number on the device of params[", i, "]");
+    return static_cast<float*>(step.mutable_data_ptr());
   }
 
   static bool is_codes(const Tensor& tensor) { return tensor.scalar_type() == ScalarType::Byte; }

@@ -28,9 +28,23 @@ struct Arrays {
   const T* anchor;
 };
 
+template <typename T, Penalty penalty>
+CL_OPTIM_SIMD_CLONES void pull(const Arrays<T>& a, int64_t count,
+                               const EWCAdamWConstants<T>& constants) {
+  const EWCAdamWConstants<T> k = constants;
+  T* target = a.param;
+  const T* beside = penalty == Penalty::proximal ? a.anchor : a.grad;  // which is not used there
+  const T* importance = a.importance;
+  const T* anchor = a.anchor;
+  CL_OPTIM_INDEPENDENT_ITERATIONS
+  for (int64_t i = 0; i < count; ++i) {
+    target[i] = ewc_pull_element<penalty, T>(target[i], beside[i], importance[i], anchor[i], k);
+  }
+}
+
 template <typename T, Penalty penalty, bool amsgrad>
-CL_OPTIM_SIMD_CLONES void update(const Arrays<T>& a, int64_t count,
-                                 const EWCAdamWConstants<T>& constants) {
+CL_OPTIM_SIMD_CLONES void adam(const Arrays<T>& a, int64_t count,
+                               const EWCAdamWConstants<T>& constants) {
   const EWCAdamWConstants<T> k = constants;
   T* param = a.param;
   const T* grad = a.grad;
@@ -53,6 +67,15 @@ CL_OPTIM_SIMD_CLONES void update(const Arrays<T>& a, int64_t count,
     exp_avg[i] = x.exp_avg;
     exp_avg_sq[i] = x.exp_avg_sq;
     if constexpr (amsgrad) max_exp_avg_sq[i] = x.max_exp_avg_sq;
+  }
+}
+
+template <typename I, typename T = typename I::T>
+void update(const Arrays<T>& a, int64_t count, const EWCAdamWConstants<T>& k) {
+  if constexpr (I::pull_only) {
+    pull<T, I::penalty>(a, count, k);
+  } else {
+    adam<T, I::penalty, I::amsgrad>(a, count, k);
   }
 }
 
@@ -226,17 +249,20 @@ bool is_plain(const EWCAdamWTensor& t) {
   return t.param_kind == wide && t.moment_kind == wide && protection && !is_projected(t.memory);
 }
 
-template <typename T, Penalty penalty, bool amsgrad>
+template <typename I, typename T = typename I::T>
 void update_unit(const EWCAdamWTensor& t, int64_t first, int64_t count,
                  const EWCAdamWConstants<T>& k, bool stochastic, PenaltySums* sums) {
+  constexpr Penalty penalty = I::penalty;
   alignas(64) T param[kUnit], grad[kUnit], exp_avg[kUnit], exp_avg_sq[kUnit], max_exp_avg_sq[kUnit],
       importance[kUnit], anchor[kUnit];
   Arrays<T> a{};
   a.param = read(t.param, t.param_kind, first, count, param);
-  a.grad = read(t.grad, t.param_kind, first, count, grad);
-  a.exp_avg = read(t.exp_avg, t.moment_kind, first, count, exp_avg, true);
-  a.exp_avg_sq = read(t.exp_avg_sq, t.moment_kind, first, count, exp_avg_sq);
-  if constexpr (amsgrad) {
+  if (t.grad) a.grad = read(t.grad, t.param_kind, first, count, grad);
+  if constexpr (!I::pull_only) {
+    a.exp_avg = read(t.exp_avg, t.moment_kind, first, count, exp_avg, true);
+    a.exp_avg_sq = read(t.exp_avg_sq, t.moment_kind, first, count, exp_avg_sq);
+  }
+  if constexpr (I::amsgrad) {
     a.max_exp_avg_sq = read(t.max_exp_avg_sq, t.moment_kind, first, count, max_exp_avg_sq);
   }
   if constexpr (penalty != Penalty::none) {
@@ -253,21 +279,23 @@ void update_unit(const EWCAdamWTensor& t, int64_t first, int64_t count,
   }
   if (penalty != Penalty::none && sums) *sums = sums_of(a, count);
 
-  update<T, penalty, amsgrad>(a, count, k);
+  update<I>(a, count, k);
 
   if constexpr (std::is_same_v<T, float>) {
     Random random;
     const auto drawn = [&](DitherUse use) -> const Random& {
-      draw(random, use, first, count, *t.step, a.grad);
+      draw(random, use, first, count, *t.step, I::pull_only ? a.anchor : a.grad);
       return random;
     };
     const auto write = [&](void* array, DitherUse use, const float* values) {
       if (t.moment_kind == ScalarKind::float32) return;
       write_moment(array, t.moment_kind, first, count, values, drawn(use), use == kExpAvg);
     };
-    write(t.exp_avg, kExpAvg, a.exp_avg);
-    write(t.exp_avg_sq, kExpAvgSq, a.exp_avg_sq);
-    if constexpr (amsgrad) write(t.max_exp_avg_sq, kMaxExpAvgSq, a.max_exp_avg_sq);
+    if constexpr (!I::pull_only) {
+      write(t.exp_avg, kExpAvg, a.exp_avg);
+      write(t.exp_avg_sq, kExpAvgSq, a.exp_avg_sq);
+    }
+    if constexpr (I::amsgrad) write(t.max_exp_avg_sq, kMaxExpAvgSq, a.max_exp_avg_sq);
     if (t.param_kind == ScalarKind::float16) {
       narrow(a.param, count, static_cast<Half*>(t.param) + first);
     } else if (t.param_kind == ScalarKind::bfloat16) {
@@ -286,7 +314,7 @@ void update_unit(const EWCAdamWTensor& t, int64_t first, int64_t count,
 }
 
 // `sums`, if they are wanted, has one for each unit of the piece.
-template <typename T, Penalty penalty, bool amsgrad>
+template <typename I, typename T = typename I::T>
 void update_piece(const EWCAdamWTensor& t, const Piece& piece, const EWCAdamWOptions& options,
                   const DeviceNumbers& numbers, const BiasCorrections& bias, PenaltySums* sums) {
   const EWCAdamWConstants<T> k(options, numbers, bias);
@@ -297,12 +325,12 @@ void update_piece(const EWCAdamWTensor& t, const Piece& piece, const EWCAdamWOpt
     };
     const Arrays<T> a{at(t.param),          at(t.grad),       at(t.exp_avg), at(t.exp_avg_sq),
                       at(t.max_exp_avg_sq), at(t.importance), at(t.anchor)};
-    return update<T, penalty, amsgrad>(a, piece.end - piece.begin, k);
+    return update<I>(a, piece.end - piece.begin, k);
   }
   for (int64_t first = piece.begin; first < piece.end; first += kUnit) {
     const int64_t count = std::min(kUnit, piece.end - first);
     PenaltySums* unit_sums = sums ? sums + (first - piece.begin) / kUnit : nullptr;
-    update_unit<T, penalty, amsgrad>(t, first, count, k, options.stochastic, unit_sums);
+    update_unit<I>(t, first, count, k, options.stochastic, unit_sums);
   }
 }
 
@@ -326,11 +354,10 @@ void ewc_adamw_cpu(const std::vector<EWCAdamWTensor>& tensors, const EWCAdamWOpt
   work.reserve(tensors.size());
   float last_step = 0.0f;
   for (const EWCAdamWTensor& tensor : tensors) {
-    const float step = *tensor.step += 1.0f;
+    const float step = tensor.step ? * tensor.step += 1.0f : 1.0f;
     numels.push_back(tensor.numel);
     const UpdatePiece update = dispatch(tensor, options, [](auto instance) -> UpdatePiece {
-      using I = decltype(instance);
-      return update_piece<typename I::T, I::penalty, I::amsgrad>;
+      return update_piece<decltype(instance)>;
     });
     // Two powers would take longer than a small tensor's update.
     const bool again = !work.empty() && step == last_step;
@@ -365,6 +392,9 @@ void launch(const std::vector<EWCAdamWTensor>& tensors, const EWCAdamWOptions& o
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(cl_optim, CPU, m) { m.impl("ewc_adamw_", &ewc_adamw_<launch>); }
+STABLE_TORCH_LIBRARY_IMPL(cl_optim, CPU, m) {
+  m.impl("ewc_adamw_", &ewc_adamw_<launch>);
+  m.impl("ewc_pull_", &ewc_pull_<launch>);
+}
 
 }  // namespace cl_optim

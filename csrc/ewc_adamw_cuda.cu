@@ -98,8 +98,9 @@ __global__ void advance(const __grid_constant__ Steps steps,
                         TensorConstants<T>* constants) {
   const int i = blockIdx.x * blockDim.x + threadIdx.x;
   if (i >= steps.count || numbers.overflowed()) return;
-  const float step = *steps.step[i] + 1.0f;
-  *steps.step[i] = step;
+  const bool counted = steps.step[i] != nullptr;
+  const float step = counted ? *steps.step[i] + 1.0f : 1.0f;
+  if (counted) *steps.step[i] = step;
   const BiasCorrections bias(options, step);
   constants[i] = {EWCAdamWConstants<T>(options, numbers, bias), step};
 }
@@ -372,6 +373,49 @@ __device__ void update_unit(const W& work, const Projection<projected>& projecti
   if (work.amsgrad) store_doubles(work.max_exp_avg_sq[tensor], at, max_exp_avg_sq);
 }
 
+// The pull alone.
+template <Storage storage, Penalty penalty, typename W>
+__device__ void pull_unit(const W& work, int tensor, const Place& at,
+                          const TensorConstants<float>& constants) {
+  constexpr bool has_beside = penalty != Penalty::proximal;
+  const Kinds kind = kinds_of<storage>(work, tensor);
+  Raw raw_target, raw_beside{}, raw_importance, raw_anchor;
+  raw_target.load(work.param[tensor], kind.param, at);
+  if constexpr (has_beside) raw_beside.load(work.grad[tensor], kind.param, at);
+  raw_importance.load(work.importance[tensor], kind.importance, at);
+  raw_anchor.load(work.anchor[tensor], kind.anchor, at);
+
+  float target[8], beside[8]{}, importance[8], anchor[8];
+  raw_target.decode(kind.param, target);
+  if constexpr (has_beside) raw_beside.decode(kind.param, beside);
+  raw_importance.decode(kind.importance, importance);
+  raw_anchor.decode(kind.anchor, anchor);
+#pragma unroll
+  for (int j = 0; j < 8; ++j) {
+    target[j] = ewc_pull_element<penalty, float>(target[j], beside[j], importance[j], anchor[j],
+                                                 constants.update);
+  }
+  const Random random = Random::of(at, constants.step, anchor);
+  store_param(work.param[tensor], nullptr, kind.param, at, target, importance, raw_target, Raw{},
+              random, work.stochastic);
+}
+
+template <Storage, Penalty penalty, typename W>
+__device__ void pull_unit(const W& work, int tensor, const Place& at,
+                          const TensorConstants<double>& constants) {
+  double target[8], beside[8]{}, importance[8], anchor[8];
+  load_doubles(work.param[tensor], at, target);
+  if constexpr (penalty != Penalty::proximal) load_doubles(work.grad[tensor], at, beside);
+  load_doubles(work.importance[tensor], at, importance);
+  load_doubles(work.anchor[tensor], at, anchor);
+#pragma unroll
+  for (int j = 0; j < 8; ++j) {
+    target[j] = ewc_pull_element<penalty, double>(target[j], beside[j], importance[j], anchor[j],
+                                                  constants.update);
+  }
+  store_doubles(work.param[tensor], at, target);
+}
+
 // --- the kernels ---------------------------------------------------------------------------------
 
 template <bool projected>
@@ -384,7 +428,7 @@ constexpr int kBlocksAtOnce =
 
 // A block has a range of units, which its warps take in turn. It leaves its part of the penalty in
 // `sums`, unless that is null.
-template <typename T, Storage storage, Penalty penalty, bool projected>
+template <typename T, Storage storage, Penalty penalty, bool projected, bool pull_only>
 __global__ void __launch_bounds__(kThreads, kBlocksAtOnce<T, storage, projected>)
     ewc_adamw(const __grid_constant__ WorkOf<projected> work,
               const __grid_constant__ Projection<projected> projection,
@@ -411,7 +455,11 @@ __global__ void __launch_bounds__(kThreads, kBlocksAtOnce<T, storage, projected>
       at.first = (unit - work.first_unit[tensor]) * kUnit;
       const int64_t left = work.numel[tensor] - at.first;
       at.count = static_cast<int>(left < kUnit ? left : kUnit);
-      update_unit<storage, penalty, projected>(work, projection, tensor, at, k, tracked, of_lane);
+      if constexpr (pull_only) {
+        pull_unit<storage, penalty>(work, tensor, at, k);
+      } else {
+        update_unit<storage, penalty, projected>(work, projection, tensor, at, k, tracked, of_lane);
+      }
     }
   }
   if (tracked) {
@@ -440,6 +488,7 @@ void check(cudaError_t error) { cl_optim::check(error, "ewc_adamw_"); }
 
 Storage storage_of(const EWCAdamWTensor& t, const EWCAdamWOptions& options) {
   const ScalarKind kinds[] = {t.param_kind, t.moment_kind, t.importance_kind, t.anchor_kind};
+  // Null is at an address for vectors, too.
   const void* arrays[] = {t.param, t.grad, t.exp_avg, t.exp_avg_sq, t.importance, t.anchor};
   const bool simple = !options.amsgrad && t.compensation == nullptr &&
                       std::all_of(std::begin(kinds), std::end(kinds),
@@ -488,7 +537,7 @@ void fill(const EWCAdamWTensor& t, int i, WorkOf<projected>& work,
   }
 }
 
-template <typename T, Storage storage, Penalty penalty, bool projected>
+template <typename T, Storage storage, Penalty penalty, bool projected, bool pull_only = false>
 void launch(const Tensors& tensors, Step& step) {
   constexpr size_t most = Projection<projected>::kTensors;
   for (size_t first = 0; first < tensors.size(); first += most) {
@@ -513,7 +562,7 @@ void launch(const Tensors& tensors, Step& step) {
     const int64_t wanted = (units + kBlocksWanted - 1) / kBlocksWanted;
     work.units_per_block = std::clamp(wanted, kLeastUnitsPerBlock, kMostUnitsPerBlock);
     const int64_t blocks = (units + work.units_per_block - 1) / work.units_per_block;
-    ewc_adamw<T, storage, penalty, projected><<<blocks, kThreads, 0, step.stream>>>(
+    ewc_adamw<T, storage, penalty, projected, pull_only><<<blocks, kThreads, 0, step.stream>>>(
         work, projection, step.numbers, constants, penalty == Penalty::none ? nullptr : step.sums);
     check(cudaGetLastError());
     if (penalty != Penalty::none && step.sums) step.sums += blocks;
@@ -545,6 +594,14 @@ void ewc_adamw_cuda(const std::vector<EWCAdamWTensor>& tensors, const EWCAdamWOp
     const Launch kernel = dispatch(t, options, [&](auto instance) -> Launch {
       using I = decltype(instance);
       using T = typename I::T;
+      if constexpr (I::pull_only) {
+        if constexpr (std::is_same_v<T, float>) {
+          if (storage_of(t, options) == Storage::float32) {
+            return launch<T, Storage::float32, I::penalty, false, true>;
+          }
+        }
+        return launch<T, Storage::any, I::penalty, false, true>;
+      }
       if constexpr (std::is_same_v<T, float> && !I::amsgrad) {
         if (storage_of(t, options) == Storage::float32) {
           return projected ? launch<T, Storage::float32, I::penalty, true>

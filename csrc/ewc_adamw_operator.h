@@ -58,4 +58,29 @@ void ewc_adamw_(StableIValue* stack, uint64_t count, uint64_t) {
   arguments.write_back();
 }
 
+// The pull alone, of all tensors.
+template <EWCAdamWLauncher launch>
+void ewc_pull_(StableIValue* stack, uint64_t count, uint64_t) {
+  Arguments given{stack, count};
+  const auto list = [&] { return given.next<TensorList>(); };
+  const auto maybe = [&] { return given.next<std::optional<Tensor>>(); };
+  const TensorList targets = list(), beside = list(), importances = list(), anchors = list(),
+                   steps = list();
+  const std::optional<Tensor> lr = maybe(), grad_scale = maybe(), found_inf = maybe();
+  EWCAdamWOptions options{};
+  options.lr = given.next<double>();
+  options.ewc_lambda = given.next<double>();
+  options.penalty = parse_penalty(given.next<std::string>());
+  options.maximize = given.next<bool>();
+  options.stochastic = given.next<bool>();
+  check(given.used == count, "its schema has more arguments than it takes");
+
+  EWCAdamWArguments arguments({targets, beside, importances, anchors, steps}, options.penalty,
+                              options.stochastic);
+  if (targets.empty()) return;
+  const DeviceNumbers numbers = device_numbers(lr, grad_scale, found_inf, std::nullopt, targets[0]);
+  launch(arguments.tensors(), options, numbers, targets[0]);
+  arguments.write_back();
+}
+
 }  // namespace cl_optim

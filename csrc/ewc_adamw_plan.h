@@ -123,10 +123,13 @@ class Plan {
  public:
   // group: the parameters of the group; members: which of them take the step; skipped: which have
   // no gradient; states: the members' dicts; is_protected: whether their importance, where they
-  // have one, takes part.
+  // have one, takes part; pull_only: whether nothing else does.
   Plan(const py::list& group, std::vector<size_t> members, std::vector<size_t> skipped,
-       const std::vector<py::dict>& states, bool is_protected)
-      : is_protected_(is_protected), members_(std::move(members)), skipped_(std::move(skipped)) {
+       const std::vector<py::dict>& states, bool is_protected, bool pull_only)
+      : is_protected_(is_protected),
+        pull_only_(pull_only),
+        members_(std::move(members)),
+        skipped_(std::move(skipped)) {
     for (const py::handle& param : group) {
       group_.push_back(py::reinterpret_borrow<py::object>(param));
     }
@@ -246,14 +249,27 @@ class Plan {
     PyObject* const param_object = group_[members_[i]].ptr();
     const auto param = plain_look(param_object);
     if (!param || !fits(*param, row) || !is_current(row, *param)) return false;
-    py::object grad_object = gradient(members_[i]);
-    if (grad_object.is_none()) return false;
-    const auto grad = plain_look(grad_object.ptr());
-    if (!grad || !is_alike(*grad, *param)) return false;
+    const Penalty penalty = call.options.penalty;
+    if (pull_only_ && penalty == Penalty::decoupled) return false;  // nobody knows what is beside
+    const bool needs_grad = !pull_only_ || penalty == Penalty::gradient;
     EWCAdamWTensor tensor = row.tensor;
     tensor.param = address(*param);
-    tensor.grad = address(*grad);
-    if (tensor.numel != 0 && (!tensor.param || !tensor.grad)) return false;
+    if (tensor.numel != 0 && !tensor.param) return false;
+    py::object grad_object = py::none();
+    if (needs_grad) {
+      grad_object = gradient(members_[i]);
+      if (grad_object.is_none()) return false;
+      const auto grad = plain_look(grad_object.ptr());
+      if (!grad || !is_alike(*grad, *param)) return false;
+      void* const gradient = address(*grad);
+      if (tensor.numel != 0 && !gradient) return false;
+      tensor.grad = gradient;
+      if (pull_only_) {  // into the gradient, beside the weight
+        tensor.grad = tensor.param;
+        tensor.param = gradient;
+      }
+    }
+    if (call.options.stochastic && pull_only_ && !tensor.step) return false;
     if (call.options.amsgrad && tensor.numel != 0 && !tensor.max_exp_avg_sq) return false;
     const bool projected = call.memories.size() != 0;
     if (projected && !add_rows(call.memories[i], call.coefficients[i], *param, tensor)) {
@@ -262,7 +278,7 @@ class Plan {
     prepared.tensors.push_back(tensor);
     if (keep_storages) {
       prepared.kept.push_back(storage_of(param_object));
-      prepared.kept.push_back(storage_of(grad_object.ptr()));
+      if (needs_grad) prepared.kept.push_back(storage_of(grad_object.ptr()));
       for (const Place& place : row.places) prepared.kept.push_back(storage_of(place.tensor));
       if (projected) prepared.kept.push_back(storage_of(py::object(call.memories[i]).ptr()));
     }
@@ -339,8 +355,11 @@ class Plan {
     }};
     const auto has = [&](const char* key) {
       const bool protects = std::strcmp(key, "importance") == 0 || std::strcmp(key, "anchor") == 0;
+      if (pull_only_ && !protects && std::strcmp(key, "step") != 0) return false;
       return state.contains(key) && (is_protected_ || !protects);
     };
+    t.pull_only = pull_only_;
+    t.moment_kind = *kind == ScalarKind::float64 ? *kind : ScalarKind::float32;
     for (const auto& [key, array, array_kind] : arrays) {
       if (!has(key)) continue;
       const py::object tensor = state[key];
@@ -364,11 +383,11 @@ class Plan {
     t.anchor = anchor;
     t.compensation = static_cast<BFloat16*>(compensation);
     t.step = static_cast<float*>(step);
-    return has("exp_avg") && has("exp_avg_sq") && has("step") &&
-           has("importance") == has("anchor") && step_kind == ScalarKind::float32 &&
-           exp_avg_sq_kind == t.moment_kind &&
+    const bool steps = has("exp_avg") && has("exp_avg_sq") && has("step") &&
+                       exp_avg_sq_kind == t.moment_kind && is_state_kind(t.moment_kind, *kind);
+    return (pull_only_ ? has("importance") : steps) && has("importance") == has("anchor") &&
+           (!has("step") || step_kind == ScalarKind::float32) &&
            (!has("max_exp_avg_sq") || max_exp_avg_sq_kind == t.moment_kind) &&
-           is_state_kind(t.moment_kind, *kind) &&
            (!has("importance") ||
             (is_state_kind(t.importance_kind, *kind) && is_anchor_kind(t.anchor_kind, *kind))) &&
            (!has("compensation") ||
@@ -415,6 +434,7 @@ class Plan {
   const NegativeBit negative_bit_ = NegativeBit::instance();
   std::vector<py::object> group_;
   const bool is_protected_;
+  const bool pull_only_;
   std::vector<size_t> members_;
   std::vector<size_t> skipped_;
   std::vector<Row> rows_;
@@ -471,9 +491,9 @@ void bind_plan(py::module_& m) {
   using P = Plan<launcher>;
   py::class_<P>(m, "Plan", py::module_local(), "A step that is taken again and again.")
       .def(py::init<const py::list&, std::vector<size_t>, std::vector<size_t>,
-                    const std::vector<py::dict>&, bool>(),
+                    const std::vector<py::dict>&, bool, bool>(),
            py::arg("group"), py::arg("members"), py::arg("skipped"), py::arg("states"),
-           py::arg("is_protected"))
+           py::arg("is_protected"), py::arg("pull_only"))
       .def_property_readonly("possible", &P::possible)
       .def("workspace", &P::workspace, py::arg("sums"));
   m.def("take_step", &take_step<launcher>, py::arg("plans"), py::arg("calls"),

@@ -50,6 +50,7 @@ void ewc_adamw_cuda_on(int device, const std::vector<EWCAdamWTensor>& tensors,
 
 STABLE_TORCH_LIBRARY_IMPL(cl_optim, CUDA, m) {
   m.impl("ewc_adamw_", &ewc_adamw_<launch>);
+  m.impl("ewc_pull_", &ewc_pull_<launch>);
   m.impl("nnqp", TORCH_BOX(&nnqp<launch_nnqp>));
 }
 

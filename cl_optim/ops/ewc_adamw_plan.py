@@ -28,6 +28,8 @@ class Plan:
         states: The members' state: dicts of tensors with the names of `State`'s fields, without
             their plural.
         is_protected: Whether the members' importance takes part, where they have one.
+        pull_only: Whether nothing else does: no Adam, and no gradient but for the form of the
+            penalty that goes into it. See :mod:`cl_optim.ops.ewc_pull`.
     """
 
     def __init__(
@@ -38,11 +40,12 @@ class Plan:
         skipped: list[int],
         states: list[dict[str, Any]],
         is_protected: bool = True,
+        pull_only: bool = False,
     ) -> None:
         self.device = device
         self.params = [group[index] for index in members]
         self.compiled = library.extension(device.type).Plan(
-            group, members, skipped, states, is_protected
+            group, members, skipped, states, is_protected, pull_only
         )
 
     @property

@@ -108,7 +108,7 @@ def foreach(
     torch._foreach_mul_(updates, step_sizes)
     torch._foreach_add_(theta, updates)
     if penalty == "proximal":
-        _proximal_(theta, importances, anchors, pulls)
+        proximal_(theta, importances, anchors, pulls)
 
     random = [
         partial(_random, grad, count, any(map(formats.is_codes, stored)))
@@ -225,9 +225,10 @@ def _count(step: Tensor) -> Any:
     return step.double() if step.is_cuda else step.item()
 
 
-def _proximal_(
+def proximal_(
     theta: TensorList, importances: TensorList, anchors: TensorList, pulls: Sequence[Any]
 ) -> None:
+    """Set θ to θ* + (θ − θ*)/(1 + pull·F), all in the dtype of the arithmetic."""
     for value, importance, anchor, pull in zip(theta, importances, anchors, pulls, strict=True):
         c = importance * pull
         # The same number twice: the first leaves F = 0 unmoved, the second survives c = inf.

@@ -18,6 +18,7 @@ from cl_optim.ops import library
 
 ARCHITECTURES = (80, 90, 100)
 REGISTERS = 65536  # of a multiprocessor
+PROXIMAL = 3  # of the enumeration of penalties
 THREADS = 256  # of a block of the fused step
 STACK = 128  # bytes per thread, for what is spilled
 
@@ -48,6 +49,7 @@ class Instance:
     float32_storage: bool
     penalty: int
     projected: bool
+    pull_only: bool = False
 
 
 Kernels = dict[str, Kernel]
@@ -104,11 +106,15 @@ def instances(kernels: Kernels) -> dict[Instance, Kernel]:
     """The kernels of the fused step."""
     found = {}
     for name, kernel in kernels.items():
-        key = re.search(r"ewc_adamwI([fd])LNS\d*_7StorageE(\d)ELNS_7PenaltyE(\d)ELb(\d)", name)
+        key = re.search(
+            r"ewc_adamwI([fd])LNS\d*_7StorageE(\d)ELNS_7PenaltyE(\d)ELb(\d)ELb(\d)", name
+        )
         if key is not None:
             arithmetic = {"f": "float", "d": "double"}[key[1]]
-            found[Instance(arithmetic, key[2] == "1", int(key[3]), key[4] == "1")] = kernel
-    assert len(found) == 24  # (2 storages of float, 1 of double) x 4 penalties x 2
+            flags = key[2] == "1", int(key[3]), key[4] == "1", key[5] == "1"
+            found[Instance(arithmetic, *flags)] = kernel
+    # (2 storages of float, 1 of double) x 4 penalties x 2, and 3 forms of the pull alone.
+    assert len(found) == 24 + 9
     return found
 
 
@@ -119,7 +125,9 @@ def test_whole_units_move_16_bytes_at_once(code, architecture):
         count = kernel.instructions
         read = 6 if instance.penalty else 4  # weights, gradients, moments; importance, anchors
         written = 3
-        if not instance.float32_storage:  # the largest second moments
+        if instance.pull_only:  # what is beside the target, but where the penalty is proximal
+            read, written = (3 if instance.penalty == PROXIMAL else 4), 1
+        elif not instance.float32_storage:  # the largest second moments
             read, written = read + 1, written + 1
         vectors = 4 if instance.arithmetic == "double" else 2
         rows = 0
@@ -127,7 +135,8 @@ def test_whole_units_move_16_bytes_at_once(code, architecture):
             rows = 4 + 8 * (instance.arithmetic == "double")
         assert count["LDG.E.128"] == vectors * read + rows, instance
         assert count["STG.E.EF.128"] == vectors * written, instance
-        if instance.arithmetic == "float" and not instance.float32_storage:
+        general = instance.arithmetic == "float" and not instance.float32_storage
+        if general and not instance.pull_only:
             # Of 2 bytes may be all of these, and what a weight of bfloat16 lacks.
             assert count["STG.E.EF.64"] == 2 * (written + 2), instance
             assert count["LDG.E.64"] >= 2 * (read + 1), instance

@@ -26,8 +26,10 @@ from paths import CSRC, KERNELS
 from torch import Tensor
 
 from cl_optim import EWCAdamW
+from cl_optim.ops import ewc_pull, formats
 from cl_optim.optim.launch import gather
 
+DTYPES_OF_PULLS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 LAUNCH = re.compile(r"(\w+(?:<[^<>;]*>)?)\s*<<<(.*?)>>>\(", re.DOTALL)
 
 
@@ -74,7 +76,7 @@ def emulated_step(kernels: ModuleType, optimizer: EWCAdamW) -> None:
     step = optimizer._next_step()
     for batch in gather(step.groups, step.state, step.roles):
         params = batch.group["params"]
-        plan = kernels.Plan(params, batch.members, [], batch.states, batch.is_protected)
+        plan = kernels.Plan(params, batch.members, [], batch.states, batch.is_protected, False)
         assert plan.possible
         inputs = optimizer._launch.inputs(step, batch)
         rows = list(inputs.memories), list(inputs.coefficients)
@@ -272,3 +274,39 @@ def test_what_is_not_a_number_shows(kernels):
         assert param.isnan().sum() == 1
         scales = optimizer.state[param]["exp_avg_sq"][:, :4].contiguous().view(torch.float32)
         assert scales.isnan().flatten().nonzero().tolist() == [[5000 // 256]]
+
+
+@pytest.mark.parametrize("stochastic", [False, True])
+@pytest.mark.parametrize("penalty", ["gradient", "proximal"])
+@pytest.mark.parametrize("dtype", DTYPES_OF_PULLS, ids=str)
+def test_the_pull_alone(kernels, dtype, penalty, stochastic):
+    draw = torch.Generator().manual_seed(0)
+    for importance, anchor in itertools.product(IMPORTANCE, (None, "bfloat16")):
+        if dtype == torch.float64 and (importance != "float32" or anchor):
+            continue
+        params = [torch.randn(shape, generator=draw).to(dtype) for shape in SHAPES]
+        states = []
+        for param in params:
+            param.grad = torch.randn(param.shape, generator=draw).to(dtype)
+            f = formats.like(param).copy_(torch.rand(param.shape, generator=draw)) * 100
+            stored = formats.store_importance(f, param, importance)
+            formats.mark_frozen_(stored, torch.rand(param.shape, generator=draw) < 0.2)
+            star = (param.float() + 0.1).to(formats.anchor_dtype(param, anchor))
+            states.append({"importance": stored, "anchor": star, "step": torch.zeros(())})
+        options = ewc_pull.Options(0.01, 0.5, penalty, stochastic=stochastic)
+        into_gradient = penalty == "gradient"
+        targets = [(param.grad if into_gradient else param).clone() for param in params]
+        of = {key: [state[key] for state in states] for key in ("importance", "anchor")}
+        steps = [torch.zeros(()) for _ in states] if stochastic else []
+        beside = params if into_gradient else []
+        ewc_pull.fused(ewc_pull.Pulled(targets, beside, *of.values(), steps), options)
+
+        plan = kernels.Plan(params, list(range(len(params))), [], states, True, True)
+        assert plan.possible
+        workspace = torch.full((plan.workspace(False),), 0xA5, dtype=torch.uint8)
+        call = (params, [], [], workspace, None, None, None, None, ewc_pull.planned(options))
+        assert kernels.take_step([plan], [call])
+        for param, expected in zip(params, targets, strict=True):
+            found = param.grad if into_gradient else param
+            ulps = 2 * torch.finfo(dtype).eps
+            torch.testing.assert_close(found, expected, rtol=ulps, atol=1e-6)

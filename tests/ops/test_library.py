@@ -18,7 +18,7 @@ from paths import ROOT
 
 from cl_optim import _C
 from cl_optim import functional as F
-from cl_optim.ops import library
+from cl_optim.ops import ewc_pull, library  # noqa: F401
 
 HYPERPARAMETERS = {
     "lr": 1e-2,
@@ -247,7 +247,7 @@ def test_operators_are_there_without_kernels():
 import sys, warnings
 sys.modules |= {"cl_optim._C": None, "cl_optim._C_cuda": None}
 import torch, cl_optim
-from cl_optim.ops import library
+from cl_optim.ops import ewc_pull, library
 warnings.simplefilter("ignore")
 for operator in library.OPERATORS:
     print(getattr(torch.ops.cl_optim, operator).default._schema)
@@ -263,7 +263,7 @@ print(cl_optim.functional.gram(torch.eye(2), torch.ones(2))[1].tolist())
     command = [sys.executable, "-c", code]
     shown = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     *schemas, product = shown.splitlines()
-    assert len(schemas) == len(library.OPERATORS) == 10
+    assert len(schemas) == len(library.OPERATORS) == 11
     assert all(schema.startswith("cl_optim::") for schema in schemas)
     assert product == "[1.0, 1.0]"
 

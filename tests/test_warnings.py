@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import cl_optim
-from cl_optim import GEM, EWCAdamW, Importance, ImportanceLog, InputProjection, functional
+from cl_optim import EWC, GEM, EWCAdamW, Importance, ImportanceLog, InputProjection, functional
 from cl_optim.importance import watch
 from cl_optim.importance.importance import _UNSEALED_FORMAT
 from cl_optim.importance.manifest import FILE
@@ -77,6 +77,12 @@ class TestTheReferences:
         optimizer.param_groups[0]["foreach"] = None
         backward(model)
         warned("EWC-AdamW runs", optimizer.step)
+
+    def test_ewc_stepped(self, model):
+        optimizer = EWC(torch.optim.SGD(model.named_parameters()))
+        optimizer.consolidate(None)
+        backward(model)
+        warned("EWC's pull runs", optimizer.step)
 
     def test_gem(self, model):
         optimizer = GEM(torch.optim.SGD(model.parameters()))
@@ -256,6 +262,7 @@ def test_no_warning_is_missing_here():
         "optim/gem.py": 1,
         "optim/matching.py": 1,
         "optim/protection.py": 2,
+        "optim/pulling.py": 1,
         "retention/checkpoint/checkpoints.py": 1,
         "retention/guard/guard.py": 1,
         "retention/interpolation/between.py": 1,

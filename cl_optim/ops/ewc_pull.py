@@ -64,15 +64,19 @@ class Options:
         if self.penalty not in PENALTIES:
             raise ValueError(f"penalty must be one of {PENALTIES}, not {self.penalty!r}.")
 
-
-def planned(options: Options) -> dict[str, object]:
-    """Return the options as a plan takes them (:mod:`cl_optim.ops.ewc_adamw_plan`)."""
-    return vars(
-        Hyperparameters(
-            options.lr, 0.0, 0.0, 0.0, 0.0, options.ewc_lambda,
-            penalty=options.penalty, maximize=options.maximize, stochastic=options.stochastic,
+    def hyper(self) -> Hyperparameters:
+        """Return the options as a plan takes them (:mod:`cl_optim.ops.ewc_adamw_plan`)."""
+        return Hyperparameters(
+            lr=self.lr,
+            beta1=0.0,
+            beta2=0.0,
+            eps=0.0,
+            weight_decay=0.0,
+            ewc_lambda=self.ewc_lambda,
+            penalty=self.penalty,
+            maximize=self.maximize,
+            stochastic=self.stochastic,
         )
-    )  # fmt: skip
 
 
 class Pulled(NamedTuple):

@@ -13,7 +13,6 @@ from torch._compile import _disable_dynamo
 
 from cl_optim.importance import Importance, ImportanceLog
 from cl_optim.importance.kronecker.side import ENERGY, Side
-from cl_optim.ops import formats
 from cl_optim.ops.capture import is_capturing
 from cl_optim.ops.checks import check_fraction, check_groups, check_whole
 from cl_optim.optim import input_subspaces as subspaces
@@ -22,8 +21,9 @@ from cl_optim.optim.ewc_adamw import EWCAdamW
 from cl_optim.optim.input_subspaces import Parts, Subspace, softly, wholly
 from cl_optim.optim.matching import named_params
 from cl_optim.optim.projection_stacks import Frozen
+from cl_optim.optim.protecting import protecting
 from cl_optim.optim.settling import Settling, settle_before
-from cl_optim.optim.wrapper import Forwarded, Wrapper, innermost, inside_step, layers
+from cl_optim.optim.wrapper import Forwarded, Wrapper, inside_step, layers, passed_on
 
 MODES = ("soft", "hard")
 
@@ -34,15 +34,6 @@ _OPTIONS = ("strength", "mode", "energy", "every")
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
 _Loss = TypeVar("_Loss")  # what a closure returns, as for EWCAdamW
-
-
-def _passed_on(name: str) -> property:
-    """Make an attribute that is the wrapped optimizer's."""
-    return property(
-        lambda self: getattr(self.optimizer, name),
-        lambda self, value: setattr(self.optimizer, name, value),
-        lambda self: delattr(self.optimizer, name),
-    )
 
 
 class _SettledFirst(Forwarded[_P, _R]):
@@ -235,8 +226,8 @@ class InputProjection(Wrapper):
     unfreeze = _SettledFirst(EWCAdamW.unfreeze)
 
     # GradScaler sets these two for the time of a step.
-    grad_scale = _passed_on("grad_scale")
-    found_inf = _passed_on("found_inf")
+    grad_scale = passed_on("grad_scale")
+    found_inf = passed_on("found_inf")
 
     def __repr__(self) -> str:
         options = ", ".join(f"{key}={value!r}" for key, value in self._options().items())
@@ -411,13 +402,8 @@ class InputProjection(Wrapper):
 
     def _frozen(self) -> Frozen:
         """Return what gives the mask of a parameter's frozen weights, or None."""
-        optimizer = innermost(self.optimizer)
-
-        def frozen(param: Tensor) -> Tensor | None:
-            stored = optimizer.state.get(param, {}).get("importance")
-            return None if stored is None else formats.frozen_weights(stored, param)
-
-        return frozen if isinstance(optimizer, EWCAdamW) else lambda param: None
+        inside = protecting(self.optimizer)
+        return (lambda param: None) if inside is None else inside.frozen_weights
 
     # --- state ------------------------------------------------------------------------------------
 

@@ -92,7 +92,7 @@ def choose(group: Mapping[str, Any], device: torch.device) -> tuple[str, ops.Ste
 def lr_stays_tensor(group: Mapping[str, Any]) -> bool:
     """Tell where the learning rate must not be read: on a device, or for a gradient through it."""
     lr = group["lr"]
-    return isinstance(lr, Tensor) and (lr.device.type != "cpu" or group["differentiable"])
+    return isinstance(lr, Tensor) and (lr.device.type != "cpu" or bool(group.get("differentiable")))
 
 
 def lr_tensor(group: Mapping[str, Any], device: torch.device) -> Tensor | None:
@@ -100,4 +100,4 @@ def lr_tensor(group: Mapping[str, Any], device: torch.device) -> Tensor | None:
     if not lr_stays_tensor(group):
         return None
     lr: Tensor = group["lr"]
-    return lr.to(device) if group["differentiable"] else lr.to(device, torch.float32)
+    return lr.to(device) if group.get("differentiable") else lr.to(device, torch.float32)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -248,6 +248,11 @@ class Protecting:
         for _, state in self._protected_states():
             protection.unfreeze(state)
 
+    def frozen_weights(self, param: Tensor) -> Tensor | None:
+        """Return which weights are frozen, bool; None where nothing protects the parameter."""
+        stored = self._protection.get(param, {}).get("importance")
+        return None if stored is None else formats.frozen_weights(stored, param)
+
     def _before_freezing(self) -> None:
         """Take what is due of the weights that were free until now."""
         self.settle()
@@ -311,16 +316,20 @@ class Protecting:
             A detached 0-dim float64 tensor, which nothing overflows that float32 parameters can
             have, on the first parameter's device; 0 before the first :meth:`consolidate`.
         """
-        total = torch.zeros((), dtype=torch.float64, device=next(self._params()).device)
         in_matrices = self._pull.members(self.param_groups, self._protection)
-        for _, param, importance, frozen, anchor, ewc_lambda in self.protected():
-            if param in in_matrices:
-                continue
-            weight = weight_of(param, self._protection[param])
-            sums = penalty_sums(weight, importance, frozen, anchor)
-            total += (ewc_lambda * sums[0]).to(total.device)
+        total = self._penalty_of(lambda param: param not in in_matrices)
         for penalty in self.matrix_penalties().values():
             total += penalty.to(total.device)
+        return total
+
+    def _penalty_of(self, wanted: Callable[[Tensor], bool]) -> Tensor:
+        """Sum the penalty of diagonal importance over some parameters."""
+        total = torch.zeros((), dtype=torch.float64, device=next(self._params()).device)
+        for _, param, importance, frozen, anchor, ewc_lambda in self.protected():
+            if wanted(param):
+                weight = weight_of(param, self._protection[param])
+                sums = penalty_sums(weight, importance, frozen, anchor)
+                total += (ewc_lambda * sums[0]).to(total.device)
         return total
 
     @torch.no_grad()
@@ -335,3 +344,23 @@ class Protecting:
             param: of_weights.get(param, torch.zeros((), dtype=torch.float64, device=param.device))
             for param in self._pull.members(self.param_groups, self._protection)
         }
+
+
+def protecting(optimizer: Any) -> Protecting | None:
+    """Return what protects weights: an optimizer, or the first that it is around; None if none."""
+    while optimizer is not None and not isinstance(optimizer, Protecting):
+        optimizer = getattr(optimizer, "optimizer", None)
+    return optimizer
+
+
+def anchors(optimizer: Any) -> dict[Tensor, Tensor]:
+    """Return the anchors of an optimizer, or of the one that it is around, as they are stored."""
+    found = protecting(optimizer)
+    if found is None:
+        return {}
+    return {
+        param: found._protection[param]["anchor"]
+        for group in found.param_groups
+        for param in group["params"]
+        if "anchor" in found._protection.get(param, {})
+    }

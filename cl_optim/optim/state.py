@@ -213,11 +213,12 @@ def check_state_dict(
     ]
     for state, param, group, name in saved:
         check_rounding(group, param, name)
-        _check_state(state, param, name)
+        check_param_state(state, param, name)
     matrices.check_saved(saved)
 
 
-def _check_state(state: Mapping[str, Any], param: Tensor, name: str) -> None:
+def check_param_state(state: Mapping[str, Any], param: Tensor, name: str) -> None:
+    """Raise ValueError where a parameter's saved state is truncated, or another parameter's."""
     for key in _required(state):
         if key not in state:
             raise ValueError(f"the state dict is truncated: parameter {name} has no {key!r}.")

@@ -41,6 +41,15 @@ class Forwarded(Generic[_P, _R]):
         return self if wrapper is None else wrapper._forwarded(self._name)
 
 
+def passed_on(name: str) -> property:
+    """Make an attribute that is the wrapped optimizer's."""
+    return property(
+        lambda self: getattr(self.optimizer, name),
+        lambda self, value: setattr(self.optimizer, name, value),
+        lambda self: delattr(self.optimizer, name),
+    )
+
+
 class Wrapper(torch.optim.Optimizer):
     """An optimizer with the groups, state and defaults of the one that it wraps, and own hooks."""
 

@@ -304,7 +304,7 @@ def test_the_pull_alone(kernels, dtype, penalty, stochastic):
         plan = kernels.Plan(params, list(range(len(params))), [], states, True, True)
         assert plan.possible
         workspace = torch.full((plan.workspace(False),), 0xA5, dtype=torch.uint8)
-        call = (params, [], [], workspace, None, None, None, None, ewc_pull.planned(options))
+        call = (params, [], [], workspace, None, None, None, None, vars(options.hyper()))
         assert kernels.take_step([plan], [call])
         for param, expected in zip(params, targets, strict=True):
             found = param.grad if into_gradient else param

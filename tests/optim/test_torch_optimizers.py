@@ -1,8 +1,8 @@
-"""torch's own optimizer inputs (common_optimizers) with EWCAdamW, and GEM around every optimizer.
+"""torch's own optimizer inputs (common_optimizers): EWCAdamW; GEM and EWC around every optimizer.
 
 torch ships the inputs, the errors and the learning-rate schedulers, not the tests that walk them:
-these are ours. Each optimizer is set beside its peer: EWCAdamW beside AdamW, GEM beside what it
-wraps, with a memory that agrees with every gradient.
+these are ours. Each optimizer is set beside its peer: EWCAdamW beside AdamW, GEM and EWC beside
+what they wrap, with a memory that agrees with every gradient, and a pull that moves nothing.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from torch.testing._internal.common_optimizers import (
     optim_error_inputs_func_adamw,
 )
 
-from cl_optim import GEM, EWCAdamW
+from cl_optim import EWC, GEM, EWCAdamW
 from cl_optim.ops.nnqp import Status
 
 # What EWCAdamW takes where AdamW refuses, by torch's description of the input.
@@ -86,6 +86,15 @@ def around(make: Callable[..., Optimizer]) -> Callable[..., GEM]:
     return made
 
 
+def pulled(make: Callable[..., Optimizer]) -> Callable[..., EWC]:
+    def made(params: Any, **kwargs: Any) -> EWC:
+        ewc = EWC(make(params, **kwargs), ewc_lambda=1e-30)
+        ewc.consolidate(None)
+        return ewc
+
+    return made
+
+
 ADAMW = INFOS["AdamW"]
 OURS = [
     Subject("EWCAdamW", ADAMW, EWCAdamW, exact=False),
@@ -93,6 +102,11 @@ OURS = [
 ]
 SUBJECTS = OURS + [
     Subject(f"GEM({name})", info, around(info.optim_cls), exact=True)
+    for name, info in INFOS.items()
+    if name not in REFUSED_BY_GEM
+]
+SUBJECTS += [
+    Subject(f"EWC({name})", info, pulled(info.optim_cls), exact=True)
     for name, info in INFOS.items()
     if name not in REFUSED_BY_GEM
 ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -91,12 +91,19 @@ class Pull:
             }
         return self._roles[damped]
 
-    def after_step(self, step: Step) -> None:
-        """Count a step that was taken, and take what is due of the groups whose turn it is."""
+    def after_step(
+        self, step: Step, has_moved: Callable[[Tensor], bool] = lambda param: param.grad is not None
+    ) -> None:
+        """Count a step that was taken, and take what is due of the groups whose turn it is.
+
+        Args:
+            step: The step.
+            has_moved: Says of a parameter whether the step has updated it.
+        """
         if not self._stacks:
             return
         for number, params in self._members.items():
-            moved = tuple(param.grad is not None for param in params)
+            moved = tuple(map(has_moved, params))
             if not any(moved):
                 continue
             group, hyper = step.groups[number], step.hypers[number]

@@ -18,6 +18,7 @@ from cl_optim.importance.errors import DamagedError
 from cl_optim.importance.names import Lazy, match_names
 from cl_optim.ops.checks import listed
 from cl_optim.optim.groups import is_dtensor
+from cl_optim.optim.protecting import anchors
 from cl_optim.retention import sealed_torch
 
 # What holds the weights: a state dict, a model, an optimizer with anchors, or where a file is.
@@ -62,28 +63,20 @@ def anchors_of(optimizer: Any, model: nn.Module) -> Mapping[str, Tensor]:
     Raises:
         ValueError: It has none, or none of this model.
     """
-    while not isinstance(getattr(optimizer, "state", None), Mapping) or not _has_anchors(optimizer):
-        if not hasattr(optimizer, "optimizer"):
-            raise ValueError(
-                f"old is {type(optimizer).__name__}, which has no anchors: consolidate() it before "
-                "the new task, or give the old weights as a state dict or a file."
-            )
-        optimizer = optimizer.optimizer
-    state = optimizer.state
+    of_params = anchors(optimizer)
+    if not of_params:
+        raise ValueError(
+            f"old is {type(optimizer).__name__}, which has no anchors: consolidate() it before "
+            "the new task, or give the old weights as a state dict or a file."
+        )
     found = {
-        name: state[param]["anchor"]
-        for name, param in model.named_parameters()
-        if "anchor" in state.get(param, {})
+        name: of_params[param] for name, param in model.named_parameters() if param in of_params
     }
     if not found:
         raise ValueError(
             "old is an optimizer of another model: none of its anchors is of this one."
         )
     return found
-
-
-def _has_anchors(optimizer: Any) -> bool:
-    return any(isinstance(one, Mapping) and "anchor" in one for one in optimizer.state.values())
 
 
 # --- files ----------------------------------------------------------------------------------------

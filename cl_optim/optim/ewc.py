@@ -34,7 +34,7 @@ from cl_optim.optim.kronecker.stacks import apart
 from cl_optim.optim.launch import Step
 from cl_optim.optim.options import lr_stays_tensor
 from cl_optim.optim.protecting import Protecting
-from cl_optim.optim.pulling import Pulling, batches
+from cl_optim.optim.pulling import Batch, Pulling, batches
 from cl_optim.optim.state import check_param_state, loaded
 from cl_optim.optim.wrapper import Wrapper, inside_step, passed_on
 
@@ -153,6 +153,7 @@ class EWC(Protecting, Wrapper):
         self._pulling = Pulling()
         self._ledger = Ledger()
         self._members: list[list[int]] | None = None
+        self._whole: list[list[Batch]] = []  # each group's members, all of them, by device
         self._frozen: dict[Tensor, Tensor] = {}
         self._fixed = []
         self._was_captured = False
@@ -205,6 +206,10 @@ class EWC(Protecting, Wrapper):
                     if "importance" in state.get(param, {}) and param not in in_matrices
                 ]
                 for group in self.param_groups
+            ]
+            self._whole = [
+                batches(number, group["params"], self._members[number])
+                for number, group in enumerate(self.param_groups)
             ]
             frozen = ((p, self.frozen_weights(p)) for p in self._params())
             self._frozen = {p: mask for p, mask in frozen if mask is not None and bool(mask.any())}
@@ -294,26 +299,28 @@ class EWC(Protecting, Wrapper):
         self._refuse_capture()
         self._warn_of_moving()
         before = self._before(options, members)
-        # Some optimizers let go of the gradients that they have used.
-        moving = {param for param in self._params() if param.grad is not None}
+        # Before the step: some optimizers let go of the gradients that they have used.
+        moving = self._moving()
         losses: list[_Loss] = []
         with inside_step(self.optimizer):
             step: Callable[..., Any] = self.optimizer.step
             if closure is None:
-                self._pull_gradients(options, members)
+                self._pull_gradients(options)
                 loss: _Loss | None = step()
             elif any(one.penalty == "gradient" for one in options):
-                step(partial(self._with_penalty, closure, options, members, losses))
+                step(partial(self._with_penalty, closure, options, losses))
                 loss = losses[0]
             else:
                 loss = step(closure)
-        moving |= {param for param in self._params() if param.grad is not None}
-        self._pull_weights(options, members, moving, before)
+        if closure is not None:
+            pairs = zip(moving, self._moving(), strict=True)
+            moving = [[a or b for a, b in zip(*flags, strict=True)] for flags in pairs]
+        self._pull_weights(options, moving, before)
         taken = Step(
             groups, self._protected_state, [one.hyper() for one in options], ({}, {}), None,
             getattr(self, "found_inf", None), roles,
         )  # fmt: skip
-        self._pull.after_step(taken, moving.__contains__)
+        self._pull.after_step(taken, self._says(moving))
         for param, mask in self._frozen.items():
             param.copy_(torch.where(mask, before[param], param))
         return loss
@@ -328,28 +335,52 @@ class EWC(Protecting, Wrapper):
                 wanted.update(dict.fromkeys(group["params"][index] for index in indices))
         return {param: param.detach().clone() for param in wanted}
 
-    def _pull_gradients(self, options: Sequence[Options], members: Sequence[Sequence[int]]) -> None:
+    def _moving(self) -> list[list[bool]]:
+        """Return of each group which parameters have a gradient."""
+        return [[p.grad is not None for p in group["params"]] for group in self.param_groups]
+
+    def _says(self, moving: Sequence[Sequence[bool]]) -> Callable[[Tensor], bool]:
+        """Return what says of a parameter whether it has moved."""
+        of_params: dict[Tensor, bool] = {}
+
+        def has_moved(param: Tensor) -> bool:
+            if not of_params:
+                flags = (flag for of_group in moving for flag in of_group)
+                of_params.update(zip(self._params(), flags, strict=True))
+            return of_params[param]
+
+        return has_moved
+
+    def _batches(self, number: int, moving: Sequence[bool]) -> list[Batch]:
+        """Return the members of a group that move, by device."""
+        if all(moving):
+            return self._whole[number]
+        members = [index for index in self._look()[number] if moving[index]]
+        return batches(number, self.param_groups[number]["params"], members)
+
+    def _pull_gradients(self, options: Sequence[Options]) -> None:
+        if not any(one.penalty == "gradient" for one in options):
+            return
+        moving = self._moving()
         for number, (group, one) in enumerate(zip(self.param_groups, options, strict=True)):
             if one.penalty != "gradient" or one.ewc_lambda == 0.0:
                 continue
-            params = group["params"]
-            indices = [index for index in members[number] if params[index].grad is not None]
-            for index in indices:
-                if params[index].grad.layout is not torch.strided:
-                    raise RuntimeError(
-                        f"the gradient of parameter {name_of(group, params[index])} must be dense, "
-                        f"not {params[index].grad.layout}: penalty='proximal' needs no gradient."
-                    )
-            for batch in batches(number, params, indices):
-                device = params[batch.members[0]].device
-                numbers = Numbers(None, _number(getattr(self, "grad_scale", None), device), None)
-                self._pulling.take(batch, self._protection, one, numbers, {})
+            for batch in self._batches(number, moving[number]):
+                for index in batch.members:
+                    grad = batch.params[index].grad
+                    if grad is not None and grad.layout is not torch.strided:
+                        name = name_of(group, batch.params[index])
+                        raise RuntimeError(
+                            f"the gradient of parameter {name} must be dense, not {grad.layout}: "
+                            "penalty='proximal' needs no gradient."
+                        )
+                scale = _number(getattr(self, "grad_scale", None), batch.device)
+                self._pulling.take(batch, self._protection, one, Numbers(None, scale, None), {})
 
     def _with_penalty(
         self,
         closure: Callable[[], _Loss],
         options: Sequence[Options],
-        members: Sequence[Sequence[int]],
         losses: list[_Loss],
     ) -> Any:
         """Evaluate the model, and add the penalty to gradients and loss."""
@@ -357,7 +388,7 @@ class EWC(Protecting, Wrapper):
             loss: Any = closure()
         losses.append(loss)
         with torch.no_grad():
-            self._pull_gradients(options, members)
+            self._pull_gradients(options)
             forms = {p: g["penalty"] for g in self.param_groups for p in g["params"]}
             penalty = self._penalty_of(lambda param: forms[param] == "gradient")
         if isinstance(loss, Tensor):
@@ -367,29 +398,26 @@ class EWC(Protecting, Wrapper):
     def _pull_weights(
         self,
         options: Sequence[Options],
-        members: Sequence[Sequence[int]],
-        moving: set[Tensor],
+        moving: Sequence[Sequence[bool]],
         before: Mapping[Tensor, Tensor],
     ) -> None:
         found_inf = getattr(self, "found_inf", None)
         for number, (group, one) in enumerate(zip(self.param_groups, options, strict=True)):
-            params = group["params"]
-            if one.penalty == "gradient" or not members[number]:
+            members = self._look()[number]
+            if one.penalty == "gradient" or not members:
                 continue
             if group["every"] > 1:
                 lr = group["lr"] if lr_stays_tensor(group) else None
-                moved = tuple(params[index] in moving for index in members[number])
+                moved = tuple(moving[number][index] for index in members)
                 owed = amount(one.ewc_lambda, one.lr, lr, found_inf)
                 if any(moved) and self._ledger.add(number, moved, owed) >= group["every"]:
                     self._take_due(number)
                 continue
             if one.ewc_lambda == 0.0:
                 continue
-            indices = [index for index in members[number] if params[index] in moving]
-            for batch in batches(number, params, indices):
-                device = params[batch.members[0]].device
-                lr = _number(group["lr"], device) if lr_stays_tensor(group) else None
-                numbers = Numbers(lr, None, _number(found_inf, device))
+            for batch in self._batches(number, moving[number]):
+                lr = _number(group["lr"], batch.device) if lr_stays_tensor(group) else None
+                numbers = Numbers(lr, None, _number(found_inf, batch.device))
                 self._pulling.take(batch, self._protection, one, numbers, before)
 
     def _take_due(self, number: int) -> None:
@@ -409,8 +437,7 @@ class EWC(Protecting, Wrapper):
                 continue
             total = sum(owed[1:], start=owed[0])
             for batch in batches(number, group["params"], indices):
-                device = group["params"][batch.members[0]].device
-                lr = _number(total, device) if isinstance(total, Tensor) else None
+                lr = _number(total, batch.device)
                 one = Options(
                     0.0 if isinstance(total, Tensor) else total, 1.0,
                     stochastic=group["rounding"] == "stochastic",

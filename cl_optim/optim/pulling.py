@@ -21,12 +21,14 @@ class Batch(NamedTuple):
     Attributes:
         number: The group's.
         params: All of its parameters.
-        members: Which of them.
+        members: Which of them; one at least.
+        device: Theirs.
     """
 
     number: int
     params: list[Tensor]
     members: tuple[int, ...]
+    device: torch.device
 
 
 def batches(number: int, params: list[Tensor], members: Sequence[int]) -> list[Batch]:
@@ -34,7 +36,7 @@ def batches(number: int, params: list[Tensor], members: Sequence[int]) -> list[B
     by_device: dict[torch.device, list[int]] = {}
     for index in members:
         by_device.setdefault(params[index].device, []).append(index)
-    return [Batch(number, params, tuple(found)) for found in by_device.values()]
+    return [Batch(number, params, tuple(found), on) for on, found in by_device.items()]
 
 
 class Pulling:
@@ -65,7 +67,7 @@ class Pulling:
             numbers: What is on a device.
             before: With ``"decoupled"`` what the weights were before the step.
         """
-        device = batch.params[batch.members[0]].device
+        device = batch.device
         key = batch.number, device
         into_gradient = options.penalty == "gradient"
         if library.choose("ewc_pull_", device, _SLOWER) == "reference":
@@ -93,7 +95,8 @@ class Pulling:
         if key not in self._last:
             return False
         last, was_into_gradient = self._last[key]  # a plan looks whether parameters are the same
-        return last.members == batch.members and was_into_gradient == into_gradient
+        alike = last is batch or last.members == batch.members
+        return alike and was_into_gradient == into_gradient
 
     @staticmethod
     def _pulled(

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 from trainer_cases import distance, huggingface_trainer, protected, tiny_gpt2, watched
 
-from cl_optim import GEM, EWCAdamW
+from cl_optim import EWC, GEM, EWCAdamW
 from cl_optim.retention import Evaluation
 
 
@@ -666,3 +666,58 @@ def test_importing_the_package_loads_no_trainer():
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     )
     assert result.stdout.strip() == "[]"
+
+
+def adafactor_trainer(folder, model, steps=6):
+    """Trainer's own Adafactor, with EWC around it."""
+    from transformers import Trainer, TrainingArguments
+
+    tokens = torch.randint(0, 32, (24, 8), generator=torch.Generator().manual_seed(1))
+    data = [{"input_ids": row, "labels": row} for row in tokens]
+    arguments = TrainingArguments(
+        output_dir=str(folder), max_steps=steps, save_steps=3, per_device_train_batch_size=2,
+        use_cpu=True, report_to=[], disable_tqdm=True, dataloader_pin_memory=False,
+        logging_strategy="no", optim="adafactor", learning_rate=1e-2,
+    )  # fmt: skip
+    trainer = Trainer(model, arguments, train_dataset=data)
+    optimizer = EWC(trainer.create_optimizer(), ewc_lambda=3.0)
+    torch.manual_seed(7)
+    importance = {name: 100 * torch.rand_like(p) for name, p in model.named_parameters()}
+    optimizer.consolidate(importance, model=model)
+    trainer.optimizer = optimizer
+    return trainer
+
+
+def test_ewc_around_the_optimizer_that_trainer_makes(tmp_path):
+    from transformers.optimization import Adafactor
+
+    model = tiny_gpt2()
+    before = [p.detach().clone() for p in model.parameters()]
+    trainer = adafactor_trainer(tmp_path, model)
+    trainer.train()
+    ewc = trainer.optimizer.optimizer
+    assert isinstance(ewc, EWC)
+    assert isinstance(ewc.optimizer, Adafactor)
+    ends = [p.detach().clone() for p in model.parameters()]
+    penalty = float(ewc.penalty())
+    assert penalty > 0.0
+
+    bare = tiny_gpt2()
+    free = adafactor_trainer(tmp_path / "free", bare)
+    for group in free.optimizer.param_groups:
+        group["ewc_lambda"] = 0.0
+    free.train()
+
+    def distance(weights):
+        return sum(float((a - b).square().sum()) for a, b in zip(weights, before, strict=True))
+
+    assert distance(ends) < 0.7 * distance([p.detach() for p in bare.parameters()])
+
+    resumed = tiny_gpt2()
+    with torch.no_grad():
+        for param in resumed.parameters():
+            param.add_(0.5)  # so that importance and anchors must come from the checkpoint
+    again = adafactor_trainer(tmp_path, resumed)
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    assert all(map(torch.equal, resumed.parameters(), ends))
+    assert float(again.optimizer.optimizer.penalty()) == penalty

@@ -1,0 +1,132 @@
+"""What EWC around another optimizer costs: its step, its pull alone, a step in the backward pass.
+
+    python bench/any_optimizer.py
+
+Contenders take turns on the CPU; times are medians, ratios medians of those within a turn. Memory
+is the most that a process of its own has had.
+"""
+
+from __future__ import annotations
+
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from contenders import LAMBDA, Problem, ewc, gpt2_shapes
+from torch import nn
+
+from cl_optim import EWC, EWCAdamW
+
+SHAPES: dict[str, tuple[list[tuple[int, ...]], int, int]] = {
+    # name: shapes, turns, steps in a turn; whole rounds of every = 4
+    "GPT-2, 144 tensors, 85 M": (gpt2_shapes(), 15, 4),
+    "1 000 tensors of 64": ([(64,)] * 1000, 40, 20),
+}
+WIDTH, DEPTH = 2048, 16
+
+
+def around_adamw(**options: Any) -> Callable[[Problem], Callable[[], None]]:
+    def make(problem: Problem) -> Callable[[], None]:
+        named = [(str(i), p) for i, p in enumerate(problem.params)]
+        optimizer = EWC(torch.optim.AdamW(named, fused=True), ewc_lambda=LAMBDA, **options)
+        importances, _ = problem.protection()
+        optimizer.consolidate({name: f for (name, _), f in zip(named, importances, strict=True)})
+        return optimizer.step
+
+    return make
+
+
+CONTENDERS: dict[str, Callable[[Problem], Callable[[], None]]] = {
+    "AdamW(fused)": lambda problem: torch.optim.AdamW(problem.params, fused=True).step,
+    "EWC(AdamW), proximal": around_adamw(),
+    "EWC(AdamW), proximal, every 4": around_adamw(every=4),
+    "EWC(AdamW), gradient": around_adamw(penalty="gradient"),
+    "EWC(AdamW), log8": around_adamw(importance_dtype="log8"),
+    "EWCAdamW, proximal": ewc(penalty="proximal"),
+}
+
+
+def steps() -> None:
+    for name, (shapes, turns, count) in SHAPES.items():
+        numbers: dict[str, list[float]] = {label: [] for label in CONTENDERS}
+        made = {}
+        for label, make in CONTENDERS.items():
+            torch.manual_seed(0)
+            made[label] = make(Problem(shapes))
+        for turn in range(turns + 2):
+            for label, step in made.items():
+                start = time.perf_counter()
+                for _ in range(count):
+                    step()
+                if turn >= 2:  # after plans are made
+                    numbers[label].append((time.perf_counter() - start) / count)
+        base = numbers["AdamW(fused)"]
+        print(f"\n{name}: ms a step, ÷ AdamW")
+        for label, found in numbers.items():
+            ratios = [one / other for one, other in zip(found, base, strict=True)]
+            low, middle, high = statistics.quantiles(ratios, n=4)
+            print(
+                f"  {label:30} {1e3 * statistics.median(found):9.3f}  {middle:5.2f} "
+                f"({low:.2f} to {high:.2f})"
+            )
+        pull = [b - a for a, b in zip(base, numbers["EWC(AdamW), proximal"], strict=True)]
+        each = 1e6 * statistics.median(pull) / len(shapes)
+        print(f"  the pull alone: {each:.2f} µs a tensor")
+
+
+def peak_of(kind: str) -> None:
+    """Take three steps, and print the most memory in MiB."""
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Linear(WIDTH, WIDTH) for _ in range(DEPTH)))
+
+    def make(params: Any) -> torch.optim.Optimizer:
+        if kind.startswith("EWCAdamW"):
+            return EWCAdamW(params, lr=1e-3, penalty="proximal")
+        return EWC(torch.optim.AdamW(params, lr=1e-3, fused=True))
+
+    one = make(model.named_parameters()) if kind.endswith("plain") else None
+    if one is not None:
+        one.consolidate(None)
+    else:
+        optimizers = {param: make([(name, param)]) for name, param in model.named_parameters()}
+        for param, optimizer in optimizers.items():
+            optimizer.consolidate(None)
+
+            def hook(param: torch.Tensor) -> None:
+                optimizers[param].step()
+                optimizers[param].zero_grad()
+
+            param.register_post_accumulate_grad_hook(hook)
+    for _ in range(3):
+        model(torch.randn(64, WIDTH)).square().mean().backward()
+        if one is not None:
+            one.step()
+            one.zero_grad()
+    with open("/proc/self/status") as file:
+        (line,) = (line for line in file if line.startswith("VmHWM"))
+    print(int(line.split()[1]) / 1024)
+
+
+def memory() -> None:
+    gradients = 4 * (WIDTH * WIDTH + WIDTH) * DEPTH / 2**20
+    print(f"\nThe most memory of a step, MiB; the gradients are {gradients:.0f}")
+    for kind in ("EWCAdamW", "EWC(AdamW)"):
+        found = []
+        for how in ("plain", "in the backward pass"):
+            command = [sys.executable, __file__, f"{kind}, {how}"]
+            shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+            found.append(float(shown))
+            print(f"  {kind}, {how:21} {found[-1]:7.0f}")
+        print(f"  saved: {(found[0] - found[1]) / gradients:.2f} of the gradients")
+
+
+if __name__ == "__main__":
+    if len(sys.argv) > 1:
+        peak_of(sys.argv[1])
+    else:
+        steps()
+        memory()

@@ -56,6 +56,7 @@ bench-retention: install
 	$(RUN) -m bench.retention run gem formats retention
 	$(RUN) -m bench.retention strength
 	$(RUN) -m bench.retention budget
+	$(RUN) -m bench.retention optimizers
 	$(RUN) -m bench.retention text
 	$(RUN) -m bench.retention published
 

@@ -13,6 +13,7 @@ from bench.retention.commands import (
     Choice,
     run,
     run_budget,
+    run_optimizers,
     run_published,
     run_strength,
     run_sweeps,
@@ -79,6 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         _add_choice(commands.add_parser(name, help=help_, description=description), command)
     _add_strength(commands.add_parser("strength", help="one strength on many networks"))
     _add_budget(commands.add_parser("budget", help="a forgetting budget on five pairs of tasks"))
+    _add_optimizers(commands.add_parser("optimizers", help="EWC around other optimizers"))
     _add_text(commands.add_parser("text", help="two texts: English, then Python code"))
     _add_pretrained(commands.add_parser("pretrained", help="SmolLM2 learns German manual pages"))
     arguments = parser.parse_args(argv)
@@ -144,6 +146,14 @@ def _add_budget(parser: argparse.ArgumentParser) -> None:
         "of tasks and three budgets; print what is lost, and how much of the budget was used."
     )
     _add_seeded(parser, run_budget, "runs of each budget", 3)
+
+
+def _add_optimizers(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Train permuted digits under EWCAdamW and under EWC around AdamW, SGD, Muon and Adafactor, "
+        "with one strength; learning rates are chosen on the validation split."
+    )
+    _add_seeded(parser, run_optimizers, "runs of each row", 5)
 
 
 def _add_seeded(

@@ -12,6 +12,7 @@ from rich import box
 from bench.retention import (
     budget,
     experiments,
+    optimizers,
     published,
     retention_table,
     strength,
@@ -165,3 +166,14 @@ def run_budget(seeds: int, out: Path) -> None:
         runs = budget.measure(seeds, on_run=partial(progress.advance, bar))
     console.print(budget.render(runs))
     announce(budget.write(runs, out), console)
+
+
+def run_optimizers(seeds: int, out: Path) -> None:
+    """Train under each optimizer; print and write the table."""
+    data, console = digits(), new_console()
+    with one_thread(), progress_bar(console) as progress:
+        total = sum(len(methods) + 1 for methods in optimizers.candidates())
+        bar = progress.add_task("optimizers", total=total)
+        rows = optimizers.measure(data, seeds, on_run=partial(progress.advance, bar))
+    console.print(optimizers.render(rows))
+    announce(optimizers.write(rows, out), console)

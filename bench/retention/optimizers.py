@@ -1,9 +1,9 @@
 """Does EWC keep as much around other optimizers? ``python -m bench.retention optimizers``.
 
-Permuted digits under EWCAdamW and under EWC around AdamW, SGD, Muon and Adafactor. Steps that are as
-long as the learning rate says, whatever the gradient, have one strength; SGD's are as long as the
-gradient, which the pull is then compared with: its strength is chosen with its learning rate, on the
-validation split and with seeds of their own.
+Permuted digits under EWCAdamW, and under EWC around AdamW, SGD, Muon and Adafactor. Where steps are
+as long as the learning rate says, whatever the gradient, there is one strength. SGD's are as long
+as the gradient, which the pull is then compared with: its strength is chosen like the learning
+rates, on the validation split and with seeds of their own.
 """
 
 from __future__ import annotations

@@ -63,7 +63,8 @@ class EWC(Protecting, Wrapper):
 
     Around ``torch.optim.AdamW`` the first two are :class:`cl_optim.EWCAdamW`'s::
 
-        optimizer = cl_optim.EWC(torch.optim.Muon(model.named_parameters()), strength=0.1)
+        inner = torch.optim.SGD(model.named_parameters(), lr=0.1, momentum=0.9)
+        optimizer = cl_optim.EWC(inner, strength=0.001)
         train(model, optimizer, task_a)
         optimizer.consolidate(cl_optim.estimate_fisher(model, task_a_batches))
         train(model, optimizer, task_b)  # as before
@@ -96,6 +97,8 @@ class EWC(Protecting, Wrapper):
         importance_dtype: As for :class:`cl_optim.EWCAdamW`, as are the next two.
         anchor_dtype: How θ* is stored.
         strength: λ without a unit, from each :meth:`consolidate` on; None: λ is ``ewc_lambda``.
+            0.1 to begin with where a step is as long as the learning rate says, as Adam's; less
+            around SGD, whose gradients are what the pull is compared with.
         every: Steps between pulls, for ``"proximal"``; of Kronecker importance, too, where 10 keeps
             as much as 1.
         rounding: How bfloat16 weights take up pulls of less than half a unit of their last place:

@@ -326,7 +326,12 @@ def test_the_command_takes_up_where_it_was_cut_short(texts, tmp_path, capsys, mo
     file.write_text(json.dumps({**record, "setting": {**record["setting"], "steps": 1}}))
     assert retention.main(command) == 0
     assert done == ["run"]
-    assert json.loads(file.read_text())["setting"]["steps"] == QUICK.steps
+    record = json.loads(file.read_text())
+    assert record["setting"]["steps"] == QUICK.steps
+    file.write_text(json.dumps({**record, "rate": 1.0}))  # another one was chosen then
+    assert retention.main(command) == 0
+    assert done == ["run"] * 2
+    assert json.loads(file.read_text())["rate"] == record["rate"]
     capsys.readouterr()
 
 

@@ -6,10 +6,9 @@ import json
 import multiprocessing
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, NamedTuple, get_args
 
 import torch
 from rich.console import Console
@@ -17,10 +16,33 @@ from rich.console import Console
 from bench.retention.pretrained import report
 from bench.retention.pretrained.methods import ADAMW, LORA, METHODS, Method, Setting, Structure
 from bench.retention.pretrained.results import Results
-from bench.retention.pretrained.runs import Place, choose, prepare, run
+from bench.retention.pretrained.runs import Place, choose, prepare, rate_of, run
 from cl_optim.demo.commands import announce, progress_bar
 
-_Job = tuple[list[Path], Callable[..., None], tuple[Any, ...]]  # what it writes, and how
+
+class _Job(NamedTuple):
+    """Something to be done, unless its files are there.
+
+    Attributes:
+        paths: What it writes; the first says with which setting.
+        function: Does it.
+        arguments: Of that.
+        rate: The learning rate that the first file must have; None: any.
+    """
+
+    paths: list[Path]
+    function: Callable[..., None]
+    arguments: tuple[Any, ...]
+    rate: Callable[[], float] | None = None
+
+    def is_done(self, setting: Setting) -> bool:
+        """Say whether its files are there, made with the setting and the learning rate."""
+        if not all(path.exists() for path in self.paths):
+            return False
+        record = json.loads(self.paths[0].read_text())
+        if record["setting"] != setting.record():
+            return False
+        return self.rate is None or bool(record["rate"] == self.rate())
 
 
 def run_pretrained(
@@ -51,20 +73,24 @@ def run_pretrained(
     for seed in range(seeds):
         prepared = [place.before(seed), place.base, place.own(seed)]
         prepared += [place.importance(structure, seed) for structure in get_args(Structure)]
-        stages[0].append((prepared, prepare, (place, setting, seed)))
+        stages[0].append(_Job(prepared, prepare, (place, setting, seed)))
         stages[2] += [
-            ([place.run(method, seed)], run, (method, place, setting, seed)) for method in methods
-        ]
+            _Job(
+                [place.run(method, seed)], run, (method, place, setting, seed),
+                partial(rate_of, method, place, setting),
+            )
+            for method in methods
+        ]  # fmt: skip
     for method, rates in ((ADAMW, setting.rates), (LORA, setting.lora_rates)):
         if any(one.kind == method.kind for one in methods):
             stages[1] += [
-                ([place.choice(method, rate)], choose, (method, rate, place, setting))
+                _Job([place.choice(method, rate)], choose, (method, rate, place, setting))
                 for rate in rates
             ]
     with progress_bar(console) as bar:
         names = ("preparing", "choosing learning rates", "learning")
         for name, stage in zip(names, stages, strict=True):
-            left = [job for job in stage if not _is_done(job[0], setting)]
+            left = [job for job in stage if not job.is_done(setting)]
             task = bar.add_task(name, total=len(stage), completed=len(stage) - len(left))
             # The base model is shared: seeds are prepared one after another.
             at_once = min(processes, 1) if stage is stages[0] else processes
@@ -75,25 +101,15 @@ def run_pretrained(
     return results
 
 
-def _is_done(paths: Sequence[Path], setting: Setting) -> bool:
-    """Say whether all files are there, the first of which says with which setting."""
-    if not all(path.exists() for path in paths):
-        return False
-    same: bool = json.loads(paths[0].read_text())["setting"] == json.loads(
-        json.dumps(asdict(setting))
-    )
-    return same
-
-
 def _carry_out(jobs: Sequence[_Job], processes: int, advance: Callable[[], object]) -> None:
     if not processes:
-        for _, function, arguments in jobs:
-            function(*arguments)
+        for job in jobs:
+            job.function(*job.arguments)
             advance()
         return
     threads = max(1, torch.get_num_threads() // processes)
     with ThreadPoolExecutor(processes) as pool:
-        futures = [pool.submit(_in_process, threads, *job[1:]) for job in jobs]
+        futures = [pool.submit(_in_process, threads, job.function, job.arguments) for job in jobs]
         try:
             for done in as_completed(futures):
                 done.result()

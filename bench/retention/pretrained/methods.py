@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import Literal
+import json
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal
 
 Kind = Literal["full", "lora"]
 Structure = Literal["diagonal", "kronecker"]
@@ -35,9 +36,14 @@ class Setting:
     kept: int = 256
     fisher: int = 64
     held_out: int = 16
-    rates: tuple[float, ...] = (5e-5, 1e-4, 2e-4)
+    rates: tuple[float, ...] = (5e-5, 1e-4, 2e-4, 4e-4)
     lora_rates: tuple[float, ...] = (5e-4, 1e-3, 2e-3)
     alphas: tuple[float, ...] = (1.0, 0.9, 0.8, 0.65, 0.5, 0.35)
+
+    def record(self) -> dict[str, Any]:
+        """Return what files say of it: all but the learning rates, of which one was chosen."""
+        fields: dict[str, Any] = json.loads(json.dumps(asdict(self)))
+        return {key: value for key, value in fields.items() if not key.endswith("rates")}
 
 
 QUICK = Setting(

@@ -153,7 +153,7 @@ def prepare(place: Place, setting: Setting, seed: int) -> None:
         )  # fmt: skip
         importance.save(place.importance(structure, seed))
     measured = {one.name: one.measure(model) for one in evaluations(place, setting)}
-    write(place.before(seed), {"setting": asdict(setting), "measured": measured})
+    write(place.before(seed), {"setting": setting.record(), "measured": measured})
 
 
 def evaluations(place: Place, setting: Setting) -> list[Evaluation]:
@@ -189,20 +189,20 @@ def choose(method: Method, rate: float, place: Place, setting: Setting) -> None:
     """Measure a learning rate on the new domain's validation part."""
     model, _, _ = learn(method, rate, place, setting, seed=0)
     windows = Reader(place, setting)(domains(place.texts).new, "validation", setting.held_out)
-    record = {"setting": asdict(setting), "rate": rate, "nats": base.nats(model, windows)}
+    record = {"setting": setting.record(), "rate": rate, "nats": base.nats(model, windows)}
     write(place.choice(method, rate), record)
 
 
-def chosen_rate(method: Method, place: Place, setting: Setting) -> float:
-    """Return the learning rate with the least loss on the validation part."""
+def rate_of(method: Method, place: Place, setting: Setting) -> float:
+    """Return a method's learning rate: its multiple of the one with the least validation loss."""
     rates = setting.rates if method.kind == "full" else setting.lora_rates
     found = {rate: json.loads(place.choice(method, rate).read_text())["nats"] for rate in rates}
-    return min(found, key=found.__getitem__)
+    return method.rate * min(found, key=found.__getitem__)
 
 
 def run(method: Method, place: Place, setting: Setting, seed: int) -> None:
     """Learn the new domain, measure on the way back to the old weights, and write all of it."""
-    rate = method.rate * chosen_rate(method, place, setting)
+    rate = rate_of(method, place, setting)
     model, seconds, memory = learn(method, rate, place, setting, seed)
     curve = interpolation_curve(model, place.base, evaluations(place, setting), setting.alphas)
     points = [
@@ -212,7 +212,7 @@ def run(method: Method, place: Place, setting: Setting, seed: int) -> None:
     record = {
         "method": asdict(method),
         "seed": seed,
-        "setting": asdict(setting),
+        "setting": setting.record(),
         "rate": rate,
         "points": points,
         "drift": asdict(_drift(model, place, setting, seed)),

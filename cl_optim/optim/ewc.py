@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections import defaultdict
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from functools import partial
@@ -35,7 +36,7 @@ from cl_optim.optim.launch import Step
 from cl_optim.optim.options import lr_stays_tensor
 from cl_optim.optim.protecting import Protecting
 from cl_optim.optim.pulling import Batch, Pulling, batches
-from cl_optim.optim.state import check_param_state, loaded
+from cl_optim.optim.state import check_param_state, loaded, misfit
 from cl_optim.optim.wrapper import Wrapper, inside_step, passed_on
 
 _KEY = "ewc"  # of a state dict
@@ -157,6 +158,7 @@ class EWC(Protecting, Wrapper):
         self._ledger = Ledger()
         self._members: list[list[int]] | None = None
         self._whole: list[list[Batch]] = []  # each group's members, all of them, by device
+        self._seen: list[tuple[list[Tensor], torch.dtype]] = []  # the groups' parameters then
         self._frozen: dict[Tensor, Tensor] = {}
         self._fixed = []
         self._was_captured = False
@@ -198,8 +200,17 @@ class EWC(Protecting, Wrapper):
         self._members = None
 
     def _look(self) -> list[list[int]]:
-        """Return each group's parameters that have a diagonal pull, by their place in it."""
-        if self._members is None:
+        """Return each group's parameters that have a diagonal pull, by their place in it.
+
+        Raises:
+            RuntimeError: What is protected is not what the groups have, or was cast.
+        """
+        groups = self.param_groups
+        if self._members is None or not _are_the_same(groups, self._seen):
+            self._check_groups()
+            self._seen = [(list(g["params"]), g["params"][0].dtype) for g in groups]
+            self._pulling.forget()
+            self._pull.look_again()
             in_matrices = self._pull.members(self.param_groups, self._protection)
             state = self._protection
             self._members = [
@@ -223,6 +234,30 @@ class EWC(Protecting, Wrapper):
                             count = torch.zeros((), dtype=torch.float32, device=param.device)
                             state[param].setdefault("step", count)
         return self._members
+
+    def _check_groups(self) -> None:
+        here = set(self._params())
+        lost = sum(param not in here for param in self._protection)
+        if lost:
+            raise RuntimeError(
+                f"{lost} parameters that are protected are not the optimizer's any more: make an "
+                "EWC of the optimizer as it is now, and consolidate() that."
+            )
+        for group in self.param_groups:
+            for key in OWN:
+                if key not in group:
+                    raise RuntimeError(
+                        f"a group has no {key!r}: it was added or loaded into the wrapped "
+                        "optimizer itself; call add_param_group() and load_state_dict() of the EWC."
+                    )
+            for param in group["params"]:
+                found = misfit(self._protection.get(param, {}), param)
+                if found is not None:
+                    raise RuntimeError(
+                        f"parameter {name_of(group, param)} was cast to {param.dtype} after its "
+                        f"{found!r} was made: optimizer.load_state_dict(optimizer.state_dict()) "
+                        "casts that, too."
+                    )
 
     # --- the wrapped optimizer --------------------------------------------------------------------
 
@@ -358,7 +393,8 @@ class EWC(Protecting, Wrapper):
         """Return the members of a group that move, by device."""
         if all(moving):
             return self._whole[number]
-        members = [index for index in self._look()[number] if moving[index]]
+        assert self._members is not None
+        members = [index for index in self._members[number] if moving[index]]
         return batches(number, self.param_groups[number]["params"], members)
 
     def _pull_gradients(self, options: Sequence[Options]) -> None:
@@ -406,7 +442,7 @@ class EWC(Protecting, Wrapper):
     ) -> None:
         found_inf = getattr(self, "found_inf", None)
         for number, (group, one) in enumerate(zip(self.param_groups, options, strict=True)):
-            members = self._look()[number]
+            members = self._members[number] if self._members else []
             if one.penalty == "gradient" or not members:
                 continue
             if group["every"] > 1:
@@ -587,6 +623,19 @@ class EWC(Protecting, Wrapper):
             found[param] = loaded(one, param, group_of[param])
         check_saved(checked)
         return options, found
+
+
+def _are_the_same(
+    groups: Sequence[Mapping[str, Any]], seen: Sequence[tuple[Sequence[Tensor], torch.dtype]]
+) -> bool:
+    """Tell if groups have the parameters that were seen, the first of each with its dtype."""
+    return len(groups) == len(seen) and all(
+        len(group["params"]) == len(params)
+        and all(map(operator.is_, group["params"], params))
+        and group["params"][0].dtype is dtype
+        and "ewc_lambda" in group
+        for group, (params, dtype) in zip(groups, seen, strict=True)
+    )
 
 
 def _without_own(state_dict: Mapping[str, Any]) -> dict[str, Any]:

@@ -143,6 +143,68 @@ def test_freeze_needs_importance():
         EWC(SGD(params(), lr=0.1)).freeze()
 
 
+def stepped(ewc: EWC) -> None:
+    for group in ewc.param_groups:
+        for param in group["params"]:
+            param.grad = torch.ones_like(param)
+    ewc.step()
+
+
+def add_inside(ewc: EWC) -> None:
+    ewc.optimizer.add_param_group({"params": [("c", nn.Parameter(torch.ones(1)))]})
+
+
+def load_inside(ewc: EWC) -> None:
+    ewc.optimizer.load_state_dict(SGD(params(), lr=0.1).state_dict())
+
+
+def replace_one(ewc: EWC) -> None:
+    ewc.param_groups[0]["params"][1] = nn.Parameter(torch.ones(2))
+
+
+def cast(ewc: EWC) -> None:
+    for param in ewc.param_groups[0]["params"]:
+        param.grad = None
+        param.data = param.data.double()
+
+
+BEHIND_ITS_BACK: list[Row] = [
+    ("a group", add_inside, RuntimeError, "a group has no 'ewc_lambda': it was added or loaded"),
+    ("a state", load_inside, RuntimeError, r"call add_param_group\(\) and load_state_dict\(\) of"),
+    ("a parameter", replace_one, RuntimeError, "1 parameters that are protected are not the optim"),
+    ("a dtype", cast, RuntimeError, "parameter a was cast to torch.float64 after its 'importance'"),
+]
+
+
+@each_of(BEHIND_ITS_BACK)
+def test_what_is_done_behind_its_back(given, error, message):
+    ewc = protected()
+    stepped(ewc)
+    given(ewc)
+    before = [p.detach().clone() for g in ewc.param_groups for p in g["params"]]
+    with refused(error, message):
+        stepped(ewc)
+    after = [p.detach() for g in ewc.param_groups for p in g["params"]]
+    assert all(map(torch.equal, before, after))
+    if given is cast:
+        ewc.load_state_dict(ewc.state_dict())
+        stepped(ewc)
+
+
+def test_parameters_that_change_places_keep_their_protection():
+    ewc, other = protected(ewc_lambda=50.0), protected(ewc_lambda=50.0)
+    for one in (ewc, other):
+        stepped(one)
+        stepped(one)
+    ewc.param_groups[0]["params"].reverse()
+    for one in (ewc, other):
+        stepped(one)
+    pairs = zip(
+        reversed(ewc.param_groups[0]["params"]), other.param_groups[0]["params"], strict=True
+    )
+    assert all(torch.equal(a, b) for a, b in pairs)
+
+
 def test_a_sparse_gradient_has_no_place_for_a_penalty():
     table = nn.Embedding(5, 2, sparse=True)
     for penalty in ("gradient", "proximal"):

@@ -32,7 +32,7 @@ from cl_optim.optim.kronecker.ledger import Ledger, amount
 from cl_optim.optim.kronecker.matrices import check_saved
 from cl_optim.optim.kronecker.pull import Pull
 from cl_optim.optim.kronecker.stacks import apart
-from cl_optim.optim.launch import Step
+from cl_optim.optim.launch import Roles, Step
 from cl_optim.optim.options import lr_stays_tensor
 from cl_optim.optim.protecting import Protecting
 from cl_optim.optim.pulling import Batch, Pulling, batches
@@ -158,7 +158,9 @@ class EWC(Protecting, Wrapper):
         self._ledger = Ledger()
         self._members: list[list[int]] | None = None
         self._whole: list[list[Batch]] = []  # each group's members, all of them, by device
-        self._seen: list[tuple[list[Tensor], torch.dtype]] = []  # the groups' parameters then
+        self._seen: list[
+            tuple[list[Tensor], torch.dtype | None]
+        ] = []  # the groups' parameters then
         self._frozen: dict[Tensor, Tensor] = {}
         self._fixed = []
         self._was_captured = False
@@ -208,7 +210,7 @@ class EWC(Protecting, Wrapper):
         groups = self.param_groups
         if self._members is None or not _are_the_same(groups, self._seen):
             self._check_groups()
-            self._seen = [(list(g["params"]), g["params"][0].dtype) for g in groups]
+            self._seen = [(list(g["params"]), _dtype(g)) for g in groups]
             self._pulling.forget()
             self._pull.look_again()
             in_matrices = self._pull.members(self.param_groups, self._protection)
@@ -315,7 +317,6 @@ class EWC(Protecting, Wrapper):
     def step(self, closure: Callable[[], _Loss]) -> _Loss: ...
 
     @_disable_dynamo
-    @torch.no_grad()
     def step(self, closure: Callable[[], _Loss] | None = None) -> _Loss | None:
         """Let the wrapped optimizer step, and pull before or after.
 
@@ -331,16 +332,9 @@ class EWC(Protecting, Wrapper):
             RuntimeError: A gradient is sparse, for ``"gradient"``; or a CUDA graph is captured that
                 would not replay the step. Nothing has been updated then.
         """
-        groups, members = self.param_groups, self._look()
-        options = [check_options(group) for group in groups]
-        roles = self._pull.roles(groups, self._protection)
-        self._refuse_capture()
-        self._warn_of_moving()
-        before = self._before(options, members)
-        # Before the step: some optimizers let go of the gradients that they have used.
-        moving = self._moving()
+        options, roles, before, moving = self._begin_step()
         losses: list[_Loss] = []
-        with inside_step(self.optimizer):
+        with inside_step(self.optimizer):  # in the caller's gradient mode, as it would be alone
             step: Callable[..., Any] = self.optimizer.step
             if closure is None:
                 self._pull_gradients(options)
@@ -353,15 +347,36 @@ class EWC(Protecting, Wrapper):
         if closure is not None:
             pairs = zip(moving, self._moving(), strict=True)
             moving = [[a or b for a, b in zip(*flags, strict=True)] for flags in pairs]
+        self._end_step(options, roles, before, moving)
+        return loss
+
+    @torch.no_grad()
+    def _begin_step(self) -> tuple[list[Options], Roles, dict[Tensor, Tensor], list[list[bool]]]:
+        """Check everything, and return what the end of the step is to know from before it."""
+        members = self._look()
+        options = [check_options(group) for group in self.param_groups]
+        roles = self._pull.roles(self.param_groups, self._protection)
+        self._refuse_capture()
+        self._warn_of_moving()
+        # Gradients are looked at now: some optimizers let go of those that they have used.
+        return options, roles, self._before(options, members), self._moving()
+
+    @torch.no_grad()
+    def _end_step(
+        self,
+        options: Sequence[Options],
+        roles: Roles,
+        before: Mapping[Tensor, Tensor],
+        moving: Sequence[Sequence[bool]],
+    ) -> None:
         self._pull_weights(options, moving, before)
         taken = Step(
-            groups, self._protected_state, [one.hyper() for one in options], ({}, {}), None,
-            getattr(self, "found_inf", None), roles,
+            self.param_groups, self._protected_state, [one.hyper() for one in options], ({}, {}),
+            None, getattr(self, "found_inf", None), roles,
         )  # fmt: skip
         self._pull.after_step(taken, self._says(moving))
         for param, mask in self._frozen.items():
             param.copy_(torch.where(mask, before[param], param))
-        return loss
 
     def _before(
         self, options: Sequence[Options], members: Sequence[Sequence[int]]
@@ -397,6 +412,7 @@ class EWC(Protecting, Wrapper):
         members = [index for index in self._members[number] if moving[index]]
         return batches(number, self.param_groups[number]["params"], members)
 
+    @torch.no_grad()
     def _pull_gradients(self, options: Sequence[Options]) -> None:
         if not any(one.penalty == "gradient" for one in options):
             return
@@ -426,9 +442,9 @@ class EWC(Protecting, Wrapper):
         with torch.enable_grad():
             loss: Any = closure()
         losses.append(loss)
+        self._pull_gradients(options)
+        forms = {p: g["penalty"] for g in self.param_groups for p in g["params"]}
         with torch.no_grad():
-            self._pull_gradients(options)
-            forms = {p: g["penalty"] for g in self.param_groups for p in g["params"]}
             penalty = self._penalty_of(lambda param: forms[param] == "gradient")
         if isinstance(loss, Tensor):
             return loss + penalty.to(loss.device, loss.dtype)
@@ -443,6 +459,8 @@ class EWC(Protecting, Wrapper):
         found_inf = getattr(self, "found_inf", None)
         for number, (group, one) in enumerate(zip(self.param_groups, options, strict=True)):
             members = self._members[number] if self._members else []
+            if group["every"] == 1 and number in self._ledger.due:
+                self._take_due(number)  # of steps before the option was changed
             if one.penalty == "gradient" or not members:
                 continue
             if group["every"] > 1:
@@ -626,16 +644,21 @@ class EWC(Protecting, Wrapper):
 
 
 def _are_the_same(
-    groups: Sequence[Mapping[str, Any]], seen: Sequence[tuple[Sequence[Tensor], torch.dtype]]
+    groups: Sequence[Mapping[str, Any]],
+    seen: Sequence[tuple[Sequence[Tensor], torch.dtype | None]],
 ) -> bool:
     """Tell if groups have the parameters that were seen, the first of each with its dtype."""
     return len(groups) == len(seen) and all(
         len(group["params"]) == len(params)
         and all(map(operator.is_, group["params"], params))
-        and group["params"][0].dtype is dtype
+        and _dtype(group) is dtype
         and "ewc_lambda" in group
         for group, (params, dtype) in zip(groups, seen, strict=True)
     )
+
+
+def _dtype(group: Mapping[str, Any]) -> torch.dtype | None:
+    return group["params"][0].dtype if group["params"] else None
 
 
 def _without_own(state_dict: Mapping[str, Any]) -> dict[str, Any]:

@@ -249,6 +249,45 @@ def test_every_some_steps_the_pull_is_that_of_all_of_them():
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
 
+def test_what_is_due_is_taken_when_every_becomes_1():
+    ours, theirs = named(), named()
+    one, other = (EWC(torch.optim.SGD(p, lr=0.1), ewc_lambda=0.3, every=4) for p in (ours, theirs))
+    for optimizer, params in ((one, ours), (other, theirs)):
+        optimizer.consolidate(importance())
+        for step in range(2):
+            set_gradients(params, step)
+            optimizer.step()
+    other.settle()
+    for optimizer in (one, other):
+        optimizer.param_groups[0]["every"] = 1
+    for optimizer, params in ((one, ours), (other, theirs)):
+        for _, param in params:
+            param.grad = torch.zeros_like(param)  # so that the order of pull and step is the same
+        optimizer.step()
+    assert all(map(torch.equal, values(ours), values(theirs)))
+
+
+def test_the_wrapped_step_runs_in_the_callers_gradient_mode():
+    class Naive(torch.optim.SGD):
+        def step(self, closure=None):
+            loss = closure()  # which differentiates
+            with torch.no_grad():
+                super().step()
+            return loss
+
+    params = named()
+    ewc = EWC(Naive(params, lr=0.1))
+    ewc.consolidate(importance())
+
+    def closure():
+        ewc.zero_grad()
+        loss = sum(p.square().sum() for _, p in params)
+        loss.backward()
+        return loss
+
+    assert ewc.step(closure).requires_grad
+
+
 def test_gradients_that_the_step_lets_go_of_count_as_moved():
     class Forgets(torch.optim.SGD):
         def step(self, closure=None):

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from contenders import LAMBDA, Problem, ewc, gpt2_shapes
+from contenders import Problem, adamw, around_adamw, ewc, gpt2_shapes
 from torch import nn
 
 from cl_optim import EWC, EWCAdamW
@@ -29,19 +29,8 @@ SHAPES: dict[str, tuple[list[tuple[int, ...]], int, int]] = {
 WIDTH, DEPTH = 2048, 16
 
 
-def around_adamw(**options: Any) -> Callable[[Problem], Callable[[], None]]:
-    def make(problem: Problem) -> Callable[[], None]:
-        named = [(str(i), p) for i, p in enumerate(problem.params)]
-        optimizer = EWC(torch.optim.AdamW(named, fused=True), ewc_lambda=LAMBDA, **options)
-        importances, _ = problem.protection()
-        optimizer.consolidate({name: f for (name, _), f in zip(named, importances, strict=True)})
-        return optimizer.step
-
-    return make
-
-
 CONTENDERS: dict[str, Callable[[Problem], Callable[[], None]]] = {
-    "AdamW(fused)": lambda problem: torch.optim.AdamW(problem.params, fused=True).step,
+    "AdamW(fused)": adamw,
     "EWC(AdamW), proximal": around_adamw(),
     "EWC(AdamW), proximal, every 4": around_adamw(every=4),
     "EWC(AdamW), gradient": around_adamw(penalty="gradient"),

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cl_optim import EWCAdamW
+from cl_optim import EWC, EWCAdamW
 
 LAMBDA = 0.5
 
@@ -67,6 +67,19 @@ def ewc(**options: Any) -> Callable[[Problem], Callable[[], None]]:
         with torch.no_grad():
             for p in problem.params:
                 p.add_(torch.randn_like(p), alpha=1e-3)
+        return optimizer.step
+
+    return make
+
+
+def around_adamw(**options: Any) -> Callable[[Problem], Callable[[], None]]:
+    """The pull beside torch's own step."""
+
+    def make(problem: Problem) -> Callable[[], None]:
+        named = [(str(i), p) for i, p in enumerate(problem.params)]
+        optimizer = EWC(torch.optim.AdamW(named, fused=True), ewc_lambda=LAMBDA, **options)
+        importances, _ = problem.protection()
+        optimizer.consolidate({name: f for (name, _), f in zip(named, importances, strict=True)})
         return optimizer.step
 
     return make
@@ -158,6 +171,7 @@ BFLOAT16_PROTECTED: dict[str, dict[str, Any]] = {
 CONTENDERS: dict[str, Callable[[Problem], Callable[[], None]]] = {
     "AdamW fused": adamw,
     **{name: ewc(**options) for name, options in PROTECTED.items()},
+    "EWC(AdamW fused) proximal": around_adamw(),
     "AdamW fused + autograd penalty": autograd_penalty,
     "AdamW fused + foreach penalty": foreach_penalty,
     "36 B per parameter in place": memory_floor,

@@ -226,3 +226,19 @@ def test_writing_is_seen_by_autograd():
         fused(Pulled([weight], [], [torch.ones(3)], [torch.zeros(3)]), Options(0.1, 1.0))
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         product.backward()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("stored", [{}, {"importance": "log8"}, {"anchor": "bfloat16"}], ids=str)
+@pytest.mark.parametrize("penalty", PENALTIES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_gpu_computes_the_same(dtype, penalty, stored):
+    if dtype == torch.float64 and stored:
+        stored = {}  # which has one format
+    options = Options(1e-3, 0.3, penalty)
+    expected, given = pulled_by(fused, dtype, options, **stored)
+    after, beside, importances, anchors = ([t.cuda() for t in part] for part in given)
+    pulled = Pulled(after, beside if penalty != "proximal" else [], importances, anchors)
+    fused(pulled, options)
+    for a, b in zip(after, expected, strict=True):
+        torch.testing.assert_close(a.cpu(), b, rtol=2 * torch.finfo(dtype).eps, atol=1e-6)

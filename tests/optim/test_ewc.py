@@ -710,6 +710,80 @@ def test_a_guard_keeps_its_budget_and_finds_the_anchors():
     assert torch.equal(model.weight, was.weight)
 
 
+# --- on a GPU -------------------------------------------------------------------------------------
+
+
+def test_steps_that_a_graph_would_not_repeat_are_refused(monkeypatch):
+    params = named()
+    ewc = EWC(torch.optim.SGD(params, lr=0.1), every=2)
+    frozen = EWC(torch.optim.SGD(named(seed=1), lr=0.1))
+    for one in (ewc, frozen):
+        one.consolidate(importance())
+    frozen.freeze(0.1)
+    monkeypatch.setattr("cl_optim.optim.ewc.is_capturing", lambda: True)
+    for one in (ewc, frozen):
+        with pytest.raises(RuntimeError, match=r"cannot be captured in a CUDA graph.*\.$"):
+            one.step()
+    plain = EWC(torch.optim.SGD(params, lr=0.1))
+    plain.consolidate(importance())
+    set_gradients(params, 0)
+    plain.step()
+    with pytest.warns(UserWarning, match="graph"):
+        plain.consolidate(importance())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("penalty", ["proximal", "decoupled", "gradient"])
+@pytest.mark.parametrize("every", [1, 3])
+@pytest.mark.parametrize("tensor", [False, True])
+def test_a_gpu_computes_the_same(penalty, every, tensor):
+    if penalty != "proximal":
+        every = 1
+    ours = named()
+    theirs = [(name, nn.Parameter(p.detach().cuda())) for name, p in named()]
+    found = []
+    for params, device in ((ours, "cpu"), (theirs, "cuda")):
+        lr = torch.tensor(1e-2, device=device) if tensor else 1e-2
+        inner = torch.optim.AdamW(params, lr=lr, fused=True)
+        ewc = EWC(inner, ewc_lambda=0.3, penalty=penalty, every=every, importance_dtype="log8")
+        ewc.consolidate(importance())
+        for step in range(7):
+            set_gradients(ours, step)
+            for (_, param), (_, source) in zip(params, ours, strict=True):
+                param.grad = source.grad.to(device, copy=True)
+            ewc.step()
+        ewc.settle()
+        found.append([value.cpu() for value in values(params)])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.gpu
+def test_a_step_is_captured_in_a_graph():
+    both = [[(name, nn.Parameter(p.detach().cuda())) for name, p in named()] for _ in range(2)]
+    made = []
+    for params in both:
+        inner = torch.optim.AdamW(params, lr=torch.tensor(1e-2, device="cuda"), capturable=True)
+        made.append(EWC(inner, ewc_lambda=0.3))
+        made[-1].consolidate(importance())
+        for _, param in params:
+            param.grad = torch.ones_like(param)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        made[0].step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        made[0].step()
+    made[1].step()
+    for _ in range(3):
+        graph.replay()
+        made[1].step()
+    for a, b in zip(values(both[0]), values(both[1]), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
+
+
 # --- optimizers of other packages -----------------------------------------------------------------
 
 

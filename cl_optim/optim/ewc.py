@@ -40,6 +40,7 @@ from cl_optim.optim.state import check_param_state, loaded, misfit
 from cl_optim.optim.wrapper import Wrapper, inside_step, passed_on
 
 _KEY = "ewc"  # of a state dict
+_MARK = "consolidations"  # of its groups, where there are some
 
 _Loss = TypeVar("_Loss")  # what a closure returns, as for EWCAdamW
 _ImportanceDtype: TypeAlias = Literal["float32", "bfloat16", "log8"] | torch.dtype
@@ -530,17 +531,23 @@ class EWC(Protecting, Wrapper):
     # --- state ------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the wrapped optimizer's state dict, untouched, and the protection with it.
+        """Return the wrapped optimizer's state dict, and the protection with it.
 
         That is under ``"ewc"``: options of each group, and by a parameter's place what protects it.
-        Nothing is due: it settles. Tensors are the optimizer's own, as always in torch.
+        The wrapped optimizer's part is untouched, but that groups which are protected say so, so
+        that a loss of the rest is noticed. Nothing is due: it settles. Tensors are the optimizer's
+        own, as always in torch.
         """
         for pre_hook in self._optimizer_state_dict_pre_hooks.values():
             pre_hook(self)
         self.settle()
         state_dict = self.optimizer.state_dict()
         state_dict["param_groups"] = [
-            {key: value for key, value in group.items() if key not in OWN}
+            {
+                key: value
+                for key, value in group.items()
+                if key not in OWN or (key == _MARK and value)
+            }
             for group in state_dict["param_groups"]
         ]
         state_dict[_KEY] = {
@@ -569,15 +576,17 @@ class EWC(Protecting, Wrapper):
             state_dict: For parameters of the same shapes.
 
         Raises:
-            ValueError: The state dict is truncated or belongs to other parameters. Nothing has
-                changed then, as far as the wrapped optimizer checks what is its own.
+            ValueError: The state dict is truncated or belongs to other parameters, or it is of
+                protected weights and has lost its ``"ewc"``, as those do that go through
+                ``torch.distributed.checkpoint.state_dict``. Nothing has changed then, as far as the
+                wrapped optimizer checks what is its own.
         """
         state_dict = state_dict.copy()
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             result = pre_hook(self, state_dict)
             if result is not None:
                 state_dict = result
-        check_groups(state_dict, self.param_groups)
+        self._check_whole(state_dict)
         options = [{key: group[key] for key in OWN} for group in self.param_groups]
         state = self._protected_state
         if _KEY in state_dict:
@@ -595,12 +604,22 @@ class EWC(Protecting, Wrapper):
 
         Of the wrapped optimizer as far as it has a ``check_state_dict()`` itself.
         """
-        check_groups(state_dict, self.param_groups)
+        self._check_whole(state_dict)
         check = getattr(self.optimizer, "check_state_dict", None)
         if check is not None:
             check(_without_own(state_dict))
         if _KEY in state_dict:
             self._loaded(state_dict)
+
+    def _check_whole(self, state_dict: Mapping[str, Any]) -> None:
+        check_groups(state_dict, self.param_groups)
+        marked = any(group.get(_MARK) for group in state_dict["param_groups"])
+        if _KEY not in state_dict and marked:
+            raise ValueError(
+                f"the state dict is of protected weights and has no {_KEY!r}, which "
+                "torch.distributed.checkpoint.state_dict leaves out: save optimizer.state_dict() "
+                "itself."
+            )
 
     def _loaded(self, state_dict: Mapping[str, Any]) -> tuple[list[dict[str, Any]], _State]:
         """Return what is a state dict's own, checked: the groups' options, and the protection."""

@@ -555,6 +555,32 @@ def test_a_run_goes_on_bit_for_bit_after_a_state_dict(every, importance_dtype):
     assert float(ewc.penalty()) == float(other.penalty())
 
 
+def test_a_protection_that_a_checkpoint_has_lost_is_missed():
+    from torch.distributed.checkpoint.state_dict import (
+        get_optimizer_state_dict,
+        set_optimizer_state_dict,
+    )
+
+    def made():
+        torch.manual_seed(0)
+        model = nn.Linear(3, 2)
+        ewc = EWC(torch.optim.AdamW(model.named_parameters(), lr=0.1))
+        model(torch.ones(1, 3)).sum().backward()
+        ewc.step()
+        return model, ewc
+
+    model, ewc = made()
+    unprotected = get_optimizer_state_dict(model, ewc)
+    ewc.consolidate(None)
+    lost = get_optimizer_state_dict(model, ewc)
+    other_model, other = made()
+    set_optimizer_state_dict(other_model, other, unprotected)
+    with pytest.raises(ValueError, match=r"protected weights and has no 'ewc'.*itself\.$"):
+        set_optimizer_state_dict(other_model, other, lost)
+    other.load_state_dict(ewc.state_dict())
+    assert len(list(other.protected())) == 2
+
+
 def test_a_bare_optimizers_state_dict_leaves_the_protection():
     params, ewc = trained()
     bare = torch.optim.AdamW(named(), lr=0.5)

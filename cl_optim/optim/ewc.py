@@ -371,6 +371,9 @@ class EWC(Protecting, Wrapper):
         moving: Sequence[Sequence[bool]],
     ) -> None:
         self._pull_weights(options, moving, before)
+        steps = self._pull.ledger.steps
+        if any(steps.get(i, 0) + 1 >= g["every"] for i, g in enumerate(self.param_groups)):
+            self._settle_wrapped()
         taken = Step(
             self.param_groups, self._protected_state, [one.hyper() for one in options], ({}, {}),
             None, getattr(self, "found_inf", None), roles,
@@ -476,6 +479,7 @@ class EWC(Protecting, Wrapper):
             for batch in self._batches(number, moving[number]):
                 lr = _number(group["lr"], batch.device) if lr_stays_tensor(group) else None
                 numbers = Numbers(lr, None, _number(found_inf, batch.device))
+                self._settle_wrapped()
                 self._pulling.take(batch, self._protection, one, numbers, before)
 
     def _take_due(self, number: int) -> None:
@@ -489,6 +493,7 @@ class EWC(Protecting, Wrapper):
         for place, index in enumerate(members):
             owing.setdefault(tuple(moved[place] for moved in due), []).append(index)
         amounts = list(due.values())
+        self._settle_wrapped()
         for flags, indices in owing.items():
             owed = [one for one, flag in zip(amounts, flags, strict=True) if flag]
             if not owed:
@@ -521,12 +526,16 @@ class EWC(Protecting, Wrapper):
         Call it before you evaluate, save or write weights where ``every`` is above 1, or let
         :meth:`settle_before` do it. Where nothing is due it does nothing.
         """
-        inner = getattr(self.optimizer, "settle", None)
-        if inner is not None:
-            inner()
+        self._settle_wrapped()
         for number in list(self._ledger.due):
             self._take_due(number)
         super().settle()
+
+    def _settle_wrapped(self) -> None:
+        """Let the wrapped optimizer do what it has due before others write the weights."""
+        settle = getattr(self.optimizer, "settle", None)
+        if settle is not None:
+            settle()
 
     # --- state ------------------------------------------------------------------------------------
 

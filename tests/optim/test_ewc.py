@@ -671,6 +671,26 @@ def test_input_projection_around_and_inside():
         assert float(ewc.penalty()) > 0.0
 
 
+@pytest.mark.parametrize("structure", ["diagonal", "kronecker"])
+def test_what_an_input_projection_has_due_is_projected_before_a_pull(structure):
+    """Every 3 steps it projects; a pull after each 2 would else write what it has not looked at."""
+    ends = []
+    for every in (3, 1):
+        model = network()
+        found = kronecker_importance(model)
+        inner = InputProjection(torch.optim.SGD(model.named_parameters(), lr=0.1), every=every)
+        ewc = EWC(inner, ewc_lambda=0.3, every=2)
+        inner.consolidate(found)
+        ewc.consolidate(found if structure == "kronecker" else found.diagonal())
+        for step in range(8):
+            set_gradients(list(model.named_parameters()), step)
+            ewc.step()  # a warning of weights that were written would be an error
+        ewc.settle()
+        ends.append(weights(model))
+    for a, b in zip(*ends, strict=True):  # linear: due or not, all displacements are projected
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
 def test_a_step_in_the_backward_pass():
     """One optimizer for each parameter, whose gradient is let go of at once."""
     model, whole = network(), network()

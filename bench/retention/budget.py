@@ -1,7 +1,7 @@
 """Is a forgetting budget kept, untuned? ``python -m bench.retention budget``.
 
 Five pairs of an old and a new task, each with several budgets: the guard steers λ while the new
-task is learned, and interpolation settles the rest.
+task is learned, and interpolation settles the rest; beside it interpolation alone, after AdamW.
 """
 
 from __future__ import annotations
@@ -68,6 +68,7 @@ class Run:
         pair: Key of `PAIRS`.
         seed: Of everything.
         budget: The part of the old task that may be lost; None: plain AdamW, no guard.
+        protected: EWCAdamW, whose λ the guard steers; else AdamW, and interpolation is all.
         lost: What is lost of the old task by the guard's evaluation.
         lost_on_test: By one that it never sees.
         lost_before: At the end of training, before interpolation.
@@ -78,6 +79,7 @@ class Run:
     pair: str
     seed: int
     budget: float | None
+    protected: bool
     lost: float
     lost_on_test: float
     lost_before: float
@@ -226,16 +228,20 @@ def unguarded(name: str, pair: Pair, seed: int) -> Run:
         _relative(one, one.measure(model), value)
         for one, value in zip((pair.validation[0], pair.test[0]), before, strict=True)
     )
-    return Run(name, seed, None, lost, on_test, lost, pair.test[1].measure(model), 1.0)
+    return Run(name, seed, None, False, lost, on_test, lost, pair.test[1].measure(model), 1.0)
 
 
-def guarded(name: str, pair: Pair, seed: int, budget: float) -> Run:
+def guarded(name: str, pair: Pair, seed: int, budget: float, *, protected: bool = True) -> Run:
     """Learn the new task within a budget."""
     model = pair.model()
-    optimizer = EWCAdamW(
-        model.named_parameters(), lr=pair.rate, penalty="proximal", strength=STRENGTH
-    )
-    optimizer.consolidate(pair.fisher)
+    optimizer: torch.optim.Optimizer
+    if protected:
+        optimizer = EWCAdamW(
+            model.named_parameters(), lr=pair.rate, penalty="proximal", strength=STRENGTH
+        )
+        optimizer.consolidate(pair.fisher)
+    else:
+        optimizer = torch.optim.AdamW(model.parameters(), lr=pair.rate)
     every = max(1, pair.steps // CHECKS)
     guard = RetentionGuard(model, optimizer, pair.validation, budget=budget, every=every)
     on_test = pair.test[0].measure(model)
@@ -247,9 +253,9 @@ def guarded(name: str, pair: Pair, seed: int, budget: float) -> Run:
     curve = guard.finish()
     assert curve is not None
     (lost,) = (one.loss for one in guard.history[-1].measured if one.evaluation.role == "old")
+    unseen = _relative(pair.test[0], pair.test[0].measure(model), on_test)
     return Run(
-        name, seed, budget, lost, _relative(pair.test[0], pair.test[0].measure(model), on_test),
-        lost_before, pair.test[1].measure(model), curve.alpha,
+        name, seed, budget, protected, lost, unseen, lost_before, pair.test[1].measure(model), curve.alpha,
     )  # fmt: skip
 
 
@@ -296,56 +302,65 @@ def measure(seeds: int, on_run: Callable[[], object] = lambda: None) -> list[Run
             found.append(unguarded(name, pair, seed))
             on_run()
             for budget in BUDGETS:
-                found.append(guarded(name, pair, seed, budget))
-                on_run()
+                for protected in (True, False):
+                    found.append(guarded(name, pair, seed, budget, protected=protected))
+                    on_run()
     return found
 
 
-def sentence(runs: Sequence[Run]) -> str:
+def sentences(runs: Sequence[Run]) -> list[str]:
     """Say how often budgets were kept and used."""
-    kept = [run for run in runs if run.budget is not None]
-    inside = sum(run.used <= 1.0 for run in kept)
     free = {(run.pair, run.seed): run.lost for run in runs if run.budget is None}
-    asked = [run for run in kept if free[run.pair, run.seed] >= 0.5 * (run.budget or 0.0)]
-    half = sum(run.used >= 0.5 for run in asked)
-    back = [run for run in kept if run.alpha < 1.0]
-    worse = sum(run.lost > run.lost_before for run in back)
-    return (
-        f"Within the budget at the end: {inside} of {len(kept)} runs; at least half of it used: "
-        f"{half} of the {len(asked)} in which AdamW loses so much. {len(back)} runs went back "
-        f"towards the old weights, {worse} of them to weights that lose more."
-    )
+    said = []
+    for protected, how in ((True, "λ and interpolation"), (False, "interpolation alone")):
+        kept = [run for run in runs if run.budget is not None and run.protected == protected]
+        inside = sum(run.used <= 1.0 for run in kept)
+        asked = [run for run in kept if free[run.pair, run.seed] >= 0.5 * (run.budget or 0.0)]
+        half = sum(run.used >= 0.5 for run in asked)
+        back = [run for run in kept if run.alpha < 1.0]
+        worse = sum(run.lost > run.lost_before for run in back)
+        said.append(
+            f"By {how}: within the budget at the end {inside} of {len(kept)} runs; at least half "
+            f"of it used in {half} of the {len(asked)} in which AdamW loses so much; {len(back)} "
+            f"went back towards the old weights, {worse} of them to weights that lose more."
+        )
+    return said
 
 
 def render(runs: Sequence[Run], table_box: box.Box = box.SIMPLE_HEAD) -> RenderableType:
-    """Return a table, a row for each pair and budget, and the sentence."""
+    """Return a table, a row for each pair and budget, and the sentences."""
     seeds = 1 + max(run.seed for run in runs)
     table = number_table(
         table_box, "Old task, then new one", "budget", "lost, %", "of the budget, %",
-        "lost on unseen data, %", "before α, %", "α", "the new task",
+        "lost on unseen data, %", "before α, %", "α", "the new task", "AdamW, α alone",
     )  # fmt: skip
     for name in dict.fromkeys(run.pair for run in runs):
         for budget in (None, *BUDGETS):
-            row = [run for run in runs if run.pair == name and run.budget == budget]
-            used = "–" if budget is None else _percent([run.used for run in row], 0)
+            of_budget = [run for run in runs if run.pair == name and run.budget == budget]
+            row = [run for run in of_budget if run.protected == (budget is not None)]
+            alone = [run for run in of_budget if not run.protected]
             table.add_row(
                 name if budget is None else "",
-                "AdamW" if budget is None else f"{budget:.0%}",
+                "none: AdamW" if budget is None else f"{budget:.0%}",
                 _percent([run.lost for run in row]),
-                used,
+                "–" if budget is None else _percent([run.used for run in row], 0),
                 _percent([run.lost_on_test for run in row]),
                 _percent([run.lost_before for run in row]),
                 f"{Interval.of([run.alpha for run in row]).mean:.2f}",
                 f"{Interval.of([run.gain for run in row]).mean:.3f}",
+                "" if budget is None else f"{Interval.of([run.gain for run in alone]).mean:.3f}",
             )
     setting = (
         f"EWCAdamW, proximal, diagonal, strength {STRENGTH:g}, with RetentionGuard(budget=…) and "
         f"{CHECKS} checks a run; nothing is chosen. Mean ± half of the 95 % interval over seeds 0 "
         f"to {seeds - 1}. Lost: the part of the old task's accuracy, or more of its bits per byte; "
-        "before α: at the end of training, before interpolation; the new task: accuracy or bits "
-        "per byte on unseen data. The learning rate decays to 0 over the last four fifths."
+        "before α: at the end of training, before interpolation; the new task: accuracy (more is "
+        "better) or bits per byte (fewer are) on unseen data; the last column: the same within the "
+        "same budget without λ, AdamW and the way back. The learning rate decays to 0 over the "
+        "last four fifths."
     )
-    return Group(Text(setting), Text(), table, Text(sentence(runs)))
+    said = [part for one in sentences(runs) for part in (Text(), Text(one))]
+    return Group(Text(setting), Text(), table, *said)
 
 
 def write(runs: Sequence[Run], directory: Path) -> list[Path]:

@@ -161,7 +161,7 @@ def run_budget(seeds: int, out: Path) -> None:
     """Run every pair of tasks with every budget; print and write the table."""
     console = new_console()
     with one_thread(), progress_bar(console) as progress:
-        total = len(budget.PAIRS) * seeds * (1 + len(budget.BUDGETS))
+        total = len(budget.PAIRS) * seeds * (1 + 2 * len(budget.BUDGETS))
         bar = progress.add_task("budgets", total=total)
         runs = budget.measure(seeds, on_run=partial(progress.advance, bar))
     console.print(budget.render(runs))

@@ -58,30 +58,38 @@ def test_a_guarded_run_keeps_its_budget_and_an_unguarded_one_has_none():
     assert run.lost <= 0.05
     assert run.used == pytest.approx(run.lost / 0.05)
     assert run.lost < free.lost
+    alone = budget.guarded("x", pair, 0, 0.05, protected=False)
+    assert alone.lost <= 0.05
+    assert alone.lost_before == free.lost  # it is the same training
+    assert alone.alpha < 1.0
 
 
 def runs():
     """AdamW loses 8 % with one seed, and 1 % with another."""
     found = []
     for seed, free in ((0, 0.08), (1, 0.01)):
-        found.append(budget.Run("pair", seed, None, free, free, free, 0.9, 1.0))
+        found.append(budget.Run("pair", seed, None, False, free, free, free, 0.9, 1.0))
         found += [
-            budget.Run("pair", seed, limit, lost, lost, before, 0.8, alpha)
+            budget.Run("pair", seed, limit, True, lost, lost, before, 0.8, alpha)
             for limit, lost, before, alpha in (
                 (0.02, 0.019, 0.03, 0.9),
                 (0.05, 0.051, 0.04, 0.9),
                 (0.10, 0.02, 0.02, 1.0),
             )
         ]
+        found.append(budget.Run("pair", seed, 0.05, False, 0.04, 0.04, free, 0.7, 0.5))
     return found
 
 
 def test_it_counts_what_was_kept_and_what_was_used():
-    assert budget.sentence(runs()) == (
-        "Within the budget at the end: 4 of 6 runs; at least half of it used: 3 of the 4 in which "
-        "AdamW loses so much. 4 runs went back towards the old weights, 2 of them to weights that "
-        "lose more."
-    )
+    assert budget.sentences(runs()) == [
+        "By λ and interpolation: within the budget at the end 4 of 6 runs; at least half of it "
+        "used in 3 of the 4 in which AdamW loses so much; 4 went back towards the old weights, 2 "
+        "of them to weights that lose more.",
+        "By interpolation alone: within the budget at the end 2 of 2 runs; at least half of it "
+        "used in 1 of the 1 in which AdamW loses so much; 2 went back towards the old weights, 1 "
+        "of them to weights that lose more.",
+    ]
 
 
 def test_the_command_writes_table_and_json(tmp_path, monkeypatch, capsys):
@@ -89,9 +97,10 @@ def test_the_command_writes_table_and_json(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(budget, "PAIRS", {name: budget.PAIRS[name]})
     monkeypatch.setattr(budget, "BUDGETS", (0.05,))
     assert retention.main(["budget", "--seeds", "2", "--out", str(tmp_path)]) == 0
-    assert "Within the budget at the end: 2 of 2 runs" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "By λ and interpolation: within the budget at the end 2 of 2 runs" in printed
     record = json.loads((tmp_path / "budget.json").read_text())
-    assert [run["budget"] for run in record["runs"]] == [None, 0.05] * 2
+    assert [run["budget"] for run in record["runs"]] == [None, 0.05, 0.05] * 2
     rows = (tmp_path / "budget.md").read_text().splitlines()
     (row,) = (row for row in rows if row.startswith(f"| {name}"))
     lost = [100 * run["lost"] for run in record["runs"] if run["budget"] is None]

@@ -255,7 +255,8 @@ def guarded(name: str, pair: Pair, seed: int, budget: float, *, protected: bool 
     (lost,) = (one.loss for one in guard.history[-1].measured if one.evaluation.role == "old")
     unseen = _relative(pair.test[0], pair.test[0].measure(model), on_test)
     return Run(
-        name, seed, budget, protected, lost, unseen, lost_before, pair.test[1].measure(model), curve.alpha,
+        name, seed, budget, protected, lost, unseen, lost_before,
+        pair.test[1].measure(model), curve.alpha,
     )  # fmt: skip
 
 

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from contenders import Problem, adamw, around_adamw, ewc, gpt2_shapes
+from contenders import LAMBDA, Problem, adamw, around_adamw, ewc, gpt2_shapes
 from torch import nn
 
 from cl_optim import EWC, EWCAdamW
@@ -29,6 +29,23 @@ SHAPES: dict[str, tuple[list[tuple[int, ...]], int, int]] = {
 WIDTH, DEPTH = 2048, 16
 
 
+class Nothing(torch.optim.Optimizer):
+    """Whose step does nothing."""
+
+    def step(self, closure: Any = None) -> None:
+        pass
+
+
+def alone(problem: Problem) -> Callable[[], None]:
+    """The pull without another's step."""
+    named = [(str(i), p) for i, p in enumerate(problem.params)]
+    optimizer = EWC(Nothing(named, {"lr": 1e-3}), ewc_lambda=LAMBDA)
+    importances, _ = problem.protection()
+    optimizer.consolidate({name: f for (name, _), f in zip(named, importances, strict=True)})
+    return optimizer.step
+
+
+ALONE = "the pull alone"
 CONTENDERS: dict[str, Callable[[Problem], Callable[[], None]]] = {
     "AdamW(fused)": adamw,
     "EWC(AdamW), proximal": around_adamw(),
@@ -36,6 +53,7 @@ CONTENDERS: dict[str, Callable[[Problem], Callable[[], None]]] = {
     "EWC(AdamW), gradient": around_adamw(penalty="gradient"),
     "EWC(AdamW), log8": around_adamw(importance_dtype="log8"),
     "EWCAdamW, proximal": ewc(penalty="proximal"),
+    ALONE: alone,
 }
 
 
@@ -62,8 +80,7 @@ def steps() -> None:
                 f"  {label:30} {1e3 * statistics.median(found):9.3f}  {middle:5.2f} "
                 f"({low:.2f} to {high:.2f})"
             )
-        pull = [b - a for a, b in zip(base, numbers["EWC(AdamW), proximal"], strict=True)]
-        each = 1e6 * statistics.median(pull) / len(shapes)
+        each = 1e6 * statistics.median(numbers[ALONE]) / len(shapes)
         print(f"  the pull alone: {each:.2f} µs a tensor")
 
 

@@ -152,7 +152,7 @@ def _protecting(optimizer: Any) -> ProtectingOptimizer:
     while not hasattr(inner, "protected") and hasattr(inner, "optimizer"):
         inner = inner.optimizer
     if not hasattr(inner, "protected"):
-        raise TypeError(f"watch needs an EWCAdamW, not {type(optimizer).__name__}.")
+        raise TypeError(f"watch needs an EWCAdamW or an EWC, not {type(optimizer).__name__}.")
     found: ProtectingOptimizer = inner
     return found
 

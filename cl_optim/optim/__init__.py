@@ -1,4 +1,4 @@
-"""Optimizers that protect old tasks: EWCAdamW, and around any optimizer GEM, InputProjection.
+"""Optimizers that protect old tasks: EWCAdamW; around any optimizer EWC, GEM and InputProjection.
 
 They import `ops` and `importance`, and nothing above them.
 """

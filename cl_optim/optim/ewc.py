@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import sys
 from collections import defaultdict
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from functools import partial
@@ -16,6 +17,7 @@ from cl_optim.ops.capture import is_capturing
 from cl_optim.ops.checks import check_groups, dtype_name
 from cl_optim.ops.ewc_adamw_arguments import Penalty
 from cl_optim.ops.ewc_pull import Numbers, Options
+from cl_optim.optim import protection
 from cl_optim.optim.cuda_graphs import warn_of_captured
 from cl_optim.optim.ewc_options import (
     FIXED,
@@ -106,6 +108,9 @@ class EWC(Protecting, Wrapper):
         rounding: How bfloat16 weights take up pulls of less than half a unit of their last place:
             ``"nearest"``: not at all; ``"stochastic"``: on average.
         basis_dtype: Of Kronecker importance.
+        importance_damping: κ ≥ 0. What the wrapped step does to a weight, not the pull, is divided
+            by 1 + κF/F̂, as in :class:`cl_optim.EWCAdamW`, but with its weight decay; a copy of the
+            protected weights is kept for the time of a step.
 
     Raises:
         TypeError: ``optimizer`` is no optimizer.
@@ -127,6 +132,7 @@ class EWC(Protecting, Wrapper):
         every: int = 1,
         rounding: Literal["nearest", "stochastic"] = "nearest",
         basis_dtype: Literal["float32", "bfloat16"] | torch.dtype = "float32",
+        importance_damping: float = 0.0,
     ) -> None:
         options = {
             "ewc_lambda": ewc_lambda,
@@ -137,6 +143,7 @@ class EWC(Protecting, Wrapper):
             "every": every,
             "rounding": rounding,
             "basis_dtype": dtype_name(basis_dtype),
+            "importance_damping": importance_damping,
         }
         if not isinstance(optimizer, torch.optim.Optimizer):
             raise TypeError(
@@ -370,6 +377,7 @@ class EWC(Protecting, Wrapper):
         before: Mapping[Tensor, Tensor],
         moving: Sequence[Sequence[bool]],
     ) -> None:
+        self._damp(before)
         self._pull_weights(options, moving, before)
         steps = self._pull.ledger.steps
         if any(steps.get(i, 0) + 1 >= g["every"] for i, g in enumerate(self.param_groups)):
@@ -382,6 +390,20 @@ class EWC(Protecting, Wrapper):
         for param, mask in self._frozen.items():
             param.copy_(torch.where(mask, before[param], param))
 
+    def _damp(self, before: Mapping[Tensor, Tensor]) -> None:
+        """Take back a part of the step where weights are important."""
+        for group in self.param_groups:
+            if not _is_damped(group):
+                continue
+            factor = min(group["importance_damping"] / group["importance_mean"], sys.float_info.max)
+            for param in group["params"]:
+                if "importance" in self._protection.get(param, {}):
+                    importance, _ = protection.read(self._protection[param], param)
+                    largest = torch.finfo(importance.dtype).max
+                    shorter = importance.mul_(min(factor, largest)).add_(1.0)
+                    was = before[param].to(importance.dtype)
+                    param.copy_(was + (param.to(importance.dtype) - was) / shorter)
+
     def _before(
         self, options: Sequence[Options], members: Sequence[Sequence[int]]
     ) -> dict[Tensor, Tensor]:
@@ -390,6 +412,10 @@ class EWC(Protecting, Wrapper):
         for group, one, indices in zip(self.param_groups, options, members, strict=True):
             if one.penalty == "decoupled":
                 wanted.update(dict.fromkeys(group["params"][index] for index in indices))
+            if _is_damped(group):
+                state = self._protection
+                protected = (p for p in group["params"] if "importance" in state.get(p, {}))
+                wanted.update(dict.fromkeys(protected))
         return {param: param.detach().clone() for param in wanted}
 
     def _moving(self) -> list[list[bool]]:
@@ -683,6 +709,10 @@ def _are_the_same(
         and "ewc_lambda" in group
         for group, (params, dtype) in zip(groups, seen, strict=True)
     )
+
+
+def _is_damped(group: Mapping[str, Any]) -> bool:
+    return bool(group["importance_damping"] > 0.0 and group["importance_mean"] > 0.0)
 
 
 def _dtype(group: Mapping[str, Any]) -> torch.dtype | None:

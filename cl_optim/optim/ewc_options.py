@@ -19,11 +19,11 @@ from cl_optim.optim.wrapper import layers
 # What a user may choose for each group, and what consolidate() leaves there.
 OPTIONS = (
     "ewc_lambda", "penalty", "importance_dtype", "anchor_dtype", "strength", "every", "rounding",
-    "basis_dtype",
+    "basis_dtype", "importance_damping",
 )  # fmt: skip
 LEFT = {"importance_mean": 0.0, "tasks": 0.0, "consolidations": 0}
 # What EWCAdamW's groups have besides, and a group here cannot choose.
-FIXED = {"importance_damping": 0.0, "track_penalty": False, "state_dtype": "float32"}
+FIXED = {"track_penalty": False, "state_dtype": "float32"}
 OWN = (*OPTIONS, *LEFT, *FIXED)
 _ROUNDING = ("nearest", "stochastic")
 
@@ -80,6 +80,9 @@ def check_options(group: dict[str, Any]) -> Options:
         raise ValueError(f"rounding must be one of {_ROUNDING}, not {rounding!r}.")
     if strength is not None and not 0.0 <= strength < math.inf:
         raise ValueError(f"strength must be finite and at least 0, or None, not {strength}.")
+    damping = group["importance_damping"]
+    if not 0.0 <= damping < math.inf:
+        raise ValueError(f"importance_damping must be finite and at least 0, not {damping}.")
     check_whole("every", group["every"])
     if penalty != "proximal" and group["every"] > 1:
         raise ValueError(

@@ -327,6 +327,36 @@ def test_before_it_is_consolidated_and_without_gradients_it_is_the_bare_optimize
     assert all(map(torch.equal, values(ours), moved))
 
 
+@pytest.mark.parametrize("penalty", ["proximal", "decoupled", "gradient"])
+def test_damping_shortens_the_steps_of_important_weights(penalty):
+    params, bare_params = named(torch.float64), named(torch.float64)
+    ewc = EWC(
+        torch.optim.SGD(params, lr=0.1), ewc_lambda=0.02, penalty=penalty, importance_damping=0.7
+    )
+    bare = torch.optim.SGD(bare_params, lr=0.1)
+    f = {name: value.double() for name, value in importance().items()}
+    ewc.consolidate(f)
+    anchors = values(params)
+    mean = torch.cat([value.flatten() for value in f.values()]).mean()
+    for step in range(5):
+        set_gradients(params, step)
+        set_gradients(bare_params, step)
+        before = values(bare_params)
+        if penalty == "gradient":
+            for (key, param), anchor in zip(bare_params, anchors, strict=True):
+                param.grad += 2 * 0.02 * f[key] * (param.detach() - anchor)
+        bare.step()
+        with torch.no_grad():
+            for (key, param), old, anchor in zip(bare_params, before, anchors, strict=True):
+                damped = old + (param - old) / (1 + 0.7 * f[key] / mean)
+                if penalty != "gradient":
+                    damped = by_hand(old, damped, anchor, f[key], 2 * 0.1 * 0.02, penalty)
+                param.copy_(damped)
+        ewc.step()
+        for a, b in zip(values(params), values(bare_params), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+
+
 # --- plans ----------------------------------------------------------------------------------------
 
 

@@ -39,6 +39,7 @@ OPTIONS: list[Row] = [
     ("basis", {"basis_dtype": "log8"}, ValueError, "basis_dtype must be one of"),
     ("strength", {"strength": -0.1}, ValueError, "strength must be finite and at least 0, or None"),
     ("rounding", {"rounding": "kahan"}, ValueError, r"rounding must be one of \('nearest', 'sto"),
+    ("damping", {"importance_damping": nan}, ValueError, "importance_damping must be finite"),
     ("no steps", {"every": 0}, ValueError, "every must be"),
     ("half a step", {"every": 2.5}, ValueError, "every must be"),
     ("every, decoupled", {"every": 2, "penalty": "decoupled"}, ValueError, "every must be 1 with"),

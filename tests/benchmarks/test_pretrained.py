@@ -148,6 +148,18 @@ def test_an_answer_is_as_probable_as_its_tokens(place):
     assert found.nats == pytest.approx(nats / 48, rel=1e-5)
 
 
+def test_a_base_is_healed_on_the_old_domains_only(place, tmp_path):
+    texts, folder = domains(place.texts), tmp_path / "base"
+    base.toy(folder, (texts.new,), 16)
+    read = Reader(place, QUICK)
+    old, new = (read(domain, "test", 4) for domain in (texts.old[1], texts.new))
+    before = [base.nats(base.load(folder), windows) for windows in (old, new)]
+    base.heal(folder, texts.old, base.byte_tokens(), 16, 8, 60)
+    after = [base.nats(base.load(folder), windows) for windows in (old, new)]
+    assert after[0] < before[0] - 0.05
+    assert after[1] > after[0] - before[0] + before[1]
+
+
 def test_names_of_files_differ():
     assert len({method.slug for method in METHODS}) == len(METHODS)
     assert len({method.label for method in METHODS}) == len(METHODS)

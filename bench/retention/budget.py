@@ -23,6 +23,7 @@ from torch.nn import functional as F
 from bench.retention.text import runs as text
 from bench.retention.text.corpora import Corpus, english, python_code
 from bench.retention.text.model import ByteTransformer, Sizes, bits_per_byte, loss
+from bench.retention.training import rate_factor, take_step
 from cl_optim import EWCAdamW, estimate_fisher
 from cl_optim.demo.metrics import Interval
 from cl_optim.demo.report import in_percent, number_table, versions, write_markdown
@@ -132,7 +133,7 @@ def _of_digits(scenario: Scenario, seed: int) -> Pair:
     learned = network(scenario, _HIDDEN, seed)
     optimizer = torch.optim.AdamW(learned.parameters(), lr=_RATE)
     for value in _digit_losses(scenario, 0, seed):
-        _step(optimizer, value(learned))
+        take_step(optimizer, value(learned))
     learned.task = 0
     old = scenario.tasks[0].train
     fisher = estimate_fisher(learned, [old], labels="exact", max_samples=None, progress=False)
@@ -225,7 +226,7 @@ def unguarded(name: str, pair: Pair, seed: int) -> Run:
     before = [one.measure(model) for one in (pair.validation[0], pair.test[0])]
     _learn(pair, model, torch.optim.AdamW(model.parameters(), lr=pair.rate))
     lost, on_test = (
-        _relative(one, one.measure(model), value)
+        one.relative_loss(one.measure(model), value)
         for one, value in zip((pair.validation[0], pair.test[0]), before, strict=True)
     )
     return Run(name, seed, None, False, lost, on_test, lost, pair.test[1].measure(model), 1.0)
@@ -247,13 +248,13 @@ def guarded(name: str, pair: Pair, seed: int, budget: float, *, protected: bool 
     on_test = pair.test[0].measure(model)
     guard.start()
     _learn(pair, model, optimizer, guard)
-    lost_before = _relative(
-        pair.validation[0], pair.validation[0].measure(model), guard.baselines["old"]
+    lost_before = pair.validation[0].relative_loss(
+        pair.validation[0].measure(model), guard.baselines["old"]
     )
     curve = guard.finish()
     assert curve is not None
     (lost,) = (one.loss for one in guard.history[-1].measured if one.evaluation.role == "old")
-    unseen = _relative(pair.test[0], pair.test[0].measure(model), on_test)
+    unseen = pair.test[0].relative_loss(pair.test[0].measure(model), on_test)
     return Run(
         name, seed, budget, protected, lost, unseen, lost_before,
         pair.test[1].measure(model), curve.alpha,
@@ -264,29 +265,12 @@ def _learn(
     pair: Pair, model: nn.Module, optimizer: torch.optim.Optimizer,
     guard: RetentionGuard | None = None,
 ) -> None:  # fmt: skip
-    begin = pair.steps // 5
-
-    def factor(step: int) -> float:
-        return min(1.0, (pair.steps - step) / (pair.steps - begin))
-
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate_factor(pair.steps))
     for value in pair.losses():
-        _step(optimizer, value(model))
+        take_step(optimizer, value(model))
         schedule.step()
         if guard is not None and guard.step():
             break
-
-
-def _step(optimizer: torch.optim.Optimizer, value: Tensor) -> None:
-    optimizer.zero_grad()
-    torch.autograd.backward(value)
-    optimizer.step()
-
-
-def _relative(evaluation: Evaluation, value: float, baseline: float) -> float:
-    """Return the part of a baseline that is lost."""
-    lost = value / baseline - 1.0
-    return -lost if evaluation.higher_is_better else lost
 
 
 def measure(seeds: int, on_run: Callable[[], object] = lambda: None) -> list[Run]:

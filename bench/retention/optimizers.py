@@ -24,7 +24,7 @@ from bench.retention.sweep import score
 from cl_optim import EWC
 from cl_optim.demo import metrics
 from cl_optim.demo.experiments import EWC_KRONECKER, EWC_PROXIMAL, PERMUTED_DIGITS
-from cl_optim.demo.methods import WEIGHT_DECAY, Learner, Method, Protected, exact_fisher
+from cl_optim.demo.methods import WEIGHT_DECAY, Learner, Method, Protected, Structure, exact_fisher
 from cl_optim.demo.metrics import Interval
 from cl_optim.demo.report import in_percent, number_table, versions, write_markdown
 from cl_optim.demo.scenarios import Split, Task
@@ -36,7 +36,6 @@ _EVERY = 10  # steps between pulls of Kronecker importance
 SWEEP_SEEDS = 3
 
 Inner = Literal["AdamW", "SGD", "Muon", "Adafactor"]
-Structure = Literal["diagonal", "kronecker"]
 
 
 class MuonAndAdamW(torch.optim.Optimizer):

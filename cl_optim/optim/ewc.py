@@ -573,8 +573,7 @@ class EWC(Protecting, Wrapper):
         that a loss of the rest is noticed. Nothing is due: it settles. Tensors are the optimizer's
         own, as always in torch.
         """
-        for pre_hook in self._optimizer_state_dict_pre_hooks.values():
-            pre_hook(self)
+        self._before_saving()
         self.settle()
         state_dict = self.optimizer.state_dict()
         state_dict["param_groups"] = [
@@ -593,11 +592,7 @@ class EWC(Protecting, Wrapper):
                 if param in self._protection
             },
         }
-        for post_hook in self._optimizer_state_dict_post_hooks.values():
-            result = post_hook(self, state_dict)
-            if result is not None:
-                state_dict = result
-        return state_dict
+        return self._saved(state_dict)
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -616,11 +611,7 @@ class EWC(Protecting, Wrapper):
                 ``torch.distributed.checkpoint.state_dict``. Nothing has changed then, as far as the
                 wrapped optimizer checks what is its own.
         """
-        state_dict = state_dict.copy()
-        for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
-            result = pre_hook(self, state_dict)
-            if result is not None:
-                state_dict = result
+        state_dict = self._before_loading(state_dict)
         self._check_whole(state_dict)
         options = [{key: group[key] for key in OWN} for group in self.param_groups]
         state = self._protected_state
@@ -631,8 +622,7 @@ class EWC(Protecting, Wrapper):
         for group, own in zip(self.param_groups, options, strict=True):
             group.update(own)
         self._begin_anew(state)
-        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
-            post_hook(self)
+        self._after_loading()
 
     def check_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Raise ValueError if :meth:`load_state_dict` would refuse the state dict.

@@ -437,19 +437,14 @@ class GEM(Wrapper):
 
         Tensors in it are the optimizer's own, as always in torch. Closures are not in it.
         """
-        for pre_hook in self._optimizer_state_dict_pre_hooks.values():
-            pre_hook(self)
+        self._before_saving()
         dtype = dtype_name(self.memory_dtype)
         state_dict = self.optimizer.state_dict()
         state_dict["gem"] = {
             "options": {**self._options(), "memory_dtype": dtype},
             **self._memories.state_dict(self.param_groups),
         }
-        for post_hook in self._optimizer_state_dict_post_hooks.values():
-            result = post_hook(self, state_dict)
-            if result is not None:
-                state_dict = result
-        return state_dict
+        return self._saved(state_dict)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state dict of a GEM, or of a bare optimizer like the wrapped one.
@@ -474,11 +469,7 @@ class GEM(Wrapper):
             ValueError: The state dict is truncated or belongs to other parameters. Nothing has
                 changed then, as far as the wrapped optimizer checks what is its own.
         """
-        state_dict = state_dict.copy()
-        for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
-            result = pre_hook(self, state_dict)
-            if result is not None:
-                state_dict = result
+        state_dict = self._before_loading(state_dict)
         check_groups(state_dict, self.param_groups)
         inner = {key: value for key, value in state_dict.items() if key != "gem"}
         loaded = None
@@ -497,8 +488,7 @@ class GEM(Wrapper):
             options, self._memories = loaded
             self._set_options(options)
         self._forget_steps()
-        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
-            post_hook(self)
+        self._after_loading()
 
     def check_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Raise ValueError if :meth:`load_state_dict` would refuse the state dict.

@@ -414,8 +414,7 @@ class InputProjection(Wrapper):
         that displacements are from. Around an :class:`cl_optim.EWCAdamW` nothing is: it settles.
         Tensors are the optimizer's own, as always in torch.
         """
-        for pre_hook in self._optimizer_state_dict_pre_hooks.values():
-            pre_hook(self)
+        self._before_saving()
         if hasattr(self.optimizer, "settle"):  # it settles then, and that must not come first
             self.settle()
         params = [param for group in self.param_groups for param in group["params"]]
@@ -427,11 +426,7 @@ class InputProjection(Wrapper):
             "due": self._displacements.due,
             "old": {places[param]: old for param, old in self._displacements.old()},
         }
-        for post_hook in self._optimizer_state_dict_post_hooks.values():
-            result = post_hook(self, state_dict)
-            if result is not None:
-                state_dict = result
-        return state_dict
+        return self._saved(state_dict)
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -450,11 +445,7 @@ class InputProjection(Wrapper):
             ValueError: The state dict is truncated or belongs to other parameters. Nothing has
                 changed then, as far as the wrapped optimizer checks what is its own.
         """
-        state_dict = state_dict.copy()
-        for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
-            result = pre_hook(self, state_dict)
-            if result is not None:
-                state_dict = result
+        state_dict = self._before_loading(state_dict)
         check_groups(state_dict, self.param_groups)
         own = self._loaded(state_dict) if _KEY in state_dict else None
         self.optimizer.load_state_dict(_without_own(state_dict))
@@ -464,8 +455,7 @@ class InputProjection(Wrapper):
             options, found, due, old = own
             self._set_options(options)
             self._begin_anew(found, due, old)
-        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
-            post_hook(self)
+        self._after_loading()
 
     def check_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Raise ValueError if :meth:`load_state_dict` would refuse the state dict.

@@ -120,6 +120,33 @@ class Wrapper(torch.optim.Optimizer):
         drift: Tensor = self._forwarded("last_drift")
         return drift
 
+    # --- hooks of state dicts, as torch calls them ------------------------------------------------
+
+    def _before_saving(self) -> None:
+        for hook in self._optimizer_state_dict_pre_hooks.values():
+            hook(self)
+
+    def _saved(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """Return a state dict as its hooks leave it."""
+        for hook in self._optimizer_state_dict_post_hooks.values():
+            result = hook(self, state_dict)
+            if result is not None:
+                state_dict = result
+        return state_dict
+
+    def _before_loading(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """Return a copy of a state dict as its hooks leave it."""
+        state_dict = state_dict.copy()
+        for hook in self._optimizer_load_state_dict_pre_hooks.values():
+            result = hook(self, state_dict)
+            if result is not None:
+                state_dict = result
+        return state_dict
+
+    def _after_loading(self) -> None:
+        for hook in self._optimizer_load_state_dict_post_hooks.values():
+            hook(self)
+
     def _saved_places(self, state_dict: Mapping[str, Any]) -> list[int]:
         """Return for each parameter its place among those of the state dict."""
         groups = state_dict["param_groups"]

@@ -14,10 +14,11 @@ import torch
 from rich.console import Console
 
 from bench.retention.pretrained import report
-from bench.retention.pretrained.methods import ADAMW, LORA, METHODS, Method, Setting, Structure
+from bench.retention.pretrained.methods import ADAMW, LORA, METHODS, Method, Setting
 from bench.retention.pretrained.results import Results
 from bench.retention.pretrained.runs import Place, choose, prepare, rate_of, run
 from cl_optim.demo.commands import announce, progress_bar
+from cl_optim.demo.methods import Structure
 
 
 class _Job(NamedTuple):

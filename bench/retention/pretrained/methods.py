@@ -6,8 +6,9 @@ import json
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
+from cl_optim.demo.methods import Structure
+
 Kind = Literal["full", "lora"]
-Structure = Literal["diagonal", "kronecker"]
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import resource
 import shutil
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
@@ -18,11 +18,12 @@ from torch import Tensor, nn
 
 from bench.retention.drift import Drift
 from bench.retention.pretrained import base
-from bench.retention.pretrained.methods import Method, Setting, Structure
+from bench.retention.pretrained.methods import Method, Setting
 from bench.retention.pretrained.probes import ask
 from bench.retention.pretrained.texts import Domain, Part, code, german, prose, sayings
+from bench.retention.training import part_of, rate_factor
 from cl_optim import EWCAdamW, Importance, KroneckerImportance, estimate_fisher
-from cl_optim.demo.methods import WEIGHT_DECAY
+from cl_optim.demo.methods import WEIGHT_DECAY, Structure
 from cl_optim.demo.report import versions
 from cl_optim.demo.scenarios import generator
 from cl_optim.optim.settling import settle
@@ -250,7 +251,9 @@ def learn(
         penalty = _penalty(method.strength, model, lora, place, seed)
     elif method.strength is not None:
         optimizer.consolidate(_importance(method, place, seed))
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, _factor(method, setting))
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, rate_factor(setting.steps, _WARM_UP, decay=method.decay)
+    )
     objective = _Objective(method, place, setting, seed)
     seconds = []
     for windows in objective.batches(setting.steps):
@@ -306,17 +309,6 @@ def _penalty(strength: float, model: Any, lora: Any, place: Place, seed: int) ->
     fisher_mean = sum(float(fisher.sum()) for fisher, _ in adapted) / count
     square_mean = sum(float(weight.square().sum()) for _, weight in adapted) / count
     return LoRAPenalty(lora, importance, strength / (fisher_mean * square_mean))
-
-
-def _factor(method: Method, setting: Setting) -> Callable[[int], float]:
-    begin = setting.steps // 5
-
-    def factor(step: int) -> float:
-        warm = min(1.0, (step + 1) / _WARM_UP)
-        left = (setting.steps - step) / (setting.steps - begin) if method.decay else 1.0
-        return warm * min(1.0, max(0.0, left))
-
-    return factor
 
 
 class _Objective:
@@ -392,10 +384,8 @@ class _Objective:
         return total
 
     def _number(self, part: float) -> int:
-        """Return how many windows of a batch a part is: right on average, not in each batch."""
-        share = part * self._setting.batch
-        drawn = torch.rand((), generator=self._rounding).item()
-        return int(share) + int(drawn < share % 1)
+        """Return how many windows of a batch a part is."""
+        return part_of(self._setting.batch, part, self._rounding)
 
     @staticmethod
     def _draw(buffer: ReplayBuffer | None, count: int, key: str) -> Tensor | None:

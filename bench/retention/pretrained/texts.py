@@ -105,15 +105,20 @@ def pieces(text: str, boundary: re.Pattern[str] = _BLANK) -> list[str]:
     return [piece for piece in found if piece.strip()]
 
 
+def _unpacked(folder: Path, pattern: str, what: str, package: str) -> list[Path]:
+    files = sorted(folder.rglob(pattern))
+    if not files:
+        raise DataError(f"{folder} has no {what}: unpack Debian's {package} there.")
+    return files
+
+
 def german(folder: Path) -> Domain:
     """Read the pages of Debian's ``manpages-de``, section by section, without their trailers.
 
     Raises:
         DataError: There are none in the folder.
     """
-    files = sorted(folder.rglob("share/man/de/man[1578]/*.gz"))
-    if not files:
-        raise DataError(f"{folder} has no German manual pages: unpack Debian's manpages-de there.")
+    files = _unpacked(folder, "share/man/de/man[1578]/*.gz", "German manual pages", "manpages-de")
     pages = (gzip.decompress(file.read_bytes()).decode() for file in files)
     return Domain.of("German manual", map(manual, pages))
 
@@ -152,9 +157,7 @@ def prose(folder: Path) -> Domain:
     Raises:
         DataError: It is not in the folder.
     """
-    files = sorted(folder.rglob("share/doc/debian/FAQ/debian-faq.en.txt.gz"))
-    if not files:
-        raise DataError(f"{folder} has no FAQ: unpack Debian's debian-faq there.")
+    files = _unpacked(folder, "share/doc/debian/FAQ/debian-faq.en.txt.gz", "FAQ", "debian-faq")
     text = gzip.decompress(files[0].read_bytes()).decode().replace("\xa0", " ")
     text = re.sub(r"(?m)^ +", "", text[text.rindex("\nChapter 1.") :])
     found = pieces(text)
@@ -179,8 +182,6 @@ def sayings(folder: Path) -> Domain:
     Raises:
         DataError: There are none in the folder.
     """
-    files = sorted(folder.rglob("share/games/fortunes/*.u8"))
-    if not files:
-        raise DataError(f"{folder} has no sayings: unpack Debian's fortunes there.")
+    files = _unpacked(folder, "share/games/fortunes/*.u8", "sayings", "fortunes")
     texts = (file.with_suffix("").read_text(encoding="utf-8") for file in files)
     return Domain.of("sayings", (text.strip().split("\n%\n") for text in texts))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Final, Literal, get_args
+from typing import Any, Final, get_args
 
 import torch
 from torch import Tensor
@@ -18,8 +18,9 @@ from bench.retention.text.model import (
     cross_entropy,
     loss,
 )
+from bench.retention.training import part_of, rate_factor, take_step
 from cl_optim import GEM, EWCAdamW, Importance, InputProjection, estimate_fisher
-from cl_optim.demo.methods import WEIGHT_DECAY
+from cl_optim.demo.methods import WEIGHT_DECAY, Structure
 from cl_optim.demo.scenarios import generator
 from cl_optim.demo.train import DivergedError
 from cl_optim.optim.settling import settle
@@ -42,9 +43,6 @@ _START = ord("\n")  # what a text begins with that the model writes
 TOP = 64  # outputs of a position that are kept: 384 bytes
 _WARM_UP = 50  # steps; Adam's first steps, at full length, forget more than all that follow
 GUARD_EVERY = 5
-
-
-Structure = Literal["diagonal", "kronecker"]
 
 
 @dataclass(frozen=True)
@@ -174,7 +172,7 @@ def learn_old(old: Corpus, new: Corpus, sizes: Sizes, seed: int) -> Learned:
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, sizes.old_steps, OLD_LR / 10)
     draw = generator(seed, "old windows")
     for _ in range(sizes.old_steps):
-        _step(optimizer, loss(model, old.windows(sizes.batch, sizes.context + 1, draw)))
+        take_step(optimizer, loss(model, old.windows(sizes.batch, sizes.context + 1, draw)))
         schedule.step()
     windows = old.windows(_FISHER_WINDOWS, sizes.context, draw)
     importance: dict[Structure, Importance] = {
@@ -212,7 +210,7 @@ def learn_new(method: Method, learned: Learned, old: Corpus, new: Corpus, sizes:
     schedule = _schedule(method, optimizer, sizes)
     objective = _objective(method, model, learned, sizes)
     for _ in range(sizes.new_steps):
-        _step(optimizer, objective(next(batches)))
+        take_step(optimizer, objective(next(batches)))
         schedule.step()
     settle(optimizer)
     evaluations = [_evaluation(old, sizes, role="old"), _evaluation(new, sizes, role="new")]
@@ -243,7 +241,7 @@ def watch(
     )  # fmt: skip
     guard.start()
     for _ in range(sizes.new_steps):
-        _step(optimizer, loss(model, next(batches)))
+        take_step(optimizer, loss(model, next(batches)))
         schedule.step()
         if guard.step():
             break
@@ -254,13 +252,7 @@ def _schedule(
     method: Method, optimizer: torch.optim.Optimizer, sizes: Sizes
 ) -> torch.optim.lr_scheduler.LRScheduler:
     """Warm up; and decay, where the method does."""
-    begin = sizes.new_steps // 5
-
-    def factor(step: int) -> float:
-        warm = min(1.0, (step + 1) / _WARM_UP)
-        left = (sizes.new_steps - step) / (sizes.new_steps - begin) if method.decay else 1.0
-        return warm * min(1.0, max(0.0, left))
-
+    factor = rate_factor(sizes.new_steps, _WARM_UP, decay=method.decay)
     return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 
 
@@ -269,18 +261,6 @@ def _evaluation(corpus: Corpus, sizes: Sizes, role: Role) -> Evaluation:
     return Evaluation(
         corpus.name, lambda model: bits_per_byte(model, windows), role, higher_is_better=False
     )
-
-
-def _step(optimizer: torch.optim.Optimizer, value: Tensor) -> None:
-    optimizer.zero_grad()
-    torch.autograd.backward(value)
-    optimizer.step()
-
-
-def _number(fraction: float, sizes: Sizes, rounding: torch.Generator) -> int:
-    """Return how many windows of a batch a fraction is: right on average, not in each batch."""
-    share = fraction * sizes.batch
-    return int(share) + int(torch.rand((), generator=rounding).item() < share % 1)
 
 
 def _drift(model: ByteTransformer, learned: Learned, new: Corpus, sizes: Sizes) -> Drift:
@@ -354,7 +334,7 @@ def _objective(
     rounding = generator(learned.seed, "self-written windows")
 
     def with_own(windows: Tensor) -> Tensor:
-        count = _number(method.own, sizes, rounding)
+        count = part_of(sizes.batch, method.own, rounding)
         new = loss(model, windows[count:])
         if not count:
             return new
@@ -371,7 +351,7 @@ def _batches(method: Method, seed: int, old: Corpus, new: Corpus, sizes: Sizes) 
     draw_new, rounding = generator(seed, "new windows"), generator(seed, "replayed windows")
     while True:
         batch = new.windows(sizes.batch, sizes.context + 1, draw_new)
-        replayed = _number(method.replay, sizes, rounding)
+        replayed = part_of(sizes.batch, method.replay, rounding)
         if replayed:
             batch[:replayed] = kept.sample(replayed)
         yield batch

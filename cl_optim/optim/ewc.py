@@ -172,6 +172,7 @@ class EWC(Protecting, Wrapper):
         self._frozen: dict[Tensor, Tensor] = {}
         self._fixed = []
         self._was_captured = False
+        self._is_stepping = False
         self._note_fixed()
 
     # --- the protection ---------------------------------------------------------------------------
@@ -342,16 +343,20 @@ class EWC(Protecting, Wrapper):
         """
         options, roles, before, moving = self._begin_step()
         losses: list[_Loss] = []
-        with inside_step(self.optimizer):  # in the caller's gradient mode, as it would be alone
-            step: Callable[..., Any] = self.optimizer.step
-            if closure is None:
-                self._pull_gradients(options)
-                loss: _Loss | None = step()
-            elif any(one.penalty == "gradient" for one in options):
-                step(partial(self._with_penalty, closure, options, losses))
-                loss = losses[0]
-            else:
-                loss = step(closure)
+        self._is_stepping = True
+        try:
+            with inside_step(self.optimizer):  # in the caller's gradient mode, as it would be alone
+                step: Callable[..., Any] = self.optimizer.step
+                if closure is None:
+                    self._pull_gradients(options)
+                    loss: _Loss | None = step()
+                elif any(one.penalty == "gradient" for one in options):
+                    step(partial(self._with_penalty, closure, options, losses))
+                    loss = losses[0]
+                else:
+                    loss = step(closure)
+        finally:
+            self._is_stepping = False
         if closure is not None:
             pairs = zip(moving, self._moving(), strict=True)
             moving = [[a or b for a, b in zip(*flags, strict=True)] for flags in pairs]
@@ -550,8 +555,11 @@ class EWC(Protecting, Wrapper):
         """Take the pull that is due, after what the wrapped optimizer has due.
 
         Call it before you evaluate, save or write weights where ``every`` is above 1, or let
-        :meth:`settle_before` do it. Where nothing is due it does nothing.
+        :meth:`settle_before` do it. Where nothing is due it does nothing, nor in a step, whose
+        closure may evaluate the model.
         """
+        if self._is_stepping:
+            return
         self._settle_wrapped()
         for number in list(self._ledger.due):
             self._take_due(number)

@@ -288,6 +288,30 @@ def test_the_wrapped_step_runs_in_the_callers_gradient_mode():
     assert ewc.step(closure).requires_grad
 
 
+def test_a_closure_that_evaluates_the_model_takes_no_pull_amid_a_step():
+    ends = []
+    for in_eval in (True, False):
+        torch.manual_seed(0)
+        model = nn.Linear(4, 3)
+        x, y = torch.randn(8, 4), torch.randn(8, 3)
+        ewc = EWC(torch.optim.LBFGS(model.named_parameters(), max_iter=4), ewc_lambda=0.3, every=3)
+        ewc.consolidate(None)
+        hooks = ewc.settle_before(model)
+
+        def closure(ewc=ewc, model=model, in_eval=in_eval, x=x, y=y):
+            ewc.zero_grad()
+            loss = (model.train(not in_eval)(x) - y).square().mean()
+            loss.backward()
+            return loss
+
+        for _ in range(5):
+            ewc.step(closure)
+        hooks.remove()
+        ewc.settle()
+        ends.append(weights(model))
+    assert all(map(torch.equal, *ends))
+
+
 def test_gradients_that_the_step_lets_go_of_count_as_moved():
     class Forgets(torch.optim.SGD):
         def step(self, closure=None):

@@ -40,8 +40,8 @@ class Setting:
     kept: int = 256
     fisher: int = 64
     held_out: int = 16
-    rates: tuple[float, ...] = (5e-5, 1e-4, 2e-4, 4e-4)
-    lora_rates: tuple[float, ...] = (5e-4, 1e-3, 2e-3, 4e-3)
+    rates: tuple[float, ...] = (1e-4, 2e-4, 4e-4)
+    lora_rates: tuple[float, ...] = (1e-3, 2e-3, 4e-3)
     alphas: tuple[float, ...] = (1.0, 0.9, 0.8, 0.65, 0.5, 0.35)
 
     def record(self) -> dict[str, Any]:

@@ -220,13 +220,9 @@ Tiles make_tiles() {
 }
 
 const Tiles& tiles_of_this_processor() {
-#if defined(__x86_64__) && defined(__GNUC__)
-  static const Tiles tiles = __builtin_cpu_supports("avx512f") ? make_tiles<8>()
-                             : __builtin_cpu_supports("avx2")  ? make_tiles<4>()
-                                                               : make_tiles<2>();
-#else
-  static const Tiles tiles = make_tiles<2>();
-#endif
+  static const Tiles tiles = simd_level() == Simd::avx512 ? make_tiles<8>()
+                             : simd_level() == Simd::avx2 ? make_tiles<4>()
+                                                          : make_tiles<2>();
   return tiles;
 }
 

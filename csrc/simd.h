@@ -1,10 +1,16 @@
 // How CPU kernels are compiled.
 #pragma once
 
-// One binary for every x86-64 processor: the loader picks the widest version that runs.
+// One binary for every x86-64 processor: the loader picks the widest version that runs. With
+// CL_OPTIM_WITHOUT_AVX512, defined by CXX="c++ -D...", an AVX-512 processor measures what others
+// run.
 #if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__)
+#ifdef CL_OPTIM_WITHOUT_AVX512
+#define CL_OPTIM_SIMD_CLONES __attribute__((target_clones("arch=x86-64-v3", "default")))
+#else
 #define CL_OPTIM_SIMD_CLONES \
   __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#endif
 #else
 #define CL_OPTIM_SIMD_CLONES
 #endif
@@ -15,3 +21,23 @@
 #else
 #define CL_OPTIM_INDEPENDENT_ITERATIONS _Pragma("GCC ivdep")
 #endif
+
+namespace cl_optim {
+
+enum class Simd { baseline, avx2, avx512 };
+
+// The widest instructions that are used here.
+inline Simd simd_level() {
+#if defined(__x86_64__) && defined(__GNUC__)
+#ifndef CL_OPTIM_WITHOUT_AVX512
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
+      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq")) {
+    return Simd::avx512;
+  }
+#endif
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return Simd::avx2;
+#endif
+  return Simd::baseline;
+}
+
+}  // namespace cl_optim

@@ -138,10 +138,11 @@ struct EWCAdamWElement {
 template <typename T>
 CL_OPTIM_HD T proximal(T param, T importance, T anchor, T pull) {
   const T c = pull * importance;
+  const T shrink = T{1} / (T{1} + c);
   // Both forms are the same number. The first leaves the weight as it is where F = 0; the second
   // is finite where c overflows.
-  const T toward = param + c / (T{1} + c) * (anchor - param);
-  const T from_anchor = anchor + (param - anchor) / (T{1} + c);
+  const T toward = param + c * shrink * (anchor - param);
+  const T from_anchor = anchor + (param - anchor) * shrink;
   return c < T{1} ? toward : from_anchor;
 }
 

@@ -91,67 +91,73 @@ CL_OPTIM_SIMD_CLONES void narrow(const float* from, int64_t count, Stored* to) {
   for (int64_t i = 0; i < count; ++i) store(to[i], from[i]);
 }
 
-CL_OPTIM_SIMD_CLONES void unpack_log8(const PackedBlock& from, int64_t count, float* to) {
-  for (int64_t i = 0; i < count; ++i) to[i] = decode_log8(from.codes[i], from.scale);
-}
-
-CL_OPTIM_SIMD_CLONES void unpack_signed(const PackedBlock& from, int64_t count, float* to) {
-  for (int64_t i = 0; i < count; ++i) to[i] = decode_signed(from.codes[i], from.scale);
+template <Codes codes>
+CL_OPTIM_SIMD_CLONES void unpack(const PackedBlock& from, int64_t count, float* to) {
+  const float scale = from.scale;
+  CL_OPTIM_INDEPENDENT_ITERATIONS
+  for (int64_t i = 0; i < count; ++i) to[i] = decode<codes>(from.codes[i], scale);
 }
 
 CL_OPTIM_SIMD_CLONES void add(const BFloat16* addends, int64_t count, float* to) {
   for (int64_t i = 0; i < count; ++i) to[i] += load(addends[i]);
 }
 
-// The random bits of a unit's elements, 16 each.
+// The random bits of a unit's elements for one of the two uses that share words.
 struct Random {
-  uint32_t bits[kUnit];
+  const uint32_t* words;
+  DitherUse use;
+
+  CL_OPTIM_HD uint32_t operator()(int64_t i) const { return Dither::half(words[i], use); }
 };
 
-CL_OPTIM_SIMD_CLONES void draw(Random& to, DitherUse use, int64_t first, int64_t count, float step,
-                               const float* grad) {
+CL_OPTIM_SIMD_CLONES void draw(uint32_t* words, DitherUse use, int64_t first, int64_t count,
+                               float step, const float* grad) {
   const uint32_t place = static_cast<uint32_t>(first);
   for (int64_t i = 0; i < count; ++i) {
-    to.bits[i] = Dither(place + static_cast<uint32_t>(i), step, grad[i])(use);
+    words[i] = Dither(place + static_cast<uint32_t>(i), step, grad[i]).word(use);
   }
 }
 
-CL_OPTIM_SIMD_CLONES void narrow_stochastic(const float* from, int64_t count, const Random& random,
+CL_OPTIM_SIMD_CLONES void narrow_stochastic(const float* from, int64_t count, Random random,
                                             BFloat16* to) {
-  for (int64_t i = 0; i < count; ++i) store_stochastic(to[i], from[i], random.bits[i]);
+  for (int64_t i = 0; i < count; ++i) store_stochastic(to[i], from[i], random(i));
 }
 
 // The parameter and what it lacks of the weight, rounded stochastically: steps far smaller than a
 // unit of the parameter's last place would come to the same error each time. A frozen weight keeps
 // both.
 CL_OPTIM_SIMD_CLONES void split(const float* weight, const float* importance, int64_t count,
-                                const Random& random, BFloat16* param, BFloat16* compensation) {
+                                Random random, BFloat16* param, BFloat16* compensation) {
   for (int64_t i = 0; i < count; ++i) {
     BFloat16 high, low;
     store(high, weight[i]);
-    store_stochastic(low, weight[i] - load(high), random.bits[i]);
-    const bool frozen = is_frozen(importance[i]);
-    param[i].bits = frozen ? param[i].bits : high.bits;
-    compensation[i].bits = frozen ? compensation[i].bits : low.bits;
+    store_stochastic(low, weight[i] - load(high), random(i));
+    // All ones where it is frozen: a condition would not vectorize for AVX2.
+    const int32_t frozen = static_cast<int32_t>(float_bits(importance[i])) >> 31;
+    const int32_t old_high = param[i].bits, old_low = compensation[i].bits;
+    param[i].bits = static_cast<uint16_t>((old_high & frozen) | (high.bits & ~frozen));
+    compensation[i].bits = static_cast<uint16_t>((old_low & frozen) | (low.bits & ~frozen));
   }
 }
 
-CL_OPTIM_SIMD_CLONES void pack_log8(const float* from, int64_t count, const Random& random,
-                                    PackedBlock& to) {
-  const float scale = to.scale = block_scale(largest_magnitude(from, count));
-  for (int64_t i = 0; i < count; ++i) to.codes[i] = encode_log8(from[i], scale, random.bits[i]);
+CL_OPTIM_SIMD_CLONES void pack_moment(const float* from, int64_t count, Random random,
+                                      PackedBlock& to) {
+  const float scale = to.scale = moment_scale(largest_magnitude(from, count), kMomentTop);
+  CL_OPTIM_INDEPENDENT_ITERATIONS
+  for (int64_t i = 0; i < count; ++i) to.codes[i] = encode_moment(from[i], scale, random(i));
 }
 
-CL_OPTIM_SIMD_CLONES void pack_signed(const float* from, int64_t count, const Random& random,
-                                      PackedBlock& to) {
-  const float scale = to.scale = block_scale(largest_magnitude(from, count));
-  for (int64_t i = 0; i < count; ++i) to.codes[i] = encode_signed(from[i], scale, random.bits[i]);
+CL_OPTIM_SIMD_CLONES void pack_signed_moment(const float* from, int64_t count, Random random,
+                                             PackedBlock& to) {
+  const float scale = to.scale = moment_scale(largest_magnitude(from, count), kSignedTop);
+  CL_OPTIM_INDEPENDENT_ITERATIONS
+  for (int64_t i = 0; i < count; ++i) to.codes[i] = encode_signed_moment(from[i], scale, random(i));
 }
 
 // The elements of an array from `first` on: where they are if they have the type of the arithmetic,
 // else in the buffer.
-float* read(const void* array, ScalarKind kind, int64_t first, int64_t count, float* buffer,
-            bool is_signed = false) {
+template <Codes codes = Codes::importance>
+float* read(const void* array, ScalarKind kind, int64_t first, int64_t count, float* buffer) {
   switch (kind) {
     case ScalarKind::bfloat16:
       widen(static_cast<const BFloat16*>(array) + first, count, buffer);
@@ -159,28 +165,28 @@ float* read(const void* array, ScalarKind kind, int64_t first, int64_t count, fl
     case ScalarKind::float16:
       widen(static_cast<const Half*>(array) + first, count, buffer);
       return buffer;
-    case ScalarKind::codes: {
-      const PackedBlock& block = static_cast<const PackedBlock*>(array)[first / kBlock];
-      is_signed ? unpack_signed(block, count, buffer) : unpack_log8(block, count, buffer);
+    case ScalarKind::codes:
+      unpack<codes>(static_cast<const PackedBlock*>(array)[first / kBlock], count, buffer);
       return buffer;
-    }
     default:
       return const_cast<float*>(static_cast<const float*>(array)) + first;
   }
 }
 
 // Only anchors, gradients and parameters of float64 have all of this type.
-double* read(const void* array, ScalarKind, int64_t first, int64_t, double*, bool = false) {
+template <Codes = Codes::importance>
+double* read(const void* array, ScalarKind, int64_t first, int64_t, double*) {
   return const_cast<double*>(static_cast<const double*>(array)) + first;
 }
 
 void write_moment(void* array, ScalarKind kind, int64_t first, int64_t count, const float* values,
-                  const Random& random, bool is_signed) {
+                  Random random) {
   if (kind == ScalarKind::bfloat16) {
     return narrow_stochastic(values, count, random, static_cast<BFloat16*>(array) + first);
   }
   PackedBlock& block = static_cast<PackedBlock*>(array)[first / kBlock];
-  is_signed ? pack_signed(values, count, random, block) : pack_log8(values, count, random, block);
+  random.use == kExpAvg ? pack_signed_moment(values, count, random, block)
+                        : pack_moment(values, count, random, block);
 }
 
 // The gradient with its memory rows, rounded as one that is stored.
@@ -211,27 +217,57 @@ void project(const EWCAdamWTensor& t, int64_t first, int64_t count, float* grad)
   }
 }
 
+// Neighbouring numbers as one value: GCC does not vectorize by itself what widens and sums.
+constexpr int kLanes = 4;
+template <typename T>
+struct Lanes {
+  typedef T type __attribute__((vector_size(kLanes * sizeof(T))));
+};
+template <typename T>
+using lanes_t = typename Lanes<T>::type;
+
+// In an order that is the same on all processors.
+struct LaneSums {
+  lanes_t<double> penalty = {}, drift = {};
+
+  template <typename T>
+  CL_OPTIM_HD void add(const T* param, const T* importance, const T* anchor) {
+    using Bits = lanes_t<std::conditional_t<sizeof(T) == 8, int64_t, int32_t>>;
+    lanes_t<T> p, a;
+    Bits f;
+    memcpy(&p, param, sizeof(p));
+    memcpy(&a, anchor, sizeof(a));
+    memcpy(&f, importance, sizeof(f));
+    f &= ~(f >> (8 * sizeof(T) - 1));  // what is frozen does not count
+    const lanes_t<double> d = __builtin_convertvector(p - a, lanes_t<double>);
+    drift += d * d;
+    penalty += __builtin_convertvector(reinterpret_cast<lanes_t<T>>(f), lanes_t<double>) * (d * d);
+  }
+};
+
 template <typename T>
 CL_OPTIM_SIMD_CLONES PenaltySums sums_of(const Arrays<T>& a, int64_t count) {
-  constexpr int kLanes = 8;  // in a fixed order, which vectorizes
-  double penalty[kLanes] = {}, drift[kLanes] = {};
-  const auto add = [&](int64_t i, int lane) {
-    const double d = static_cast<double>(a.param[i]) - static_cast<double>(a.anchor[i]);
-    const double importance = is_frozen(a.importance[i]) ? 0.0 : a.importance[i];
-    penalty[lane] += importance * d * d;
-    drift[lane] += d * d;
-  };
+  LaneSums sums[2];
   int64_t i = 0;
-  for (; i + kLanes <= count; i += kLanes) {
-    for (int lane = 0; lane < kLanes; ++lane) add(i + lane, lane);
+  for (; i + 2 * kLanes <= count; i += 2 * kLanes) {
+    sums[0].add(a.param + i, a.importance + i, a.anchor + i);
+    sums[1].add(a.param + i + kLanes, a.importance + i + kLanes, a.anchor + i + kLanes);
   }
-  for (; i < count; ++i) add(i, 0);
-  PenaltySums sums{0.0, 0.0};
+  for (; i < count; i += kLanes) {
+    T param[kLanes] = {}, importance[kLanes] = {}, anchor[kLanes] = {};
+    for (int64_t lane = 0; lane < std::min<int64_t>(kLanes, count - i); ++lane) {
+      param[lane] = a.param[i + lane];
+      importance[lane] = a.importance[i + lane];
+      anchor[lane] = a.anchor[i + lane];
+    }
+    sums[0].add(param, importance, anchor);
+  }
+  PenaltySums sum{0.0, 0.0};
   for (int lane = 0; lane < kLanes; ++lane) {
-    sums.penalty += penalty[lane];
-    sums.drift += drift[lane];
+    sum.penalty += sums[0].penalty[lane] + sums[1].penalty[lane];
+    sum.drift += sums[0].drift[lane] + sums[1].drift[lane];
   }
-  return sums;
+  return sum;
 }
 
 // --- one piece of a tensor -----------------------------------------------------------------------
@@ -259,11 +295,12 @@ void update_unit(const EWCAdamWTensor& t, int64_t first, int64_t count,
   a.param = read(t.param, t.param_kind, first, count, param);
   if (t.grad) a.grad = read(t.grad, t.param_kind, first, count, grad);
   if constexpr (!I::pull_only) {
-    a.exp_avg = read(t.exp_avg, t.moment_kind, first, count, exp_avg, true);
-    a.exp_avg_sq = read(t.exp_avg_sq, t.moment_kind, first, count, exp_avg_sq);
+    a.exp_avg = read<Codes::signed_moment>(t.exp_avg, t.moment_kind, first, count, exp_avg);
+    a.exp_avg_sq = read<Codes::moment>(t.exp_avg_sq, t.moment_kind, first, count, exp_avg_sq);
   }
   if constexpr (I::amsgrad) {
-    a.max_exp_avg_sq = read(t.max_exp_avg_sq, t.moment_kind, first, count, max_exp_avg_sq);
+    a.max_exp_avg_sq =
+        read<Codes::moment>(t.max_exp_avg_sq, t.moment_kind, first, count, max_exp_avg_sq);
   }
   if constexpr (penalty != Penalty::none) {
     a.importance = read(t.importance, t.importance_kind, first, count, importance);
@@ -282,20 +319,22 @@ void update_unit(const EWCAdamWTensor& t, int64_t first, int64_t count,
   update<I>(a, count, k);
 
   if constexpr (std::is_same_v<T, float>) {
-    Random random;
-    const auto drawn = [&](DitherUse use) -> const Random& {
-      draw(random, use, first, count, *t.step, I::pull_only ? a.anchor : a.grad);
-      return random;
+    alignas(64) uint32_t words[kUnit];
+    const auto draw_for = [&](DitherUse use) {
+      draw(words, use, first, count, *t.step, I::pull_only ? a.anchor : a.grad);
     };
-    const auto write = [&](void* array, DitherUse use, const float* values) {
-      if (t.moment_kind == ScalarKind::float32) return;
-      write_moment(array, t.moment_kind, first, count, values, drawn(use), use == kExpAvg);
-    };
-    if constexpr (!I::pull_only) {
-      write(t.exp_avg, kExpAvg, a.exp_avg);
-      write(t.exp_avg_sq, kExpAvgSq, a.exp_avg_sq);
+    const bool narrow_moments = !I::pull_only && t.moment_kind != ScalarKind::float32;
+    if (narrow_moments) {
+      draw_for(kExpAvg);
+      write_moment(t.exp_avg, t.moment_kind, first, count, a.exp_avg, {words, kExpAvg});
+      write_moment(t.exp_avg_sq, t.moment_kind, first, count, a.exp_avg_sq, {words, kExpAvgSq});
     }
-    if constexpr (I::amsgrad) write(t.max_exp_avg_sq, kMaxExpAvgSq, a.max_exp_avg_sq);
+    const bool rounds = t.compensation || (stochastic && t.param_kind == ScalarKind::bfloat16);
+    if (rounds || (I::amsgrad && narrow_moments)) draw_for(kParam);
+    if (I::amsgrad && narrow_moments) {
+      const Random random{words, kMaxExpAvgSq};
+      write_moment(t.max_exp_avg_sq, t.moment_kind, first, count, a.max_exp_avg_sq, random);
+    }
     if (t.param_kind == ScalarKind::float16) {
       narrow(a.param, count, static_cast<Half*>(t.param) + first);
     } else if (t.param_kind == ScalarKind::bfloat16) {
@@ -303,14 +342,47 @@ void update_unit(const EWCAdamWTensor& t, int64_t first, int64_t count,
       if (t.compensation) {
         if constexpr (penalty == Penalty::none) std::fill(importance, importance + count, T{0});
         const float* marks = penalty == Penalty::none ? importance : a.importance;
-        split(a.param, marks, count, drawn(kParam), to, t.compensation + first);
-      } else if (stochastic) {
-        narrow_stochastic(a.param, count, drawn(kParam), to);
+        split(a.param, marks, count, {words, kParam}, to, t.compensation + first);
+      } else if (rounds) {
+        narrow_stochastic(a.param, count, {words, kParam}, to);
       } else {
         narrow(a.param, count, to);
       }
     }
   }
+}
+
+// Bytes of an array's elements before `first`, which is a multiple of a unit.
+int64_t bytes_of(ScalarKind kind, int64_t first) {
+  switch (kind) {
+    case ScalarKind::codes:
+      return first / kBlock * static_cast<int64_t>(sizeof(PackedBlock));
+    case ScalarKind::float64:
+      return 8 * first;
+    case ScalarKind::float32:
+      return 4 * first;
+    default:
+      return 2 * first;
+  }
+}
+
+// Asks for a unit's memory while the one before it is computed in the cache.
+void prefetch_unit(const EWCAdamWTensor& t, int64_t first) {
+  constexpr int64_t kLine = 64;
+  const auto fetch = [&](const void* array, ScalarKind kind) {
+    if (array == nullptr) return;
+    const char* begin = static_cast<const char*>(array) + bytes_of(kind, first);
+    const int64_t bytes = bytes_of(kind, kUnit);
+    for (int64_t line = 0; line < bytes; line += kLine) __builtin_prefetch(begin + line);
+  };
+  fetch(t.param, t.param_kind);
+  fetch(t.grad, t.param_kind);
+  fetch(t.exp_avg, t.moment_kind);
+  fetch(t.exp_avg_sq, t.moment_kind);
+  fetch(t.max_exp_avg_sq, t.moment_kind);
+  fetch(t.importance, t.importance_kind);
+  fetch(t.anchor, t.anchor_kind);
+  fetch(t.compensation, ScalarKind::bfloat16);
 }
 
 // `sums`, if they are wanted, has one for each unit of the piece.
@@ -329,6 +401,7 @@ void update_piece(const EWCAdamWTensor& t, const Piece& piece, const EWCAdamWOpt
   }
   for (int64_t first = piece.begin; first < piece.end; first += kUnit) {
     const int64_t count = std::min(kUnit, piece.end - first);
+    if (first + 2 * kUnit <= piece.end) prefetch_unit(t, first + kUnit);
     PenaltySums* unit_sums = sums ? sums + (first - piece.begin) / kUnit : nullptr;
     update_unit<I>(t, first, count, k, options.stochastic, unit_sums);
   }

@@ -319,9 +319,9 @@ __device__ void update_unit(const W& work, const Projection<projected>& projecti
       anchor[8]{};
   raw_param.decode(kind.param, param);
   raw_grad.decode(kind.param, grad);
-  raw_avg.decode<true>(kind.moment, exp_avg);
-  raw_avg_sq.decode(kind.moment, exp_avg_sq);
-  raw_max.decode(kind.moment, max_exp_avg_sq);
+  raw_avg.decode<Codes::signed_moment>(kind.moment, exp_avg);
+  raw_avg_sq.decode<Codes::moment>(kind.moment, exp_avg_sq);
+  raw_max.decode<Codes::moment>(kind.moment, max_exp_avg_sq);
   if constexpr (penalty != Penalty::none) {
     raw_importance.decode(kind.importance, importance);
     raw_anchor.decode(kind.anchor, anchor);
@@ -337,11 +337,11 @@ __device__ void update_unit(const W& work, const Projection<projected>& projecti
                   constants.update);
 
   const Random random = Random::of(at, constants.step, grad);
-  store_moment<true>(work.exp_avg[tensor], kind.moment, at, exp_avg, random, kExpAvg);
-  store_moment<false>(work.exp_avg_sq[tensor], kind.moment, at, exp_avg_sq, random, kExpAvgSq);
+  store_moment<kExpAvg>(work.exp_avg[tensor], kind.moment, at, exp_avg, random);
+  store_moment<kExpAvgSq>(work.exp_avg_sq[tensor], kind.moment, at, exp_avg_sq, random);
   if (amsgrad) {
-    store_moment<false>(work.max_exp_avg_sq[tensor], kind.moment, at, max_exp_avg_sq, random,
-                        kMaxExpAvgSq);
+    store_moment<kMaxExpAvgSq>(work.max_exp_avg_sq[tensor], kind.moment, at, max_exp_avg_sq,
+                               random);
   }
   store_param(work.param[tensor], compensation, kind.param, at, param, importance, raw_param,
               raw_low, random, work.stochastic);

@@ -1,6 +1,6 @@
 // How importance and moments are kept in one byte per weight, or two: decoded and encoded in
 // registers, on host and device. cl_optim/ops/importance_codec.py says what the codes mean and is
-// the reference.
+// the reference: both are the same arithmetic of whole numbers, to the last bit.
 #pragma once
 
 #include <cmath>
@@ -18,65 +18,29 @@ struct PackedBlock {
 };
 static_assert(sizeof(PackedBlock) == 260);
 
-constexpr int kTop = 254;  // the code of the scale itself
-constexpr int kFrozen = 255;
-constexpr int kSignedTop = 127;
-constexpr int kSign = 128;
-constexpr int kLowestScale = -992;  // in steps of the grid: normal float32
-constexpr int kHighestScale = 1000;
-constexpr float kStepsPerOctave = 63.0f / 8.0f;
+// --- levels --------------------------------------------------------------------------------------
+//
+// A level is a float32's bits without the last 20: its exponent and three bits of its fraction,
+// eight levels to an octave. A block's scale is the float32 with its highest level's bits; the
+// highest code is for that level, and lower codes count down from there. What does not change keeps
+// its value when the scale changes.
 
-// 2^-t for 0 <= t < 1, exactly 1 at 0.
-CL_OPTIM_HD float exp2_minus(float t) {
-  return 1.0f + t * (-0.6931437207f +
-                     t * (0.2401801395f +
-                          t * (-0.0552973493f + t * (0.0092057884f + t * -0.0009448999f))));
+constexpr int kDropped = 20;
+constexpr uint32_t kLevels = 8;       // to an octave
+constexpr int kHighestLevel = 0x7f7;  // of finite numbers
+
+CL_OPTIM_HD float level_value(int level) {
+  return bits_float(static_cast<uint32_t>(level) << kDropped);
+}
+CL_OPTIM_HD int level_of(float scale) { return static_cast<int>(float_bits(scale) >> kDropped); }
+
+// The level of a block's scale: not so low that the lowest code would be 0.
+CL_OPTIM_HD int scale_level(int level, int top) {
+  return level < top ? top : level > kHighestLevel ? kHighestLevel : level;
 }
 
-// 2^(-steps * 8/63) for 0 <= steps < 256.
-CL_OPTIM_HD float grid(int steps) {
-  const int octaves = (steps * 8323) >> 16;  // steps * 8 / 63
-  const float rest = static_cast<float>(8 * steps - 63 * octaves) * (1.0f / 63.0f);
-  return bits_float(static_cast<uint32_t>(127 - octaves) << 23) * exp2_minus(rest);
-}
-
-// log2 of a normal number above 0, within 4e-7 of its exponent.
-CL_OPTIM_HD float log2_of(float x) {
-  const uint32_t bits = float_bits(x);
-  const float exponent = static_cast<float>(static_cast<int>(bits >> 23) - 127);
-  const float m = bits_float((bits & 0x7fffffu) | 0x3f800000u) - 1.0f;
-  return exponent +
-         m * (1.4426678211f +
-              m * (-0.7205853162f +
-                   m * (0.4735524323f +
-                        m * (-0.3258990702f +
-                             m * (0.1942899562f + m * (-0.0795544971f + m * 0.0155289803f))))));
-}
-
-// The scale of a block whose largest magnitude this is; NaN where it is not finite, so that a lost
-// block shows.
-CL_OPTIM_HD float block_scale(float largest) {
-  if (!(largest < INFINITY)) return NAN;
-  // A maximum on the grid may have been rounded to just above it.
-  const float steps = std::ceil(log2_of(largest) * kStepsPerOctave - 0x1p-10f);
-  int j = static_cast<int>(steps);
-  j = j < kLowestScale ? kLowestScale : j > kHighestScale ? kHighestScale : j;
-  const int octaves = j > 0 ? (8 * j + 62) / 63 : 8 * j / 63;  // rounded up
-  const float rest = static_cast<float>(63 * octaves - 8 * j) * (1.0f / 63.0f);
-  return bits_float(static_cast<uint32_t>(127 + octaves) << 23) * exp2_minus(rest);
-}
-
-// A frozen weight's importance is -0: the sign marks it, as in the wider formats.
-CL_OPTIM_HD float decode_log8(uint8_t code, float scale) {
-  const float value = scale * grid(code == kFrozen ? 0 : kTop - code);
-  return code == 0 ? 0.0f : code == kFrozen ? -0.0f : value;
-}
-
-CL_OPTIM_HD float decode_signed(uint8_t code, float scale) {
-  const int magnitude = code & (kSign - 1);
-  const float value = magnitude == 0 ? 0.0f : scale * grid(kSignedTop - magnitude);
-  return code & kSign ? -value : value;
-}
+// What makes NaN of a block's values where its scale is NaN: it held what was not finite.
+CL_OPTIM_HD uint32_t lost_bits(float scale) { return scale == scale ? 0u : 0x7fc00000u; }
 
 // Magnitudes order like their bits, NaN above all.
 CL_OPTIM_HD float largest_magnitude(const float* values, int64_t count) {
@@ -86,6 +50,108 @@ CL_OPTIM_HD float largest_magnitude(const float* values, int64_t count) {
     largest = bits > largest ? bits : largest;
   }
   return bits_float(largest);
+}
+
+// --- importance ----------------------------------------------------------------------------------
+//
+// Level k of an octave, 0 to 7, is 1 + k (168 + 11 k) / 2048, which is 2^(k/8) within 0.4 %: as a
+// float32 in steps of 256 / 2048, less 11 k (8 - k) / 2048.
+
+constexpr int kTop = 254;  // the scale's code
+constexpr int kFrozen = 255;
+
+CL_OPTIM_HD uint32_t importance_bits(uint32_t level) {
+  const uint32_t k = level % kLevels;
+  return (level << kDropped) - k * ((88u << 12) - (11u << 12) * k);
+}
+
+// The highest level that is not above a value, 0 or more.
+CL_OPTIM_HD int importance_level(float value) {
+  const int level = level_of(value);
+  return level + (float_bits(value) >= importance_bits(level + 1));
+}
+
+CL_OPTIM_HD float importance_scale(float largest) {
+  if (!(largest < INFINITY)) return NAN;
+  const int level = importance_level(largest);
+  const bool above = float_bits(largest) > importance_bits(level);
+  return level_value(scale_level(level + above, kTop));
+}
+
+// A frozen weight's importance is -0: the sign marks it, as in the wider formats.
+CL_OPTIM_HD float decode_log8(uint8_t code, float scale) {
+  const uint32_t level = static_cast<uint32_t>(level_of(scale) - kTop + code);
+  const uint32_t next = code + 1u;  // 1 for an exact 0, 256 for what is frozen
+  const uint32_t bits = (next & 0xfeu) == 0u ? 0u : importance_bits(level);
+  return bits_float(bits | lost_bits(scale) | next >> 8 << 31);
+}
+
+// To the nearest code. A value above 0 stays above it.
+CL_OPTIM_HD uint8_t encode_log8(float value, float scale) {
+  const int level = importance_level(value);
+  const uint32_t bits = float_bits(value);
+  const bool up = bits - importance_bits(level) > importance_bits(level + 1) - bits;
+  const int code = level + up - level_of(scale) + kTop;
+  return static_cast<uint8_t>(value == 0.0f ? 0 : code < 1 ? 1 : code > kTop ? kTop : code);
+}
+
+// --- moments -------------------------------------------------------------------------------------
+//
+// A level's value is the float32 with these bits: codes are floats of eight bits with an exponent
+// that the block shares. They are written in each step, so their arithmetic is the plainest.
+
+constexpr int kMomentTop = 255;  // the scale's code, of second moments
+constexpr int kSignedTop = 127;  // of first moments, which have the sign in bit 7
+constexpr int kSign = 128;
+
+CL_OPTIM_HD float moment_scale(float largest, int top) {
+  if (!(largest < INFINITY)) return NAN;
+  const int level = static_cast<int>((float_bits(largest) + (1u << kDropped) - 1) >> kDropped);
+  return level_value(scale_level(level, top));
+}
+
+CL_OPTIM_HD float decode_moment(uint8_t code, float scale) {
+  const uint32_t bits = float_bits(level_value(level_of(scale) - kMomentTop + code));
+  return bits_float((code == 0 ? 0u : bits) | lost_bits(scale));
+}
+
+CL_OPTIM_HD float decode_signed_moment(uint8_t code, float scale) {
+  const int magnitude = code & (kSign - 1);
+  const uint32_t bits = float_bits(level_value(level_of(scale) - kSignedTop + magnitude));
+  const uint32_t sign = static_cast<uint32_t>(code & kSign) << 24;
+  return bits_float((magnitude == 0 ? 0u : bits) | lost_bits(scale) | sign);
+}
+
+// What the codes of a block stand for.
+enum class Codes { importance, moment, signed_moment };
+
+template <Codes codes>
+CL_OPTIM_HD float decode(uint8_t code, float scale) {
+  return codes == Codes::importance ? decode_log8(code, scale)
+         : codes == Codes::moment   ? decode_moment(code, scale)
+                                    : decode_signed_moment(code, scale);
+}
+
+// The code of one of the two levels about a magnitude, which is right on average with 16 random
+// bits.
+CL_OPTIM_HD int round_to_level(uint32_t bits, float scale, int top, uint32_t random) {
+  const int code = static_cast<int>((bits + (random << 4)) >> kDropped) - level_of(scale) + top;
+  return code > top ? top : code;
+}
+
+// A value above 0 stays above it.
+CL_OPTIM_HD uint8_t encode_moment(float value, float scale, uint32_t random) {
+  const int code = round_to_level(float_bits(value), scale, kMomentTop, random);
+  return static_cast<uint8_t>(value == 0.0f ? 0 : code < 1 ? 1 : code);
+}
+
+CL_OPTIM_HD uint8_t encode_signed_moment(float value, float scale, uint32_t random) {
+  const uint32_t bits = float_bits(value), size = bits & 0x7fffffffu;
+  const float lowest = level_value(level_of(scale) - kSignedTop + 1);
+  const bool is_lowest = static_cast<float>(random) * lowest < bits_float(size) * 65536.0f;
+  const bool below = size < float_bits(lowest);
+  const int code = below ? is_lowest : round_to_level(size, scale, kSignedTop, random);
+  return static_cast<uint8_t>(code | static_cast<int>(bits >> 24 & kSign));
 }
 
 // --- stochastic rounding -------------------------------------------------------------------------
@@ -99,60 +165,32 @@ CL_OPTIM_HD uint32_t mix(uint32_t bits) {
   return bits ^ (bits >> 16);
 }
 
+// What needs random bits of its own: 16 each, two to a word.
+enum DitherUse : uint32_t { kParam, kMaxExpAvgSq, kExpAvg, kExpAvgSq };
+
 // Random bits of one element in one step. Not a generator's: all replicas of a model round alike,
 // and a resumed run continues alike.
 struct Dither {
-  uint32_t bits;
+  uint32_t seed;
 
   CL_OPTIM_HD Dither(int64_t place, float step, float grad)
-      : bits(mix((static_cast<uint32_t>(place) * 0x9e3779b1u +
-                  static_cast<uint32_t>(step) * 0x85ebca77u) ^
-                 float_bits(grad))) {}
+      : seed((static_cast<uint32_t>(place) * 0x9e3779b1u +
+              static_cast<uint32_t>(step) * 0x85ebca77u) ^
+             float_bits(grad)) {}
 
-  // 16 bits for each use.
-  CL_OPTIM_HD uint32_t operator()(uint32_t use) const { return mix(bits + use) >> 16; }
+  CL_OPTIM_HD uint32_t word(uint32_t use) const { return mix(seed + use / 2 * 0x6a09e667u); }
+  CL_OPTIM_HD uint32_t operator()(uint32_t use) const { return half(word(use), use); }
+
+  CL_OPTIM_HD static uint32_t half(uint32_t word, uint32_t use) {
+    return word >> (use % 2 * 16) & 0xffffu;
+  }
 };
 
-// What needs random bits of its own.
-enum DitherUse : uint32_t { kParam, kExpAvg, kExpAvgSq, kMaxExpAvgSq };
-
+// What is not finite stays as it is; NaN is a quiet one, as all that comes of arithmetic.
 CL_OPTIM_HD void store_stochastic(BFloat16& to, float value, uint32_t random) {
   const uint32_t bits = float_bits(value);
-  if ((bits & 0x7f800000u) == 0x7f800000u) return store(to, value);
-  to.bits = static_cast<uint16_t>((bits + random) >> 16);
-}
-
-// The steps below the scale, rounded up or down so that the value is right on average.
-CL_OPTIM_HD int round_on_grid(float value, float scale, uint32_t random) {
-  const float position = log2_of(value / scale) * kStepsPerOctave;
-  const float below = std::floor(position);
-  // The share of the way from the value below to the one above: (2^x - 1) / (2^(8/63) - 1).
-  const float x = (position - below) * (0.6931472f / kStepsPerOctave);
-  const float share = x * (1.0f + x * (0.5f + x * 0.16666667f)) * (1.0f / 0.09200853f);
-  const int steps = static_cast<int>(below) + (static_cast<float>(random) < share * 65536.0f);
-  return steps > 0 ? 0 : -steps;
-}
-
-// To the nearest code. A value above 0 stays above it.
-CL_OPTIM_HD uint8_t encode_log8(float value, float scale) {
-  const float position = log2_of(value / scale) * kStepsPerOctave;
-  const int code = kTop + static_cast<int>(std::floor(position + 0.5f));
-  return static_cast<uint8_t>(value == 0.0f ? 0 : code < 1 ? 1 : code > kTop ? kTop : code);
-}
-
-CL_OPTIM_HD uint8_t encode_log8(float value, float scale, uint32_t random) {
-  if (value == 0.0f) return 0;
-  const int code = kTop - round_on_grid(value, scale, random);
-  return static_cast<uint8_t>(code < 1 ? 1 : code);  // a value above 0 stays above it
-}
-
-CL_OPTIM_HD uint8_t encode_signed(float value, float scale, uint32_t random) {
-  const float size = value < 0.0f ? -value : value;
-  if (size == 0.0f) return 0;
-  const float lowest = scale * grid(kSignedTop - 1);
-  int code = kSignedTop - round_on_grid(size, scale, random);
-  if (size < lowest) code = static_cast<float>(random) * lowest < size * 65536.0f;
-  return static_cast<uint8_t>(code == 0 ? 0 : code + (value < 0.0f ? kSign : 0));
+  const bool is_finite = (bits & 0x7fffffffu) < 0x7f800000u;
+  to.bits = static_cast<uint16_t>((bits + (is_finite ? random : 0u)) >> 16);
 }
 
 }  // namespace cl_optim

@@ -19,7 +19,7 @@ using torch::stable::Tensor;
 constexpr int64_t kBlocksPerThread = 64;
 
 CL_OPTIM_SIMD_CLONES void encode_block(const float* values, int64_t count, PackedBlock& block) {
-  const float scale = block.scale = block_scale(largest_magnitude(values, count));
+  const float scale = block.scale = importance_scale(largest_magnitude(values, count));
   for (int64_t i = 0; i < count; ++i) block.codes[i] = encode_log8(values[i], scale);
   for (int64_t i = count; i < kBlock; ++i) block.codes[i] = 0;
 }

@@ -11,20 +11,21 @@
 
 #include "ewc_adamw_plan.h"
 #include "multi_tensor.h"
+#include "simd.h"
 
 namespace py = pybind11;
 
 namespace {
 
-const char* simd_level() {
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
-      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq")) {
-    return "avx512";
+const char* simd_name() {
+  switch (cl_optim::simd_level()) {
+    case cl_optim::Simd::avx512:
+      return "avx512";
+    case cl_optim::Simd::avx2:
+      return "avx2";
+    default:
+      return "baseline";
   }
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return "avx2";
-#endif
-  return "baseline";
 }
 
 std::vector<std::tuple<int64_t, int64_t, int64_t>> pieces(const std::vector<int64_t>& numels,
@@ -37,13 +38,11 @@ std::vector<std::tuple<int64_t, int64_t, int64_t>> pieces(const std::vector<int6
   return result;
 }
 
-// The codes' decoded values, for a scale of 1.
-std::vector<float> decoded(bool is_signed) {
+// The decoded values of a block's 256 codes, by what they stand for.
+template <cl_optim::Codes codes>
+std::vector<float> decoded(float scale) {
   std::vector<float> values;
-  for (int code = 0; code < 256; ++code) {
-    values.push_back(is_signed ? cl_optim::decode_signed(code, 1.0f)
-                               : cl_optim::decode_log8(code, 1.0f));
-  }
+  for (int code = 0; code < 256; ++code) values.push_back(cl_optim::decode<codes>(code, scale));
   return values;
 }
 
@@ -64,7 +63,7 @@ PYBIND11_MODULE(_C, m) {
         info["compiler"] = CL_OPTIM_COMPILER;
         info["torch_built_against"] = CL_OPTIM_TORCH_VERSION;
         info["torch_abi_target"] = CL_OPTIM_ABI_TARGET;
-        info["simd"] = simd_level();
+        info["simd"] = simd_name();
         return info;
       },
       "What built this extension, and the vector instructions it uses on this processor.");
@@ -74,8 +73,15 @@ PYBIND11_MODULE(_C, m) {
       py::arg("numels"), "How many units of work tensors of these sizes make.");
   m.def("pieces", &pieces, py::arg("numels"), py::arg("begin"), py::arg("end"),
         "What the units from begin to end hold: (tensor, first element, last element + 1).");
-  m.def("decoded", &decoded, py::arg("is_signed"),
-        "What each 8-bit code stands for, times its scale.");
+  m.def(
+      "decoded",
+      [](float scale) {
+        using cl_optim::Codes;
+        return std::vector{decoded<Codes::importance>(scale), decoded<Codes::moment>(scale),
+                           decoded<Codes::signed_moment>(scale)};
+      },
+      py::arg("scale"),
+      "What each 8-bit code stands for: of importance, of second moments, of first moments.");
   cl_optim::bind_snapshot(m);
   cl_optim::bind_plan<kLauncher>(m);
 }

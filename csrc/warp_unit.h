@@ -187,7 +187,7 @@ struct Raw {
   }
   __device__ uint8_t code(int j) const { return static_cast<uint8_t>(words[j / 4] >> 8 * (j % 4)); }
 
-  template <bool is_signed = false>
+  template <Codes codes = Codes::importance>
   __device__ void decode(ScalarKind kind, float (&values)[8]) const {
     switch (kind) {
       case ScalarKind::bfloat16:
@@ -202,7 +202,7 @@ struct Raw {
         const float scale = bits_float(words[2]);
 #pragma unroll
         for (int j = 0; j < 8; ++j) {
-          values[j] = is_signed ? decode_signed(code(j), scale) : decode_log8(code(j), scale);
+          values[j] = cl_optim::decode<codes>(code(j), scale);
         }
         return;
       }
@@ -253,9 +253,9 @@ inline __device__ float largest_of(const float (&values)[8], const Place& at) {
   return bits_float(largest);
 }
 
-template <bool is_signed>
+template <DitherUse use>
 __device__ void store_moment(void* array, ScalarKind kind, const Place& at,
-                             const float (&values)[8], const Random& random, DitherUse use) {
+                             const float (&values)[8], const Random& random) {
   uint32_t words[8];
   if (kind == ScalarKind::float32) {
 #pragma unroll
@@ -268,14 +268,15 @@ __device__ void store_moment(void* array, ScalarKind kind, const Place& at,
     pack(rounded, words);
     store_words(static_cast<uint16_t*>(array), at, words);
   } else {
-    const float scale = block_scale(largest_of(values, at));
+    constexpr bool is_signed = use == kExpAvg;
+    const float scale = moment_scale(largest_of(values, at), is_signed ? kSignedTop : kMomentTop);
     words[0] = words[1] = 0;
     words[2] = float_bits(scale);
 #pragma unroll
     for (int j = 0; j < 8; ++j) {
       const uint32_t bits = random.dither[j](use);
-      const uint32_t code =
-          is_signed ? encode_signed(values[j], scale, bits) : encode_log8(values[j], scale, bits);
+      const uint32_t code = is_signed ? encode_signed_moment(values[j], scale, bits)
+                                      : encode_moment(values[j], scale, bits);
       words[j / 4] |= (at.has(j) ? code : 0u) << 8 * (j % 4);
     }
     store_words(static_cast<PackedBlock*>(array), at, words);

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cl_optim.importance.errors import LogError
 from cl_optim.importance.statistics import cut, flat_float32, overlap
 from cl_optim.ops import importance_codec
 from cl_optim.ops.checks import dtype_name
@@ -88,7 +89,7 @@ class BFloat16(Codec):
 class Log8(Codec):
     """One byte per weight and four per 256: logarithmic codes, within 4.5 %.
 
-    Below 2⁻³² of the largest of its 256 neighbours, what is not 0 takes the lowest code, 2⁻³² of
+    Below 2⁻³¹ of the largest of its 256 neighbours, what is not 0 takes the lowest code, 2⁻³¹ of
     that: :func:`measure` counts these as underflows.
     """
 
@@ -101,6 +102,11 @@ class Log8(Codec):
 
     def decode(self, parts: Parts, shape: torch.Size) -> Tensor:
         """Return the codes' values."""
+        if not importance_codec.has_levels(parts["blocks"]):
+            raise LogError(
+                "log8 codes of an earlier version of cl_optim are not read: record the importance "
+                "again, or let that version record it with codec='float32'."
+            )
         return importance_codec.decode_log8(parts["blocks"], shape)
 
 

@@ -29,6 +29,7 @@ from cl_optim.ops.ewc_adamw_arguments import (
     TensorList,
 )
 from cl_optim.ops.gram import combine_
+from cl_optim.ops.importance_codec import Use
 
 _PIECE = 2**22  # weights whose penalty is summed at once
 
@@ -116,9 +117,9 @@ def foreach(
             grads, counts, state.exp_avgs, state.importances or params, strict=True
         )
     ]
-    _store_moments(state.exp_avgs, exp_avgs, random, use=1)
-    _store_moments(state.exp_avg_sqs, exp_avg_sqs, random, use=2)
-    _store_moments(state.max_exp_avg_sqs, max_exp_avg_sqs, random, use=3)
+    _store_moments(state.exp_avgs, exp_avgs, random, Use.EXP_AVG)
+    _store_moments(state.exp_avg_sqs, exp_avg_sqs, random, Use.EXP_AVG_SQ)
+    _store_moments(state.max_exp_avg_sqs, max_exp_avg_sqs, random, Use.MAX_EXP_AVG_SQ)
     if penalty:
         theta = [torch.where(*each) for each in zip(frozen, before, theta, strict=True)]
     _store_weights(params, theta, frozen, state.compensations, random, hyper.stochastic)
@@ -138,20 +139,20 @@ def _moments(stored: TensorList, params: TensorList, *, signed: bool = False) ->
     return [formats.load_moment(moment, param, signed=signed) for moment, param in pairs]
 
 
-Random: TypeAlias = Callable[[int], Tensor]  # random numbers for the elements, for each use
+Random: TypeAlias = Callable[[Use], Tensor]  # random numbers for the elements, for each use
 
 
-def _random(grad: Tensor, count: Any, row_major: bool, use: int) -> Tensor:
+def _random(grad: Tensor, count: Any, row_major: bool, use: Use) -> Tensor:
     grad = torch.empty_like(grad, dtype=torch.float32).copy_(grad)
     return codec.hashed(grad.contiguous() if row_major else grad, count, use)
 
 
 def _store_moments(
-    stored: TensorList, values: TensorList, random: Sequence[Random], use: int
+    stored: TensorList, values: TensorList, random: Sequence[Random], use: Use
 ) -> None:
     # Without AMSGrad there is nothing to store for it.
     for moment, value, numbers in zip(stored, values, random, strict=False):
-        formats.store_moment(moment, value, partial(numbers, use), signed=use == 1)
+        formats.store_moment(moment, value, partial(numbers, use), signed=use is Use.EXP_AVG)
 
 
 def _store_weights(
@@ -165,12 +166,12 @@ def _store_weights(
     for i, (param, value) in enumerate(zip(params, theta, strict=True)):
         if compensations and compensations[i].numel():
             high = value.to(param.dtype)
-            low = codec.stochastic_bfloat16(value - high, random[i](0))
+            low = codec.stochastic_bfloat16(value - high, random[i](Use.PARAM))
             kept = frozen[i] if frozen else torch.zeros((), dtype=torch.bool, device=param.device)
             param.copy_(torch.where(kept, param, high))
             compensations[i].copy_(torch.where(kept, compensations[i], low))
         elif stochastic and param.dtype == torch.bfloat16:
-            param.copy_(codec.stochastic_bfloat16(value, random[i](0)))
+            param.copy_(codec.stochastic_bfloat16(value, random[i](Use.PARAM)))
         elif param is not value:
             param.copy_(value)
 

@@ -163,7 +163,7 @@ def _random(anchor: Tensor, step: Tensor, importance: Tensor) -> Tensor:
     wide = torch.empty_like(anchor, dtype=torch.float32).copy_(anchor)
     if formats.is_codes(importance):
         wide = wide.contiguous()
-    return codec.hashed(wide, step.item() if step.is_cpu else step.double(), 0)
+    return codec.hashed(wide, step.item() if step.is_cpu else step.double())
 
 
 def _store(

@@ -117,7 +117,7 @@ def zero_moment(param: Tensor, format_: str) -> Tensor:
 def load_moment(stored: Tensor, param: Tensor, *, signed: bool) -> Tensor:
     """Read a stored moment in the dtype of the arithmetic; itself if that is its own."""
     if is_codes(stored):
-        return (codec.decode_signed if signed else codec.decode_log8)(stored, param.shape)
+        return codec.decode_moment(stored, param.shape, signed=signed)
     return stored.to(arithmetic_dtype(param))
 
 
@@ -133,8 +133,7 @@ def store_moment(
         signed: Whether it is a first moment.
     """
     if is_codes(stored):
-        encode = codec.encode_signed if signed else codec.encode_log8
-        stored.copy_(encode(values, random=random() if random else None))
+        stored.copy_(codec.encode_moment(values, random() if random else None, signed=signed))
     elif random and stored.dtype == torch.bfloat16 and values.dtype != stored.dtype:
         stored.copy_(codec.stochastic_bfloat16(values, random()))
     elif stored is not values:

@@ -1,19 +1,27 @@
 """Importance and moments in one byte per weight, and what is rounded stochastically.
 
-The 8-bit codes are logarithmic. All values lie on one grid, 2^(j·8/63) for whole j: steps of
-9.2 %, so that the nearest is at most 4.5 % away. A block of 256 values in row-major order holds the
-largest grid value that it needs as a float32 scale, and a code for each value, counted in steps
-below it:
+A level is a float32's bits without the last 20: its exponent and three bits of its fraction, eight
+levels to an octave. A block of 256 values in row-major order holds a scale, the float32 with the
+bits of the lowest level that is not below any of them, and a code for each value, which counts
+levels down from there. What a level stands for does not depend on the block, so that a value that
+does not change keeps its code's value when the block's scale changes.
 
-- ``log8``, of importance and of second moments: 0 is an exact zero, 1 … 254 reach down to at least
-  2⁻³² of the block's maximum (smaller ones take code 1), 255 marks a frozen weight;
-- signed, of first moments: the sign in bit 7, magnitudes 0 … 127 over 16 octaves.
+- ``log8``, of importance: 0 is an exact zero, 255 marks a frozen weight, 254 is the scale's; 1
+  reaches down to 2⁻³¹ of the block's maximum at least, and smaller values take it. Levels of an
+  octave are 1 + k (168 + 11 k) / 2048, 2^(k/8) within 0.4 %: steps of 8.7 to 9.3 %, so that the
+  nearest is at most 4.5 % away.
+- of second moments: 0 is an exact zero, 255 is the scale's. Levels are the float32 numbers with
+  their bits, 1 + k / 8 in an octave: floats of eight bits whose exponent the block shares. They are
+  written in each step, and this is the cheapest arithmetic; over an octave the mean square of the
+  steps, 6.7 to 12.5 %, is that of equal ones.
+- of first moments: the sign in bit 7, and the same levels over 16 octaves, of which 127 is the
+  scale's.
 
-Since the grid is the same everywhere, a value that does not change keeps its code's value when the
-block's scale changes. A packed tensor is uint8 [blocks, 260]: four bytes of scale, 256 of codes.
-``csrc/importance_codec.h`` decodes and encodes the same within the fused step.
+A packed tensor is uint8 [blocks, 260]: four bytes of scale, 256 of codes.
+``csrc/importance_codec.h`` decodes and encodes within the fused step by the same arithmetic of
+whole numbers, to the last bit.
 
-Small changes would be swallowed by rounding to the nearest code (at 8 bits those below 4.5 %), so
+Small changes would be swallowed by rounding to the nearest code (at 8 bits those below 4 %), so
 what is updated again and again is rounded stochastically, in proportion to the distance: right on
 average. The random bits are a hash of place, time and value, not a generator's: all replicas of a
 model round alike, and a resumed run continues alike.
@@ -22,6 +30,7 @@ model round alike, and a resumed run continues alike.
 from __future__ import annotations
 
 import math
+from enum import IntEnum
 
 import torch
 from torch import Tensor
@@ -30,15 +39,22 @@ from cl_optim.ops import library
 
 BLOCK = 256
 PACKED_BLOCK = 4 + BLOCK
-STEP = 8 / 63  # of the grid, in octaves
 FROZEN = 255
 
-_TOP = 254
-_SIGNED_TOP = 127
+
+class Use(IntEnum):
+    """What needs random numbers of its own in a step; a pull's begin after these."""
+
+    PARAM, MAX_EXP_AVG_SQ, EXP_AVG, EXP_AVG_SQ, KRONECKER_PULL = range(5)
+
+
+_DROPPED = 20  # bits of a float32 that a level is without
+_LEVELS = 8  # to an octave
+_HIGHEST_LEVEL = 0x7F7  # of finite numbers
+_INFINITY = 0x7F800000
+# The codes of the scale: of importance, of second moments, of first moments.
+_TOP, _MOMENT_TOP, _SIGNED_TOP = 254, 255, 127
 _SIGN = 128
-# The scale is a normal float32: what is smaller takes lower codes.
-_LOWEST_SCALE = math.ceil(-126 / STEP)
-_HIGHEST_SCALE = math.floor(127 / STEP)
 
 library.define("log8_encode_(Tensor(a!) packed, Tensor values) -> ()", cpu="compiled")
 library.define("log8_decode_(Tensor(a!) values, Tensor packed) -> ()", cpu="compiled")
@@ -72,11 +88,10 @@ def encode_log8_reference(
     values: Tensor, frozen: Tensor | None = None, random: Tensor | None = None
 ) -> Tensor:
     """Encode in plain PyTorch; as `encode_log8`."""
-    blocks = _blocks(values.float())
-    scale, position = _on_grid(blocks)
-    codes = _TOP + _rounded(position, random)
+    bits = _bits(_blocks(values.float()))
+    scale, codes = _importance_codes(bits, random)
     # A value above 0 stays above it.
-    codes = torch.where(blocks == 0, 0, codes.clamp(1, _TOP))
+    codes = torch.where(bits == 0, 0, codes.clamp(1, _TOP))
     if frozen is not None:
         codes = torch.where(_blocks(frozen), FROZEN, codes)
     return _packed(scale, codes)
@@ -94,8 +109,9 @@ def decode_log8(packed: Tensor, shape: torch.Size) -> Tensor:
 def decode_log8_reference(packed: Tensor, shape: torch.Size) -> Tensor:
     """Decode in plain PyTorch; as `decode_log8`."""
     scale, codes = _unpacked(packed)
-    values = scale * _grid(_TOP - codes)
-    return _shaped(torch.where((codes == 0) | (codes == FROZEN), 0.0, values), shape)
+    bits = _importance_bits(_level(scale) - _TOP + codes)
+    bits = torch.where((codes == 0) | (codes == FROZEN), 0, bits)
+    return _shaped(_lose(_floats(bits), scale), shape)
 
 
 def frozen_log8(packed: Tensor, shape: torch.Size) -> Tensor:
@@ -130,30 +146,45 @@ def thaw_log8(packed: Tensor, codes: Tensor) -> Tensor:
 
 def count_underflows(values: Tensor) -> int:
     """Count the values above 0 that are too small for their block's scale in ``log8``."""
-    blocks = _blocks(values.float())
-    _, position = _on_grid(blocks)
-    return int(((blocks > 0) & (position < 1 - _TOP - 0.5)).sum())
+    bits = _bits(_blocks(values.float()))
+    return int(((bits > 0) & (_importance_codes(bits, None)[1] < 1)).sum())
 
 
-def encode_signed(values: Tensor, random: Tensor | None = None) -> Tensor:
-    """Encode values of either sign: uint8 [ceil(n / 256), 260]. Arguments as of `encode_log8`."""
+def encode_moment(values: Tensor, random: Tensor | None = None, *, signed: bool) -> Tensor:
+    """Encode moments, of which second ones are ≥ 0: uint8 [ceil(n / 256), 260].
+
+    Other arguments as of `encode_log8`.
+    """
     blocks = _blocks(values.float())
-    scale, position = _on_grid(blocks.abs())
-    codes = (_SIGNED_TOP + _rounded(position, random)).clamp(0, _SIGNED_TOP)
+    bits = _bits(blocks)
+    top = _SIGNED_TOP if signed else _MOMENT_TOP
+    up = (1 << _DROPPED) - 1
+    scale = _scale(bits, (bits.amax(1, keepdim=True) + up) >> _DROPPED, top)
+    share = torch.full_like(blocks, 0.5) if random is None else _blocks(random)
+    codes = ((bits + (share * (1 << _DROPPED)).long()) >> _DROPPED) - _level(scale) + top
+    codes = codes.clamp(max=top)
+    if not signed:  # a value above 0 stays above it
+        return _packed(scale, torch.where(bits == 0, 0, codes.clamp(min=1)))
     # Below the lowest code's value: that, or 0.
-    lowest = scale * _grid(codes.new_tensor(_SIGNED_TOP - 1))
-    bound = lowest / 2 if random is None else lowest * _blocks(random)
-    codes = torch.where(blocks.abs() < lowest, (bound < blocks.abs()).long(), codes)
-    codes = torch.where(blocks == 0, 0, codes)
-    return _packed(scale, codes + torch.where((blocks < 0) & (codes > 0), _SIGN, 0))
+    lowest = _floats(_level_bits(_level(scale) - top + 1))
+    is_lowest = share.double() * lowest < blocks.double().abs()
+    codes = torch.where(blocks.abs() < lowest, is_lowest.long(), codes)
+    return _packed(scale, codes + torch.where(blocks.signbit(), _SIGN, 0))
 
 
-def decode_signed(packed: Tensor, shape: torch.Size) -> Tensor:
-    """Decode what `encode_signed` encoded: float32 of the given shape."""
+def decode_moment(packed: Tensor, shape: torch.Size, *, signed: bool) -> Tensor:
+    """Decode what `encode_moment` encoded: float32 of the given shape."""
     scale, codes = _unpacked(packed)
-    magnitudes = codes & (_SIGN - 1)
-    values = torch.where(magnitudes == 0, 0.0, scale * _grid(_SIGNED_TOP - magnitudes))
-    return _shaped(torch.where(codes >= _SIGN, -values, values), shape)
+    top = _SIGNED_TOP if signed else _MOMENT_TOP
+    magnitudes = codes & (_SIGN - 1) if signed else codes
+    bits = torch.where(magnitudes == 0, 0, _level_bits(_level(scale) - top + magnitudes))
+    values = _lose(_floats(bits), scale)
+    return _shaped(torch.where(codes >= _SIGN, -values, values) if signed else values, shape)
+
+
+def has_levels(packed: Tensor) -> bool:
+    """Say whether all scales are levels, as the scales of other codes are not."""
+    return not (_bits(_unpacked(packed)[0]) & ((1 << _DROPPED) - 1)).any()
 
 
 def packed_shape(numel: int) -> tuple[int, int]:
@@ -177,14 +208,14 @@ def stochastic_bfloat16(values: Tensor, random: Tensor) -> Tensor:
     return torch.where(values.isfinite(), bits.view(torch.bfloat16), values.to(torch.bfloat16))
 
 
-def hashed(values: Tensor, time: Tensor | float = 0, use: int = 0) -> Tensor:
+def hashed(values: Tensor, time: Tensor | float = 0, use: Use = Use.PARAM) -> Tensor:
     """Make numbers in [0, 1) that look random: a hash of a value's place, the time, its bits.
 
     Args:
         values: float32. A place is where a value comes in memory, or in row-major order where the
             tensor has gaps.
         time: A step count.
-        use: Tells apart the several numbers that one place needs at one time.
+        use: Tells apart the several numbers that one place needs at one time; two share a word.
 
     Returns:
         float32 multiples of 2⁻¹⁶, of the same shape.
@@ -194,8 +225,8 @@ def hashed(values: Tensor, time: Tensor | float = 0, use: int = 0) -> Tensor:
     place.as_strided((count,), (1,)).copy_(torch.arange(count, device=values.device))
     time = time.long() if isinstance(time, Tensor) else int(time)
     mixed = (place * 0x9E3779B1 + time * 0x85EBCA77) ^ values.view(torch.int32).long()
-    bits = _mix((_mix(mixed & 0xFFFFFFFF) + use) & 0xFFFFFFFF)
-    return (bits >> 16).float() / 65536
+    word = _mix((mixed + use // 2 * 0x6A09E667) & 0xFFFFFFFF)
+    return (word >> use % 2 * 16 & 0xFFFF).float() / 65536
 
 
 def _mix(bits: Tensor) -> Tensor:
@@ -207,31 +238,61 @@ def _mix(bits: Tensor) -> Tensor:
     return bits ^ (bits >> 16)
 
 
-# --- the grid -------------------------------------------------------------------------------------
+# --- levels ---------------------------------------------------------------------------------------
 
 
-def _on_grid(blocks: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the blocks' scales [blocks, 1] and each value's position below them, ≤ 0, in steps."""
-    largest = blocks.amax(1, keepdim=True)
-    # A maximum on the grid may have been rounded to just above it.
-    top = (largest.double().log2() / STEP - 2**-10).ceil().clamp(_LOWEST_SCALE, _HIGHEST_SCALE)
-    # NaN where the maximum is not finite, so that a lost block shows.
-    scale = (top * STEP).exp2().float().masked_fill(~largest.isfinite(), math.nan)
-    position = (blocks / scale).log2() / STEP
-    return scale, position.nan_to_num(0.0).clamp(-1000.0, 0.0)
+def _importance_bits(level: Tensor) -> Tensor:
+    k = level % _LEVELS
+    return (level << _DROPPED) - (11 * k * (8 - k) << 12)
 
 
-def _rounded(position: Tensor, random: Tensor | None) -> Tensor:
-    if random is None:
-        return position.round().long()
-    below = position.floor()
+def _level_bits(level: Tensor) -> Tensor:
+    return level << _DROPPED
+
+
+def _importance_codes(bits: Tensor, random: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return the blocks' scales [blocks, 1] and codes, which may be too low or too high."""
+
+    def below(bits: Tensor) -> Tensor:
+        level = bits >> _DROPPED
+        return level + (bits >= _importance_bits(level + 1))
+
+    largest = bits.amax(1, keepdim=True)
+    top = below(largest)
+    top = top + (largest > _importance_bits(top))
+    scale = _scale(bits, top, _TOP)
+    level = below(bits)
+    low, high = _importance_bits(level), _importance_bits(level + 1)
     # The share of the way from the value below to the one above.
-    share = torch.expm1((position - below) * (STEP * math.log(2))) / (2**STEP - 1)
-    return (below + (_blocks(random) < share)).long()
+    share = 0.5 if random is None else _blocks(random).double()
+    up = share * (high - low).double() < (bits - low).double()
+    return scale, level + up - _level(scale) + _TOP
 
 
-def _grid(steps_down: Tensor) -> Tensor:
-    return (steps_down.double() * -STEP).exp2().float()
+def _scale(bits: Tensor, level: Tensor, top: int) -> Tensor:
+    """Return the scale for a highest level, but none so low that the lowest code would be 0.
+
+    NaN where a block has a value that is not finite, so that a lost block shows.
+    """
+    scale = _floats(_level_bits(level.clamp(top, _HIGHEST_LEVEL)))
+    return scale.masked_fill(bits.amax(1, keepdim=True) >= _INFINITY, math.nan)
+
+
+def _level(scale: Tensor) -> Tensor:
+    return _bits(scale) >> _DROPPED
+
+
+def _bits(values: Tensor) -> Tensor:
+    """Return the bits of magnitudes, which order like them, int64."""
+    return values.contiguous().view(torch.int32).long() & 0x7FFFFFFF
+
+
+def _floats(bits: Tensor) -> Tensor:
+    return bits.to(torch.int32).view(torch.float32)
+
+
+def _lose(values: Tensor, scale: Tensor) -> Tensor:
+    return values.masked_fill(scale.isnan(), math.nan)
 
 
 def _blocks(values: Tensor) -> Tensor:

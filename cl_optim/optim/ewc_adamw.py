@@ -87,7 +87,7 @@ class EWCAdamW(Protecting, torch.optim.Optimizer):
             loss, weights and learning rate. 0.1 to begin with. None: λ is ``ewc_lambda``.
         penalty: ``"gradient"``, ``"decoupled"`` or ``"proximal"``; may differ between groups.
         importance_dtype: How F is stored: ``"float32"``, ``"bfloat16"`` (here and below also a
-            dtype) or ``"log8"``, one byte within 4.5 % (2⁻³² of the largest of 256 neighbours and
+            dtype) or ``"log8"``, one byte within 4.5 % (2⁻³¹ of the largest of 256 neighbours and
             less: more). Exact zeros stay zero. Further tasks are merged with stochastic rounding:
             right on average, each time within 9.2 % (0.8 % in bfloat16), which adds up.
         anchor_dtype: How θ* is stored: None for the parameter's own dtype, ``"float32"`` or

@@ -11,6 +11,7 @@ from torch import Tensor
 from cl_optim.importance.names import canonical_name
 from cl_optim.ops import formats
 from cl_optim.ops.checks import check_groups
+from cl_optim.ops.importance_codec import has_levels
 from cl_optim.optim.kronecker import matrices
 from cl_optim.optim.options import check_rounding
 
@@ -229,6 +230,12 @@ def check_param_state(state: Mapping[str, Any], param: Tensor, name: str) -> Non
             raise ValueError(
                 f"the state dict belongs to other parameters: {key!r} of parameter {name} has "
                 f"shape {tuple(state[key].shape)}, not {shape}."
+            )
+        if formats.is_codes(state[key]) and not has_levels(state[key]):
+            raise ValueError(
+                f"{key!r} of parameter {name} has codes that this version of cl_optim does not "
+                "read: they are damaged, or an earlier version's. Save the state dict with that "
+                "version and float32 formats (state_dtype, importance_dtype), and load that."
             )
     if "importance" in state and formats.is_codes(state["importance"]):
         frozen = formats.count_frozen_codes(state["importance"])

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from cl_optim.importance import codecs
+from cl_optim.importance.errors import LogError
 
 
 def fisher_like(*shape: int, seed: int = 0) -> Tensor:
@@ -124,6 +125,15 @@ def test_measure(name):
 def test_measure_counts_underflows():
     value = torch.tensor([1.0, 1e-12, 0.0])
     assert codecs.measure(codecs.codec("log8"), {"a": value}).underflows == 1
+
+
+def test_codes_of_an_earlier_version_are_refused():
+    log8, shape = codecs.codec("log8"), torch.Size([300])
+    parts = log8.encode(torch.rand(300))
+    scales = parts["blocks"][:, :4].contiguous().view(torch.float32) * 1.001
+    parts["blocks"][:, :4] = scales.view(torch.uint8)
+    with pytest.raises(LogError, match=r"^log8 codes of an earlier .* record the"):
+        log8.decode(parts, shape)
 
 
 BAD = [

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from cl_optim.ops import formats
 from cl_optim.ops import kronecker_shrink as shrink
-from cl_optim.ops.importance_codec import hashed, stochastic_bfloat16
+from cl_optim.ops.importance_codec import Use, hashed, stochastic_bfloat16
 from cl_optim.optim.kronecker.matrices import BASES, VALUES, Matrix, is_frozen, padded
 from cl_optim.optim.state import weight_of
 
@@ -21,7 +21,6 @@ from cl_optim.optim.state import weight_of
 # that their memory is taken again from the caches.
 _PIECE, _PIECE_CPU = 2**26, 2**20
 Places: TypeAlias = list[list[Tensor]]  # by matrix: a weight's and perhaps a bias's
-_USE = 4  # tells the random numbers of a pull from those of a step
 
 
 class Stack:
@@ -307,7 +306,7 @@ def _subtract_rounded(
     """Subtract from a parameter of 16 bits, as its steps round; where it is 0, no bit changes."""
     moves = correction != 0.0
     value = weight_of(param, state) - correction
-    random = partial(hashed, correction, state.get("step", 0.0), _USE)
+    random = partial(hashed, correction, state.get("step", 0.0), Use.KRONECKER_PULL)
     if "compensation" in state:
         high = value.to(param.dtype)
         low = stochastic_bfloat16(value - high, random())

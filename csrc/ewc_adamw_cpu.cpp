@@ -98,29 +98,28 @@ CL_OPTIM_SIMD_CLONES void unpack(const PackedBlock& from, int64_t count, float* 
   for (int64_t i = 0; i < count; ++i) to[i] = decode<codes>(from.codes[i], scale);
 }
 
-CL_OPTIM_SIMD_CLONES void add(const BFloat16* addends, int64_t count, float* to) {
-  for (int64_t i = 0; i < count; ++i) to[i] += load(addends[i]);
+CL_OPTIM_SIMD_CLONES void widen_sum(const BFloat16* from, const BFloat16* addends, int64_t count,
+                                    float* to) {
+  for (int64_t i = 0; i < count; ++i) to[i] = load(from[i]) + load(addends[i]);
 }
 
-// The random bits of a unit's elements for one of the two uses that share words.
+// The random bits of a unit's elements.
 struct Random {
-  const uint32_t* words;
-  DitherUse use;
+  uint32_t first;
+  float step;
+  const float* grad;
 
-  CL_OPTIM_HD uint32_t operator()(int64_t i) const { return Dither::half(words[i], use); }
+  CL_OPTIM_HD uint32_t word(int64_t i, DitherUse use) const {
+    return Dither(first + static_cast<uint32_t>(i), step, grad[i]).word(use);
+  }
 };
 
-CL_OPTIM_SIMD_CLONES void draw(uint32_t* words, DitherUse use, int64_t first, int64_t count,
-                               float step, const float* grad) {
-  const uint32_t place = static_cast<uint32_t>(first);
-  for (int64_t i = 0; i < count; ++i) {
-    words[i] = Dither(place + static_cast<uint32_t>(i), step, grad[i]).word(use);
-  }
-}
-
+template <DitherUse use>
 CL_OPTIM_SIMD_CLONES void narrow_stochastic(const float* from, int64_t count, Random random,
                                             BFloat16* to) {
-  for (int64_t i = 0; i < count; ++i) store_stochastic(to[i], from[i], random(i));
+  for (int64_t i = 0; i < count; ++i) {
+    store_stochastic(to[i], from[i], Dither::half(random.word(i, use), use));
+  }
 }
 
 // The parameter and what it lacks of the weight, rounded stochastically: steps far smaller than a
@@ -131,7 +130,7 @@ CL_OPTIM_SIMD_CLONES void split(const float* weight, const float* importance, in
   for (int64_t i = 0; i < count; ++i) {
     BFloat16 high, low;
     store(high, weight[i]);
-    store_stochastic(low, weight[i] - load(high), random(i));
+    store_stochastic(low, weight[i] - load(high), Dither::half(random.word(i, kParam), kParam));
     // All ones where it is frozen: a condition would not vectorize for AVX2.
     const int32_t frozen = static_cast<int32_t>(float_bits(importance[i])) >> 31;
     const int32_t old_high = param[i].bits, old_low = compensation[i].bits;
@@ -140,18 +139,39 @@ CL_OPTIM_SIMD_CLONES void split(const float* weight, const float* importance, in
   }
 }
 
-CL_OPTIM_SIMD_CLONES void pack_moment(const float* from, int64_t count, Random random,
-                                      PackedBlock& to) {
-  const float scale = to.scale = moment_scale(largest_magnitude(from, count), kMomentTop);
+// Both moments at once, which share words of random bits.
+CL_OPTIM_SIMD_CLONES void narrow_moments(const float* exp_avg, const float* exp_avg_sq,
+                                         int64_t count, Random random, BFloat16* to,
+                                         BFloat16* to_sq) {
   CL_OPTIM_INDEPENDENT_ITERATIONS
-  for (int64_t i = 0; i < count; ++i) to.codes[i] = encode_moment(from[i], scale, random(i));
+  for (int64_t i = 0; i < count; ++i) {
+    const uint32_t word = random.word(i, kExpAvg);
+    store_stochastic(to[i], exp_avg[i], Dither::half(word, kExpAvg));
+    store_stochastic(to_sq[i], exp_avg_sq[i], Dither::half(word, kExpAvgSq));
+  }
 }
 
-CL_OPTIM_SIMD_CLONES void pack_signed_moment(const float* from, int64_t count, Random random,
-                                             PackedBlock& to) {
-  const float scale = to.scale = moment_scale(largest_magnitude(from, count), kSignedTop);
+CL_OPTIM_SIMD_CLONES void pack_moments(const float* exp_avg, const float* exp_avg_sq, int64_t count,
+                                       Random random, PackedBlock& to, PackedBlock& to_sq) {
+  const float scale = to.scale = moment_scale(largest_magnitude(exp_avg, count), kSignedTop);
+  const float scale_sq = to_sq.scale =
+      moment_scale(largest_magnitude(exp_avg_sq, count), kMomentTop);
   CL_OPTIM_INDEPENDENT_ITERATIONS
-  for (int64_t i = 0; i < count; ++i) to.codes[i] = encode_signed_moment(from[i], scale, random(i));
+  for (int64_t i = 0; i < count; ++i) {
+    const uint32_t word = random.word(i, kExpAvg);
+    to.codes[i] = encode_signed_moment(exp_avg[i], scale, Dither::half(word, kExpAvg));
+    to_sq.codes[i] = encode_moment(exp_avg_sq[i], scale_sq, Dither::half(word, kExpAvgSq));
+  }
+}
+
+CL_OPTIM_SIMD_CLONES void pack_maximum(const float* from, int64_t count, Random random,
+                                       PackedBlock& to) {
+  constexpr DitherUse use = kMaxExpAvgSq;
+  const float scale = to.scale = moment_scale(largest_magnitude(from, count), kMomentTop);
+  CL_OPTIM_INDEPENDENT_ITERATIONS
+  for (int64_t i = 0; i < count; ++i) {
+    to.codes[i] = encode_moment(from[i], scale, Dither::half(random.word(i, use), use));
+  }
 }
 
 // The elements of an array from `first` on: where they are if they have the type of the arithmetic,
@@ -179,14 +199,10 @@ double* read(const void* array, ScalarKind, int64_t first, int64_t, double*) {
   return const_cast<double*>(static_cast<const double*>(array)) + first;
 }
 
-void write_moment(void* array, ScalarKind kind, int64_t first, int64_t count, const float* values,
-                  Random random) {
-  if (kind == ScalarKind::bfloat16) {
-    return narrow_stochastic(values, count, random, static_cast<BFloat16*>(array) + first);
-  }
-  PackedBlock& block = static_cast<PackedBlock*>(array)[first / kBlock];
-  random.use == kExpAvg ? pack_signed_moment(values, count, random, block)
-                        : pack_moment(values, count, random, block);
+BFloat16* bfloats(void* array, int64_t first) { return static_cast<BFloat16*>(array) + first; }
+
+PackedBlock& block(void* array, int64_t first) {
+  return static_cast<PackedBlock*>(array)[first / kBlock];
 }
 
 // The gradient with its memory rows, rounded as one that is stored.
@@ -292,7 +308,13 @@ void update_unit(const EWCAdamWTensor& t, int64_t first, int64_t count,
   alignas(64) T param[kUnit], grad[kUnit], exp_avg[kUnit], exp_avg_sq[kUnit], max_exp_avg_sq[kUnit],
       importance[kUnit], anchor[kUnit];
   Arrays<T> a{};
-  a.param = read(t.param, t.param_kind, first, count, param);
+  if constexpr (std::is_same_v<T, float>) {
+    if (t.compensation) {
+      widen_sum(bfloats(t.param, first), t.compensation + first, count, param);
+      a.param = param;
+    }
+  }
+  if (!a.param) a.param = read(t.param, t.param_kind, first, count, param);
   if (t.grad) a.grad = read(t.grad, t.param_kind, first, count, grad);
   if constexpr (!I::pull_only) {
     a.exp_avg = read<Codes::signed_moment>(t.exp_avg, t.moment_kind, first, count, exp_avg);
@@ -311,40 +333,40 @@ void update_unit(const EWCAdamWTensor& t, int64_t first, int64_t count,
     project(t, first, count, grad);
     a.grad = grad;
   }
-  if constexpr (std::is_same_v<T, float>) {
-    if (t.compensation) add(t.compensation + first, count, a.param);
-  }
   if (penalty != Penalty::none && sums) *sums = sums_of(a, count);
 
   update<I>(a, count, k);
 
   if constexpr (std::is_same_v<T, float>) {
-    alignas(64) uint32_t words[kUnit];
-    const auto draw_for = [&](DitherUse use) {
-      draw(words, use, first, count, *t.step, I::pull_only ? a.anchor : a.grad);
-    };
-    const bool narrow_moments = !I::pull_only && t.moment_kind != ScalarKind::float32;
-    if (narrow_moments) {
-      draw_for(kExpAvg);
-      write_moment(t.exp_avg, t.moment_kind, first, count, a.exp_avg, {words, kExpAvg});
-      write_moment(t.exp_avg_sq, t.moment_kind, first, count, a.exp_avg_sq, {words, kExpAvgSq});
+    const Random random{static_cast<uint32_t>(first), t.step ? *t.step : 0.0f,
+                        I::pull_only ? a.anchor : a.grad};
+    if constexpr (!I::pull_only) {
+      if (t.moment_kind == ScalarKind::bfloat16) {
+        narrow_moments(a.exp_avg, a.exp_avg_sq, count, random, bfloats(t.exp_avg, first),
+                       bfloats(t.exp_avg_sq, first));
+      } else if (t.moment_kind == ScalarKind::codes) {
+        pack_moments(a.exp_avg, a.exp_avg_sq, count, random, block(t.exp_avg, first),
+                     block(t.exp_avg_sq, first));
+      }
     }
-    const bool rounds = t.compensation || (stochastic && t.param_kind == ScalarKind::bfloat16);
-    if (rounds || (I::amsgrad && narrow_moments)) draw_for(kParam);
-    if (I::amsgrad && narrow_moments) {
-      const Random random{words, kMaxExpAvgSq};
-      write_moment(t.max_exp_avg_sq, t.moment_kind, first, count, a.max_exp_avg_sq, random);
+    if constexpr (I::amsgrad) {
+      if (t.moment_kind == ScalarKind::bfloat16) {
+        narrow_stochastic<kMaxExpAvgSq>(a.max_exp_avg_sq, count, random,
+                                        bfloats(t.max_exp_avg_sq, first));
+      } else if (t.moment_kind == ScalarKind::codes) {
+        pack_maximum(a.max_exp_avg_sq, count, random, block(t.max_exp_avg_sq, first));
+      }
     }
     if (t.param_kind == ScalarKind::float16) {
       narrow(a.param, count, static_cast<Half*>(t.param) + first);
     } else if (t.param_kind == ScalarKind::bfloat16) {
-      BFloat16* to = static_cast<BFloat16*>(t.param) + first;
+      BFloat16* to = bfloats(t.param, first);
       if (t.compensation) {
         if constexpr (penalty == Penalty::none) std::fill(importance, importance + count, T{0});
         const float* marks = penalty == Penalty::none ? importance : a.importance;
-        split(a.param, marks, count, {words, kParam}, to, t.compensation + first);
-      } else if (rounds) {
-        narrow_stochastic(a.param, count, {words, kParam}, to);
+        split(a.param, marks, count, random, to, t.compensation + first);
+      } else if (stochastic) {
+        narrow_stochastic<kParam>(a.param, count, random, to);
       } else {
         narrow(a.param, count, to);
       }

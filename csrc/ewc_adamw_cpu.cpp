@@ -103,23 +103,26 @@ CL_OPTIM_SIMD_CLONES void widen_sum(const BFloat16* from, const BFloat16* addend
   for (int64_t i = 0; i < count; ++i) to[i] = load(from[i]) + load(addends[i]);
 }
 
-// The random bits of a unit's elements.
+// Random bits of a unit's elements for one of the two uses that share words.
 struct Random {
-  uint32_t first;
-  float step;
-  const float* grad;
+  const uint32_t* words;
+  DitherUse use;
 
-  CL_OPTIM_HD uint32_t word(int64_t i, DitherUse use) const {
-    return Dither(first + static_cast<uint32_t>(i), step, grad[i]).word(use);
-  }
+  CL_OPTIM_HD uint32_t operator()(int64_t i) const { return Dither::half(words[i], use); }
 };
 
-template <DitherUse use>
+CL_OPTIM_SIMD_CLONES void draw(uint32_t* words, DitherUse use, int64_t first, int64_t count,
+                               float step, const float* values) {
+  uint32_t at = Dither::at(first, step);
+  for (int64_t i = 0; i < count; ++i) {
+    words[i] = Dither(at, values[i]).word(use);
+    at += Dither::kNext;
+  }
+}
+
 CL_OPTIM_SIMD_CLONES void narrow_stochastic(const float* from, int64_t count, Random random,
                                             BFloat16* to) {
-  for (int64_t i = 0; i < count; ++i) {
-    store_stochastic(to[i], from[i], Dither::half(random.word(i, use), use));
-  }
+  for (int64_t i = 0; i < count; ++i) store_stochastic(to[i], from[i], random(i));
 }
 
 // The parameter and what it lacks of the weight, rounded stochastically: steps far smaller than a
@@ -130,7 +133,7 @@ CL_OPTIM_SIMD_CLONES void split(const float* weight, const float* importance, in
   for (int64_t i = 0; i < count; ++i) {
     BFloat16 high, low;
     store(high, weight[i]);
-    store_stochastic(low, weight[i] - load(high), Dither::half(random.word(i, kParam), kParam));
+    store_stochastic(low, weight[i] - load(high), random(i));
     // All ones where it is frozen: a condition would not vectorize for AVX2.
     const int32_t frozen = static_cast<int32_t>(float_bits(importance[i])) >> 31;
     const int32_t old_high = param[i].bits, old_low = compensation[i].bits;
@@ -139,39 +142,18 @@ CL_OPTIM_SIMD_CLONES void split(const float* weight, const float* importance, in
   }
 }
 
-// Both moments at once, which share words of random bits.
-CL_OPTIM_SIMD_CLONES void narrow_moments(const float* exp_avg, const float* exp_avg_sq,
-                                         int64_t count, Random random, BFloat16* to,
-                                         BFloat16* to_sq) {
-  CL_OPTIM_INDEPENDENT_ITERATIONS
-  for (int64_t i = 0; i < count; ++i) {
-    const uint32_t word = random.word(i, kExpAvg);
-    store_stochastic(to[i], exp_avg[i], Dither::half(word, kExpAvg));
-    store_stochastic(to_sq[i], exp_avg_sq[i], Dither::half(word, kExpAvgSq));
-  }
-}
-
-CL_OPTIM_SIMD_CLONES void pack_moments(const float* exp_avg, const float* exp_avg_sq, int64_t count,
-                                       Random random, PackedBlock& to, PackedBlock& to_sq) {
-  const float scale = to.scale = moment_scale(largest_magnitude(exp_avg, count), kSignedTop);
-  const float scale_sq = to_sq.scale =
-      moment_scale(largest_magnitude(exp_avg_sq, count), kMomentTop);
-  CL_OPTIM_INDEPENDENT_ITERATIONS
-  for (int64_t i = 0; i < count; ++i) {
-    const uint32_t word = random.word(i, kExpAvg);
-    to.codes[i] = encode_signed_moment(exp_avg[i], scale, Dither::half(word, kExpAvg));
-    to_sq.codes[i] = encode_moment(exp_avg_sq[i], scale_sq, Dither::half(word, kExpAvgSq));
-  }
-}
-
-CL_OPTIM_SIMD_CLONES void pack_maximum(const float* from, int64_t count, Random random,
-                                       PackedBlock& to) {
-  constexpr DitherUse use = kMaxExpAvgSq;
+CL_OPTIM_SIMD_CLONES void pack_moment(const float* from, int64_t count, Random random,
+                                      PackedBlock& to) {
   const float scale = to.scale = moment_scale(largest_magnitude(from, count), kMomentTop);
   CL_OPTIM_INDEPENDENT_ITERATIONS
-  for (int64_t i = 0; i < count; ++i) {
-    to.codes[i] = encode_moment(from[i], scale, Dither::half(random.word(i, use), use));
-  }
+  for (int64_t i = 0; i < count; ++i) to.codes[i] = encode_moment(from[i], scale, random(i));
+}
+
+CL_OPTIM_SIMD_CLONES void pack_signed_moment(const float* from, int64_t count, Random random,
+                                             PackedBlock& to) {
+  const float scale = to.scale = moment_scale(largest_magnitude(from, count), kSignedTop);
+  CL_OPTIM_INDEPENDENT_ITERATIONS
+  for (int64_t i = 0; i < count; ++i) to.codes[i] = encode_signed_moment(from[i], scale, random(i));
 }
 
 // The elements of an array from `first` on: where they are if they have the type of the arithmetic,
@@ -201,8 +183,30 @@ double* read(const void* array, ScalarKind, int64_t first, int64_t, double*) {
 
 BFloat16* bfloats(void* array, int64_t first) { return static_cast<BFloat16*>(array) + first; }
 
-PackedBlock& block(void* array, int64_t first) {
-  return static_cast<PackedBlock*>(array)[first / kBlock];
+void write_moment(void* array, ScalarKind kind, int64_t first, int64_t count, const float* values,
+                  Random random) {
+  if (kind == ScalarKind::bfloat16) {
+    return narrow_stochastic(values, count, random, bfloats(array, first));
+  }
+  PackedBlock& block = static_cast<PackedBlock*>(array)[first / kBlock];
+  random.use == kExpAvg ? pack_signed_moment(values, count, random, block)
+                        : pack_moment(values, count, random, block);
+}
+
+void write_param(const EWCAdamWTensor& t, int64_t first, int64_t count, const float* weight,
+                 const float* importance, Random random, bool stochastic) {
+  if (t.param_kind == ScalarKind::float16) {
+    narrow(weight, count, static_cast<Half*>(t.param) + first);
+  } else if (t.param_kind == ScalarKind::bfloat16) {
+    BFloat16* to = bfloats(t.param, first);
+    if (t.compensation) {
+      split(weight, importance, count, random, to, t.compensation + first);
+    } else if (stochastic) {
+      narrow_stochastic(weight, count, random, to);
+    } else {
+      narrow(weight, count, to);
+    }
+  }
 }
 
 // The gradient with its memory rows, rounded as one that is stored.
@@ -338,73 +342,30 @@ void update_unit(const EWCAdamWTensor& t, int64_t first, int64_t count,
   update<I>(a, count, k);
 
   if constexpr (std::is_same_v<T, float>) {
-    const Random random{static_cast<uint32_t>(first), t.step ? *t.step : 0.0f,
-                        I::pull_only ? a.anchor : a.grad};
-    if constexpr (!I::pull_only) {
-      if (t.moment_kind == ScalarKind::bfloat16) {
-        narrow_moments(a.exp_avg, a.exp_avg_sq, count, random, bfloats(t.exp_avg, first),
-                       bfloats(t.exp_avg_sq, first));
-      } else if (t.moment_kind == ScalarKind::codes) {
-        pack_moments(a.exp_avg, a.exp_avg_sq, count, random, block(t.exp_avg, first),
-                     block(t.exp_avg_sq, first));
-      }
+    alignas(64) uint32_t words[kUnit];
+    const auto draw_for = [&](DitherUse use) {
+      draw(words, use, first, count, *t.step, I::pull_only ? a.anchor : a.grad);
+    };
+    const bool narrow_moments = !I::pull_only && t.moment_kind != ScalarKind::float32;
+    const bool rounds = t.compensation || (stochastic && t.param_kind == ScalarKind::bfloat16);
+    if (narrow_moments) {
+      draw_for(kExpAvg);
+      write_moment(t.exp_avg, t.moment_kind, first, count, a.exp_avg, {words, kExpAvg});
+      write_moment(t.exp_avg_sq, t.moment_kind, first, count, a.exp_avg_sq, {words, kExpAvgSq});
     }
-    if constexpr (I::amsgrad) {
-      if (t.moment_kind == ScalarKind::bfloat16) {
-        narrow_stochastic<kMaxExpAvgSq>(a.max_exp_avg_sq, count, random,
-                                        bfloats(t.max_exp_avg_sq, first));
-      } else if (t.moment_kind == ScalarKind::codes) {
-        pack_maximum(a.max_exp_avg_sq, count, random, block(t.max_exp_avg_sq, first));
-      }
+    const bool narrow_maximum = I::amsgrad && narrow_moments;
+    if (rounds || narrow_maximum) draw_for(kParam);
+    if (narrow_maximum) {
+      const Random random{words, kMaxExpAvgSq};
+      write_moment(t.max_exp_avg_sq, t.moment_kind, first, count, a.max_exp_avg_sq, random);
     }
-    if (t.param_kind == ScalarKind::float16) {
-      narrow(a.param, count, static_cast<Half*>(t.param) + first);
-    } else if (t.param_kind == ScalarKind::bfloat16) {
-      BFloat16* to = bfloats(t.param, first);
-      if (t.compensation) {
-        if constexpr (penalty == Penalty::none) std::fill(importance, importance + count, T{0});
-        const float* marks = penalty == Penalty::none ? importance : a.importance;
-        split(a.param, marks, count, random, to, t.compensation + first);
-      } else if (stochastic) {
-        narrow_stochastic<kParam>(a.param, count, random, to);
-      } else {
-        narrow(a.param, count, to);
-      }
+    const float* marks = a.importance;
+    if constexpr (penalty == Penalty::none) {
+      if (t.compensation) std::fill(importance, importance + count, T{0});
+      marks = importance;
     }
+    write_param(t, first, count, a.param, marks, {words, kParam}, stochastic);
   }
-}
-
-// Bytes of an array's elements before `first`, which is a multiple of a unit.
-int64_t bytes_of(ScalarKind kind, int64_t first) {
-  switch (kind) {
-    case ScalarKind::codes:
-      return first / kBlock * static_cast<int64_t>(sizeof(PackedBlock));
-    case ScalarKind::float64:
-      return 8 * first;
-    case ScalarKind::float32:
-      return 4 * first;
-    default:
-      return 2 * first;
-  }
-}
-
-// Asks for a unit's memory while the one before it is computed in the cache.
-void prefetch_unit(const EWCAdamWTensor& t, int64_t first) {
-  constexpr int64_t kLine = 64;
-  const auto fetch = [&](const void* array, ScalarKind kind) {
-    if (array == nullptr) return;
-    const char* begin = static_cast<const char*>(array) + bytes_of(kind, first);
-    const int64_t bytes = bytes_of(kind, kUnit);
-    for (int64_t line = 0; line < bytes; line += kLine) __builtin_prefetch(begin + line);
-  };
-  fetch(t.param, t.param_kind);
-  fetch(t.grad, t.param_kind);
-  fetch(t.exp_avg, t.moment_kind);
-  fetch(t.exp_avg_sq, t.moment_kind);
-  fetch(t.max_exp_avg_sq, t.moment_kind);
-  fetch(t.importance, t.importance_kind);
-  fetch(t.anchor, t.anchor_kind);
-  fetch(t.compensation, ScalarKind::bfloat16);
 }
 
 // `sums`, if they are wanted, has one for each unit of the piece.
@@ -423,7 +384,6 @@ void update_piece(const EWCAdamWTensor& t, const Piece& piece, const EWCAdamWOpt
   }
   for (int64_t first = piece.begin; first < piece.end; first += kUnit) {
     const int64_t count = std::min(kUnit, piece.end - first);
-    if (first + 2 * kUnit <= piece.end) prefetch_unit(t, first + kUnit);
     PenaltySums* unit_sums = sums ? sums + (first - piece.begin) / kUnit : nullptr;
     update_unit<I>(t, first, count, k, options.stochastic, unit_sums);
   }

@@ -218,14 +218,14 @@ struct Random {
   Dither dither[8];
 
   __device__ static Random of(const Place& at, float step, const float (&grad)[8]) {
-    return {{{at.first + at.offset(0), step, grad[0]},
-             {at.first + at.offset(1), step, grad[1]},
-             {at.first + at.offset(2), step, grad[2]},
-             {at.first + at.offset(3), step, grad[3]},
-             {at.first + at.offset(4), step, grad[4]},
-             {at.first + at.offset(5), step, grad[5]},
-             {at.first + at.offset(6), step, grad[6]},
-             {at.first + at.offset(7), step, grad[7]}}};
+    return {{{Dither::at(at.first + at.offset(0), step), grad[0]},
+             {Dither::at(at.first + at.offset(1), step), grad[1]},
+             {Dither::at(at.first + at.offset(2), step), grad[2]},
+             {Dither::at(at.first + at.offset(3), step), grad[3]},
+             {Dither::at(at.first + at.offset(4), step), grad[4]},
+             {Dither::at(at.first + at.offset(5), step), grad[5]},
+             {Dither::at(at.first + at.offset(6), step), grad[6]},
+             {Dither::at(at.first + at.offset(7), step), grad[7]}}};
   }
 };
 

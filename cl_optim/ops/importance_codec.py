@@ -8,8 +8,8 @@ does not change keeps its code's value when the block's scale changes.
 
 - ``log8``, of importance: 0 is an exact zero, 255 marks a frozen weight, 254 is the scale's; 1
   reaches down to 2⁻³¹ of the block's maximum at least, and smaller values take it. Levels of an
-  octave are 1 + k (168 + 11 k) / 2048, 2^(k/8) within 0.4 %: steps of 8.7 to 9.3 %, so that the
-  nearest is at most 4.5 % away.
+  octave are 128, 140, 152, 166, 181, 198, 216 and 236 of 128, bfloat16 numbers, and 2^(k/8) within
+  0.7 %: steps of 8.4 to 9.4 %, so that the nearest is at most 4.5 % away.
 - of second moments: 0 is an exact zero, 255 is the scale's. Levels are the float32 numbers with
   their bits, 1 + k / 8 in an octave: floats of eight bits whose exponent the block shares. They are
   written in each step, and this is the cheapest arithmetic; over an octave the mean square of the
@@ -243,7 +243,7 @@ def _mix(bits: Tensor) -> Tensor:
 
 def _importance_bits(level: Tensor) -> Tensor:
     k = level % _LEVELS
-    return (level << _DROPPED) - (11 * k * (8 - k) << 12)
+    return (level << _DROPPED) - (11 * k * (8 - k) >> 4 << 16)
 
 
 def _level_bits(level: Tensor) -> Tensor:

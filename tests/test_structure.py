@@ -15,6 +15,7 @@ PACKAGE = Path(cl_optim.__file__).parent
 FLOORS = (
     {"_C", "_C_cuda", "_version"},
     {"ops"},
+    {"distributed"},
     {"importance", "functional"},
     {"fisher", "optim"},
     {"retention"},

@@ -9,6 +9,7 @@ from typing import Any, Literal, TypeAlias, get_args
 import torch
 from torch import Tensor, nn
 
+from cl_optim.distributed import Ranks, Together, check_ranks
 from cl_optim.fisher import batches as data
 from cl_optim.fisher import nested
 from cl_optim.fisher.checks import (
@@ -27,7 +28,6 @@ from cl_optim.fisher.observe.refusals import Policy
 from cl_optim.fisher.own_pass import OwnPass
 from cl_optim.fisher.totals import Totals
 from cl_optim.importance.importance import Importance
-from cl_optim.importance.kronecker.factors import Factors
 from cl_optim.importance.kronecker.side import BLOCK, ENERGY, MAX_RANK
 from cl_optim.ops.progress import progress_bar
 
@@ -53,6 +53,7 @@ def estimate_fisher(
     block: int = BLOCK,
     energy: float = ENERGY,
     max_rank: int | None = MAX_RANK,
+    ranks: Ranks = None,
 ) -> Importance:
     r"""Compute the Fisher information of ``model`` on ``batches``: its diagonal, or its factors.
 
@@ -143,6 +144,11 @@ def estimate_fisher(
         energy: The share of each factor's trace that its directions hold, in (0, 1]; the others
             have the mean importance of what is left.
         max_rank: The most directions of a block, whatever the share; None: as many as it takes.
+        ranks: Of several processes of ``torch.distributed``, each with samples of its own:
+            ``"sum"`` adds up all of theirs, or those of a process group, in one all-reduce
+            that every process must call. ``"own"``: this one has seen all samples itself.
+            ``None``: where there are others, the importance is marked as one rank's, and
+            what would protect by it refuses it.
 
     Returns:
         An :class:`cl_optim.Importance`; with ``structure="kronecker"``, a ``KroneckerImportance``.
@@ -166,6 +172,12 @@ def estimate_fisher(
         shared: expand and reduce).
     """
     check_model(model)
+    check_ranks(ranks)
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        raise ValueError(
+            "model must be the bare model, which DistributedDataParallel would average the "
+            "gradients of: give model.module, and ranks='sum' for the samples of all processes."
+        )
     meant = _check_arguments(batches, labels, max_samples, per_sample_loss, loss, kind)
     if unsupported not in get_args(Unsupported):
         raise ValueError(
@@ -200,6 +212,7 @@ def estimate_fisher(
         progress,
         kronecker,
         exact=scale == "exact",
+        together=Together(ranks),
     )
 
 
@@ -214,20 +227,30 @@ def estimate(
     progress: bool | None = None,
     structure: Structure | None = None,
     exact: bool = False,
+    together: Together | None = None,
 ) -> Importance:
     """Do what :func:`estimate_fisher` does, with its arguments checked."""
+    together = together or Together(None)
     totals = Totals(model, matrices=None if structure is None else FactorSums(structure))
     one = OwnPass(model, totals, objective, policy, sign_draws, verify)
-    batch_count = _add_all(model, batches, one, totals, max_samples, progress)
+    with together.agreeing():
+        batch_count = _add_all(model, batches, one, totals, max_samples, progress)
+    here = totals.samples
+    if together.size > 1:
+        totals, policy = totals.over(together, policy)
     if totals.samples == 0:
         raise ValueError("batches has no samples.")
+    # A process without samples has not decided on these.
+    meant = together.gather((here, one.labels, one.loss))
+    labels, loss = next((labels, loss) for samples, labels, loss in meant if samples)
     metadata: dict[str, Any] = {
         "estimator": "estimate_fisher",
         "kind": objective.kind,
-        "labels": one.labels,
-        "loss": "per_sample_loss" if objective.per_sample_loss else one.loss,
+        "labels": labels,
+        "loss": "per_sample_loss" if objective.per_sample_loss else loss,
         "max_samples": max_samples,
-        "batches": batch_count,
+        "batches": sum(together.gather(batch_count)),
+        **together.metadata,
     }
     if objective.labels == "auto":
         metadata["labels_chosen"] = "auto"
@@ -235,37 +258,40 @@ def estimate(
         metadata["sign"] = {"draws": sign_draws, "parameters": dict(policy.left)}
     matrices = None
     if exact:
-        objective = replace(objective, labels=one.labels)
-        found = totals.made_factors(policy)
-        matrices = _exact(
-            model, batches, found, totals, objective, policy, verify is True, progress
-        )
+        objective = replace(objective, labels=labels)
+        scales = Scales(totals.made_factors(policy))
+        with together.agreeing():
+            _add_again(
+                model, batches, scales, int(here), objective, policy, verify is True, progress
+            )
+        together.sum_(tensor for _, tensor in scales.named())
+        matrices = scales.exact(float(totals.samples))
         metadata |= {"scale": "exact", "tail": "product"}
     return totals.importance(model, policy, matrices, **metadata)
 
 
-def _exact(
+def _add_again(
     model: nn.Module,
     batches: Iterable[Any],
-    factors: Mapping[str, Factors],
-    first: Totals,
+    scales: Scales,
+    samples: int,
     objective: Objective,
     policy: Policy,
     verify: bool,
     progress: bool | None,
-) -> dict[str, Factors]:
-    """Return factors with the exact scale, by a second pass over the samples of the first."""
-    scales = Scales(factors)
+) -> None:
+    """Sum the exact scale, by a second pass over the samples of the first."""
+    if samples == 0:
+        return
     totals = Totals(model, matrices=scales)
     left = Policy("skip", dict(policy.left), dict(policy.shared))
     one = OwnPass(model, totals, objective, left, 1, verify)
-    _add_all(model, batches, one, totals, int(first.samples), progress)
-    if totals.samples != first.samples or left.left.keys() != policy.left.keys():
+    _add_all(model, batches, one, totals, samples, progress)
+    if totals.samples != samples or left.left.keys() != policy.left.keys():
         raise ValueError(
             f"scale='exact' goes through batches twice, and they were others the second time: "
-            f"{totals.samples} samples after {first.samples}; give a list or a DataLoader."
+            f"{totals.samples} samples after {samples}; give a list or a DataLoader."
         )
-    return scales.exact(float(totals.samples))
 
 
 def _add_all(

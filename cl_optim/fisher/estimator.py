@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from cl_optim.distributed import Ranks, Together, check_ranks
 from cl_optim.fisher import nested
 from cl_optim.fisher.attachment import Attached, Attachment, Hook, LossTerms, refuse_contradiction
 from cl_optim.fisher.checks import (
@@ -326,19 +327,34 @@ class FisherEstimator:
         """Decay what has been summed: call it once per optimizer step (:meth:`attach` does)."""
         self._totals.apply_decay()
 
-    def finalize(self) -> Importance:
+    def finalize(self, *, ranks: Ranks = None) -> Importance:
         """Return the importance so far, as a copy: observing may go on.
+
+        Args:
+            ranks: Of several processes of ``torch.distributed``, each with samples of its own:
+                ``"sum"`` adds up all of theirs, or those of a process group, in one all-reduce
+                that every process must call. ``"own"``: this one has seen all samples itself.
+                ``None``: where there are others, the importance is marked as one rank's, and
+                what would protect by it refuses it.
 
         Raises:
             RuntimeError: Nothing was observed, or an ``observe()`` failed in its backward pass.
-            ValueError: A sum is not finite.
+            ValueError: A sum is not finite, ``ranks`` is none of these, or the processes observe
+                other parameters. What one process raises is raised in all.
         """
-        if self._attached is not None:
-            self._attached.settle()
+        check_ranks(ranks)
+        together = Together(ranks)
+        with together.agreeing():
+            if self._attached is not None:
+                self._attached.settle()
+        totals, policy = self._totals, self._policy
+        if together.size > 1:
+            totals, policy = totals.over(together, policy)
         metadata: dict[str, Any] = {"estimator": "FisherEstimator", "labels": "empirical"}
+        metadata |= together.metadata
         if self._during_training:
             metadata |= {"during_training": True, "decay": self._totals.decay}
-        return self._totals.importance(self._model, self._policy, **metadata)
+        return totals.importance(self._model, policy, **metadata)
 
     def state_dict(self) -> dict[str, Any]:
         """Return what was observed so far, between two batches: for a checkpoint.

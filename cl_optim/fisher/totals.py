@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from typing import Any
+from copy import copy
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from cl_optim.distributed import Together
 from cl_optim.fisher.checks import Number
 from cl_optim.fisher.kronecker.structure import Structure
 from cl_optim.fisher.kronecker.sums import FactorSums, Matrices
@@ -42,6 +45,18 @@ class _Squares(dict[str, Tensor]):
         dtype = torch.float64 if parameter.dtype == torch.float64 else torch.float32
         self[name] = torch.zeros(parameter.shape, dtype=dtype, device=parameter.device)
         return self[name]
+
+
+class _Process(NamedTuple):
+    """What each process tells the others of its sums."""
+
+    shapes: Mapping[str, torch.Size]
+    policy: Policy
+    sums: list[str]
+    batches: int
+    samples: int | float
+    tokens: int | float | None
+    dropped: int | float
 
 
 class _Batches:
@@ -363,6 +378,51 @@ class Totals(_Batches):
         reasons = {name: signed.get(name) or self.factors.structure.why(name) for name in rest}
         said = self._say(self.factors.structure, matrices, reasons)
         return KroneckerImportance(matrices, sums, samples, tokens, {**said, **metadata, **common})
+
+    def over(self, together: Together, policy: Policy) -> tuple[Totals, Policy]:
+        """Return the sums over several processes, and what was left out in any; all call it.
+
+        Raises:
+            RuntimeError: An ``observe()`` failed in one of them.
+            ValueError: They observe other parameters.
+            NotImplementedError: They use a parameter in other ways.
+        """
+        with together.agreeing():
+            self._check_whole()
+        here = _Process(
+            self.shapes, policy, list(self.sums), self.batches, _plain(self.samples),
+            None if self.tokens is None else _plain(self.tokens), _plain(self._dropped),
+        )  # fmt: skip
+        all_ = together.gather(here)
+        if any(one.shapes != self.shapes for one in all_):
+            raise ValueError(
+                "the processes observe other parameters: give each the same model, with the same "
+                "parameters frozen."
+            )
+        whole, unit = copy(self), 1.0 if self.unit is None else float(self.unit)
+        whole.staged, whole.unit, whole.remains = None, 1.0, 1.0
+        whole.batches = sum(one.batches for one in all_)
+        whole.samples = sum(one.samples for one in all_)
+        whole._dropped = sum(one.dropped for one in all_)
+        tokens = [one.tokens for one in all_ if one.batches]
+        whole.tokens = None if None in tokens else sum(filter(None, tokens))
+        named = {name for one in all_ for name in one.sums}
+        whole.sums = _Squares(self.sums.parameters)
+        for name in self.shapes:  # in the same order everywhere
+            if name in self.sums:
+                whole.sums[name] = self.sums[name] * unit
+            elif name in named:
+                whole.sums.make(name)
+        together.sum_(whole.sums.values())
+        if self.factors is not None:
+            parameters = self.sums.parameters
+            whole.matrices = self.factors.over(together, unit, self.remains, parameters)
+        everyones = replace(
+            policy,
+            left={name: why for one in all_ for name, why in one.policy.left.items()},
+            shared={name: how for one in all_ for name, how in one.policy.shared.items()},
+        )
+        return whole, everyones
 
     def made_factors(self, policy: Policy) -> dict[str, Factors]:
         """Make the Kronecker factors of the sums."""

@@ -205,6 +205,8 @@ class Importance(_Means):
         """
         check_fraction("decay", decay)
         self._check_structure(other)
+        for one in (self, other):
+            check_reduced(one)
         newer = named_like(other, self)
         merged: dict[str, Tensor] = {}
         resized = []
@@ -401,6 +403,17 @@ class Importance(_Means):
 
 
 Importance._of_format[_FORMAT] = Importance
+
+
+def check_reduced(importance: object) -> None:
+    """Raise ValueError where an importance is of one process's samples, and there are others'."""
+    if isinstance(importance, Importance) and "rank" in importance.metadata:
+        rank = importance.metadata["rank"]
+        raise ValueError(
+            f"the importance is of rank {rank['rank']} of {rank['of']}, not reduced: it knows the "
+            "samples of one process alone, and the others would protect other weights. Make it "
+            "with ranks='sum', or where each process sees all samples, with ranks='own'."
+        )
 
 
 def merged_metadata(

@@ -19,7 +19,7 @@ from cl_optim.importance import codecs, record
 from cl_optim.importance.checksums import Entry
 from cl_optim.importance.errors import LockedError, LogError
 from cl_optim.importance.files import fsync_folder
-from cl_optim.importance.importance import Importance
+from cl_optim.importance.importance import Importance, check_reduced
 from cl_optim.importance.kronecker.importance import KroneckerImportance, check_factors
 from cl_optim.importance.manifest import (
     FILE,
@@ -242,8 +242,8 @@ class ImportanceLog:
                 are or as ``"bfloat16"``; the other codecs are for diagonals.
 
         Raises:
-            ValueError: The task is in the log already, an importance is negative or not finite,
-                names or shapes do not fit the model.
+            ValueError: The task is in the log already, an importance is negative or not finite, or
+                of one of several processes; names or shapes do not fit the model.
             LockedError: Another writer is at work.
             OSError: The disk is full, or the folder cannot be written to. In all cases the log is
                 as it was.
@@ -251,6 +251,7 @@ class ImportanceLog:
         how = codec if isinstance(codec, codecs.Codec) else codecs.codec(codec)
         self._check_task(task)
         _check_codec(importance, how)
+        check_reduced(importance)
         _check_importance(importance)
         bare = _bare(importance)
         frozen = None if frozen is None else without_wrappers(frozen)

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch._compile import _disable_dynamo
 
 from cl_optim.importance import ImportanceLog
-from cl_optim.importance.importance import tasks_in
+from cl_optim.importance.importance import check_reduced, tasks_in
 from cl_optim.ops import formats
 from cl_optim.ops.checks import check_fraction
 from cl_optim.ops.ewc_adamw_reference import penalty_sums
@@ -125,13 +125,15 @@ class Protecting:
             TypeError: ``importance`` is none of these.
             ValueError: An argument is out of range; an importance has an unknown or ambiguous name,
                 a wrong shape, or a value that is negative, or not finite in the dtype of the
-                parameter's arithmetic; two parameters have one name; or Kronecker factors do not
-                go together with a group's options, ``anchors``, or what is there of earlier tasks.
+                parameter's arithmetic; it is of one of several processes; two parameters have one
+                name; or Kronecker factors do not go together with a group's options, ``anchors``,
+                or what is there of earlier tasks.
                 Nothing has been changed then.
         """
         check_fraction("decay", decay)
         if anchors not in ANCHORS:
             raise ValueError(f"anchors must be one of {ANCHORS}, not {anchors!r}.")
+        check_reduced(importance)
         frozen: dict[str, Tensor] = {}
         if isinstance(importance, ImportanceLog):
             log = importance

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import copy
-import socket
-from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
 from ewc_adamw_cases import OFF_DEFAULT, PENALTIES, Problem, Setting, make_optimizer, make_params
+from processes import in_processes
 from torch import Tensor, nn
 
 from cl_optim import EWCAdamW
@@ -259,23 +257,6 @@ class TestLoops:
 
 
 # --- processes ------------------------------------------------------------------------------------
-
-
-def in_processes(function: Callable[..., None], count: int, *arguments: Any) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    torch.multiprocessing.spawn(_start, (function, count, port, arguments), nprocs=count)
-
-
-def _start(rank: int, function: Callable[..., None], count: int, port: int, arguments: Any) -> None:
-    torch.set_num_threads(1)
-    address = f"tcp://127.0.0.1:{port}"
-    torch.distributed.init_process_group("gloo", init_method=address, rank=rank, world_size=count)
-    try:
-        function(rank, *arguments)
-    finally:
-        torch.distributed.destroy_process_group()
 
 
 def _train_in_parallel(rank: int, path: str) -> None:

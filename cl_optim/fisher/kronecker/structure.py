@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from copy import copy
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -112,6 +113,29 @@ class Structure:
                 f"side is {whole} wide, in blocks of at most block={self.block}: make block= "
                 f"smaller."
             ) from error
+
+    def agreed(self, others: Sequence[Structure]) -> Structure:
+        """Return what several have decided together, each of its own batches.
+
+        Raises:
+            NotImplementedError: A parameter has factors in one and none in another.
+        """
+        agreed = copy(self)
+        agreed.forget()
+        for one in others:
+            agreed.factored |= one.factored
+            agreed.reasons |= one.reasons
+            for name, owner in one.owners.items():
+                if agreed.owners.setdefault(name, owner) != owner:
+                    agreed.owners[name] = ""
+        for name, why in agreed.reasons.items():
+            if name in agreed.factored:
+                raise NotImplementedError(
+                    f"parameter {name!r} has Kronecker factors in one process, and is used "
+                    f"otherwise in another ({why}): give all of them such batches, or "
+                    "structure='diagonal'."
+                )
+        return agreed
 
     def state_dict(self) -> dict[str, Any]:
         """Return what was decided."""

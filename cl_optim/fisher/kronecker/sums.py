@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cl_optim.distributed import Together
 from cl_optim.fisher.kronecker.structure import Structure
 from cl_optim.fisher.kronecker.used import Used
 from cl_optim.fisher.per_sample.base import samples_at_once
@@ -164,6 +165,40 @@ class FactorSums(Matrices):
                 mine[way].bias = ""
             for total, value in zip(mine[way].tensors(), sums.tensors(), strict=True):
                 total += value if finite is None else torch.where(finite.to(value.device), value, 0)
+
+    def over(
+        self, together: Together, gradients: float, counts: float, like: Mapping[str, Tensor]
+    ) -> FactorSums:
+        """Return the sums over several processes; all call it.
+
+        Args:
+            together: The processes.
+            gradients: What the sums of gradients are to be multiplied by here.
+            counts: And those of inputs and rows.
+            like: Parameters, on the devices where the sums are to be.
+        """
+        whole = FactorSums(self.structure.agreed(together.gather(self.structure)))
+        here = {
+            (name, way): (sums.bias, [tensor.shape for tensor in sums.tensors()])
+            for name, way, sums in self.each()
+        }
+        found: dict[tuple[str, tuple[Way, bool]], tuple[str | None, list[torch.Size]]] = {}
+        for process in together.gather(here):
+            for key, (bias, shapes) in process.items():
+                same = key not in found or found[key][0] == bias
+                found[key] = (bias if same else "", shapes)
+        for (name, way), (bias, shapes) in found.items():
+            mine, device = self.ways.get(name, {}).get(way), like[name].device
+            if mine is None:
+                tensors = [torch.zeros(one, dtype=torch.float64, device=device) for one in shapes]
+            else:
+                factors = (counts, gradients, counts)
+                each = zip(mine.tensors(), factors, strict=True)
+                tensors = [tensor * factor for tensor, factor in each]
+            together.sum_(tensors)
+            inputs, products, rows = tensors
+            whole.ways.setdefault(name, {})[way] = Sums(inputs, products, rows, bias)
+        return whole
 
     def to(self, name: str, device: torch.device) -> None:
         """Follow a parameter to another device."""

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from cl_optim.importance import statistics
-from cl_optim.importance.importance import Importance, merged_metadata
+from cl_optim.importance.importance import Importance, check_reduced, merged_metadata
 from cl_optim.importance.kronecker import disk
 from cl_optim.importance.kronecker.factors import Factors, Layout
 from cl_optim.importance.kronecker.side import ENERGY, Side, partition
@@ -216,6 +216,8 @@ class KroneckerImportance(Importance, file_format="cl_optim.KroneckerImportance/
                 the two alone, or is in another matrix; or both were made with different ``block``.
         """
         check_fraction("decay", decay)
+        check_reduced(self)
+        check_reduced(other)
         self._check_structure(other)
         assert isinstance(other, KroneckerImportance)
         newer = other.renamed(match_names(other, self))

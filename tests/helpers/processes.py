@@ -1,0 +1,43 @@
+"""Functions run by several processes of torch.distributed at once, with gloo."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+Rank = Callable[..., Any]
+
+
+def in_processes(function: Rank, count: int, *arguments: Any) -> None:
+    """Call ``function(rank, *arguments)`` in each of so many processes."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.spawn(_start, (function, count, port, arguments), nprocs=count)
+
+
+def results_of(functions: dict[str, Rank], count: int, folder: Path) -> dict[str, list[Any]]:
+    """Return what ``function(rank)`` returns in each process, by name; one start for all."""
+    in_processes(_save_results, count, functions, str(folder))
+    saved = [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(count)]
+    return {name: [one[name] for one in saved] for name in functions}
+
+
+def _save_results(rank: int, functions: dict[str, Rank], folder: str) -> None:
+    torch.save(
+        {name: function(rank) for name, function in functions.items()}, f"{folder}/{rank}.pt"
+    )
+
+
+def _start(rank: int, function: Rank, count: int, port: int, arguments: Any) -> None:
+    torch.set_num_threads(1)
+    address = f"tcp://127.0.0.1:{port}"
+    torch.distributed.init_process_group("gloo", init_method=address, rank=rank, world_size=count)
+    try:
+        function(rank, *arguments)
+    finally:
+        torch.distributed.destroy_process_group()

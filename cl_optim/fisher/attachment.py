@@ -11,6 +11,7 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from cl_optim.distributed import place
 from cl_optim.fisher import nested
 from cl_optim.fisher.checks import Number
 from cl_optim.fisher.language import loss_tokens
@@ -88,6 +89,9 @@ class Attachment:
         self._read = False  # whether batches were added before
         self._undivided = 0  # since the last step, of which it is not known what divided their loss
         self._claims: list[Claim] = []
+        # Of losses that are divided by the tokens of all processes: what they are multiplied by.
+        self._wholes: list[_Batch] = []
+        self._spread: int | None = None
         self._open: list[_Batch] = []
         self._entered: list[_Batch | None] = []
         self._eager: AbstractContextManager[object] = nullcontext()
@@ -228,6 +232,8 @@ class Attachment:
             self._undivided = 0  # a step was left out, or this is the first batch after one
             self._claims.clear()
         scale: Number = 1.0 if batch.whole else 1.0 / (self._accumulation_steps or 1)
+        if batch.whole and self._spread is not None:
+            scale *= self._spread
         if self._scaler is not None:
             scale = self._scale() * scale
         return self._totals.begin(batch.terms / scale)
@@ -268,6 +274,8 @@ class Attachment:
         self._undivided += not batch.whole
         mean_over = samples.count if self._loss_terms == "samples" else None
         self._claims += [(found, batch.terms, mean_over) for found in batch.found]
+        if batch.whole and self._spread is None and place() is not None:
+            self._wholes.append(batch)
         if self._proven:
             self._totals.commit()
 
@@ -277,6 +285,7 @@ class Attachment:
         self._totals.broken |= self._read
         self._undivided = 0
         self._claims.clear()
+        self._wholes.clear()
 
     def _close_all(self) -> None:
         for batch in self._open:
@@ -321,11 +330,35 @@ class Attachment:
             if scaler is not None:
                 self._scaler, self._totals.dropping = scaler, True
                 scale = self._scale()
+            if self._wholes:
+                self._spread = self._find_spread(scale)
+                scale = scale * self._spread
+                self._wholes.clear()
             self._check_claims()
         except RuntimeError:
             self._drop()
             raise
         self._totals.commit(scale)
+
+    def _find_spread(self, scale: Number) -> int:
+        """Return what losses over all processes' tokens were multiplied by: 1, or their number.
+
+        So transformers' Trainer has it with ``average_tokens_across_devices``, outside the model:
+        what the processes average is then the mean over all tokens.
+        """
+        here = place()
+        assert here is not None
+        for batch in self._wholes:
+            for found in batch.found:
+                for factor in (1, here[1]):
+                    if found.has_factor(factor * float(scale) / float(batch.terms)):
+                        return factor
+        raise RuntimeError(
+            f"the model is given num_items_in_batch in one of {here[1]} processes, and whether its "
+            "loss is multiplied by their number afterwards, as transformers' Trainer does with "
+            "average_tokens_across_devices=True, cannot be seen: set that to False, or make the "
+            "estimator with verify='first' where the loss is a plain cross entropy."
+        )
 
     def _check_claims(self) -> None:
         """Compare what is claimed of the loss with what was found of it. Waits for the device."""
@@ -333,7 +366,8 @@ class Attachment:
         if not claims:
             return
         scale = 1.0 if self._scaler is None else self._scale()
-        refuse_contradiction(claims, scale / (self._accumulation_steps or 1))
+        spread = self._spread or 1
+        refuse_contradiction(claims, scale * spread / (self._accumulation_steps or 1))
 
     def _stepped(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         self.finish()  # of a closure that the step has called

@@ -48,6 +48,11 @@ class CrossEntropy:
     rows: int
     classes: int
 
+    def has_factor(self, factor: float) -> bool:
+        """Say whether it is certain that c is this. Waits for the device."""
+        is_seen = float(self.residual) <= _TOLERANCE and int(self.valid) * (self.classes - 1) >= 2
+        return is_seen and _close(float(self.coefficient), factor)
+
     def contradiction(self, terms: float, scale: float, samples: int | None) -> str | None:
         """Say what is wrong with "divided by ``terms``, multiplied by ``scale``", if it is certain.
 

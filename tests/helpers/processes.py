@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 from collections.abc import Callable
 from pathlib import Path
@@ -35,6 +36,9 @@ def _save_results(rank: int, functions: dict[str, Rank], folder: str) -> None:
 
 def _start(rank: int, function: Rank, count: int, port: int, arguments: Any) -> None:
     torch.set_num_threads(1)
+    # What trainers look for.
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     address = f"tcp://127.0.0.1:{port}"
     torch.distributed.init_process_group("gloo", init_method=address, rank=rank, world_size=count)
     try:

@@ -18,7 +18,7 @@ from cl_optim.optim.cuda_graphs import check_capture, warn_of_captured
 from cl_optim.optim.groups import name_of
 from cl_optim.optim.kronecker.pull import Pull
 from cl_optim.optim.kronecker.stacks import apart
-from cl_optim.optim.launch import AddedRows, Launch, Step, refuse_sparse
+from cl_optim.optim.launch import AddedRows, Launch, Step, refuse_exchanged, refuse_sparse
 from cl_optim.optim.options import check_group, check_param, choose
 from cl_optim.optim.protecting import Protecting
 from cl_optim.optim.state import (
@@ -247,9 +247,11 @@ class EWCAdamW(Protecting, torch.optim.Optimizer):
 
         Raises:
             ValueError: A hyperparameter of a group is out of range, or a tensor of the state, a
-                gradient or a memory row does not fit its parameter.
+                gradient or a memory row does not fit its parameter; a parameter was exchanged for
+                a DTensor.
             RuntimeError: A gradient is sparse; a parameter was cast to a dtype that its state does
-                not fit; or a CUDA graph is captured that would not replay the step. Nothing has
+                not fit; protected parameters were exchanged for others, or a group's options were
+                set back; or a CUDA graph is captured that would not replay the step. Nothing has
                 been updated then.
         """
         loss = None
@@ -262,6 +264,7 @@ class EWCAdamW(Protecting, torch.optim.Optimizer):
                 check_capture(step, self._launch.sums)
                 self._was_captured = True
             if not self._launch.repeat(step):
+                refuse_exchanged(step.groups, step.state)
                 refuse_sparse(step.groups)
                 self._warn_of_moving()
                 self._launch.begin(step)

@@ -13,7 +13,7 @@ from cl_optim.ops import ewc_adamw as ops
 from cl_optim.ops import ewc_adamw_plan
 from cl_optim.ops.ewc_adamw_arguments import NO_INPUTS, Hyperparameters, Inputs, State, check
 from cl_optim.optim.groups import name_of
-from cl_optim.optim.options import choose, lr_tensor
+from cl_optim.optim.options import check_param, choose, lr_tensor
 from cl_optim.optim.state import has_moments, misfit, start_moments
 from cl_optim.optim.tracking import Sums
 
@@ -118,6 +118,37 @@ class Batch:
                     f"{key!r} was made: optimizer.load_state_dict(optimizer.state_dict()) casts "
                     "that, too."
                 )
+
+
+def refuse_exchanged(groups: list[dict[str, Any]], state: Mapping[Tensor, dict[str, Any]]) -> None:
+    """Raise an error where parameters or options are others than those that are protected.
+
+    Raises:
+        ValueError: A parameter is a DTensor.
+        RuntimeError: Protected parameters are in no group any more, where others are that are not;
+            or a group says that it was not consolidated, and its parameters are protected.
+    """
+    known: set[Tensor] = set()
+    unprotected: list[str] = []
+    for group in groups:
+        known.update(group["params"])
+        for param in group["params"]:
+            check_param(group, param)
+            is_protected = "importance" in state.get(param, {})
+            if is_protected and group["consolidations"] == 0:
+                raise RuntimeError(
+                    f"a group's 'consolidations' is 0, and its parameter {name_of(group, param)} "
+                    "is protected: something has set the group's options back, as "
+                    "ZeroRedundancyOptimizer does in each step. Use the optimizer without it."
+                )
+            if not is_protected and group["consolidations"] and param.grad is not None:
+                unprotected.append(name_of(group, param))
+    if unprotected and any("importance" in one for p, one in state.items() if p not in known):
+        raise RuntimeError(
+            f"parameter {unprotected[0]} is not protected, and those that consolidate() protected "
+            "are in no group any more: something has exchanged them, as a trainer's prepare() does "
+            "where it shards the model. Call consolidate() after that, or load the state dict."
+        )
 
 
 def refuse_sparse(groups: list[dict[str, Any]]) -> None:
@@ -243,6 +274,11 @@ def _are_alike(batches: list[Batch], others: list[Batch]) -> bool:
     ]
 
 
+def _watched(groups: list[dict[str, Any]]) -> list[tuple[Any, ...]]:
+    """Return the options that a plan is made for, of what it does not look at itself."""
+    return [(group["rounding"], group["consolidations"]) for group in groups]
+
+
 class PlannedStep:
     """A step of all groups, each batch by its plan, for as long as the next one is like it.
 
@@ -255,7 +291,7 @@ class PlannedStep:
         self._groups = list(step.groups)
         self._state = ewc_adamw_plan.snapshot(step.state)
         self._roles = step.roles
-        self._rounding = [group["rounding"] for group in self._groups]
+        self._options = _watched(self._groups)
         self.batches = batches
         self._plans: list[ewc_adamw_plan.Plan] = []
         waiting = [
@@ -293,7 +329,7 @@ class PlannedStep:
         if (
             len(groups) != len(self._groups)
             or not all(here is there for here, there in zip(groups, self._groups, strict=True))
-            or [group["rounding"] for group in groups] != self._rounding
+            or _watched(groups) != self._options
             or step.roles is not self._roles
             or not self._state.matches(step.state)
         ):

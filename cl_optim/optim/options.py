@@ -64,8 +64,8 @@ def check_param(group: Mapping[str, Any], param: Tensor) -> None:
         )
     if is_dtensor(param):
         raise ValueError(
-            f"parameter {name_of(group, param)} must not be a DTensor: give the optimizer its "
-            "local shard, param.to_local()."
+            f"parameter {name_of(group, param)} must not be a DTensor, which is sharded over "
+            "processes: train whole parameters, on one device or with DistributedDataParallel."
         )
     check_rounding(group, param, name_of(group, param))
 

@@ -101,6 +101,7 @@ class TestDifferentiable:
             options = {**OFF_DEFAULT, "penalty": penalty, "amsgrad": amsgrad}
             optimizer = EWCAdamW([param], differentiable=True, **options)
             optimizer.state[param].update(importance=importance.double(), anchor=anchor.clone())
+            optimizer.param_groups[0]["consolidations"] = 1
             for grad in grads:
                 param.grad = grad
                 optimizer.step()
@@ -296,12 +297,64 @@ def _refuse_dtensor(rank: int) -> None:
 
     mesh = init_device_mesh("cpu", (1,))
     param = nn.Parameter(DTensor.from_local(torch.ones(4), mesh, [Replicate()]))
-    with pytest.raises(ValueError, match=r"parameter w must not be a DTensor"):
+    with pytest.raises(ValueError, match=r"parameter w must not be a DTensor, .* DistributedData"):
         EWCAdamW([("w", param)])
+    weight = nn.Parameter(torch.ones(4))
+    optimizer = EWCAdamW([("w", weight)])
+    weight.grad = torch.ones(4)
+    optimizer.step()
+    optimizer.step()
+    optimizer.param_groups[0]["params"] = [param]  # as trainers do that shard a model
+    param.grad = DTensor.from_local(torch.ones(4), mesh, [Replicate()])
+    with pytest.raises(ValueError, match=r"parameter w must not be a DTensor"):
+        optimizer.step()
 
 
 def test_dtensors_are_refused():
     in_processes(_refuse_dtensor, 1)
+
+
+@pytest.mark.parametrize("foreach", [False, True])
+@pytest.mark.parametrize("steps", [0, 3])
+class TestExchanged:
+    """What a wrapper has exchanged behind the optimizer's back, before a plan is made and after."""
+
+    def test_parameters(self, foreach, steps):
+        optimizer, weights = self.stepped(foreach, steps)
+        others = [nn.Parameter(weight.detach().clone()) for weight in weights]
+        optimizer.param_groups[0]["params"] = others
+        for other in others:
+            other.grad = torch.ones_like(other)
+        with pytest.raises(RuntimeError, match=r"^parameter a is not protected, .* load the state"):
+            optimizer.step()
+        assert all((other == weight).all() for other, weight in zip(others, weights, strict=True))
+
+    def test_options(self, foreach, steps):
+        optimizer, weights = self.stepped(foreach, steps)
+        optimizer.param_groups[0]["consolidations"] = 0
+        before = [weight.detach().clone() for weight in weights]
+        with pytest.raises(
+            RuntimeError, match=r"'consolidations' is 0, .* parameter a is protected"
+        ):
+            optimizer.step()
+        assert all(torch.equal(old, new) for old, new in zip(before, weights, strict=True))
+
+    def test_a_group_may_be_taken_out(self, foreach, steps):
+        optimizer, _ = self.stepped(foreach, steps)
+        optimizer.param_groups[0]["params"].pop()
+        optimizer.param_groups[0]["param_names"].pop()
+        optimizer.step()
+
+    @staticmethod
+    def stepped(foreach: bool, steps: int) -> tuple[EWCAdamW, list[nn.Parameter]]:
+        weights = [nn.Parameter(torch.randn(5)) for _ in "ab"]
+        optimizer = EWCAdamW(zip("ab", weights, strict=True), foreach=foreach)
+        optimizer.consolidate(None)
+        for weight in weights:
+            weight.grad = torch.ones(5)
+        for _ in range(steps):
+            optimizer.step()
+        return optimizer, weights
 
 
 # --- CUDA graphs ----------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from cl_optim.importance import ImportanceLog
+from cl_optim.importance.importance import check_reduced
 from cl_optim.importance.kronecker.factors import Layout
 from cl_optim.importance.kronecker.importance import KroneckerImportance, check_side
 from cl_optim.importance.kronecker.side import Side, leading, merged_side
@@ -167,8 +168,9 @@ def kronecker(importance: object, *, strict: bool) -> KroneckerImportance:
 
     Raises:
         TypeError: It is another, or a log of others.
-        ValueError: It has no factors.
+        ValueError: It has no factors, or is of one of several processes.
     """
+    check_reduced(importance)
     if isinstance(importance, ImportanceLog):
         importance = importance.merge(strict=strict)
     if not isinstance(importance, KroneckerImportance):

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cl_optim.importance.importance import check_reduced
 from cl_optim.importance.names import match_names, named_like
 from cl_optim.ops.checks import check_fraction, check_whole
 
@@ -193,6 +194,7 @@ class LoRAPenalty:
         return self.ewc_lambda * (self._importance[name] * difference.square()).sum()
 
     def _match(self, importance: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        check_reduced(importance)
         meanings = match_names(importance, self._layers)
         names = {meaning: name for name, meaning in meanings.items()}
         matched = {}

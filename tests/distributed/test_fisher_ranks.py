@@ -12,7 +12,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-from cl_optim import EWCAdamW, FisherEstimator, Importance, ImportanceLog, estimate_fisher
+from cl_optim import (
+    EWCAdamW,
+    FisherEstimator,
+    Importance,
+    ImportanceLog,
+    InputProjection,
+    estimate_fisher,
+)
+from cl_optim.retention.adapters import LoRAPenalty
 
 COUNT = 3
 SAMPLES = (5, 3, 0)  # of each process
@@ -97,6 +105,13 @@ def trained(rank: int) -> tuple[dict[str, Tensor], Any]:
     return values(importance), importance.samples
 
 
+def lora_penalty(importance: Importance) -> LoRAPenalty:
+    import peft
+
+    config = peft.LoraConfig(target_modules=["0", "3"], r=2)
+    return LoRAPenalty(peft.get_peft_model(make_model(), config), importance)
+
+
 def refusals(rank: int) -> dict[str, str]:
     model = make_model()
     some = [data()]
@@ -104,6 +119,8 @@ def refusals(rank: int) -> dict[str, str]:
     own = estimate_fisher(model, some, ranks="own")
     whole = estimate_fisher(model, some, ranks="sum")
     optimizer = EWCAdamW(model.named_parameters())
+    inputs = InputProjection(torch.optim.SGD(model.parameters(), lr=0.1))
+    factors = estimate_fisher(model, some, structure="kronecker")
     bad = [(torch.full((2, 6), float("nan")), torch.zeros(2).long())] if rank == 1 else some
     other = nn.Sequential(nn.Linear(6, 7 if rank == 1 else 8))
 
@@ -118,6 +135,9 @@ def refusals(rank: int) -> dict[str, str]:
         "consolidated": said_by(lambda: optimizer.consolidate(alone)),
         "merged": said_by(lambda: whole.merge(alone)),
         "normalized and consolidated": said_by(lambda: optimizer.consolidate(alone.normalize())),
+        "inputs": said_by(lambda: inputs.consolidate(factors, model=model)),
+        "factors merged": said_by(lambda: factors.merge(factors)),
+        "adapters": said_by(lambda: lora_penalty(alone)),
         "own": said_by(lambda: optimizer.consolidate(own)),
         "whole": said_by(lambda: optimizer.consolidate(whole.merge(own))),
         "wrapped": said_by(lambda: estimate_fisher(DistributedDataParallel(model), some)),
@@ -192,6 +212,9 @@ SENTENCES = {
     "consolidated": UNREDUCED,
     "merged": UNREDUCED,
     "normalized and consolidated": UNREDUCED,
+    "inputs": UNREDUCED,
+    "factors merged": UNREDUCED,
+    "adapters": UNREDUCED,
     "own": "nothing",
     "whole": "nothing",
     "wrapped": "ValueError: model must be the bare model, .* model.module, and ranks='sum'",

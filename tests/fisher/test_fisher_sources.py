@@ -226,7 +226,7 @@ def test_importance_from_adam():
         assert importance.metadata["estimator"] == "importance_from_adam"
 
 
-@pytest.mark.parametrize(("state_dtype", "rtol"), [("bfloat16", 0.01), ("8bit", 0.1)])
+@pytest.mark.parametrize(("state_dtype", "rtol"), [("bfloat16", 0.01), ("8bit", 0.125)])
 def test_importance_from_narrow_moments(state_dtype, rtol):
     model = nn.Linear(64, 64)  # 8-bit moments are for 4 096 elements and more
     optimizer = EWCAdamW(model.parameters(), betas=(0.9, 0.5), state_dtype=state_dtype)

@@ -13,7 +13,7 @@ from cl_optim.ops import ewc_adamw as ops
 from cl_optim.ops import ewc_adamw_plan
 from cl_optim.ops.ewc_adamw_arguments import NO_INPUTS, Hyperparameters, Inputs, State, check
 from cl_optim.optim.groups import name_of
-from cl_optim.optim.options import check_param, choose, lr_tensor
+from cl_optim.optim.options import choose, lr_tensor, refuse_shard
 from cl_optim.optim.state import has_moments, misfit, start_moments
 from cl_optim.optim.tracking import Sums
 
@@ -129,11 +129,11 @@ def refuse_exchanged(groups: list[dict[str, Any]], state: Mapping[Tensor, dict[s
             or a group says that it was not consolidated, and its parameters are protected.
     """
     known: set[Tensor] = set()
-    unprotected: list[str] = []
+    unprotected: list[tuple[dict[str, Any], Tensor]] = []
     for group in groups:
         known.update(group["params"])
         for param in group["params"]:
-            check_param(group, param)
+            refuse_shard(group, param)
             is_protected = "importance" in state.get(param, {})
             if is_protected and group["consolidations"] == 0:
                 raise RuntimeError(
@@ -142,12 +142,13 @@ def refuse_exchanged(groups: list[dict[str, Any]], state: Mapping[Tensor, dict[s
                     "ZeroRedundancyOptimizer does in each step. Use the optimizer without it."
                 )
             if not is_protected and group["consolidations"] and param.grad is not None:
-                unprotected.append(name_of(group, param))
+                unprotected.append((group, param))
     if unprotected and any("importance" in one for p, one in state.items() if p not in known):
         raise RuntimeError(
-            f"parameter {unprotected[0]} is not protected, and those that consolidate() protected "
-            "are in no group any more: something has exchanged them, as a trainer's prepare() does "
-            "where it shards the model. Call consolidate() after that, or load the state dict."
+            f"parameter {name_of(*unprotected[0])} is not protected, and those that consolidate() "
+            "protected are in no group any more: something has exchanged them, as a trainer's "
+            "prepare() does where it shards the model. Call consolidate() after that, or load the "
+            "state dict."
         )
 
 

@@ -62,12 +62,17 @@ def check_param(group: Mapping[str, Any], param: Tensor) -> None:
             f"parameter {name_of(group, param)} must be of a real floating-point dtype, not "
             f"{param.dtype}."
         )
+    refuse_shard(group, param)
+    check_rounding(group, param, name_of(group, param))
+
+
+def refuse_shard(group: Mapping[str, Any], param: Tensor) -> None:
+    """Raise ValueError where a parameter is a shard."""
     if is_dtensor(param):
         raise ValueError(
             f"parameter {name_of(group, param)} must not be a DTensor, which is sharded over "
             "processes: train whole parameters, on one device or with DistributedDataParallel."
         )
-    check_rounding(group, param, name_of(group, param))
 
 
 def check_rounding(group: Mapping[str, Any], param: Tensor, name: str) -> None:

@@ -259,7 +259,8 @@ struct LaneSums {
     memcpy(&a, anchor, sizeof(a));
     memcpy(&f, importance, sizeof(f));
     f &= ~(f >> (8 * sizeof(T) - 1));  // what is frozen does not count
-    const lanes_t<double> d = __builtin_convertvector(p - a, lanes_t<double>);
+    const lanes_t<double> d =
+        __builtin_convertvector(p, lanes_t<double>) - __builtin_convertvector(a, lanes_t<double>);
     drift += d * d;
     penalty += __builtin_convertvector(reinterpret_cast<lanes_t<T>>(f), lanes_t<double>) * (d * d);
   }

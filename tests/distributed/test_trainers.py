@@ -11,6 +11,7 @@ import torch
 from processes import results_of
 from torch import Tensor, nn
 from torch.nn import functional as F
+from trainer_cases import one_epoch, tiny_llama
 
 from cl_optim import FisherEstimator, estimate_fisher
 
@@ -21,35 +22,13 @@ SETTINGS = {
 }
 
 
-def language() -> tuple[Any, list[dict[str, Tensor]]]:
-    import transformers
-
-    torch.manual_seed(3)
-    config = transformers.LlamaConfig(
-        vocab_size=13, hidden_size=8, intermediate_size=16, num_hidden_layers=1,
-        num_attention_heads=2, max_position_embeddings=16, attn_implementation="eager",
-    )  # fmt: skip
-    model = transformers.LlamaForCausalLM(config)
-    data = [{"input_ids": t, "labels": t.clone()} for t in torch.randint(0, 13, (8, 5))]
-    for k, row in enumerate(data):
-        row["labels"][: k % 3] = -100
-    return model, data
-
-
 def train(
     folder: str, average: bool, accumulation: int, verify: Any = "first"
 ) -> dict[str, Tensor]:
-    import transformers
-
-    model, data = language()
+    model, data = tiny_llama()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
-    arguments = transformers.TrainingArguments(
-        folder, per_device_train_batch_size=2, gradient_accumulation_steps=accumulation,
-        num_train_epochs=1, report_to=[], save_strategy="no", disable_tqdm=True, use_cpu=True,
-        max_grad_norm=0.0, logging_strategy="no", average_tokens_across_devices=average,
-    )  # fmt: skip
-    trainer = transformers.Trainer(
-        model, arguments, train_dataset=data, optimizers=(optimizer, None)
+    trainer = one_epoch(
+        folder, model, data, optimizer, accumulation, average_tokens_across_devices=average
     )
     fisher = FisherEstimator(model, during_training=True, verify=verify)
     with fisher.attach(optimizer, loss_terms="tokens"):
@@ -79,7 +58,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
 @pytest.mark.parametrize("name", SETTINGS)
 def test_the_trainer_of_transformers(results, name):
     """It divides by all processes' tokens, and multiplies by their number, or does neither."""
-    model, data = language()
+    model, data = tiny_llama()
 
     def loss(each: nn.Module, batch: Any) -> Tensor:
         logits = each(input_ids=batch["input_ids"]).logits[:, :-1]

@@ -7,7 +7,6 @@ from contextlib import nullcontext
 import pytest
 import torch
 import torch.nn.functional as F
-import transformers
 from fisher_cases import (
     CLASSES,
     NoSynchronisation,
@@ -21,6 +20,7 @@ from fisher_cases import (
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 from torch.utils.checkpoint import checkpoint
+from trainer_cases import one_epoch, tiny_llama
 
 from cl_optim import GEM, EWCAdamW, FisherEstimator
 
@@ -475,14 +475,7 @@ def test_a_mean_over_targets(ignored, last, dtype):
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_the_trainer_of_transformers(accumulation, tmp_path):
     """It divides by the tokens of all micro-batches: ``loss_terms="tokens"`` and nothing more."""
-    config = transformers.LlamaConfig(
-        vocab_size=13, hidden_size=8, intermediate_size=16, num_hidden_layers=1,
-        num_attention_heads=2, max_position_embeddings=16, attn_implementation="eager",
-    )  # fmt: skip
-    model = transformers.LlamaForCausalLM(config)
-    data = [{"input_ids": t, "labels": t.clone()} for t in torch.randint(0, 13, (8, 5))]
-    for k, row in enumerate(data):
-        row["labels"][: k % 3] = -100
+    model, data = tiny_llama()
 
     def loss(each: nn.Module, n: int) -> Tensor:
         logits = each(input_ids=data[n]["input_ids"][None]).logits[0, :-1]
@@ -490,14 +483,7 @@ def test_the_trainer_of_transformers(accumulation, tmp_path):
 
     expected = loop(model, loss, 8, double=False)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
-    arguments = transformers.TrainingArguments(
-        str(tmp_path), per_device_train_batch_size=2, gradient_accumulation_steps=accumulation,
-        num_train_epochs=1, report_to=[], save_strategy="no", disable_tqdm=True, use_cpu=True,
-        max_grad_norm=0.0, logging_strategy="no",
-    )  # fmt: skip
-    trainer = transformers.Trainer(
-        model, arguments, train_dataset=data, optimizers=(optimizer, None)
-    )
+    trainer = one_epoch(tmp_path, model, data, optimizer, accumulation)
     fisher = FisherEstimator(model, during_training=True)
     with fisher.attach(optimizer, loss_terms="tokens"):
         trainer.train()

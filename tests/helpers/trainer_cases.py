@@ -56,3 +56,30 @@ def huggingface_trainer(folder, model, optimizer, callback, steps=6):
     return Trainer(
         model, arguments, train_dataset=data, optimizers=(optimizer, None), callbacks=[callback]
     )
+
+
+def tiny_llama():
+    """A language model, and eight sequences of which some have no targets at their start."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(3)
+    config = LlamaConfig(
+        vocab_size=13, hidden_size=8, intermediate_size=16, num_hidden_layers=1,
+        num_attention_heads=2, max_position_embeddings=16, attn_implementation="eager",
+    )  # fmt: skip
+    data = [{"input_ids": t, "labels": t.clone()} for t in torch.randint(0, 13, (8, 5))]
+    for k, row in enumerate(data):
+        row["labels"][: k % 3] = -100
+    return LlamaForCausalLM(config), data
+
+
+def one_epoch(folder, model, data, optimizer, accumulation, **options):
+    """A Trainer of transformers that does nothing but train, in batches of two."""
+    from transformers import Trainer, TrainingArguments
+
+    arguments = TrainingArguments(
+        str(folder), per_device_train_batch_size=2, gradient_accumulation_steps=accumulation,
+        num_train_epochs=1, report_to=[], save_strategy="no", disable_tqdm=True, use_cpu=True,
+        max_grad_norm=0.0, logging_strategy="no", **options,
+    )  # fmt: skip
+    return Trainer(model, arguments, train_dataset=data, optimizers=(optimizer, None))

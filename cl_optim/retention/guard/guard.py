@@ -11,6 +11,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import nn
 
+from cl_optim.distributed import place
 from cl_optim.ops.checks import check_whole
 from cl_optim.ops.warn import warn
 from cl_optim.optim.gem import GEM
@@ -162,10 +163,10 @@ class RetentionGuard:
         self._actions = ("stop",) if on_breach is None else _check_actions(on_breach)
         if "rollback" in self._actions and folder is None:
             raise ValueError("on_breach='rollback' needs a folder for its checkpoints.")
-        if folder is not None and _processes() > 1:
+        if folder is not None and (here := place()) is not None:
             raise ValueError(
-                f"folder must be left out where {_processes()} processes train one model: each "
-                "would write its checkpoints there."
+                f"folder must be left out where {here[1]} processes train one model: each would "
+                "write its checkpoints there."
             )
         self.model = model
         self.optimizer = optimizer
@@ -468,13 +469,6 @@ class RetentionGuard:
     def _save(self) -> None:
         if self._checkpoints is not None:
             self._checkpoints.save(self.steps)
-
-
-def _processes() -> int:
-    distributed = torch.distributed
-    if not (distributed.is_available() and distributed.is_initialized()):
-        return 1
-    return distributed.get_world_size()
 
 
 def _check_actions(on_breach: Action | Sequence[Action]) -> tuple[str, ...]:

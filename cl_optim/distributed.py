@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal, TypeAlias, TypeVar, cast
@@ -80,9 +81,14 @@ class Together:
             yield
         except Exception as raised:  # is raised below, in all of them
             error = raised
-        first = next((one for one in self.gather(error) if one is not None), None)
+        first = next((one for one in self.gather(_sendable_error(error)) if one is not None), None)
         if first is not None:
             raise error or first
+
+    def require_same(self, what: object, message: str) -> None:
+        """Raise ValueError in all processes where one has given something else."""
+        if any(one != what for one in self.gather(what)):
+            raise ValueError(message)
 
     def sum_(self, tensors: Iterable[Tensor]) -> None:
         """Replace tensors by their sums over all processes, which are the same bits in each."""
@@ -99,3 +105,12 @@ class Together:
         if "gloo" in dist.get_backend(self._group) or not tensor.is_cpu:
             return tensor.contiguous()
         return tensor.to(torch.accelerator.current_accelerator() or "cpu")
+
+
+def _sendable_error(error: Exception | None) -> Exception | None:
+    """Return an error that arrives in other processes: itself, or one that says the same."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:  # of the error's own making, whatever it is
+        return RuntimeError(f"{type(error).__name__}: {error}")
+    return error

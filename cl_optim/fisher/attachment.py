@@ -331,7 +331,7 @@ class Attachment:
                 self._scaler, self._totals.dropping = scaler, True
                 scale = self._scale()
             if self._wholes:
-                self._spread = self._find_spread(scale)
+                self._spread = self._find_spread()
                 scale = scale * self._spread
                 self._wholes.clear()
             self._check_claims()
@@ -340,7 +340,7 @@ class Attachment:
             raise
         self._totals.commit(scale)
 
-    def _find_spread(self, scale: Number) -> int:
+    def _find_spread(self) -> int:
         """Return what losses over all processes' tokens were multiplied by: 1, or their number.
 
         So transformers' Trainer has it with ``average_tokens_across_devices``, outside the model:
@@ -348,10 +348,11 @@ class Attachment:
         """
         here = place()
         assert here is not None
+        scale = 1.0 if self._scaler is None else float(self._scale())
         for batch in self._wholes:
             for found in batch.found:
                 for factor in (1, here[1]):
-                    if found.has_factor(factor * float(scale) / float(batch.terms)):
+                    if found.has_factor(factor * scale / float(batch.terms)):
                         return factor
         raise RuntimeError(
             f"the model is given num_items_in_batch in one of {here[1]} processes, and whether its "

@@ -231,6 +231,11 @@ def estimate(
 ) -> Importance:
     """Do what :func:`estimate_fisher` does, with its arguments checked."""
     together = together or Together(None)
+    together.require_same(
+        (objective.kind, objective.labels, objective.loss, bool(objective.per_sample_loss),
+         policy.mode, sign_draws, None if structure is None else structure.options, exact),
+        "the processes estimate in other ways: give each the same arguments.",
+    )  # fmt: skip
     totals = Totals(model, matrices=None if structure is None else FactorSums(structure))
     one = OwnPass(model, totals, objective, policy, sign_draws, verify)
     with together.agreeing():

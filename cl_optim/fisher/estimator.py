@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from cl_optim.distributed import Ranks, Together, check_ranks
+from cl_optim.distributed import Ranks, Together, check_ranks, place
 from cl_optim.fisher import nested
 from cl_optim.fisher.attachment import Attached, Attachment, Hook, LossTerms, refuse_contradiction
 from cl_optim.fisher.checks import (
@@ -368,7 +368,9 @@ class FisherEstimator:
             raise RuntimeError("inside observe() there is no state: half a batch may be summed.")
         if self._attached is not None:
             self._attached.settle()
+        here = place()
         return {
+            **({} if here is None else {"rank": here}),
             **self._totals.state_dict(),
             "left": dict(self._policy.left),
             "shared": dict(self._policy.shared),
@@ -378,7 +380,8 @@ class FisherEstimator:
         """Go on from there, for the same model.
 
         Raises:
-            ValueError: It is of other parameters. Nothing has been changed then.
+            ValueError: It is of other parameters, or of another process. Nothing has been changed
+                then.
             RuntimeError: Inside ``observe()``.
         """
         self.check_state_dict(state_dict)
@@ -391,7 +394,8 @@ class FisherEstimator:
         self._policy.shared = dict(state_dict["shared"])
 
     def check_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Raise ValueError if the state is of other parameters, or of another structure."""
+        """Raise ValueError if the state is of other parameters, structure or process."""
+        _check_rank(state_dict.get("rank"))
         own = self._totals.shapes
         shapes = {name: value.shape for name, value in state_dict["sums"].items()}
         factors, state = self._totals.factors, state_dict.get("kronecker")
@@ -416,6 +420,21 @@ class FisherEstimator:
                     f"the state must be of the same parameters; {name!r} is not in both, or has "
                     "another shape."
                 )
+
+
+def _check_rank(saved: Sequence[int] | None) -> None:
+    """Raise ValueError where a state is another process's."""
+    here = place()
+    if (None if saved is None else tuple(saved)) == here:
+        return
+    of, this = (
+        f"rank {one[0]} of {one[1]}" if one else "one process alone" for one in (saved, here)
+    )
+    raise ValueError(
+        f"the state is of {of}, and this is {this}: samples would be counted twice, or lost. Save "
+        "and load a state for each rank; to go on with another number of processes, "
+        "finalize(ranks='sum') before, and merge what comes after."
+    )
 
 
 def _samples(batch_size: int | None, cu_seqlens: Tensor | Sequence[int] | None) -> Samples:

@@ -50,7 +50,6 @@ class _Squares(dict[str, Tensor]):
 class _Process(NamedTuple):
     """What each process tells the others of its sums."""
 
-    shapes: Mapping[str, torch.Size]
     policy: Policy
     sums: list[str]
     batches: int
@@ -390,15 +389,16 @@ class Totals(_Batches):
         with together.agreeing():
             self._check_whole()
         here = _Process(
-            self.shapes, policy, list(self.sums), self.batches, _plain(self.samples),
+            policy, list(self.sums), self.batches, _plain(self.samples),
             None if self.tokens is None else _plain(self.tokens), _plain(self._dropped),
         )  # fmt: skip
+        structure = None if self.factors is None else self.factors.structure.options
+        together.require_same(
+            (self.shapes, self.decay, structure),
+            "the processes observe other parameters, or in another way: give each the same model, "
+            "with the same parameters frozen, and the same decay and structure.",
+        )
         all_ = together.gather(here)
-        if any(one.shapes != self.shapes for one in all_):
-            raise ValueError(
-                "the processes observe other parameters: give each the same model, with the same "
-                "parameters frozen."
-            )
         whole, unit = copy(self), 1.0 if self.unit is None else float(self.unit)
         whole.staged, whole.unit, whole.remains = None, 1.0, 1.0
         whole.batches = sum(one.batches for one in all_)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -20,6 +21,7 @@ from cl_optim import (
     InputProjection,
     estimate_fisher,
 )
+from cl_optim.retention import interpolate
 from cl_optim.retention.adapters import LoRAPenalty
 
 COUNT = 3
@@ -112,6 +114,46 @@ def lora_penalty(importance: Importance) -> LoRAPenalty:
     return LoRAPenalty(peft.get_peft_model(make_model(), config), importance)
 
 
+class UnsendableError(Exception):
+    def __init__(self, message: str, module: nn.Module) -> None:
+        super().__init__(message)
+        self.hook = lambda: module
+
+
+def broken(rank: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield a batch, and fail in one process with what does not go through a pickle."""
+    yield data()
+    if rank == 1:
+        raise UnsendableError("the disk is gone", make_model())
+
+
+def observed(decay: float = 1.0, **options: Any) -> FisherEstimator:
+    model = make_model()
+    estimator = FisherEstimator(model, decay=decay, during_training=True, **options)
+    inputs, targets = data()
+    with estimator.observe(batch_size=len(inputs)):
+        F.cross_entropy(model(inputs), targets).backward()
+    return estimator
+
+
+def resumed(rank: int) -> dict[str, Any]:
+    """Go on with the state of this rank, of another, and of one process alone."""
+    first = observed()
+    here = first.state_dict()
+    there: list[Any] = [None] * COUNT
+    torch.distributed.all_gather_object(there, here)
+    alone = {key: value for key, value in here.items() if key != "rank"}
+    second = observed()
+    found: dict[str, Any] = {
+        "of another": said_by(lambda: second.load_state_dict(there[(rank + 1) % COUNT])),
+        "of one process": said_by(lambda: second.load_state_dict(alone)),
+    }
+    second.load_state_dict(there[rank])
+    both = (first.finalize(ranks="own"), second.finalize(ranks="own"))
+    found["own"] = all(torch.equal(both[0][name], both[1][name]) for name in both[0])
+    return found
+
+
 def refusals(rank: int) -> dict[str, str]:
     model = make_model()
     some = [data()]
@@ -138,6 +180,10 @@ def refusals(rank: int) -> dict[str, str]:
         "inputs": said_by(lambda: inputs.consolidate(factors, model=model)),
         "factors merged": said_by(lambda: factors.merge(factors)),
         "adapters": said_by(lambda: lora_penalty(alone)),
+        "diagonal of factors": said_by(lambda: optimizer.consolidate(factors.diagonal())),
+        "interpolated": said_by(
+            lambda: interpolate(model, make_model().state_dict(), 0.5, importance=(alone, alone))
+        ),
         "own": said_by(lambda: optimizer.consolidate(own)),
         "whole": said_by(lambda: optimizer.consolidate(whole.merge(own))),
         "wrapped": said_by(lambda: estimate_fisher(DistributedDataParallel(model), some)),
@@ -145,6 +191,16 @@ def refusals(rank: int) -> dict[str, str]:
         "other models": said_by(lambda: estimate_fisher(other, [], ranks="sum")),
         "no samples": said_by(lambda: estimate_fisher(model, [], ranks="sum")),
         "failed in one": said_by(observe_and_fail),
+        "an error that cannot be sent": said_by(
+            lambda: estimate_fisher(model, broken(rank), ranks="sum")
+        ),
+        "other labels": said_by(
+            lambda: estimate_fisher(model, some, ("exact", "empirical")[rank == 1], ranks="sum")
+        ),
+        "other decay": said_by(lambda: observed(0.9 if rank == 1 else 1.0).finalize(ranks="sum")),
+        "other structure": said_by(
+            lambda: observed(structure=("diagonal", "kronecker")[rank == 1]).finalize(ranks="sum")
+        ),
     }
 
 
@@ -165,7 +221,7 @@ def kept(rank: int) -> tuple[str, str]:
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
-    functions = {f.__name__: f for f in (estimated, in_a_group, trained, refusals, kept)}
+    functions = {f.__name__: f for f in (estimated, in_a_group, trained, refusals, kept, resumed)}
     return results_of(functions, COUNT, tmp_path_factory.mktemp("ranks"))
 
 
@@ -215,13 +271,19 @@ SENTENCES = {
     "inputs": UNREDUCED,
     "factors merged": UNREDUCED,
     "adapters": UNREDUCED,
+    "diagonal of factors": UNREDUCED,
+    "interpolated": UNREDUCED,
     "own": "nothing",
     "whole": "nothing",
     "wrapped": "ValueError: model must be the bare model, .* model.module, and ranks='sum'",
     "not finite in one": "ValueError: .*not finite in batch 0",
-    "other models": "ValueError: the processes observe other parameters: give each the same model",
+    "other models": "ValueError: the processes observe other parameters, .* each the same model",
     "no samples": "ValueError: batches has no samples",
     "failed in one": "RuntimeError: an observe.. failed after",
+    "an error that cannot be sent": "(RuntimeError: )?UnsendableError: the disk is gone",
+    "other labels": "ValueError: the processes estimate in other ways: give each the same arg",
+    "other decay": "ValueError: the processes observe other .* the same decay and structure",
+    "other structure": "ValueError: the processes observe other .* the same decay and structure",
 }
 
 
@@ -235,6 +297,16 @@ def test_what_is_of_one_rank_stays_so_on_disk(results):
     for rank, both in enumerate(results["kept"]):
         for said in both:
             assert re.match(UNREDUCED.format(rank), said), said
+
+
+def test_a_state_is_loaded_by_the_rank_that_saved_it(results):
+    for rank, found in enumerate(results["resumed"]):
+        other = f"the state is of rank {(rank + 1) % COUNT} of 3, and this is rank {rank} of 3"
+        assert re.match(
+            f"ValueError: {other}: samples .* merge what comes after", found["of another"]
+        )
+        assert "the state is of one process alone, and this is rank" in found["of one process"]
+        assert found["own"]
 
 
 def test_bad_input():

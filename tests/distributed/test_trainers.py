@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from trainer_cases import one_epoch, tiny_llama
 
-from cl_optim import FisherEstimator, estimate_fisher
+from cl_optim import FisherEstimator, Importance, estimate_fisher
 
 SETTINGS = {
     f"{average} {accumulation}": (average, accumulation)
@@ -50,14 +50,34 @@ def trained(rank: int) -> dict[str, Any]:
     return found
 
 
-@pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
-    return results_of({"trained": trained}, 2, tmp_path_factory.mktemp("ranks"))["trained"]
+def scaled(rank: int) -> list[dict[str, Tensor]]:
+    """Multiply a loss as the Trainer does, and by a GradScaler that is given, or is found."""
+    found = []
+    for is_given in (True, False):
+        model, data = tiny_llama()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+        scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+        fisher = FisherEstimator(model, during_training=True)
+        given = scaler if is_given else None
+        with fisher.attach(optimizer, loss_terms="tokens", scaler=given):
+            for step in range(2):
+                both = stacked(data[4 * step : 4 * step + 4])
+                mine = {key: value[2 * rank : 2 * rank + 2] for key, value in both.items()}
+                total = (both["labels"] != -100).sum()
+                optimizer.zero_grad()
+                loss = 2 * model(**mine, num_items_in_batch=total).loss
+                scaler.scale(loss).backward()
+                scaler.step(optimizer)
+                scaler.update()
+        found.append(dict(fisher.finalize(ranks="sum").items()))
+    return found
 
 
-@pytest.mark.parametrize("name", SETTINGS)
-def test_the_trainer_of_transformers(results, name):
-    """It divides by all processes' tokens, and multiplies by their number, or does neither."""
+def stacked(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    return {key: torch.stack([row[key] for row in rows]) for key in rows[0]}
+
+
+def expected() -> Importance:
     model, data = tiny_llama()
 
     def loss(each: nn.Module, batch: Any) -> Tensor:
@@ -66,15 +86,32 @@ def test_the_trainer_of_transformers(results, name):
         losses = F.cross_entropy(logits.mT, labels, reduction="none", ignore_index=-100)
         return losses.sum(1)
 
-    batch = {key: torch.stack([row[key] for row in data]) for key in data[0]}
-    expected = estimate_fisher(model, [batch], "empirical", per_sample_loss=loss)
-    for found in results:
-        for parameter, value in expected.items():
+    return estimate_fisher(model, [stacked(data)], "empirical", per_sample_loss=loss)
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
+    functions = {"trained": trained, "scaled": scaled}
+    return results_of(functions, 2, tmp_path_factory.mktemp("ranks"))
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_the_trainer_of_transformers(results, name):
+    """It divides by all processes' tokens, and multiplies by their number, or does neither."""
+    for found in results["trained"]:
+        for parameter, value in expected().items():
             torch.testing.assert_close(found[name][parameter], value, rtol=1e-4, atol=1e-8)
 
 
+def test_a_scaler_beside_it(results):
+    for both in results["scaled"]:
+        for found in both:
+            for parameter, value in expected().items():
+                torch.testing.assert_close(found[parameter], value, rtol=1e-4, atol=1e-8)
+
+
 def test_a_loss_that_cannot_be_seen_is_refused(results):
-    for found in results:
+    for found in results["trained"]:
         assert re.match(
             ".*num_items_in_batch in one of 2 processes.* to False", found["unverified"]
         )

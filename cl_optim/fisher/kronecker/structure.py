@@ -46,6 +46,11 @@ class Structure:
         self.shapes = {name: tuple(one.shape) for name, one in parameters.items()}
         self.forget()
 
+    @property
+    def options(self) -> tuple[int, float, int | None]:
+        """Return what was asked for: block, energy and max_rank."""
+        return self.block, self.energy, self.max_rank
+
     def forget(self) -> None:
         """Decide anew."""
         self.factored: dict[str, None] = {}

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from cl_optim.importance.importance import check_reduced
 from cl_optim.importance.names import named_like
 from cl_optim.ops.checks import listed
 from cl_optim.ops.formats import arithmetic_dtype
@@ -270,6 +271,8 @@ class _Line:
         self._recalibrate = recalibrate
         tensors = dict([*model.named_parameters(), *model.named_buffers()])
         check_local(tensors)
+        for one in importance or ():
+            check_reduced(one)
         settle(old)
         values, missing = matched(old_weights(old, model), model, strict=strict)
         scaled = _check_adapters(tensors, values)

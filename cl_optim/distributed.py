@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pickle
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Literal, TypeAlias, TypeVar, cast
 
@@ -14,6 +14,8 @@ from torch import Tensor
 # What an importance is of: of all samples of all processes, or of a group's; or of this one's,
 # which are all there are. None: of this one's, and marked so where there are others.
 Ranks: TypeAlias = "Literal['sum', 'own'] | dist.ProcessGroup | None"
+# The same, where what each process has found is one of several numbers for one thing.
+MeanRanks: TypeAlias = "Literal['mean', 'own'] | dist.ProcessGroup | None"
 
 _T = TypeVar("_T")
 
@@ -25,13 +27,18 @@ def place() -> tuple[int, int] | None:
     return dist.get_rank(), dist.get_world_size()
 
 
-def check_ranks(ranks: object) -> None:
-    """Raise ValueError where an argument ``ranks`` is none of what it may be."""
-    if ranks is None or ranks in ("sum", "own"):
+def check_ranks(ranks: object, everyone: str = "sum") -> None:
+    """Raise ValueError where an argument ``ranks`` is none of what it may be.
+
+    Args:
+        ranks: The argument.
+        everyone: What says that the processes' numbers are taken together.
+    """
+    if ranks is None or (isinstance(ranks, str) and ranks in (everyone, "own")):
         return
     if not (dist.is_available() and isinstance(ranks, dist.ProcessGroup)):
         raise ValueError(
-            f"ranks must be 'sum', 'own', a process group of torch.distributed or None, not "
+            f"ranks must be {everyone!r}, 'own', a process group of torch.distributed or None, not "
             f"{ranks!r}."
         )
 
@@ -43,8 +50,8 @@ class Together:
         ranks: Whose processes; those of ``'own'`` and ``None`` are this one.
     """
 
-    def __init__(self, ranks: Ranks) -> None:
-        everyone, self._owned = ranks == "sum", ranks == "own"
+    def __init__(self, ranks: Ranks | MeanRanks) -> None:
+        everyone, self._owned = ranks in ("sum", "mean"), ranks == "own"
         self._group = None if ranks is None or isinstance(ranks, str) else ranks
         self._here = (everyone and place() is not None) or self._group is not None
 
@@ -88,6 +95,22 @@ class Together:
     def require_same(self, what: object, message: str) -> None:
         """Raise ValueError in all processes where one has given something else."""
         if any(one != what for one in self.gather(what)):
+            raise ValueError(message)
+
+    def mean(self, numbers: Mapping[str, float]) -> dict[str, float]:
+        """Return the means of numbers over all processes, which are the same bits in each.
+
+        Raises:
+            ValueError: They do not all have the same ones.
+        """
+        self.require_same(list(numbers), "the processes must give numbers for the same names.")
+        found = self.gather(dict(numbers))
+        return {name: sum(one[name] for one in found) / len(found) for name in numbers}
+
+    def require_alike(self, numbers: Tensor, message: str) -> None:
+        """Raise ValueError in all processes where one has a vector that is 0.1 % off another's."""
+        found = torch.tensor(self.gather(numbers.double().tolist()), dtype=torch.float64)
+        if ((found - found[0]).norm(dim=1) > 1e-3 * found[0].norm()).any():
             raise ValueError(message)
 
     def sum_(self, tensors: Iterable[Tensor]) -> None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo
 
+from cl_optim.distributed import MeanRanks, check_ranks
 from cl_optim.ops import gram as gram_ops
 from cl_optim.ops import nnqp
 from cl_optim.ops.capture import is_capturing
@@ -79,8 +80,8 @@ class GEM(Wrapper):
 
     Closures run inside :meth:`step`, at the weights before it. They are part of training: what they
     do to random numbers and running statistics remains, and the scaler's factor is not theirs
-    (rows and gradient are both unscaled). Under DistributedDataParallel let them run the bare
-    module on the same samples in every process, so that all processes project alike.
+    (rows and gradient are both unscaled). Under DistributedDataParallel they run the bare module:
+    on the same samples in every process, or with ``ranks="mean"`` each on its own.
 
     Nothing here waits for a GPU, with one exception: to skip a step that is invalid, it must be
     known to be. The wrapped optimizer finds out by itself where it supports this
@@ -110,6 +111,10 @@ class GEM(Wrapper):
         memory_dtype: Of the rows: float32, float64, bfloat16 or float16, as a dtype or its name;
             None: each parameter's own. bfloat16 moves g̃ by about 1e-3 of its norm.
         track_update: Compute ``last_projection.update_dot``, which takes a copy of the parameters.
+        ranks: Of which processes' gradients a row is the mean: ``"mean"``: of all that train the
+            model, in one all-reduce whenever it is computed; a process group of
+            torch.distributed: of its members'; ``"own"``: of this one's alone. None: of this
+            one's, and where there are others, theirs must be the same.
 
     Raises:
         ValueError: An option is out of range, or the optimizer cannot be wrapped.
@@ -132,7 +137,9 @@ class GEM(Wrapper):
         memory_dtype: torch.dtype | str | None = None,
         *,
         track_update: bool = False,
+        ranks: MeanRanks = None,
     ) -> None:
+        check_ranks(ranks, "mean")
         options = {
             "memory_strength": memory_strength,
             "blocks": blocks,
@@ -149,7 +156,7 @@ class GEM(Wrapper):
             _check_group(group)
         one_device([param for group in optimizer.param_groups for param in group["params"]])
         super().__init__(optimizer)
-        self._memories = Memories(average, _dtype(memory_dtype))
+        self._memories = Memories(average, _dtype(memory_dtype), ranks)
         self._set_options(options)
         self._forget_steps()
 
@@ -252,7 +259,8 @@ class GEM(Wrapper):
                 40 %, from 58 % without protection and 93 % with a refresh every 10 steps).
 
         Raises:
-            ValueError: An argument is out of range.
+            ValueError: An argument is out of range; or the row is another one in another process,
+                and the GEM was made without ``ranks``.
             TypeError: ``closure`` cannot be called.
             RuntimeError: The closure gave no gradient to any of the parameters, or the capacity is
                 reached. Nothing has changed then, nor where the closure itself raises.
@@ -512,7 +520,9 @@ class GEM(Wrapper):
             if key not in options:
                 raise ValueError(f"the state dict is truncated: its options have no {key!r}.")
         _check_options(options)
-        memories = Memories(options["average"], _dtype(options["memory_dtype"]))
+        memories = Memories(
+            options["average"], _dtype(options["memory_dtype"]), self._memories.ranks
+        )
         closures = {memory.name: memory.closure for memory in self._memories.kept}
         memories.load(saved, self.param_groups, self._saved_places(state_dict), closures)
         return dict(options), memories

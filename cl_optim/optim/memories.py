@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cl_optim.distributed import MeanRanks, Together
 from cl_optim.ops import nnqp
 from cl_optim.ops.checks import listed
 from cl_optim.ops.passes import unobserved
@@ -43,13 +44,15 @@ class Memories:
     Args:
         average: Whether the only row is the mean of all gradients; else row k is memory k's.
         dtype: Of the rows; None: each parameter's own.
+        ranks: Of which processes' gradients rows are means.
 
     Attributes:
         kept: The memories, in the order in which they were first remembered.
     """
 
-    def __init__(self, average: bool, dtype: torch.dtype | None) -> None:
+    def __init__(self, average: bool, dtype: torch.dtype | None, ranks: MeanRanks = None) -> None:
         self.average = average
+        self.ranks = ranks
         self.rows = MemoryRows(dtype)
         self.kept: list[Memory] = []
         self._mean_is_outdated = False
@@ -76,7 +79,7 @@ class Memories:
         else:
             kept = [*self._room_for(memory.name, capacity, evict), memory]
         self.rows.follow(with_elements(groups))
-        values = _mean(kept, groups) if self.average else _gradient(memory, groups)
+        values = self._mean(kept, groups) if self.average else self._row(memory, groups)
         # From here on nothing raises.
         for old in [m for m in self.kept if m not in kept and m.name != memory.name]:
             self._remove(old)
@@ -134,13 +137,50 @@ class Memories:
                 )
         if self.average:
             if self._mean_is_outdated or any(memory.due for memory in self.kept):
-                self._write_mean(_mean(self.kept, groups))
+                self._write_mean(self._mean(self.kept, groups))
             return
         for memory in [memory for memory in self.kept if memory.due]:
-            gradient = _gradient(memory, groups)
+            gradient = self._row(memory, groups)
             if memory in self.kept:  # its closure may forget it
                 self.rows.write(self.kept.index(memory), gradient)
                 memory.age = 0
+
+    def _mean(self, memories: Sequence[Memory], groups: Groups) -> dict[Tensor, Tensor]:
+        """Return the mean of the memories' gradients, by parameter."""
+        mean: dict[Tensor, Tensor] = {}
+        for memory in memories:
+            for param, value in self._row(memory, groups).items():
+                mean[param] = mean[param] + value if param in mean else _wide(value)
+        return {param: value / len(memories) for param, value in mean.items()}
+
+    def _row(self, memory: Memory, groups: Groups) -> dict[Tensor, Tensor]:
+        """Return a memory's gradient, which is the same in all processes that train the model.
+
+        Raises:
+            ValueError: It is not, and nothing says what is to be done about that.
+        """
+        together = Together("mean" if self.ranks is None else self.ranks)
+        with together.agreeing():
+            gradient = _gradient(memory, groups)
+        if together.size == 1:
+            return gradient
+        params = with_elements(groups)
+        values = [gradient.get(param, torch.zeros_like(param)) for param in params]
+        if self.ranks is None:
+            together.require_alike(
+                torch.stack(torch._foreach_norm(values)).cpu(),
+                f"the closure of memory {memory.name!r} has found another gradient in each of "
+                f"{together.size} processes, whose weights would drift apart: make the GEM with "
+                "ranks='mean', where each has samples of its own, or with ranks='own', where each "
+                "trains a model of its own.",
+            )
+            return gradient
+        wide = [
+            value.to(torch.float32, copy=True) if value.dtype.itemsize < 4 else value.clone()
+            for value in values
+        ]
+        together.sum_(wide)
+        return dict(zip(params, torch._foreach_div(wide, together.size), strict=True))
 
     def _write_mean(self, values: Mapping[Tensor, Tensor]) -> None:
         self.rows.write(0, values)
@@ -161,7 +201,8 @@ class Memories:
     def __getstate__(self) -> dict[str, Any]:
         """Leave out the closures, which belong to the model of the original."""
         kept = [replace(memory, closure=None) for memory in self.kept]
-        return {**self.__dict__, "kept": kept}
+        ranks = self.ranks if isinstance(self.ranks, str) else None  # a group is of this process
+        return {**self.__dict__, "kept": kept, "ranks": ranks}
 
     def state_dict(self, groups: Groups) -> dict[str, Any]:
         """Return everything but the closures; tensors are the very ones that are in use."""
@@ -212,15 +253,6 @@ def _places(groups: Groups) -> list[int]:
     """Return the places of the parameters with elements among all."""
     params = (param for group in groups for param in group["params"])
     return [place for place, param in enumerate(params) if param.numel() > 0]
-
-
-def _mean(memories: Sequence[Memory], groups: Groups) -> dict[Tensor, Tensor]:
-    """Return the mean of the memories' gradients, by parameter."""
-    mean: dict[Tensor, Tensor] = {}
-    for memory in memories:
-        for param, value in _gradient(memory, groups).items():
-            mean[param] = mean[param] + value if param in mean else _wide(value)
-    return {param: value / len(memories) for param, value in mean.items()}
 
 
 def _gradient(memory: Memory, groups: Groups) -> dict[Tensor, Tensor]:

@@ -455,7 +455,6 @@ def test_of_several_processes_none_writes_checkpoints(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"^folder must be left out where 4 processes train"):
         guard_of(scripted(1.0), folder=tmp_path / "guard")
     assert not (tmp_path / "guard").exists()
-    guard_of(scripted(1.0)).start()
 
 
 def test_given_baselines_count():

@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import nn
 
-from cl_optim.distributed import place
+from cl_optim.distributed import MeanRanks, check_ranks, place
 from cl_optim.ops.checks import check_whole
 from cl_optim.ops.warn import warn
 from cl_optim.optim.gem import GEM
@@ -61,8 +61,10 @@ class RetentionGuard:
     the old weights as far as it must. Without old data let ``retention.old_outputs`` be the
     evaluation.
 
-    It is made for one process. Where several train one model, the evaluations must give the same
-    number in each, and checkpoints are the trainer's business: leave out ``folder``.
+    Where several processes train one model, each has a guard and all evaluate, on the same old
+    samples or each on its part: the mean of their numbers counts, so that all act alike in the same
+    step (a number that is not finite in one is none in any). Checkpoints are the trainer's business
+    there: leave out ``folder``.
 
     With a ``folder``, every check without a breach, or under a budget, is followed by a checkpoint
     of model, optimizer (importance and anchors included), scheduler, data position, random number
@@ -98,6 +100,8 @@ class RetentionGuard:
         old: The old weights, as for :func:`cl_optim.retention.interpolate`. None: the optimizer's
             anchors where these are the weights at :meth:`start`; else a copy of them, in the folder
             if there is one, or in the CPU's memory.
+        ranks: Whose evaluations count: the ``"mean"`` over all processes, or over those of a
+            process group of torch.distributed; ``"own"``: this process's, which trains alone.
 
     Raises:
         ValueError: An argument is out of range, or two do not go together.
@@ -138,8 +142,10 @@ class RetentionGuard:
         budget: float | None = None,
         on_end: Literal["interpolate"] | None = None,
         old: Old | None = None,
+        ranks: MeanRanks = "mean",
     ) -> None:
-        self._judge = Judge(evaluations, useful, quantize)
+        check_ranks(ranks, "mean")
+        self._judge = Judge(evaluations, useful, quantize, ranks)
         if not 0.0 < threshold < 1.0:
             raise ValueError(f"threshold must be between 0 and 1, both excluded, not {threshold}.")
         check_whole("every", every)
@@ -163,10 +169,11 @@ class RetentionGuard:
         self._actions = ("stop",) if on_breach is None else _check_actions(on_breach)
         if "rollback" in self._actions and folder is None:
             raise ValueError("on_breach='rollback' needs a folder for its checkpoints.")
-        if folder is not None and (here := place()) is not None:
+        if folder is not None and ranks != "own" and (here := place()) is not None:
             raise ValueError(
                 f"folder must be left out where {here[1]} processes train one model: each would "
-                "write its checkpoints there."
+                "write its checkpoints there. Where each trains its own, give it a folder of its "
+                "own and ranks='own'."
             )
         self.model = model
         self.optimizer = optimizer

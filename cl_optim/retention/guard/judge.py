@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
+from cl_optim.distributed import MeanRanks, Together
 from cl_optim.ops.passes import eval_mode
 from cl_optim.retention.checkpoint.random_state import rng_state, set_rng_state
 from cl_optim.retention.guard.evaluation import Check, Evaluation, Measured
@@ -24,6 +26,7 @@ class Judge:
         evaluations: As for :class:`~cl_optim.retention.RetentionGuard`, as are the others.
         useful: Old tasks whose forgetting is wanted.
         quantize: A format: everything is measured on a copy of the model in it, too.
+        ranks: Of which processes the numbers are means.
 
     Attributes:
         names: Those of all evaluations.
@@ -39,7 +42,9 @@ class Judge:
         evaluations: Iterable[Evaluation],
         useful: Iterable[str],
         quantize: Quantize | torch.dtype | None,
+        ranks: MeanRanks = None,
     ) -> None:
+        self._together = Together(ranks)
         self._plain = _checked(evaluations)
         useful = _checked_useful(useful, self._plain)
         self._quantize = None if quantize is None else check_quantize(quantize)
@@ -56,7 +61,12 @@ class Judge:
         return f"{name} ({self._quantize})"
 
     def measure(self, model: nn.Module) -> dict[str, float]:
-        """Return each evaluation's number, by name."""
+        """Return each evaluation's number, by name: its mean over all processes."""
+        with self._together.agreeing():
+            values = self._measure_here(model)
+        return self._together.mean(values)
+
+    def _measure_here(self, model: nn.Module) -> dict[str, float]:
         values = {}
         for evaluation in self._plain:
             with _evaluating(model):  # each: one may leave the model in training mode
@@ -73,8 +83,12 @@ class Judge:
         """Refuse baselines to which no loss can be compared.
 
         Raises:
-            ValueError: One is not finite, or it is zero and losses on its task are judged.
+            ValueError: One is not finite, or it is zero and losses on its task are judged; or they
+                are others in another process.
         """
+        self._together.require_same(
+            dict(baselines), "baselines must be the same numbers in all processes."
+        )
         for evaluation in self._all:
             value, guarded = baselines[evaluation.name], self._guards(evaluation)
             if not math.isfinite(value) or (guarded and value == 0.0):
@@ -106,8 +120,19 @@ class Judge:
     def of_weights(self) -> list[Evaluation]:
         """Return the evaluations of the model itself; those of useful tasks guard nothing."""
         return [
-            replace(one, role="mixed") if one.name in self.wanted else one for one in self._plain
+            replace(
+                one,
+                measure=partial(self._mean, one.measure),
+                role="mixed" if one.name in self.wanted else one.role,
+            )
+            for one in self._plain
         ]
+
+    def _mean(self, measure: Callable[[nn.Module], float], model: nn.Module) -> float:
+        """Return the mean of what an evaluation measures in each process."""
+        with self._together.agreeing():
+            value = float(measure(model))
+        return self._together.mean({"": value})[""]
 
     def compare(
         self, values: Mapping[str, float], baselines: Mapping[str, float]

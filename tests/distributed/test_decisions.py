@@ -1,0 +1,234 @@
+"""What each of several processes would decide for itself: GEM's rows, and a guard's actions."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from processes import results_of
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from cl_optim import GEM, EWCAdamW
+from cl_optim.retention import Evaluation, RetentionGuard
+
+
+def batch(seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(8, 4, generator=generator), torch.randn(8, 2, generator=generator)
+
+
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 2))
+
+
+def trained(rank: int, ranks: Any, seeds: tuple[int, ...]) -> list[torch.Tensor]:
+    """Train on batches of the rank's own, with a memory of its own of samples of those seeds."""
+    model = network()
+    parallel = DistributedDataParallel(model)
+    optimizer = GEM(torch.optim.SGD(model.named_parameters(), lr=0.1), ranks=ranks)
+
+    def remember() -> None:
+        x, y = (torch.cat(parts) for parts in zip(*map(batch, seeds), strict=True))
+        F.mse_loss(model(x), y).backward()
+
+    optimizer.remember("old", remember)
+    for step in range(6):
+        optimizer.zero_grad()
+        x, y = batch(10 + 2 * step + rank)
+        F.mse_loss(parallel(x), y).backward()
+        optimizer.step()
+    assert optimizer.last_projection.v.numel() == 1
+    return [param.detach() for param in model.parameters()]
+
+
+def same_samples(rank: int) -> list[torch.Tensor]:
+    return trained(rank, None, (0, 1))
+
+
+def mean_of_own_samples(rank: int) -> list[torch.Tensor]:
+    return trained(rank, "mean", (rank,))
+
+
+def mean_over_a_group(rank: int) -> list[torch.Tensor]:
+    return trained(rank, torch.distributed.group.WORLD, (rank,))
+
+
+def other_samples(rank: int) -> str:
+    try:
+        trained(rank, None, (rank,))
+    except ValueError as error:
+        return str(error)
+    return "nothing"
+
+
+def alone(rank: int) -> int:
+    optimizer = GEM(torch.optim.SGD(network().named_parameters(), lr=0.1), ranks="own")
+    model = optimizer.param_groups[0]["params"]
+    optimizer.remember("old", lambda: (model[0].sum() * (rank + 1)).backward())
+    return len(optimizer.memories)
+
+
+def one_closure_fails(rank: int) -> str:
+    model = network()
+    optimizer = GEM(torch.optim.SGD(model.named_parameters(), lr=0.1), ranks="mean")
+
+    def closure() -> None:
+        if rank == 1:
+            raise OSError("no samples")
+        model(torch.ones(1, 4)).sum().backward()
+
+    with pytest.raises(OSError, match="no samples") as caught:
+        optimizer.remember("old", closure)
+    assert optimizer.memories == ()
+    return str(caught.value)
+
+
+# --- the guard ------------------------------------------------------------------------------------
+
+
+def raised_lambda(rank: int) -> tuple[float, float]:
+    """Let one rank's part of the old samples be forgotten."""
+    model = network()
+    optimizer = EWCAdamW(model.named_parameters(), lr=0.1)
+    optimizer.consolidate(None)
+    values = iter([1.0, 0.5 if rank else 1.0])
+    guard = RetentionGuard(
+        model, optimizer, [Evaluation("old", lambda model: next(values))], on_breach="raise_lambda"
+    )
+    guard.start()
+    check = guard.check()
+    return optimizer.param_groups[0]["ewc_lambda"], check.measured[0].value
+
+
+def stopped_at(rank: int) -> int:
+    """Let the numbers of one rank become NaN after two steps."""
+    model = network()
+    optimizer = EWCAdamW(model.named_parameters(), lr=0.1)
+    steps = [0]
+
+    def measure(model: nn.Module) -> float:
+        return float("nan") if rank == 1 and steps[0] >= 2 else 1.0
+
+    guard = RetentionGuard(
+        model, optimizer, [Evaluation("old", measure)], on_breach="stop", every=1
+    )
+    guard.start()
+    while not guard.step():
+        steps[0] += 1
+        torch.distributed.barrier()  # where a rank that went on alone would hang
+    return guard.steps
+
+
+def other_baselines(rank: int) -> str:
+    guard = RetentionGuard(
+        network(),
+        EWCAdamW(network().parameters()),
+        [Evaluation("old", lambda model: 1.0)],
+        on_breach="stop",
+    )
+    with pytest.raises(ValueError, match="same numbers in all processes") as caught:
+        guard.start({"old": 1.0 + rank})
+    return str(caught.value)
+
+
+def failed_evaluation(rank: int) -> str:
+    def measure(model: nn.Module) -> float:
+        if rank == 0:
+            raise OSError("no file")
+        return 1.0
+
+    guard = RetentionGuard(
+        network(),
+        EWCAdamW(network().parameters()),
+        [Evaluation("old", measure)],
+        on_breach="stop",
+    )
+    with pytest.raises(OSError, match="no file") as caught:
+        guard.start()
+    return str(caught.value)
+
+
+def way_back(rank: int) -> tuple[float, list[torch.Tensor]]:
+    """Go back towards the old weights, of which each rank measures something of its own."""
+    model = network()
+    old = {name: param.detach().clone() for name, param in model.named_parameters()}
+    first = model[0]
+
+    def measure(model: nn.Module) -> float:
+        return 1.0 - (rank + 1) * float((first.weight - old["0.weight"]).detach().mean())
+
+    guard = RetentionGuard(
+        model, torch.optim.SGD(model.parameters()), [Evaluation("old", measure)], budget=0.3
+    )
+    guard.start()
+    with torch.no_grad():
+        first.weight += 1.0
+    curve = guard.finish()
+    assert curve is not None
+    return curve.alpha, [param.detach() for param in model.parameters()]
+
+
+SCENES = (
+    *(same_samples, mean_of_own_samples, mean_over_a_group, other_samples, alone),
+    *(one_closure_fails, raised_lambda, stopped_at, other_baselines, failed_evaluation, way_back),
+)
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
+    scenes = {scene.__name__: scene for scene in SCENES}
+    return results_of(scenes, 2, tmp_path_factory.mktemp("ranks"))
+
+
+class TestGEM:
+    @pytest.mark.parametrize("name", ["same_samples", "mean_of_own_samples", "mean_over_a_group"])
+    def test_replicas_stay_the_same(self, results, name):
+        first, second = results[name]
+        for a, b in zip(first, second, strict=True):
+            assert torch.equal(a, b)
+
+    def test_the_mean_over_ranks_is_the_gradient_of_all_samples(self, results):
+        for name in ("mean_of_own_samples", "mean_over_a_group"):
+            for a, b in zip(results[name][0], results["same_samples"][0], strict=True):
+                torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+    def test_other_samples_on_each_rank_are_refused(self, results):
+        for said in results["other_samples"]:
+            assert re.search("'old' has found another gradient in each of 2 .* ranks='mean'", said)
+
+    def test_processes_that_train_alone_say_so(self, results):
+        assert results["alone"] == [1, 1]
+
+    def test_an_error_in_one_closure_is_raised_in_all(self, results):
+        assert results["one_closure_fails"] == ["no samples"] * 2
+
+    @pytest.mark.parametrize("ranks", ["sum", 3, "all"])
+    def test_bad_ranks(self, ranks):
+        with pytest.raises(ValueError, match=r"^ranks must be 'mean', 'own', a process group"):
+            GEM(torch.optim.SGD(network().parameters(), lr=0.1), ranks=ranks)
+
+
+class TestGuard:
+    def test_all_raise_lambda_for_the_mean(self, results):
+        assert results["raised_lambda"] == [(3.0, 0.75)] * 2
+
+    def test_a_breach_on_one_rank_stops_all_at_the_same_step(self, results):
+        assert results["stopped_at"] == [3, 3]
+
+    def test_other_baselines_are_refused(self, results):
+        assert len(results["other_baselines"]) == 2
+
+    def test_an_error_in_one_evaluation_is_raised_in_all(self, results):
+        assert results["failed_evaluation"] == ["no file"] * 2
+
+    def test_all_go_back_as_far(self, results):
+        (alpha, first), (other, second) = results["way_back"]
+        assert alpha == other < 1.0
+        # Half of the ranks lose α, half 2α: 30 % on average are α = 0.2.
+        assert alpha == pytest.approx(0.2, abs=0.02)
+        assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))

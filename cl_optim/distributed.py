@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import math
 import pickle
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, Literal, TypeAlias, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 # What an importance is of: of all samples of all processes, or of a group's; or of this one's,
 # which are all there are. None: of this one's, and marked so where there are others.
@@ -48,17 +53,23 @@ class Together:
 
     Args:
         ranks: Whose processes; those of ``'own'`` and ``None`` are this one.
+        mesh: Those of a mesh, instead.
     """
 
-    def __init__(self, ranks: Ranks | MeanRanks) -> None:
-        everyone, self._owned = ranks in ("sum", "mean"), ranks == "own"
-        self._group = None if ranks is None or isinstance(ranks, str) else ranks
-        self._here = (everyone and place() is not None) or self._group is not None
+    def __init__(self, ranks: Ranks | MeanRanks = None, mesh: DeviceMesh | None = None) -> None:
+        self._owned = isinstance(ranks, str) and ranks == "own"
+        self._groups: list[dist.ProcessGroup | None] = []  # None: of all processes
+        if mesh is not None:
+            self._groups = [mesh.get_group(dim) for dim in range(mesh.ndim) if mesh.size(dim) > 1]
+        elif isinstance(ranks, str):
+            self._groups = [] if self._owned or place() is None else [None]
+        elif ranks is not None:
+            self._groups = [ranks]
 
     @property
     def metadata(self) -> dict[str, Any]:
         """What an importance says of this: ``"ranks"`` it is the sum of, or whose it is alone."""
-        if self._here:
+        if self._groups:
             return {"ranks": self.size}
         if self._owned or (here := place()) is None:
             return {}
@@ -67,15 +78,16 @@ class Together:
     @property
     def size(self) -> int:
         """How many processes there are."""
-        return dist.get_world_size(self._group) if self._here else 1
+        return math.prod(dist.get_world_size(group) for group in self._groups)
 
     def gather(self, value: _T) -> list[_T]:
         """Return what each process has given, by rank; anything that can be pickled."""
-        if not self._here:
-            return [value]
-        found: list[Any] = [None] * self.size
-        dist.all_gather_object(found, value, group=self._group)
-        return cast(list[_T], found)
+        found = [value]
+        for group in reversed(self._groups):  # of a mesh the last dimension comes first
+            lists: list[Any] = [None] * dist.get_world_size(group)
+            dist.all_gather_object(lists, found, group=group)
+            found = [one for of_process in cast(list[list[_T]], lists) for one in of_process]
+        return found
 
     @contextmanager
     def agreeing(self) -> Iterator[None]:
@@ -115,19 +127,35 @@ class Together:
 
     def sum_(self, tensors: Iterable[Tensor]) -> None:
         """Replace tensors by their sums over all processes, which are the same bits in each."""
-        if not self._here:
+        if not self._groups:
             return
         for tensor in tensors:
             there = self._sendable(tensor)
-            dist.all_reduce(there, group=self._group)
+            for group in self._groups:
+                dist.all_reduce(there, group=group)
             if there is not tensor:
                 tensor.copy_(there)
 
+    def added(self, tensor: Tensor) -> Tensor:
+        """Return the sum of small tensors over all processes, added up in one order in each.
+
+        A reduction adds up in an order that differs between the elements.
+        """
+        for group in reversed(self._groups):
+            there = self._sendable(tensor)
+            parts = [torch.empty_like(there) for _ in range(dist.get_world_size(group))]
+            dist.all_gather(parts, there, group=group)
+            tensor = sum(parts[1:], start=parts[0]).to(tensor.device)
+        return tensor
+
     def _sendable(self, tensor: Tensor) -> Tensor:
-        """Return the tensor where the group's backend can send it from."""
-        if "gloo" in dist.get_backend(self._group) or not tensor.is_cpu:
+        """Return the tensor where the groups' backend can send it from."""
+        if "gloo" in dist.get_backend(self._groups[0]) or not tensor.is_cpu:
             return tensor.contiguous()
         return tensor.to(torch.accelerator.current_accelerator() or "cpu")
+
+
+ALONE = Together()
 
 
 def _sendable_error(error: Exception | None) -> Exception | None:
@@ -137,3 +165,105 @@ def _sendable_error(error: Exception | None) -> Exception | None:
     except Exception:  # of the error's own making, whatever it is
         return RuntimeError(f"{type(error).__name__}: {error}")
     return error
+
+
+# --- parts of tensors -----------------------------------------------------------------------------
+
+
+def is_dtensor(tensor: Tensor) -> bool:
+    """Tell whether it is a DTensor, without importing what that takes a second to import."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
+def here(tensor: Tensor, param: Tensor | None = None) -> Tensor:
+    """Return the part of a tensor that is in this process: all of it but of a DTensor.
+
+    Args:
+        tensor: A DTensor, or a tensor that is the same in all processes.
+        param: Whose part: the tensor, of its shape, is brought to where it is. Of a tensor that is
+            the same in all processes that takes no communication.
+    """
+    if param is None or not is_dtensor(param):
+        if not is_dtensor(tensor):
+            return tensor
+        return cast(Any, tensor.detach()).to_local() if param is None else whole(tensor)
+    from torch.distributed.tensor import DTensor, Replicate
+
+    there = cast(DTensor, param)
+    if not is_dtensor(tensor):
+        everywhere = [Replicate()] * there.device_mesh.ndim
+        tensor = DTensor.from_local(tensor.detach(), there.device_mesh, everywhere, run_check=False)
+    given = cast(DTensor, tensor.detach())
+    return given.redistribute(there.device_mesh, there.placements).to_local()
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """Return all of a tensor, of a DTensor by a collective operation of its processes."""
+    return cast(Any, tensor.detach()).full_tensor() if is_dtensor(tensor) else tensor
+
+
+def like(param: Tensor, part: Tensor) -> Tensor:
+    """Return a tensor that is where a parameter is, of whose shape this is the part here.
+
+    The memory is the part's.
+    """
+    if not is_dtensor(param):
+        return part
+    from torch.distributed.tensor import DTensor
+
+    there = cast(DTensor, param)
+    return DTensor.from_local(
+        part, there.device_mesh, there.placements,
+        run_check=False, shape=there.shape, stride=there.stride(),
+    )  # fmt: skip
+
+
+def offset_of(param: Tensor) -> tuple[int, ...]:
+    """Return where in a parameter its part of this process begins."""
+    if not is_dtensor(param):
+        return (0,) * param.dim()
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    there = cast(Any, param)
+    _, offset = compute_local_shape_and_global_offset(
+        there.shape, there.device_mesh, there.placements
+    )
+    return tuple(offset)
+
+
+def mesh_of(params: Iterable[Tensor]) -> DeviceMesh | None:
+    """Return the mesh that all parameters are spread over; None where none is a DTensor.
+
+    Raises:
+        ValueError: There are several, and none has the processes of all.
+    """
+    meshes: list[DeviceMesh] = []
+    for param in params:
+        if is_dtensor(param) and cast(Any, param).device_mesh not in meshes:
+            meshes.append(cast(Any, param).device_mesh)
+    if not meshes:
+        return None
+    largest = max(meshes, key=lambda mesh: (mesh.size(), mesh.ndim))
+    ranks = set(largest.mesh.flatten().tolist())
+    if any(not ranks.issuperset(mesh.mesh.flatten().tolist()) for mesh in meshes):
+        raise ValueError(
+            "the parameters are spread over several meshes, none of which has the processes of "
+            "all: make an optimizer for each."
+        )
+    return largest
+
+
+def is_counted(param: Tensor, mesh: DeviceMesh | None) -> bool:
+    """Tell whether this process is the one whose part a sum over the mesh takes, of replicas."""
+    if mesh is None:
+        return True
+    first = int(mesh.mesh.flatten()[0])
+    if not is_dtensor(param):
+        return dist.get_rank() == first
+    of_param: DeviceMesh = cast(Any, param).device_mesh
+    place_here = of_param.get_coordinate()
+    if place_here is None or first not in of_param.mesh.flatten().tolist():
+        return False
+    pairs = zip(place_here, cast(Any, param).placements, strict=True)
+    return all(index == 0 for index, placement in pairs if placement.is_replicate())

@@ -19,6 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from cl_optim.distributed import ALONE, Together
 from cl_optim.ops.checks import check_fraction
 from cl_optim.ops.importance_histogram import BINS, add_histogram_, bins
 
@@ -225,7 +226,7 @@ class Cut(NamedTuple):
     ties: int
 
 
-def cut(values: Mapping[str, Tensor], count: int) -> Cut:
+def cut(values: Mapping[str, Tensor], count: int, together: Together = ALONE) -> Cut:
     """Find where the ``count`` largest of all values end.
 
     Ranks are those of float32; where a tensor is float64, those of float64.
@@ -233,24 +234,30 @@ def cut(values: Mapping[str, Tensor], count: int) -> Cut:
     Args:
         values: Finite and ≥ 0.
         count: At most as many as there are values.
+        together: The processes, whose values are counted together; each finds the same.
     """
     if count == 0:
         return Cut(math.inf, 0)
     histogram = Histogram()
+    any_float64 = False
     for value in values.values():
-        if value.dtype == torch.float64:
-            return _cut_float64(values, count)
-        histogram.add(value)
+        any_float64 = any_float64 or value.dtype == torch.float64
+        if not any_float64:
+            histogram.add(value)
+    if any(together.gather(any_float64)):
+        return _cut_float64(values, count, together)
+    together.sum_([histogram.counts])
     upper, count = _place(histogram.counts, count)
     lower = torch.zeros(2**16, dtype=torch.int64, device="cpu")
     for piece in _pieces(values, torch.float32):
         lower += torch.bincount(_lower_bits(piece, upper), minlength=2**16)
+    together.sum_([lower])
     place, ties = _place(lower, count)
     bits = torch.tensor(upper << 16 | place, dtype=torch.int32, device="cpu")
     return Cut(bits.view(torch.float32).item(), ties)
 
 
-def _cut_float64(values: Mapping[str, Tensor], count: int) -> Cut:
+def _cut_float64(values: Mapping[str, Tensor], count: int, together: Together) -> Cut:
     """Find `cut` 16 bits after 16 bits of a float64, the upper ones first."""
     prefix = 0
     for shift in (48, 32, 16, 0):
@@ -260,6 +267,7 @@ def _cut_float64(values: Mapping[str, Tensor], count: int) -> Cut:
             if shift < 48:
                 bits = bits[bits >> (shift + 16) == prefix]
             counts += torch.bincount(bits >> shift & 0xFFFF, minlength=2**16)
+        together.sum_([counts])
         place, count = _place(counts, count)
         prefix = prefix << 16 | place
     bits = torch.tensor(prefix, dtype=torch.int64, device="cpu")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -101,6 +101,6 @@ def take_step(calls: Sequence[Call]) -> bool:
     return True
 
 
-def snapshot(state: dict[Any, Any]) -> Any:
+def snapshot(state: Mapping[Any, Any]) -> Any:
     """Return what tells by ``matches(state)``, quickly, if a dict has the same keys and values."""
     return library.extension("cpu").Snapshot(state)

@@ -105,11 +105,18 @@ def _float_dtype(param: Tensor, format_: str) -> torch.dtype:
 # --- moments --------------------------------------------------------------------------------------
 
 
-def zero_moment(param: Tensor, format_: str) -> Tensor:
-    """Make a parameter's moment as it begins."""
+def zero_moment(param: Tensor, format_: str, size: int | None = None) -> Tensor:
+    """Make a parameter's moment as it begins.
+
+    Args:
+        param: The parameter.
+        format_: How it is to be stored.
+        size: How many weights all of it has, where this is a part; the format is that of the whole.
+    """
     if format_ != "8bit":
         return like(param, _float_dtype(param, format_)).zero_()
-    if param.dtype == torch.float64 or param.numel() < SMALLEST_8BIT:
+    size = param.numel() if size is None else size
+    if param.dtype == torch.float64 or size < SMALLEST_8BIT:
         return like(param).zero_()
     return torch.zeros(codec.packed_shape(param.numel()), dtype=_CODES, device=param.device)
 

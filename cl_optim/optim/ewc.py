@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo
 
+from cl_optim.distributed import whole
 from cl_optim.ops.capture import is_capturing
 from cl_optim.ops.checks import check_groups, dtype_name
 from cl_optim.ops.ewc_adamw_arguments import Penalty
@@ -38,7 +39,8 @@ from cl_optim.optim.launch import Roles, Step
 from cl_optim.optim.options import lr_stays_tensor
 from cl_optim.optim.protecting import Protecting
 from cl_optim.optim.pulling import Batch, Pulling, batches
-from cl_optim.optim.state import check_param_state, loaded, misfit
+from cl_optim.optim.shards import Shards
+from cl_optim.optim.state import check_param_state, loaded, misfit, spread
 from cl_optim.optim.wrapper import Wrapper, inside_step, passed_on
 
 _KEY = "ewc"  # of a state dict
@@ -162,6 +164,7 @@ class EWC(Protecting, Wrapper):
     def _begin_anew(self, state: _State) -> None:
         self._protected_state = state
         self._pull = Pull()
+        self._shards = Shards()
         self._pulling = Pulling()
         self._ledger = Ledger()
         self._members: list[list[int]] | None = None
@@ -216,29 +219,30 @@ class EWC(Protecting, Wrapper):
         Raises:
             RuntimeError: What is protected is not what the groups have, or was cast.
         """
-        groups = self.param_groups
+        groups = self._shards.follow(self.param_groups, self._protection).groups
         if self._members is None or not _are_the_same(groups, self._seen):
+            shards = self._local()
+            groups, state = shards.groups, shards.state
             self._check_groups()
             self._seen = [(list(g["params"]), _dtype(g)) for g in groups]
             self._pulling.forget()
             self._pull.look_again()
             in_matrices = self._pull.members(self.param_groups, self._protection)
-            state = self._protection
             self._members = [
                 [
                     index
                     for index, param in enumerate(group["params"])
                     if "importance" in state.get(param, {}) and param not in in_matrices
                 ]
-                for group in self.param_groups
+                for group in groups
             ]
             self._whole = [
                 batches(number, group["params"], self._members[number])
-                for number, group in enumerate(self.param_groups)
+                for number, group in enumerate(groups)
             ]
-            frozen = ((p, self.frozen_weights(p)) for p in self._params())
-            self._frozen = {p: mask for p, mask in frozen if mask is not None and bool(mask.any())}
-            for group in self.param_groups:
+            frozen = ((p, protection.frozen_weights(s, p)) for p, s in self._protected_states())
+            self._frozen = {p: mask for p, mask in frozen if bool(mask.any())}
+            for group in groups:
                 if group["rounding"] == "stochastic":
                     for param in group["params"]:
                         if "importance" in state.get(param, {}):
@@ -389,7 +393,7 @@ class EWC(Protecting, Wrapper):
             self._settle_wrapped()
         taken = Step(
             self.param_groups, self._protected_state, [one.hyper() for one in options], ({}, {}),
-            None, getattr(self, "found_inf", None), roles,
+            None, getattr(self, "found_inf", None), roles, self._shards,
         )  # fmt: skip
         self._pull.after_step(taken, self._says(moving))
         for param, mask in self._frozen.items():
@@ -397,13 +401,14 @@ class EWC(Protecting, Wrapper):
 
     def _damp(self, before: Mapping[Tensor, Tensor]) -> None:
         """Take back a part of the step where weights are important."""
-        for group in self.param_groups:
+        shards = self._shards
+        for group in shards.groups:
             if not _is_damped(group):
                 continue
             factor = min(group["importance_damping"] / group["importance_mean"], sys.float_info.max)
             for param in group["params"]:
-                if "importance" in self._protection.get(param, {}):
-                    importance, _ = protection.read(self._protection[param], param)
+                if "importance" in shards.state.get(param, {}):
+                    importance, _ = protection.read(shards.state[param], param)
                     largest = torch.finfo(importance.dtype).max
                     shorter = importance.mul_(min(factor, largest)).add_(1.0)
                     was = before[param].to(importance.dtype)
@@ -414,11 +419,12 @@ class EWC(Protecting, Wrapper):
     ) -> dict[Tensor, Tensor]:
         """Copy the weights that a pull, or what is frozen, is to know from before the step."""
         wanted = dict.fromkeys(self._frozen)
-        for group, one, indices in zip(self.param_groups, options, members, strict=True):
+        shards = self._shards
+        state = shards.state
+        for group, one, indices in zip(shards.groups, options, members, strict=True):
             if one.penalty == "decoupled":
                 wanted.update(dict.fromkeys(group["params"][index] for index in indices))
             if _is_damped(group):
-                state = self._protection
                 protected = (p for p in group["params"] if "importance" in state.get(p, {}))
                 wanted.update(dict.fromkeys(protected))
         return {param: param.detach().clone() for param in wanted}
@@ -445,14 +451,19 @@ class EWC(Protecting, Wrapper):
             return self._whole[number]
         assert self._members is not None
         members = [index for index in self._members[number] if moving[index]]
-        return batches(number, self.param_groups[number]["params"], members)
+        return batches(number, self._shards.groups[number]["params"], members)
 
     @torch.no_grad()
     def _pull_gradients(self, options: Sequence[Options]) -> None:
         if not any(one.penalty == "gradient" for one in options):
             return
+        with self._shards.with_grads():
+            self._pull_local_gradients(options)
+
+    def _pull_local_gradients(self, options: Sequence[Options]) -> None:
         moving = self._moving()
-        for number, (group, one) in enumerate(zip(self.param_groups, options, strict=True)):
+        groups = self._shards.groups
+        for number, (group, one) in enumerate(zip(groups, options, strict=True)):
             if one.penalty != "gradient" or one.ewc_lambda == 0.0:
                 continue
             for batch in self._batches(number, moving[number]):
@@ -465,7 +476,8 @@ class EWC(Protecting, Wrapper):
                             "penalty='proximal' needs no gradient."
                         )
                 scale = _number(getattr(self, "grad_scale", None), batch.device)
-                self._pulling.take(batch, self._protection, one, Numbers(None, scale, None), {})
+                numbers = Numbers(None, scale, None)
+                self._pulling.take(batch, self._shards.state, one, numbers, {})
 
     def _with_penalty(
         self,
@@ -511,11 +523,13 @@ class EWC(Protecting, Wrapper):
                 lr = _number(group["lr"], batch.device) if lr_stays_tensor(group) else None
                 numbers = Numbers(lr, None, _number(found_inf, batch.device))
                 self._settle_wrapped()
-                self._pulling.take(batch, self._protection, one, numbers, before)
+                self._pulling.take(batch, self._shards.state, one, numbers, before)
 
     def _take_due(self, number: int) -> None:
         """Take the pull of several steps of a group at once."""
-        group, members = self.param_groups[number], self._look()[number]
+        members = self._look()[number]
+        shards = self._shards
+        group = shards.groups[number]
         due = self._ledger.take(number)
         if any(len(moved) != len(members) for moved in due):
             return  # what was due is of another protection
@@ -536,7 +550,7 @@ class EWC(Protecting, Wrapper):
                     0.0 if isinstance(total, Tensor) else total, 1.0,
                     stochastic=group["rounding"] == "stochastic",
                 )  # fmt: skip
-                self._pulling.take(batch, self._protection, one, Numbers(lr), {})
+                self._pulling.take(batch, shards.state, one, Numbers(lr), {})
 
     def _refuse_capture(self) -> None:
         if not is_capturing():
@@ -583,6 +597,7 @@ class EWC(Protecting, Wrapper):
         """
         self._before_saving()
         self.settle()
+        shards = self._local()
         state_dict = self.optimizer.state_dict()
         state_dict["param_groups"] = [
             {
@@ -595,7 +610,7 @@ class EWC(Protecting, Wrapper):
         state_dict[_KEY] = {
             "groups": [{key: group[key] for key in OWN} for group in self.param_groups],
             "state": {
-                place: dict(self._protection[param])
+                place: spread(self._protection[param], shards.part(param), param)
                 for place, param in enumerate(self._params())
                 if param in self._protection
             },
@@ -678,6 +693,7 @@ class EWC(Protecting, Wrapper):
         group_of = {p: {**g, **own} for g, own in zip(groups, options, strict=True)
                     for p in g["params"]}  # fmt: skip
         found: _State = defaultdict(dict)
+        shards = self._local()
         checked = []
         for place, one in saved["state"].items():
             if place not in by_place:
@@ -690,7 +706,7 @@ class EWC(Protecting, Wrapper):
             protects = {key: value for key, value in one.items() if key != "step"}
             check_param_state(protects, param, name)
             checked.append((protects, param, group_of[param], name))
-            found[param] = loaded(one, param, group_of[param])
+            found[param] = loaded(one, param, shards.part(param), group_of[param])
         check_saved(checked)
         return options, found
 
@@ -722,4 +738,4 @@ def _without_own(state_dict: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _number(value: Any, device: torch.device) -> Tensor | None:
-    return value.to(device, torch.float32) if isinstance(value, Tensor) else None
+    return whole(value).to(device, torch.float32) if isinstance(value, Tensor) else None

@@ -21,12 +21,14 @@ from cl_optim.optim.kronecker.stacks import apart
 from cl_optim.optim.launch import AddedRows, Launch, Step, refuse_exchanged, refuse_sparse
 from cl_optim.optim.options import check_group, check_param, choose
 from cl_optim.optim.protecting import Protecting
+from cl_optim.optim.shards import Shards, State
 from cl_optim.optim.state import (
     MOMENTS,
     check_state_dict,
     from_adamw,
     in_order,
     loaded,
+    spread,
 )
 from cl_optim.optim.suggest_lambda import suggest_lambda
 
@@ -116,8 +118,8 @@ class EWCAdamW(Protecting, torch.optim.Optimizer):
 
     Raises:
         ValueError: A hyperparameter is out of range; ``foreach`` or ``differentiable`` is true
-            and so is ``fused``; a parameter is complex, or a DTensor; ``rounding`` is not
-            ``"nearest"`` for a float16 parameter.
+            and so is ``fused``; a parameter is complex; ``rounding`` is not ``"nearest"`` for a
+            float16 parameter; ``differentiable`` is true for a DTensor.
         RuntimeError: ``fused=True`` where there are no compiled kernels.
 
     References:
@@ -221,6 +223,7 @@ class EWCAdamW(Protecting, torch.optim.Optimizer):
         """Begin anew with what is known of earlier steps."""
         self._launch = Launch()
         self._pull = Pull()
+        self._shards = Shards()
         self._added_rows: AddedRows = ({}, {})
         self._fixed = []
         self._was_captured = False
@@ -247,8 +250,7 @@ class EWCAdamW(Protecting, torch.optim.Optimizer):
 
         Raises:
             ValueError: A hyperparameter of a group is out of range, or a tensor of the state, a
-                gradient or a memory row does not fit its parameter; a parameter was exchanged for
-                a DTensor.
+                gradient or a memory row does not fit its parameter.
             RuntimeError: A gradient is sparse; a parameter was cast to a dtype that its state does
                 not fit; protected parameters were exchanged for others, or a group's options were
                 set back; or a CUDA graph is captured that would not replay the step. Nothing has
@@ -259,28 +261,48 @@ class EWCAdamW(Protecting, torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         with torch.set_grad_enabled(self.defaults["differentiable"]):
-            step = self._next_step()
-            if is_capturing():
-                check_capture(step, self._launch.sums)
-                self._was_captured = True
-            if not self._launch.repeat(step):
-                refuse_exchanged(step.groups, step.state)
-                refuse_sparse(step.groups)
-                self._warn_of_moving()
-                self._launch.begin(step)
-        self._pull.after_step(step)
+            shards = self._shards
+            if shards.any:
+                shards.follow(self.param_groups, self.state)
+                with shards.with_grads():
+                    self._take(self._next_step())
+            else:
+                self._take(self._next_step())
         return loss
 
+    def _take(self, step: Step) -> None:
+        if is_capturing():
+            check_capture(step, self._launch.sums)
+            self._was_captured = True
+        if not self._launch.repeat(step):
+            if not step.shards.any and self._local().any:  # exchanged for DTensors
+                with step.shards.with_grads():
+                    return self._take(self._next_step())
+            refuse_exchanged(self.param_groups, self.state)
+            refuse_sparse(step.groups)
+            self._warn_of_moving()
+            self._launch.begin(step)
+        return self._pull.after_step(step)
+
     def _next_step(self) -> Step:
+        shards = self._shards
+        groups = self.param_groups
+        state: State = self.state
+        rows, coefficients = self._added_rows
+        if shards.any:
+            groups, state = shards.groups, shards.state
+            rows = {shards.part(param): of_param for param, of_param in rows.items()}
+            coefficients = {shards.part(param): v for param, v in coefficients.items()}
         return Step(
-            self.param_groups,
-            self.state,
+            groups,
+            state,
             [check_group(group) for group in self.param_groups],
-            self._added_rows,
+            (rows, coefficients),
             # GradScaler sets these two for the time of a step.
             getattr(self, "grad_scale", None),
             getattr(self, "found_inf", None),
-            self._pull.roles(self.param_groups, self.state),
+            self._pull.roles(groups, state),
+            shards,
         )
 
     def step_projected(
@@ -346,16 +368,16 @@ class EWCAdamW(Protecting, torch.optim.Optimizer):
                 differ in ``penalty``, or no λ does: the importance is 0.
             RuntimeError: Nothing has been consolidated; or there is no gradient (step), or it is 0.
         """
-        return suggest_lambda(
-            (
-                (name_of(group, param), param, self.state[param], group)
-                for group in self.param_groups
-                for param in group["params"]
-                if "importance" in self.state.get(param, {})
-            ),
-            drift,
-            self._pull.squares(self.param_groups, self.state),
-        )
+        shards = self._local()
+        members = [
+            (name_of(group, part), part, shards.state[part], group)
+            for group in shards.groups
+            for part in group["params"]
+            if "importance" in shards.state.get(part, {})
+        ]
+        matrices = self._pull.squares(self.param_groups, self.state)
+        with shards.with_grads():
+            return suggest_lambda(members, drift, matrices, shards)
 
     @property
     def last_penalty(self) -> Tensor:
@@ -380,16 +402,41 @@ class EWCAdamW(Protecting, torch.optim.Optimizer):
         if not any(group["track_penalty"] for group in self.param_groups):
             raise RuntimeError(f"{what} needs an optimizer made with track_penalty=True.")
         device = next(self._params()).device
-        of_steps = self._launch.sums.by_group(self.param_groups, device)
-        return of_steps + self._pull.sums(self.param_groups, device)
+        shards = self._local()
+        of_steps = self._launch.sums.by_group(shards.groups, device)
+        return shards.together.added(of_steps) + self._pull.sums(self.param_groups, device)
 
     # --- state ------------------------------------------------------------------------------------
 
     @_disable_dynamo
     def state_dict(self) -> dict[str, Any]:
-        """Return torch's state dict, of which nothing is due: the optimizer settles before."""
+        """Return torch's state dict, of which nothing is due: the optimizer settles before.
+
+        What is kept of a DTensor are DTensors, in whatever format: codes as the bfloat16 numbers
+        that they stand for. ``torch.distributed.checkpoint`` saves and loads them, on another
+        number of processes, too.
+        """
         self.settle()
-        return super().state_dict()
+        shards = self._local()
+        if not shards.any:
+            return super().state_dict()
+
+        def spread_out(
+            optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]
+        ) -> dict[str, Any]:
+            indices = [i for group in state_dict["param_groups"] for i in group["params"]]
+            for index, param in zip(indices, self._params(), strict=True):
+                if index in state_dict["state"]:
+                    state = state_dict["state"][index]
+                    state_dict["state"][index] = spread(state, shards.part(param), param)
+            return state_dict
+
+        # The user's own hooks come after it.
+        first = self.register_state_dict_post_hook(spread_out, prepend=True)
+        try:
+            return super().state_dict()
+        finally:
+            first.remove()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state dict of this class, or of torch.optim.AdamW, so that a job can switch.
@@ -425,9 +472,11 @@ class EWCAdamW(Protecting, torch.optim.Optimizer):
             for group in self.param_groups:
                 formats.settle(group)
             groups = {param: group for group in self.param_groups for param in group["params"]}
+            shards = self._local()
             for index, param in enumerate(self._params()):
                 if saved[index]:
-                    self.state[param] = loaded(saved[index], param, groups[param])
+                    part = shards.part(param)
+                    self.state[param] = loaded(saved[index], param, part, groups[param])
             for group, names in zip(self.param_groups, own_names, strict=True):
                 if names is not None:
                     group["param_names"] = names

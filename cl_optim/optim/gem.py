@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo
 
-from cl_optim.distributed import MeanRanks, check_ranks
+from cl_optim.distributed import MeanRanks, check_ranks, is_dtensor
 from cl_optim.ops import gram as gram_ops
 from cl_optim.ops import nnqp
 from cl_optim.ops.capture import is_capturing
 from cl_optim.ops.checks import check_groups, check_whole, dtype_name, listed
 from cl_optim.ops.warn import warn
 from cl_optim.optim.ewc_adamw import EWCAdamW
-from cl_optim.optim.groups import is_dtensor, name_of
+from cl_optim.optim.groups import name_of
 from cl_optim.optim.invalid_steps import INVALID, InvalidSteps
 from cl_optim.optim.memories import Memories, Memory
 from cl_optim.optim.memory_rows import Products, check_dense, one_device, with_elements

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -17,9 +16,3 @@ def name_of(group: Mapping[str, Any], param: Tensor) -> str:
     if "param_names" in group:
         return str(group["param_names"][index])
     return f"{index} of its group (shape {tuple(param.shape)})"
-
-
-def is_dtensor(param: Tensor) -> bool:
-    """Tell whether it is a DTensor, without importing what that takes a second to import."""
-    module = sys.modules.get("torch.distributed.tensor")
-    return module is not None and isinstance(param, module.DTensor)

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from cl_optim.distributed import is_dtensor
 from cl_optim.importance import ImportanceLog
 from cl_optim.importance.importance import check_reduced
 from cl_optim.importance.kronecker.factors import Layout
@@ -18,7 +19,6 @@ from cl_optim.importance.kronecker.side import Side, leading, merged_side
 from cl_optim.importance.names import match_names
 from cl_optim.ops import gram
 from cl_optim.ops.checks import dtype_name, listed
-from cl_optim.optim.groups import is_dtensor
 
 _LOGGER = logging.getLogger(__name__)
 

@@ -9,11 +9,14 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
+from cl_optim.distributed import whole
 from cl_optim.ops import ewc_adamw as ops
 from cl_optim.ops import ewc_adamw_plan
 from cl_optim.ops.ewc_adamw_arguments import NO_INPUTS, Hyperparameters, Inputs, State, check
 from cl_optim.optim.groups import name_of
-from cl_optim.optim.options import choose, lr_tensor, refuse_shard
+from cl_optim.optim.options import choose, lr_tensor
+from cl_optim.optim.shards import Shards
+from cl_optim.optim.shards import State as StateOf
 from cl_optim.optim.state import has_moments, misfit, start_moments
 from cl_optim.optim.tracking import Sums
 
@@ -37,15 +40,17 @@ class Step(NamedTuple):
         grad_scale: What GradScaler has multiplied the gradients by.
         found_inf: Whether they have overflowed: not 0.
         roles: Of the parameters whose pull is not a part of the step.
+        shards: What groups and state are parts of, if parameters are spread over processes.
     """
 
     groups: list[dict[str, Any]]
-    state: dict[Tensor, dict[str, Any]]
+    state: StateOf
     hypers: list[Hyperparameters]
     rows: AddedRows
     grad_scale: Tensor | None
     found_inf: Tensor | None
     roles: Roles
+    shards: Shards
 
 
 class Batch:
@@ -57,6 +62,7 @@ class Batch:
         members: Which of its parameters.
         state: The optimizer's state.
         role: Theirs.
+        counts: Whether sums take them; not where another process's replicas of them are taken.
     """
 
     def __init__(
@@ -66,6 +72,7 @@ class Batch:
         members: list[int],
         state: Mapping[Tensor, dict[str, Any]],
         role: str,
+        counts: bool = True,
     ) -> None:
         self.number = number
         self.group = group
@@ -74,6 +81,7 @@ class Batch:
         self.states = [state[param] for param in self.params]
         self.device: torch.device = self.params[0].device
         self.role = role
+        self.counts = counts
         self.is_protected = role != PLAIN
 
     def grads(self) -> list[Tensor]:
@@ -101,7 +109,7 @@ class Batch:
     @property
     def is_tracked(self) -> bool:
         """Tell whether the step sums the penalty."""
-        return bool(self.group["track_penalty"]) and self.role == PROTECTED
+        return bool(self.group["track_penalty"]) and self.role == PROTECTED and self.counts
 
     def hyper(self, step: Step) -> Hyperparameters:
         """Return the hyperparameters of its step."""
@@ -124,7 +132,6 @@ def refuse_exchanged(groups: list[dict[str, Any]], state: Mapping[Tensor, dict[s
     """Raise an error where parameters or options are others than those that are protected.
 
     Raises:
-        ValueError: A parameter is a DTensor.
         RuntimeError: Protected parameters are in no group any more, where others are that are not;
             or a group says that it was not consolidated, and its parameters are protected.
     """
@@ -133,7 +140,6 @@ def refuse_exchanged(groups: list[dict[str, Any]], state: Mapping[Tensor, dict[s
     for group in groups:
         known.update(group["params"])
         for param in group["params"]:
-            refuse_shard(group, param)
             is_protected = "importance" in state.get(param, {})
             if is_protected and group["consolidations"] == 0:
                 raise RuntimeError(
@@ -163,23 +169,23 @@ def refuse_sparse(groups: list[dict[str, Any]]) -> None:
                 )
 
 
-def gather(
-    groups: list[dict[str, Any]], state: dict[Tensor, dict[str, Any]], roles: Roles
-) -> list[Batch]:
+def gather(step: Step) -> list[Batch]:
     """Put the parameters that have gradients in batches, and begin their moments."""
     batches = []
-    for number, group in enumerate(groups):
-        members: dict[tuple[torch.device, str], list[int]] = {}
+    for number, group in enumerate(step.groups):
+        members: dict[tuple[torch.device, str, bool], list[int]] = {}
         for index, param in enumerate(group["params"]):
             if param.grad is None:
                 continue
-            of_param = state[param]
+            of_param = step.state[param]
             if not has_moments(of_param, param, group):
-                start_moments(of_param, param, group)
-            role = roles.get(param, PROTECTED if "importance" in of_param else PLAIN)
-            members.setdefault((param.device, role), []).append(index)
+                start_moments(of_param, param, group, step.shards.size(param))
+            role = step.roles.get(param, PROTECTED if "importance" in of_param else PLAIN)
+            key = param.device, role, step.shards.counts(param)
+            members.setdefault(key, []).append(index)
         batches += [
-            Batch(number, group, indices, state, role) for (_, role), indices in members.items()
+            Batch(number, group, indices, step.state, role, counts)
+            for (_, role, counts), indices in members.items()
         ]
     return batches
 
@@ -223,7 +229,7 @@ class Launch:
 
     def begin(self, step: Step) -> None:
         """Take any step, and plan the next one where this one was like the last."""
-        batches = gather(step.groups, step.state, step.roles)
+        batches = gather(step)
         for batch in batches:
             batch.refuse_misfits()
         tracked = [batch for batch in batches if batch.is_tracked]
@@ -247,7 +253,7 @@ class Launch:
         """Return what a batch takes besides its tensors and hyperparameters."""
 
         def on_device(number: Tensor | None) -> Tensor | None:
-            return None if number is None else number.to(batch.device, torch.float32)
+            return None if number is None else whole(number).to(batch.device, torch.float32)
 
         return Inputs(
             *_rows(step.rows, batch),
@@ -270,9 +276,11 @@ def _rows(rows: AddedRows, batch: Batch) -> tuple[list[Tensor], list[Tensor]]:
 
 
 def _are_alike(batches: list[Batch], others: list[Batch]) -> bool:
-    return [(id(batch.group), batch.members, batch.role) for batch in batches] == [
-        (id(batch.group), batch.members, batch.role) for batch in others
-    ]
+    return [_key(batch) for batch in batches] == [_key(batch) for batch in others]
+
+
+def _key(batch: Batch) -> tuple[Any, ...]:
+    return id(batch.group), batch.members, batch.role, batch.counts
 
 
 def _watched(groups: list[dict[str, Any]]) -> list[tuple[Any, ...]]:

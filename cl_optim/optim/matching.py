@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
+from cl_optim.distributed import here, is_dtensor
 from cl_optim.importance.names import compare_names, match_names
 from cl_optim.ops import formats
 from cl_optim.ops.checks import listed
@@ -16,6 +17,10 @@ from cl_optim.ops.warn import warn
 from cl_optim.optim.groups import Groups, name_of
 
 _LOGGER = logging.getLogger(__name__)
+
+# Each parameter with what there is for it: an importance, if any; a mask.
+Matched: TypeAlias = "list[tuple[Tensor, Tensor | None]]"
+Masks: TypeAlias = "list[tuple[Tensor, Tensor]]"
 
 
 def named_params(groups: Groups, model: torch.nn.Module | None) -> dict[str, Tensor]:
@@ -54,17 +59,35 @@ def named_params(groups: Groups, model: torch.nn.Module | None) -> dict[str, Ten
 # --- importance -----------------------------------------------------------------------------------
 
 
-def equal_importance(params: list[Tensor]) -> list[tuple[Tensor, Tensor | None]]:
-    """Give each parameter F = 1, and None to those that cannot move."""
+def equal_importance(params: list[Tensor], part: Callable[[Tensor], Tensor]) -> Matched:
+    """Give each parameter F = 1, and None to those that cannot move.
+
+    Args:
+        params: The parameters.
+        part: Returns the part of one that is in this process, of whose shape the importance is.
+    """
     fixed = _cannot_move(params)
-    ones = (torch.ones((), device=param.device).expand(param.shape) for param in params)
+    ones = (torch.ones((), device=param.device).expand(part(param).shape) for param in params)
     return [(p, None if p in fixed else one) for p, one in zip(params, ones, strict=True)]
+
+
+def refuse_parts(named: Mapping[str, Tensor]) -> None:
+    """Raise ValueError where a parameter is spread over processes, for Kronecker importance."""
+    for name, param in named.items():
+        if is_dtensor(param):
+            raise ValueError(
+                f"parameter {name!r} is a DTensor, spread over processes, and Kronecker importance "
+                "needs whole matrices: consolidate importance.diagonal(), or train with "
+                "DistributedDataParallel."
+            )
 
 
 def match_importance(
     importance: Mapping[str, Tensor], named: dict[str, Tensor], *, strict: bool
-) -> list[tuple[Tensor, Tensor | None]]:
+) -> Matched:
     """Give each parameter its importance, which is checked, and None where there is none for it.
+
+    Of a DTensor it is that of the part which is in this process.
 
     Raises:
         ValueError: An importance is of no parameter or does not fit it, or a parameter that can
@@ -91,15 +114,20 @@ def match_importance(
             resized.append(name)
             new = None
         if new is not None:
-            _check_importance(name, new, param)
+            _check_form(name, new, param)
+            new = here(new, param)
         matched.append((param, new))
+    # Where processes differ, none may stop before what all have to do together.
+    for (name, param), (_, new) in zip(named.items(), matched, strict=True):
+        if new is not None:
+            _check_values(name, new, param)
     if match.new or match.vanished or resized:
         match = match._replace(resized=resized)
         _LOGGER.warning("Consolidated with strict=False: %s", match)
     return matched
 
 
-def _check_importance(name: str, importance: Tensor, param: Tensor) -> None:
+def _check_form(name: str, importance: Tensor, param: Tensor) -> None:
     if (
         not isinstance(importance, Tensor)
         or importance.is_complex()
@@ -111,6 +139,9 @@ def _check_importance(name: str, importance: Tensor, param: Tensor) -> None:
             f"the importance of {name!r} must have the parameter's shape {tuple(param.shape)}, "
             f"not {tuple(importance.shape)}."
         )
+
+
+def _check_values(name: str, importance: Tensor, param: Tensor) -> None:
     if importance.numel() == 0:
         return
     # As they will be stored, at most.
@@ -126,10 +157,11 @@ def _check_importance(name: str, importance: Tensor, param: Tensor) -> None:
 # --- masks ----------------------------------------------------------------------------------------
 
 
-def match_masks(
-    masks: Mapping[str, Tensor], named: Mapping[str, Tensor], *, strict: bool
-) -> list[tuple[Tensor, Tensor]]:
-    """Return each parameter with its mask; what fits none is an error, or is left out."""
+def match_masks(masks: Mapping[str, Tensor], named: Mapping[str, Tensor], *, strict: bool) -> Masks:
+    """Return each parameter with its mask; what fits none is an error, or is left out.
+
+    Of a DTensor it is that of the part which is in this process.
+    """
     names = match_names(masks, named)
     matched = []
     for name, mask in masks.items():
@@ -137,7 +169,7 @@ def match_masks(
         if not isinstance(mask, Tensor) or mask.dtype is not torch.bool:
             raise TypeError(f"the mask of {name!r} must be a bool tensor.")
         if param is not None and mask.shape == param.shape:
-            matched.append((param, mask.to(param.device)))
+            matched.append((param, here(mask, param).to(param.device)))
         elif strict and param is None:
             raise ValueError(f"a mask names {name!r}, which this optimizer does not have.")
         elif strict:

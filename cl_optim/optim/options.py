@@ -14,7 +14,7 @@ from cl_optim.ops import ewc_adamw as ops
 from cl_optim.ops import formats
 from cl_optim.ops.checks import check_whole
 from cl_optim.ops.ewc_adamw_arguments import Hyperparameters
-from cl_optim.optim.groups import is_dtensor, name_of
+from cl_optim.optim.groups import name_of
 
 
 def check_group(group: dict[str, Any]) -> Hyperparameters:
@@ -62,17 +62,7 @@ def check_param(group: Mapping[str, Any], param: Tensor) -> None:
             f"parameter {name_of(group, param)} must be of a real floating-point dtype, not "
             f"{param.dtype}."
         )
-    refuse_shard(group, param)
     check_rounding(group, param, name_of(group, param))
-
-
-def refuse_shard(group: Mapping[str, Any], param: Tensor) -> None:
-    """Raise ValueError where a parameter is a shard."""
-    if is_dtensor(param):
-        raise ValueError(
-            f"parameter {name_of(group, param)} must not be a DTensor, which is sharded over "
-            "processes: train whole parameters, on one device or with DistributedDataParallel."
-        )
 
 
 def check_rounding(group: Mapping[str, Any], param: Tensor, name: str) -> None:

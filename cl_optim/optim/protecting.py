@@ -10,15 +10,17 @@ import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo
 
-from cl_optim.importance import ImportanceLog
+from cl_optim.distributed import like
+from cl_optim.importance import ImportanceLog, KroneckerImportance
 from cl_optim.importance.importance import check_reduced, tasks_in
 from cl_optim.ops import formats
 from cl_optim.ops.checks import check_fraction
 from cl_optim.ops.ewc_adamw_reference import penalty_sums
 from cl_optim.optim import matching, protection
-from cl_optim.optim.kronecker.consolidation import consolidated, store
+from cl_optim.optim.kronecker.consolidation import Consolidated, consolidated, store
 from cl_optim.optim.kronecker.pull import Pull
 from cl_optim.optim.settling import Settling, settle_before
+from cl_optim.optim.shards import Shards
 from cl_optim.optim.state import weight_of
 
 ANCHORS = ("latest", "exact")
@@ -53,6 +55,7 @@ class Protecting:
 
     param_groups: list[dict[str, Any]]
     _pull: Pull
+    _shards: Shards
     _fixed: list[Tensor]  # what has no importance because it cannot move
 
     @property
@@ -67,6 +70,10 @@ class Protecting:
     @abstractmethod
     def _reset(self, param: Tensor) -> None:
         """Start a parameter's moments and step count anew."""
+
+    def _local(self) -> Shards:
+        """Return the groups, and what protects their parameters, as this process has them."""
+        return self._shards.look(self.param_groups, self._protection)
 
     def _warn_of_moving(self) -> None:
         moving = [param for param in self._fixed if param.grad is not None]
@@ -95,6 +102,8 @@ class Protecting:
         Call it at the end of each task. Both ways of keeping earlier tasks cost the same per step:
         ``anchors="latest"`` is online EWC, one quadratic around the newest weights;
         ``anchors="exact"`` keeps the sum of all tasks' quadratics, which is one quadratic, too.
+        Where parameters are DTensors, all processes call it; each keeps what is of its part, and
+        an importance may be whole in each process or spread over them.
 
         Args:
             importance: F ≥ 0 by parameter name, each of its parameter's shape and of any real
@@ -127,8 +136,8 @@ class Protecting:
                 a wrong shape, or a value that is negative, or not finite in the dtype of the
                 parameter's arithmetic; it is of one of several processes; two parameters have one
                 name; or Kronecker factors do not go together with a group's options, ``anchors``,
-                or what is there of earlier tasks.
-                Nothing has been changed then.
+                what is there of earlier tasks, or with DTensors.
+                Nothing has been changed then, in any process.
         """
         check_fraction("decay", decay)
         if anchors not in ANCHORS:
@@ -146,38 +155,27 @@ class Protecting:
             )
         for group in self.param_groups:
             formats.settle(group)
-        named: dict[str, Tensor] = {}
-        if importance is None:
-            matched = matching.equal_importance(list(self._params()))
-        else:
-            named = matching.named_params(self.param_groups, model)
-            matched = matching.match_importance(importance, named, strict=strict)
-        masks = matching.match_masks(frozen, named, strict=strict) if frozen else []
-        matrices = consolidated(
-            importance,
-            matched,
-            named,
-            self._pull.matrices(self.param_groups, self._protection),
-            self.param_groups,
-            self._protection,
-            decay,
-            exact=anchors == "exact",
-        )
+        shards = self._local()
+        with shards.together.agreeing():
+            matched, masks, matrices = self._matched(
+                importance, frozen, decay, model, strict=strict, exact=anchors == "exact"
+            )
         self.settle()
         self._protection_changes("consolidate()")
-        groups = {param: group for group in self.param_groups for param in group["params"]}
+        groups = {param: group for group in shards.groups for param in group["params"]}
         if anchors == "latest":
             protection.warn_of_rounded_anchors(groups)
         for param, new in matched:
+            part = shards.part(param)
             state = self._protection[param]
-            protection.merge(state, param, new, decay, groups[param], exact=anchors == "exact")
+            protection.merge(state, part, new, decay, groups[part], exact=anchors == "exact")
             if reset_state:
                 self._reset(param)
         for param, mask in masks:
-            protection.pin(self._protection[param], param, mask)
+            protection.pin(self._protection[param], shards.part(param), mask)
         store(matrices, self.param_groups, self._protection)
         self._pull.forget()
-        mean, unit = protection.scales(self._protected_states())
+        mean, unit = protection.scales(self._protected_states(), self._local())
         if mean > 0.0 and unit == 0.0:
             protection.warn_of_no_unit(self.param_groups)
         for group in self.param_groups:
@@ -188,15 +186,51 @@ class Protecting:
                 group["ewc_lambda"] = group["strength"] * group["tasks"] * unit
         self._note_fixed()
 
+    def _matched(
+        self,
+        importance: Mapping[str, Tensor] | None,
+        frozen: Mapping[str, Tensor],
+        decay: float,
+        model: torch.nn.Module | None,
+        *,
+        strict: bool,
+        exact: bool,
+    ) -> tuple[matching.Matched, matching.Masks, list[Consolidated]]:
+        """Return what there is for each parameter, for the part that is here, all of it checked."""
+        if importance is None:
+            params = list(self._params())
+            matched = matching.equal_importance(params, self._shards.part)
+            named = {}
+        else:
+            named = matching.named_params(self.param_groups, model)
+            if isinstance(importance, KroneckerImportance):
+                matching.refuse_parts(named)
+            matched = matching.match_importance(importance, named, strict=strict)
+        matrices = consolidated(
+            importance,
+            matched,
+            named,
+            self._pull.matrices(self.param_groups, self._protection),
+            self.param_groups,
+            self._protection,
+            decay,
+            exact=exact,
+        )
+        masks = matching.match_masks(frozen, named, strict=strict) if frozen else []
+        return matched, masks, matrices
+
     def _params(self) -> Iterator[Tensor]:
         for group in self.param_groups:
             yield from group["params"]
 
-    def _protected_states(self) -> list[tuple[Tensor, dict[str, Any]]]:
+    def _protected_states(self) -> protection.States:
+        """Return what protects the parameters, by the parts of them that are here."""
+        shards = self._local()
         return [
-            (param, self._protection[param])
-            for param in self._params()
-            if "importance" in self._protection.get(param, {})
+            (param, shards.state[param])
+            for group in shards.groups
+            for param in group["params"]
+            if "importance" in shards.state.get(param, {})
         ]
 
     # --- frozen weights ---------------------------------------------------------------------------
@@ -231,17 +265,18 @@ class Protecting:
         states = self._protected_states()
         if not states:
             raise RuntimeError("freeze() needs importance: call consolidate() first.")
+        shards = self._local()
         if masks is None:
             self._before_freezing()
-            return protection.freeze(states, fraction)
+            return protection.freeze(states, fraction, shards)
         named = matching.named_params(self.param_groups, None)
         matched = matching.match_masks(masks, named, strict=True)
         if any("importance" not in self._protection.get(param, {}) for param, _ in matched):
             raise ValueError("a mask is of a parameter that nothing protects.")
         self._before_freezing()
         for param, mask in matched:
-            protection.pin(self._protection[param], param, mask)
-        return protection.count_frozen(states)
+            protection.pin(self._protection[param], shards.part(param), mask)
+        return protection.count_frozen(states, shards)
 
     @torch.no_grad()
     def unfreeze(self) -> None:
@@ -253,7 +288,9 @@ class Protecting:
     def frozen_weights(self, param: Tensor) -> Tensor | None:
         """Return which weights are frozen, bool; None where nothing protects the parameter."""
         stored = self._protection.get(param, {}).get("importance")
-        return None if stored is None else formats.frozen_weights(stored, param)
+        if stored is None:
+            return None
+        return like(param, formats.frozen_weights(stored, self._local().part(param)))
 
     def _before_freezing(self) -> None:
         """Take what is due of the weights that were free until now."""
@@ -298,14 +335,20 @@ class Protecting:
 
     @torch.no_grad()
     def protected(self) -> Iterator[Protected]:
-        """Yield what protects each parameter that is protected, in the optimizer's order."""
+        """Yield what protects each parameter that is protected, in the optimizer's order.
+
+        Of a DTensor they are DTensors.
+        """
+        shards = self._local()
         for group in self.param_groups:
             names = group.get("param_names", [None] * len(group["params"]))
             for name, param in zip(names, group["params"], strict=True):
                 state = self._protection.get(param, {})
                 if "importance" in state:
-                    importance, frozen = protection.read(state, param)
-                    anchor = state["anchor"]
+                    read = protection.read(state, shards.part(param))
+                    importance, frozen, anchor = (
+                        like(param, part) for part in (*read, state["anchor"])
+                    )
                     yield Protected(name, param, importance, frozen, anchor, group["ewc_lambda"])
 
     @torch.no_grad()
@@ -316,7 +359,8 @@ class Protecting:
 
         Returns:
             A detached 0-dim float64 tensor, which nothing overflows that float32 parameters can
-            have, on the first parameter's device; 0 before the first :meth:`consolidate`.
+            have, on the first parameter's device; 0 before the first :meth:`consolidate`. Of
+            DTensors it is that of all processes, which all call it.
         """
         in_matrices = self._pull.members(self.param_groups, self._protection)
         total = self._penalty_of(lambda param: param not in in_matrices)
@@ -327,12 +371,16 @@ class Protecting:
     def _penalty_of(self, wanted: Callable[[Tensor], bool]) -> Tensor:
         """Sum the penalty of diagonal importance over some parameters."""
         total = torch.zeros((), dtype=torch.float64, device=next(self._params()).device)
-        for _, param, importance, frozen, anchor, ewc_lambda in self.protected():
-            if wanted(param):
-                weight = weight_of(param, self._protection[param])
-                sums = penalty_sums(weight, importance, frozen, anchor)
-                total += (ewc_lambda * sums[0]).to(total.device)
-        return total
+        shards = self._local()
+        for group in shards.groups:
+            for part in group["params"]:
+                state = shards.state.get(part, {})
+                if "importance" in state and shards.counts(part) and wanted(shards.param(part)):
+                    importance, frozen = protection.read(state, part)
+                    weight = weight_of(part, state)
+                    sums = penalty_sums(weight, importance, frozen, state["anchor"])
+                    total += (group["ewc_lambda"] * sums[0]).to(total.device)
+        return shards.together.added(total)
 
     @torch.no_grad()
     def matrix_penalties(self) -> dict[Tensor, Tensor]:
@@ -361,7 +409,7 @@ def anchors(optimizer: Any) -> dict[Tensor, Tensor]:
     if found is None:
         return {}
     return {
-        param: found._protection[param]["anchor"]
+        param: like(param, found._protection[param]["anchor"])
         for group in found.param_groups
         for param in group["params"]
         if "anchor" in found._protection.get(param, {})

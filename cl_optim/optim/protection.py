@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -15,7 +15,11 @@ from cl_optim.importance.statistics import comparable, cut, sum_over
 from cl_optim.ops import formats
 from cl_optim.ops.importance_codec import hashed
 from cl_optim.ops.warn import warn
+from cl_optim.optim.shards import Shards
 from cl_optim.optim.state import weight_of
+
+# Of parameters, or of the parts of them that are in this process, what protects each.
+States: TypeAlias = "list[tuple[Tensor, dict[str, Any]]]"
 
 
 def read(state: Mapping[str, Any], param: Tensor) -> tuple[Tensor, Tensor]:
@@ -108,21 +112,28 @@ def _rounds_anchor(param: Tensor, group: Mapping[str, Any]) -> bool:
     return bool((param.detach().to(dtype).to(param.dtype) != param.detach()).any())
 
 
-def scales(states: Iterable[tuple[Tensor, Mapping[str, Any]]]) -> tuple[float, float]:
+def scales(states: States, shards: Shards) -> tuple[float, float]:
     """Return F̂, and the λ at which a drift of every weight by its own size costs 1 per weight.
 
     F̂ is the mean of F over the weights that are not frozen, 0 where there are none; the λ is
     1/(F̂ · mean θ*²), or 0 where that has no finite value.
+
+    Args:
+        states: Of the parts of parameters that are here.
+        shards: What knows of which.
     """
-    states = list(states)
-    weights = sum(param.numel() for param, _ in states)
+    weights = sum(shards.size(param) for param, _ in states)
     share, size, count = 0.0, 0.0, 0
     for param, state in states:
+        if not shards.counts(param):
+            continue
         importance, frozen = read(state, param)
         share += sum_over(importance.masked_fill(frozen, 0.0), weights)
         anchor = formats.like(param).copy_(state["anchor"]).masked_fill_(frozen, 0.0)
         size += sum_over(anchor.double().square_(), weights)
         count += importance.numel() - int(frozen.sum())
+    found = shards.together.gather((share, size, count))
+    share, size, count = (sum(of_all) for of_all in zip(*found, strict=True))
     if count == 0:
         return 0.0, 0.0
     mean, square = share * (weights / count), size * (weights / count)
@@ -143,42 +154,72 @@ def warn_of_no_unit(groups: Iterable[Mapping[str, Any]]) -> None:
 # --- frozen weights -------------------------------------------------------------------------------
 
 
-def freeze(states: list[tuple[Tensor, dict[str, Any]]], fraction: float) -> int:
+def freeze(states: States, fraction: float, shards: Shards) -> int:
     """Mark the most important fraction of the weights; those marked before count towards it.
+
+    Args:
+        states: Of the parts of parameters that are here.
+        fraction: Of all weights, of all processes.
+        shards: What knows of which the parts are.
 
     Returns:
         How many are marked.
     """
-    already = count_frozen(states)
-    wanted = round(fraction * sum(param.numel() for param, _ in states))
+    already = count_frozen(states, shards)
+    wanted = round(fraction * sum(shards.size(param) for param, _ in states))
     if wanted <= already:
         return already
-    threshold, ties = cut(_movable(states), wanted - already)
+    counted = [(param, state) for param, state in states if shards.counts(param)]
+    threshold, ties = cut(_movable(counted), wanted - already, shards.together)
+    tied = []
     for param, state in states:
+        importance, frozen = read(state, param)
+        tied.append(int(((comparable(importance, threshold) == threshold) & ~frozen).sum()))
+    for (param, state), share in zip(states, _shares(states, tied, ties, shards), strict=True):
         importance, frozen = read(state, param)
         importance = comparable(importance, threshold)
         equal = ((importance == threshold) & ~frozen).reshape(-1)
-        chosen = (equal & (equal.cumsum(0) <= ties)).view(importance.shape)
-        ties -= int(chosen.sum())
+        chosen = (equal & (equal.cumsum(0) <= share)).view(importance.shape)
         _mark(state, frozen | chosen | (importance > threshold))
     return wanted
 
 
+def _shares(states: States, tied: Sequence[int], ties: int, shards: Shards) -> list[int]:
+    """Return how many of the tied weights of each part are to be marked, the first ones first.
+
+    They come in the order of the parameters, and in one of them in that of its parts; replicas of
+    a part are marked alike.
+    """
+    places = [shards.place(param) for param, _ in states]
+    everywhere = shards.together.gather(list(zip(places, tied, strict=True)))
+    shares = []
+    for index, here in enumerate(places):
+        of_parts = dict(sorted(of_process[index] for of_process in everywhere))
+        for place, count in of_parts.items():
+            share = min(count, ties)
+            ties -= share
+            if place == here:
+                shares.append(share)
+    return shares
+
+
 def pin(state: dict[str, Any], param: Tensor, mask: Tensor) -> None:
     """Mark these weights besides those that are marked."""
-    _mark(state, _frozen(state, param) | mask)
+    _mark(state, frozen_weights(state, param) | mask)
 
 
-def count_frozen(states: Iterable[tuple[Tensor, Mapping[str, Any]]]) -> int:
-    """Count the weights that are marked."""
-    return sum(int(_frozen(state, param).sum()) for param, state in states)
+def count_frozen(states: States, shards: Shards) -> int:
+    """Count the weights that are marked, in all processes."""
+    here = sum(int(frozen_weights(s, param).sum()) for param, s in states if shards.counts(param))
+    return sum(shards.together.gather(here))
 
 
-def _frozen(state: Mapping[str, Any], param: Tensor) -> Tensor:
+def frozen_weights(state: Mapping[str, Any], param: Tensor) -> Tensor:
+    """Return which of a protected parameter's weights are marked."""
     return formats.frozen_weights(state["importance"], param)
 
 
-def _movable(states: list[tuple[Tensor, dict[str, Any]]]) -> Mapping[str, Tensor]:
+def _movable(states: States) -> Mapping[str, Tensor]:
     """Give the importance of the weights that are not frozen, read when it is asked for."""
     numbered = {str(number): pair for number, pair in enumerate(states)}
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cl_optim.distributed import here, is_dtensor, like, whole
 from cl_optim.importance.names import canonical_name
 from cl_optim.ops import formats
 from cl_optim.ops.checks import check_groups
@@ -34,14 +35,23 @@ _HYPERPARAMETERS = (
 # --- moments --------------------------------------------------------------------------------------
 
 
-def start_moments(state: dict[str, Any], param: Tensor, group: Mapping[str, Any]) -> None:
-    """Add what a step needs and the state does not have yet."""
+def start_moments(
+    state: dict[str, Any], param: Tensor, group: Mapping[str, Any], size: int
+) -> None:
+    """Add what a step needs and the state does not have yet.
+
+    Args:
+        state: The parameter's.
+        param: The parameter, or the part of it that is here.
+        group: Its group.
+        size: How many weights all of it has.
+    """
     if "step" not in state:
         state["step"] = torch.zeros((), dtype=torch.float32, device=param.device)
-        state["exp_avg"] = formats.zero_moment(param, group["state_dtype"])
-        state["exp_avg_sq"] = formats.zero_moment(param, group["state_dtype"])
+        state["exp_avg"] = formats.zero_moment(param, group["state_dtype"], size)
+        state["exp_avg_sq"] = formats.zero_moment(param, group["state_dtype"], size)
     if group["amsgrad"] and "max_exp_avg_sq" not in state:
-        state["max_exp_avg_sq"] = formats.zero_moment(param, group["state_dtype"])
+        state["max_exp_avg_sq"] = formats.zero_moment(param, group["state_dtype"], size)
     if _is_compensated(param, group) and "compensation" not in state:
         state["compensation"] = formats.like(param, param.dtype).zero_()
 
@@ -68,19 +78,66 @@ def weight_of(param: Tensor, state: Mapping[str, Any]) -> Tensor:
 # --- state dicts ----------------------------------------------------------------------------------
 
 
-def loaded(saved: Mapping[str, Any], param: Tensor, group: Mapping[str, Any]) -> dict[str, Any]:
+def spread(state: Mapping[str, Any], part: Tensor, param: Tensor) -> dict[str, Any]:
+    """Return a state as its state dict has it: of a DTensor's part, DTensors.
+
+    Codes, whose blocks are the part's, become the bfloat16 numbers that they stand for, signed
+    where a weight is frozen: so they can be read by any number of processes.
+    """
+    if part is param:
+        return dict(state)
+    result: dict[str, Any] = {}
+    for key, value in state.items():
+        if key == "frozen_codes":
+            continue
+        if key in MOMENTS and formats.is_codes(value):
+            value = formats.load_moment(value, part, signed=key == "exp_avg").bfloat16()
+        elif key == "importance" and formats.is_codes(value):
+            wide, frozen = formats.load_importance(value, part, state.get("frozen_codes"))
+            value = torch.where(frozen, -wide, wide).bfloat16()
+        result[key] = value if key == "step" else like(param, value)
+    return result
+
+
+def _here(saved: Mapping[str, Any], param: Tensor) -> dict[str, Any]:
+    """Return of a saved state what is of the part of a parameter that is in this process."""
+    state = dict(saved)
+    for key, value in saved.items():
+        if not isinstance(value, Tensor):
+            continue
+        if is_dtensor(param) and key in MOMENTS and formats.is_codes(value):
+            value = formats.load_moment(value, param, signed=key == "exp_avg").bfloat16()
+        elif is_dtensor(param) and key == "importance" and formats.is_codes(value):
+            wide, frozen = formats.load_importance(value, param, state.pop("frozen_codes", None))
+            value = torch.where(frozen, -wide, wide).bfloat16()
+        state[key] = here(value, param) if value.shape == param.shape else whole(value)
+    return state
+
+
+def loaded(
+    saved: Mapping[str, Any], param: Tensor, part: Tensor, group: Mapping[str, Any]
+) -> dict[str, Any]:
     """Make a saved state the parameter's: never narrower, if the arithmetic is as wide.
 
     Moments take the group's format, which is saved with them or, where the state dict is AdamW's,
     the one that was asked for. The parameter may have another dtype than the one that was saved.
+
+    Args:
+        saved: The saved state, of the whole parameter.
+        param: The parameter.
+        part: The part of it that is in this process.
+        group: Its group.
     """
+    saved = _here(saved, param)
+    size, param = param.numel(), part
     state = dict(saved)
     for key, value in saved.items():
         if key == "step":
             state[key] = torch.as_tensor(value, dtype=torch.float32, device=param.device).clone()
         elif key in MOMENTS:
             signed = key == "exp_avg"
-            state[key] = _loaded_moment(value.to(param.device), param, group, signed=signed)
+            value = value.to(param.device)
+            state[key] = _loaded_moment(value, param, group, size, signed=signed)
         elif key == "anchor":
             keeps_dtype = value.dtype in formats.anchor_dtypes(param)
             state[key] = formats.like(param, value.dtype if keeps_dtype else None).copy_(value)
@@ -91,12 +148,19 @@ def loaded(saved: Mapping[str, Any], param: Tensor, group: Mapping[str, Any]) ->
         elif isinstance(value, Tensor) and key != "importance":
             state[key] = value.to(param.device, copy=True)
     if "importance" in saved:
-        _load_importance(state, param)
+        _load_importance(state, param, group)
     return state
 
 
-def _load_importance(state: dict[str, Any], param: Tensor) -> None:
+def _load_importance(state: dict[str, Any], param: Tensor, group: Mapping[str, Any]) -> None:
     stored = state["importance"].to(param.device)
+    codes = group["importance_dtype"] == "log8" and param.dtype != torch.float64
+    if codes and stored.dtype == torch.bfloat16:  # what codes of a DTensor are saved as
+        state["importance"] = formats.store_importance(stored.float().abs(), param, "log8")
+        marked = formats.mark_frozen_(state["importance"], stored.signbit())
+        if marked is not None and marked.numel():
+            state["frozen_codes"] = marked
+        return
     keeps_dtype = stored.dtype in formats.stored_dtypes(param)
     if formats.is_codes(stored):
         if keeps_dtype:
@@ -120,9 +184,9 @@ def misfit(state: Mapping[str, Any], param: Tensor) -> str | None:
 
 
 def _loaded_moment(
-    value: Tensor, param: Tensor, group: Mapping[str, Any], *, signed: bool
+    value: Tensor, param: Tensor, group: Mapping[str, Any], size: int, *, signed: bool
 ) -> Tensor:
-    moment = formats.zero_moment(param, group["state_dtype"])
+    moment = formats.zero_moment(param, group["state_dtype"], size)
     if value.dtype == moment.dtype:
         return moment.copy_(value)
     wide = formats.like(param).copy_(formats.load_moment(value, param, signed=signed))
@@ -145,13 +209,13 @@ def from_adamw(state_dict: dict[str, Any], param_groups: list[dict[str, Any]]) -
         *formats.OPTIONS,
     )
     groups = [dict(group) for group in groups]
-    for here, group in zip(param_groups, groups, strict=False):
+    for own, group in zip(param_groups, groups, strict=False):
         for key in ours:
-            group.setdefault(key, here[key])
+            group.setdefault(key, own[key])
         for key in ("amsgrad", "maximize"):  # younger than the oldest state dicts
             group.setdefault(key, False)
         for key in ("foreach", "fused"):  # are chosen where the optimizer is made
-            group[key] = here[key]
+            group[key] = own[key]
     for group in groups:
         group.pop("decoupled_weight_decay", None)
     return {**state_dict, "param_groups": groups}
@@ -166,18 +230,18 @@ def in_order(state_dict: dict[str, Any], param_groups: list[dict[str, Any]]) -> 
     Raises:
         ValueError: The same parameters are in other groups.
     """
-    own = [_names(group) for group in param_groups]
+    wanted = [_names(group) for group in param_groups]
     saved = [_names(group) for group in state_dict.get("param_groups", ())]
-    flat, saved_flat = [n for names in own for n in names], [n for names in saved for n in names]
+    flat, saved_flat = [n for names in wanted for n in names], [n for names in saved for n in names]
     if not flat or len(set(flat)) < len(flat) or sorted(flat) != sorted(saved_flat):
         return state_dict
     groups = []
-    for here, there, group in zip(own, saved, state_dict["param_groups"], strict=False):
+    for names, there, group in zip(wanted, saved, state_dict["param_groups"], strict=False):
         places = dict(zip(there, group["params"], strict=True))
-        for name in here:
+        for name in names:
             if name not in places:
                 raise ValueError(f"the state dict has parameter {name!r} in another group.")
-        groups.append({**group, "params": [places[name] for name in here]})
+        groups.append({**group, "params": [places[name] for name in names]})
     return {**state_dict, "param_groups": groups}
 
 
@@ -220,6 +284,12 @@ def check_state_dict(
 
 def check_param_state(state: Mapping[str, Any], param: Tensor, name: str) -> None:
     """Raise ValueError where a parameter's saved state is truncated, or another parameter's."""
+    if is_dtensor(param) and "matrix" in state:
+        raise ValueError(
+            f"the state dict has Kronecker importance for parameter {name}, which is spread over "
+            "processes: such importance needs whole matrices. Consolidate importance.diagonal(), "
+            "or train with DistributedDataParallel."
+        )
     for key in _required(state):
         if key not in state:
             raise ValueError(f"the state dict is truncated: parameter {name} has no {key!r}.")

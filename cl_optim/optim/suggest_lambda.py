@@ -11,24 +11,30 @@ from torch import Tensor
 from cl_optim.ops import formats
 from cl_optim.optim import protection
 from cl_optim.optim.kronecker.matrices import Matrix
+from cl_optim.optim.shards import Shards
 
 Member = tuple[str, Tensor, Mapping[str, Any], Mapping[str, Any]]
 
 
 def suggest_lambda(
-    members: Iterable[Member], drift: float, matrices: Sequence[tuple[Matrix, Tensor]] = ()
+    members: Iterable[Member],
+    drift: float,
+    matrices: Sequence[tuple[Matrix, Tensor]],
+    shards: Shards,
 ) -> float:
     """Solve ‖2λFδ‖ = ‖g‖ in float64; :meth:`EWCAdamW.suggest_lambda` says what each is.
 
     Args:
-        members: Name, parameter, state and group of each protected parameter.
+        members: Name, parameter (or the part of it that is here), state and group of each
+            protected parameter.
         drift: |δ| as a fraction of a tensor's root mean square; of a matrix's, where it is in one.
         matrices: Those whose importance is Kronecker-factored, with Σ S²: of drifts with random
             signs, ‖Fδ‖² is δ²·Σ S² on average.
+        shards: What knows of which parameters the parts are.
     """
     if not 0.0 < drift < math.inf:
         raise ValueError(f"drift must be positive and finite, not {drift}.")
-    members = [member for member in members if member[1].numel()]
+    members = [member for member in members if shards.size(member[1])]
     if not members:
         raise RuntimeError("suggest_lambda() needs importance: call consolidate() first.")
     forms = {group["penalty"] for *_, group in members}
@@ -41,26 +47,32 @@ def suggest_lambda(
     task = pull = 0.0
     in_matrices = {param for matrix, _ in matrices for param in matrix.params}
     skipped = set()
+    squares: list[tuple[float, ...]] = []
+    taken: list[tuple[str, Tensor]] = []
     for name, param, state, group in members:
         term = param.grad if of_gradients else _adam_direction(param, state, group)
         if term is None:  # a step would skip it, its pull included
             skipped.add(param)
             continue
         importance, frozen = protection.read(state, param)
-        size = _square_sum(term.double().masked_fill(frozen, 0.0))
+        free = [values.double().masked_fill(frozen, 0.0) for values in (term, importance)]
+        of_param = tuple(map(_square_sum, (*free, state["anchor"].double())))
+        squares.append(of_param if shards.counts(param) else (0.0, 0.0, 0.0))
+        taken.append((name, param))
+    everywhere = shards.together.gather(squares)
+    for (name, param), *of_parts in zip(taken, *everywhere, strict=True):
+        size, of_importance, of_anchor = (sum(of_all) for of_all in zip(*of_parts, strict=True))
         if not math.isfinite(size):
             raise ValueError(
                 f"the gradient of parameter {name} must be finite: call suggest_lambda() after a "
                 "backward pass that did not overflow."
             )
         task += size
-        if param in in_matrices:
-            continue
-        mean_square = _square_sum(state["anchor"].double()) / param.numel()
-        pull += mean_square * _square_sum(importance.double().masked_fill(frozen, 0.0))
-    for matrix, squares in matrices:
+        if param not in in_matrices:
+            pull += of_anchor / shards.size(param) * of_importance
+    for matrix, of_matrix in matrices:
         if not skipped.issuperset(matrix.params):
-            pull += _pull_of(matrix) * float(squares)
+            pull += _pull_of(matrix) * float(of_matrix)
     if not task > 0.0:
         missing = "a gradient: call it after backward()" if of_gradients else "a step of the task"
         raise RuntimeError(f"suggest_lambda() needs {missing}; without, every λ is too large.")

@@ -14,10 +14,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from cl_optim.distributed import is_dtensor
 from cl_optim.importance.errors import DamagedError
 from cl_optim.importance.names import Lazy, match_names
 from cl_optim.ops.checks import listed
-from cl_optim.optim.groups import is_dtensor
 from cl_optim.optim.protecting import anchors
 from cl_optim.retention import sealed_torch
 

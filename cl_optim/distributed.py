@@ -136,17 +136,22 @@ class Together:
             if there is not tensor:
                 tensor.copy_(there)
 
-    def added(self, tensor: Tensor) -> Tensor:
-        """Return the sum of small tensors over all processes, added up in one order in each.
+    def added(self, *tensors: Tensor) -> list[Tensor]:
+        """Return the sums of small tensors of one dtype over all processes, sent together.
 
-        A reduction adds up in an order that differs between the elements.
+        They are added up in one order in each process: a reduction has another one for each
+        element.
         """
+        if not self._groups:
+            return list(tensors)
+        flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
         for group in reversed(self._groups):
-            there = self._sendable(tensor)
+            there = self._sendable(flat)
             parts = [torch.empty_like(there) for _ in range(dist.get_world_size(group))]
             dist.all_gather(parts, there, group=group)
-            tensor = sum(parts[1:], start=parts[0]).to(tensor.device)
-        return tensor
+            flat = sum(parts[1:], start=parts[0]).to(flat.device)
+        pieces = torch.split(flat, [tensor.numel() for tensor in tensors])
+        return [piece.view(of.shape) for piece, of in zip(pieces, tensors, strict=True)]
 
     def _sendable(self, tensor: Tensor) -> Tensor:
         """Return the tensor where the groups' backend can send it from."""
@@ -217,6 +222,26 @@ def like(param: Tensor, part: Tensor) -> Tensor:
         part, there.device_mesh, there.placements,
         run_check=False, shape=there.shape, stride=there.stride(),
     )  # fmt: skip
+
+
+def rows_like(param: Tensor, parts: Tensor) -> Tensor:
+    """Return what `like` does, of [t, ...]: several parts of one parameter's shape."""
+    if not is_dtensor(param):
+        return parts
+    from torch.distributed.tensor import DTensor
+
+    if not len(parts):
+        return torch.empty(0, *param.shape, dtype=parts.dtype, device=parts.device)
+    one = cast(DTensor, like(param, parts[0]))
+    # A dimension in front moves those that are spread.
+    return cast(DTensor, torch.stack([like(one, part) for part in parts]))
+
+
+def rows_here(rows: Tensor, param: Tensor) -> Tensor:
+    """Return what `here` does, of [t, ...]: several tensors of one parameter's shape."""
+    if not is_dtensor(param) or not len(rows):
+        return whole(rows)
+    return torch.stack([here(row, param) for row in rows])
 
 
 def offset_of(param: Tensor) -> tuple[int, ...]:

@@ -404,7 +404,7 @@ class EWCAdamW(Protecting, torch.optim.Optimizer):
         device = next(self._params()).device
         shards = self._local()
         of_steps = self._launch.sums.by_group(shards.groups, device)
-        return shards.together.added(of_steps) + self._pull.sums(self.param_groups, device)
+        return shards.together.added(of_steps)[0] + self._pull.sums(self.param_groups, device)
 
     # --- state ------------------------------------------------------------------------------------
 

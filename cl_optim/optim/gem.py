@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo
 
-from cl_optim.distributed import MeanRanks, check_ranks, is_dtensor
+from cl_optim.distributed import MeanRanks, check_ranks, here
 from cl_optim.ops import gram as gram_ops
 from cl_optim.ops import nnqp
 from cl_optim.ops.capture import is_capturing
@@ -21,9 +21,10 @@ from cl_optim.optim.ewc_adamw import EWCAdamW
 from cl_optim.optim.groups import name_of
 from cl_optim.optim.invalid_steps import INVALID, InvalidSteps
 from cl_optim.optim.memories import Memories, Memory
-from cl_optim.optim.memory_rows import Products, check_dense, one_device, with_elements
+from cl_optim.optim.memory_rows import Products, check_dense, one_device
 from cl_optim.optim.projection import Blocks, Projection, Solver, cosines, report
 from cl_optim.optim.settling import Settles
+from cl_optim.optim.shards import Shards
 from cl_optim.optim.wrapper import Forwarded, Wrapper, innermost, inside_step, layers
 
 BLOCKS = ("global", "group", "tensor")
@@ -81,7 +82,10 @@ class GEM(Wrapper):
     Closures run inside :meth:`step`, at the weights before it. They are part of training: what they
     do to random numbers and running statistics remains, and the scaler's factor is not theirs
     (rows and gradient are both unscaled). Under DistributedDataParallel they run the bare module:
-    on the same samples in every process, or with ``ranks="mean"`` each on its own.
+    on the same samples in every process, or with ``ranks="mean"`` each on its own. Where the model
+    is spread over processes (DTensors of ``fully_shard`` or tensor parallelism), they run it as
+    training does, each process on its own samples; products are summed over processes, in one
+    order, so that all find the same v: 8 (t² + t + 1) bytes per block are sent in a step.
 
     Nothing here waits for a GPU, with one exception: to skip a step that is invalid, it must be
     known to be. The wrapped optimizer finds out by itself where it supports this
@@ -156,6 +160,7 @@ class GEM(Wrapper):
             _check_group(group)
         one_device([param for group in optimizer.param_groups for param in group["params"]])
         super().__init__(optimizer)
+        self._shards = Shards()
         self._memories = Memories(average, _dtype(memory_dtype), ranks)
         self._set_options(options)
         self._forget_steps()
@@ -193,7 +198,7 @@ class GEM(Wrapper):
         self.optimizer.add_param_group(param_group)
         try:
             _check_group(self.param_groups[-1])
-            one_device(with_elements(self.param_groups))
+            one_device([param for group in self.param_groups for param in group["params"]])
         except ValueError:
             self.param_groups.pop()
             raise
@@ -207,13 +212,23 @@ class GEM(Wrapper):
         return {key: getattr(self, key) for key in _OPTIONS}
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return what a pickle or a deep copy holds: everything but closures and hooks."""
+        """Return what a pickle or a deep copy holds: everything but closures and hooks.
+
+        Raises:
+            RuntimeError: A parameter is a DTensor.
+        """
+        if self._local().any:
+            raise RuntimeError(
+                "a GEM of DTensors cannot be copied or pickled, since its rows are of this process "
+                "alone: load its state_dict() into another one."
+            )
         own = {"options": self._options(), "memories": self._memories, "last": self._last}
         return {"optimizer": self.optimizer, **own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore from a pickle or for a deep copy."""
         super().__init__(state["optimizer"])
+        self._shards = Shards()
         self._memories = state["memories"]
         self._set_options(state["options"])
         self._forget_steps()
@@ -272,7 +287,7 @@ class GEM(Wrapper):
         if refresh_every is not None:
             check_whole("refresh_every", refresh_every, note=", or None")
         memory = Memory(name, closure, refresh_every)
-        self._memories.remember(memory, self.param_groups, self.capacity, self.evict)
+        self._memories.remember(memory, self._local(), self.capacity, self.evict)
 
     @torch.no_grad()
     def forget(self, name: str) -> None:
@@ -319,7 +334,8 @@ class GEM(Wrapper):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        params = with_elements(self.param_groups)
+        shards = self._local()
+        params = shards.whole()
         grads = [param.grad for param in params]
         for param, grad in zip(params, grads, strict=True):
             if grad is not None:
@@ -329,9 +345,14 @@ class GEM(Wrapper):
             with inside_step(self.optimizer):
                 self.optimizer.step()
         else:
-            self._memories.refresh(self.param_groups)
-            self._projected_step(grads)
+            self._memories.refresh(shards)
+            with shards.with_grads():
+                self._projected_step(shards)
         return loss
+
+    def _local(self) -> Shards:
+        """Return the groups as this process has them."""
+        return self._shards.look(self.param_groups)
 
     def _is_idle(self, grads: Sequence[Tensor | None]) -> bool:
         """Tell whether this is a step without gradient and learning rate that begins the state.
@@ -343,19 +364,26 @@ class GEM(Wrapper):
             not self.state
             and all(not isinstance(lr, Tensor) or lr.is_cpu for lr in rates)
             and all(lr is not None and lr == 0.0 for lr in rates)
-            and not any(grad is not None and grad.any() for grad in grads)
+            and not any(
+                self._shards.together.gather(
+                    any(g is not None and bool(here(g).any()) for g in grads)
+                )
+            )
         )
 
-    def _projected_step(self, grads: Sequence[Tensor | None]) -> None:
+    def _projected_step(self, shards: Shards) -> None:
         """Take a step with g + Gᵀv in place of each gradient g."""
         memory_rows = self._memories.rows
         rows_have_changed = bool(memory_rows.stale)
+        grads = [param.grad for param in memory_rows.params]
         used, by_param = memory_rows.products(grads)
         params = [memory_rows.params[i] for i in used]
         rows = [memory_rows.by_param[i] for i in used]
-        blocks = Blocks(self.blocks, self.param_groups, used)
-        products = Products(*(blocks.sum(values) for values in by_param))
-        terms = sum(param.numel() for param in params)
+        blocks = Blocks(self.blocks, shards.sizes(), used)
+        counted = [shards.counts(param) for param in params]
+        of_blocks = (blocks.sum(_of_counted(values, counted)) for values in by_param)
+        products = Products(*shards.together.added(*of_blocks))
+        terms = sum(shards.size(param) for param in params)
         solution = self._solver.solve(
             products, self.memory_strength, used, terms, begin_anew=rows_have_changed
         )
@@ -376,7 +404,8 @@ class GEM(Wrapper):
         update_dot = None
         if before is not None:
             moved = [param.detach() - old for param, old in zip(params, before, strict=True)]
-            update_dot = gram_ops.dots_per_tensor(rows, moved)[:, : len(memory_rows)].sum(0)
+            dots = gram_ops.dots_per_tensor(rows, moved)[:, : len(memory_rows)]
+            (update_dot,) = shards.together.added(_of_counted(dots, counted).sum(0))
         self._last = report(solution, v, products, update_dot), products
         self._memories.grow_older()
         if is_refused:
@@ -401,8 +430,9 @@ class GEM(Wrapper):
         self, params: Sequence[Tensor], rows: Sequence[Tensor], v: Tensor, blocks: Sequence[int]
     ) -> Callable[[], object]:
         assert isinstance(self.optimizer, EWCAdamW)
-        rows_of = dict(zip(params, rows, strict=True))
-        coefficients_of = dict(zip(params, (v[block] for block in blocks), strict=True))
+        whole = [self._shards.param(param) for param in params]
+        rows_of = dict(zip(whole, rows, strict=True))
+        coefficients_of = dict(zip(whole, (v[block] for block in blocks), strict=True))
         return partial(self.optimizer.step_projected, rows_of, coefficients_of)
 
     # --- reports ----------------------------------------------------------------------------------
@@ -450,7 +480,7 @@ class GEM(Wrapper):
         state_dict = self.optimizer.state_dict()
         state_dict["gem"] = {
             "options": {**self._options(), "memory_dtype": dtype},
-            **self._memories.state_dict(self.param_groups),
+            **self._memories.state_dict(self._local()),
         }
         return self._saved(state_dict)
 
@@ -524,8 +554,16 @@ class GEM(Wrapper):
             options["average"], _dtype(options["memory_dtype"]), self._memories.ranks
         )
         closures = {memory.name: memory.closure for memory in self._memories.kept}
-        memories.load(saved, self.param_groups, self._saved_places(state_dict), closures)
+        memories.load(saved, self._local(), self._saved_places(state_dict), closures)
         return dict(options), memories
+
+
+def _of_counted(values: Tensor, counted: Sequence[bool]) -> Tensor:
+    """Return products by parameter, 0 for the replicas of what another process counts."""
+    if all(counted):
+        return values
+    mask = torch.tensor(counted, device=values.device).view(-1, *[1] * (values.dim() - 1))
+    return values.where(mask, 0.0)
 
 
 def _check_optimizer(optimizer: torch.optim.Optimizer) -> None:
@@ -549,11 +587,6 @@ def _check_group(group: Mapping[str, Any]) -> None:
             raise ValueError(
                 f"parameter {name_of(group, param)} must be of a real floating-point dtype, one of "
                 f"{listed(gram_ops.DTYPES, 6, str)}, not {param.dtype}."
-            )
-        if is_dtensor(param):
-            raise ValueError(
-                f"parameter {name_of(group, param)} must not be a DTensor: products of sharded "
-                "gradients would have to be summed over processes."
             )
 
 

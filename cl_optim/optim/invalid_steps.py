@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cl_optim.distributed import is_dtensor
 from cl_optim.optim.wrapper import innermost
 
 # Of these only the fused ones leave out a step on the device.
@@ -76,6 +77,10 @@ def _skips_on_device(optimizer: torch.optim.Optimizer) -> bool:
         group["fused"] for group in optimizer.param_groups
     ):
         return False  # a state dict that was loaded has changed it
+    if isinstance(optimizer, _TORCH_FUSED) and any(
+        is_dtensor(param) for group in optimizer.param_groups for param in group["params"]
+    ):
+        return False  # theirs would have to be a DTensor
     if not isinstance(optimizer, torch.optim.SGD):
         return True
     # A first step that torch's SGD leaves out leaves uninitialised memory as momentum.

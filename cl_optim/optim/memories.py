@@ -13,8 +13,8 @@ from cl_optim.distributed import MeanRanks, Together
 from cl_optim.ops import nnqp
 from cl_optim.ops.checks import listed
 from cl_optim.ops.passes import unobserved
-from cl_optim.optim.groups import Groups
-from cl_optim.optim.memory_rows import MemoryRows, check_dense, with_elements
+from cl_optim.optim.memory_rows import MemoryRows, check_dense
+from cl_optim.optim.shards import Shards
 
 
 @dataclass(eq=False)
@@ -62,7 +62,7 @@ class Memories:
         """Return the memories' names."""
         return tuple(memory.name for memory in self.kept)
 
-    def remember(self, memory: Memory, groups: Groups, capacity: int | None, evict: str) -> None:
+    def remember(self, memory: Memory, shards: Shards, capacity: int | None, evict: str) -> None:
         """Add a memory or replace the one of its name; to one without closure attach this one's.
 
         Raises:
@@ -78,8 +78,8 @@ class Memories:
             kept[index] = memory
         else:
             kept = [*self._room_for(memory.name, capacity, evict), memory]
-        self.rows.follow(with_elements(groups))
-        values = self._mean(kept, groups) if self.average else self._row(memory, groups)
+        self.rows.follow(shards.params())
+        values = self._mean(kept, shards) if self.average else self._row(memory, shards)
         # From here on nothing raises.
         for old in [m for m in self.kept if m not in kept and m.name != memory.name]:
             self._remove(old)
@@ -126,9 +126,9 @@ class Memories:
         else:
             self._mean_is_outdated = True
 
-    def refresh(self, groups: Groups) -> None:
-        """Compute the rows anew that are due, for the parameters of these groups."""
-        self.rows.follow(with_elements(groups))
+    def refresh(self, shards: Shards) -> None:
+        """Compute the rows anew that are due, for the parameters that there are."""
+        self.rows.follow(shards.params())
         for memory in self.kept:
             if memory.closure is None and (memory.refresh_every is not None or self.average):
                 raise RuntimeError(
@@ -137,34 +137,38 @@ class Memories:
                 )
         if self.average:
             if self._mean_is_outdated or any(memory.due for memory in self.kept):
-                self._write_mean(self._mean(self.kept, groups))
+                self._write_mean(self._mean(self.kept, shards))
             return
         for memory in [memory for memory in self.kept if memory.due]:
-            gradient = self._row(memory, groups)
+            gradient = self._row(memory, shards)
             if memory in self.kept:  # its closure may forget it
                 self.rows.write(self.kept.index(memory), gradient)
                 memory.age = 0
 
-    def _mean(self, memories: Sequence[Memory], groups: Groups) -> dict[Tensor, Tensor]:
+    def _mean(self, memories: Sequence[Memory], shards: Shards) -> dict[Tensor, Tensor]:
         """Return the mean of the memories' gradients, by parameter."""
         mean: dict[Tensor, Tensor] = {}
         for memory in memories:
-            for param, value in self._row(memory, groups).items():
+            for param, value in self._row(memory, shards).items():
                 mean[param] = mean[param] + value if param in mean else _wide(value)
         return {param: value / len(memories) for param, value in mean.items()}
 
-    def _row(self, memory: Memory, groups: Groups) -> dict[Tensor, Tensor]:
+    def _row(self, memory: Memory, shards: Shards) -> dict[Tensor, Tensor]:
         """Return a memory's gradient, which is the same in all processes that train the model.
 
         Raises:
             ValueError: It is not, and nothing says what is to be done about that.
         """
-        together = Together("mean" if self.ranks is None else self.ranks)
+        together = shards.together
+        if not shards.any:
+            together = Together("mean" if self.ranks is None else self.ranks)
         with together.agreeing():
-            gradient = _gradient(memory, groups)
-        if together.size == 1:
+            gradient = _gradient(memory, shards)
+        # The model that is spread has made it that of all processes.
+        gradient = shards.of_params(gradient) if shards.any else gradient
+        if together.size == 1 or shards.any:
             return gradient
-        params = with_elements(groups)
+        params = shards.params()
         values = [gradient.get(param, torch.zeros_like(param)) for param in params]
         if self.ranks is None:
             together.require_alike(
@@ -204,21 +208,21 @@ class Memories:
         ranks = self.ranks if isinstance(self.ranks, str) else None  # a group is of this process
         return {**self.__dict__, "kept": kept, "ranks": ranks}
 
-    def state_dict(self, groups: Groups) -> dict[str, Any]:
+    def state_dict(self, shards: Shards) -> dict[str, Any]:
         """Return everything but the closures; tensors are the very ones that are in use."""
-        self.rows.follow(with_elements(groups))
+        self.rows.follow(shards.params())
         return {
             "memories": [
                 {"name": m.name, "refresh_every": m.refresh_every, "age": m.age} for m in self.kept
             ],
-            **self.rows.state_dict(_places(groups)),
+            **self.rows.state_dict(_places(shards), shards),
             "mean_is_outdated": self._mean_is_outdated,
         }
 
     def load(
         self,
         saved: Mapping[str, Any],
-        groups: Groups,
+        shards: Shards,
         places: Sequence[int],
         closures: Mapping[str, Callable[[], object] | None],
     ) -> None:
@@ -226,7 +230,7 @@ class Memories:
 
         Args:
             saved: What `state_dict` returned.
-            groups: The optimizer's.
+            shards: What knows of the optimizer's parameters.
             places: Of all its parameters in the state dict.
             closures: By name of a memory, as far as there are some.
 
@@ -244,25 +248,25 @@ class Memories:
         except KeyError as error:
             raise ValueError(f"the state dict is truncated: a memory has no {error}.") from None
         size = min(len(self.kept), 1) if self.average else len(self.kept)
-        own_places = [places[place] for place in _places(groups)]
-        self.rows.load(saved, with_elements(groups), own_places, size)
+        own_places = [places[place] for place in _places(shards)]
+        self.rows.load(saved, shards, own_places, size)
         self._mean_is_outdated = bool(saved["mean_is_outdated"])
 
 
-def _places(groups: Groups) -> list[int]:
+def _places(shards: Shards) -> list[int]:
     """Return the places of the parameters with elements among all."""
-    params = (param for group in groups for param in group["params"])
-    return [place for place, param in enumerate(params) if param.numel() > 0]
+    params = (param for group in shards.groups for param in group["params"])
+    return [place for place, param in enumerate(params) if shards.size(param) > 0]
 
 
-def _gradient(memory: Memory, groups: Groups) -> dict[Tensor, Tensor]:
+def _gradient(memory: Memory, shards: Shards) -> dict[Tensor, Tensor]:
     """Return the mean gradient of the closure's backward passes, by parameter."""
     if memory.closure is None:
         raise RuntimeError(
             f"memory {memory.name!r} has no closure, since none is saved, and the mean of all "
             f"memories needs it: call remember({memory.name!r}, closure) first, or forget it."
         )
-    params = [param for param in with_elements(groups) if param.requires_grad]
+    params = [p for p in shards.whole() if p.requires_grad]
     passes = dict.fromkeys(params, 0)
     sums: dict[Tensor, Tensor | None] = {}
     reset = False
@@ -303,7 +307,7 @@ def _gradient(memory: Memory, groups: Groups) -> dict[Tensor, Tensor]:
             "optimizer: it must call backward() on a loss of the model that is trained."
         )
     for param, grad in grads.items():
-        check_dense(groups, param, grad, f"in memory {memory.name!r} ")
+        check_dense(shards.groups, shards.part(param), grad, f"in memory {memory.name!r} ")
     if reset:
         raise RuntimeError(
             f"the closure of memory {memory.name!r} must not reset gradients between its "

@@ -13,9 +13,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from cl_optim.distributed import rows_here, rows_like
 from cl_optim.ops import gram as gram_ops
 from cl_optim.ops.checks import listed
 from cl_optim.optim.groups import Groups, name_of
+from cl_optim.optim.shards import Shards
 
 
 class Products(NamedTuple):
@@ -28,6 +30,9 @@ class Products(NamedTuple):
 
 class MemoryRows:
     """Memory rows by parameter, and their products with each other.
+
+    Of a DTensor a parameter is the part that is in this process, and products are of that: to be
+    added up over processes.
 
     Args:
         dtype: Of the rows; None: each parameter's own.
@@ -122,28 +127,35 @@ class MemoryRows:
         gram = self.gram if index is None else self.gram.index_select(0, index)
         return used, Products(gram, dots[:, :size], dots[:, size])
 
-    def state_dict(self, places: Sequence[int]) -> dict[str, Any]:
+    def state_dict(self, places: Sequence[int], shards: Shards) -> dict[str, Any]:
         """Return rows by the parameters' places among all, Q, and which of it is to be computed."""
+        rows = zip(self.params, self.by_param, strict=True)
+        is_whole = not shards.any
         return {
-            "rows": dict(zip(places, self.by_param, strict=True)),
-            "gram": self.gram,
-            "stale": sorted(self.stale),
+            "rows": {
+                place: value if is_whole else rows_like(shards.param(param), value)
+                for place, (param, value) in zip(places, rows, strict=True)
+            },
+            # Of parts it is this process's: there it is computed anew.
+            "gram": self.gram if is_whole else torch.zeros_like(self.gram),
+            "stale": sorted(self.stale) if is_whole else list(range(len(self))),
         }
 
     def load(
-        self, saved: Mapping[str, Any], params: list[Tensor], places: Sequence[int], size: int
+        self, saved: Mapping[str, Any], shards: Shards, places: Sequence[int], size: int
     ) -> None:
         """Copy from a state dict, in the dtypes that were saved; from none to ``size`` rows.
 
         Args:
             saved: What `state_dict` returned.
-            params: The parameters with elements.
+            shards: What knows of the parameters.
             places: Of each its place in the state dict.
             size: How many rows there must be.
 
         Raises:
             ValueError: It is damaged, or of other parameters.
         """
+        params = shards.params()
         in_saved_order = sorted(places)
         if list(saved["rows"]) != in_saved_order:
             raise ValueError(
@@ -152,7 +164,7 @@ class MemoryRows:
                 f"{listed(in_saved_order, 6, str)}."
             )
         for place, param in zip(places, params, strict=True):
-            value, shape = saved["rows"][place], (size, *param.shape)
+            value, shape = saved["rows"][place], (size, *shards.param(param).shape)
             if (
                 not isinstance(value, Tensor)
                 or value.dtype not in gram_ops.DTYPES
@@ -173,22 +185,17 @@ class MemoryRows:
         self.gram = self.gram.new_zeros(0, size, size)
         self.follow(params)
         for i, place in enumerate(places):
-            value = saved["rows"][place]
+            value = rows_here(saved["rows"][place], shards.param(params[i]))
             self.by_param[i] = self.by_param[i].to(value.dtype).copy_(value)
         ranks = {place: rank for rank, place in enumerate(in_saved_order)}
         self.gram.copy_(saved["gram"][[ranks[place] for place in places]])
-        self.stale = set(saved["stale"])
+        self.stale = set(range(size)) if shards.any else set(saved["stale"])
 
     def _empty(self, param: Tensor, size: int) -> Tensor:
         row = torch.empty_like(
             param.detach(), dtype=self.dtype, memory_format=torch.preserve_format
         )
         return row.new_empty_strided((size, *row.shape), (row.numel(), *row.stride()))
-
-
-def with_elements(groups: Groups) -> list[Tensor]:
-    """Return the parameters that have rows: those with elements, in the optimizer's order."""
-    return [p for group in groups for p in group["params"] if p.numel() > 0]
 
 
 def one_device(params: Sequence[Tensor]) -> torch.device:

@@ -10,8 +10,7 @@ from torch import Tensor
 
 from cl_optim.ops import gram as gram_ops
 from cl_optim.ops import nnqp
-from cl_optim.optim.groups import Groups
-from cl_optim.optim.memory_rows import Products, on_device, with_elements
+from cl_optim.optim.memory_rows import Products, on_device
 
 
 class Projection(NamedTuple):
@@ -43,19 +42,18 @@ class Blocks:
 
     Args:
         kind: ``"global"``, ``"group"`` or ``"tensor"``: what is a problem of its own.
-        groups: The optimizer's.
+        sizes: How many parameters with elements each of the optimizer's groups has.
         used: Which of its parameters with elements have a gradient.
 
     Attributes:
         of_used: The block of each of them.
     """
 
-    def __init__(self, kind: str, groups: Groups, used: Sequence[int]) -> None:
+    def __init__(self, kind: str, sizes: Sequence[int], used: Sequence[int]) -> None:
         self._kind, self._used = kind, used
         if kind == "global":
             self.of_used = [0] * len(used)
             return
-        sizes = [len(with_elements([group])) for group in groups]
         if kind == "tensor":
             self._number, self.of_used = sum(sizes), list(used)
         else:

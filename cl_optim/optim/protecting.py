@@ -380,7 +380,7 @@ class Protecting:
                     weight = weight_of(part, state)
                     sums = penalty_sums(weight, importance, frozen, state["anchor"])
                     total += (group["ewc_lambda"] * sums[0]).to(total.device)
-        return shards.together.added(total)
+        return shards.together.added(total)[0]
 
     @torch.no_grad()
     def matrix_penalties(self) -> dict[Tensor, Tensor]:

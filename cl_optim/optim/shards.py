@@ -27,6 +27,9 @@ Groups: TypeAlias = "list[dict[str, Any]]"
 State: TypeAlias = "MutableMapping[Tensor, dict[str, Any]]"
 
 
+_NONE: State = {}  # of an optimizer that keeps nothing by parameter
+
+
 class _Parts(dict[Tensor, dict[str, Any]]):
     """The state of parameters by their parts; it begins where the parameters' begins."""
 
@@ -69,7 +72,7 @@ class Shards:
         self._replicas: set[Tensor] = set()
         self.any = False
 
-    def look(self, groups: Groups, state: State) -> Shards:
+    def look(self, groups: Groups, state: State = _NONE) -> Shards:
         """Follow the optimizer, whose parameters, options and state may be others now."""
         if not self._are_seen(groups):
             self._look_anew(groups)
@@ -106,13 +109,14 @@ class Shards:
         self.any = any(map(is_dtensor, params))
         mesh = mesh_of(params) if self.any else None
         self.together = Together(mesh=mesh) if self.any else ALONE
+        known = self._parts
         self._parts, self._params, self._replicas, self.state = {}, {}, set(), {}
         if not self.any:
             return
         for param in params:
             part, alias = param, _alias(param)
             if alias is not param:
-                part = alias.detach().requires_grad_(param.requires_grad)
+                part = _part(alias, known.get(param)).requires_grad_(param.requires_grad)
             self._parts[param] = part, alias
             self._params[part] = param
             if not is_counted(param, mesh):
@@ -141,6 +145,25 @@ class Shards:
         """Tell whether a sum over processes takes this process's part, and no replica of it."""
         return part not in self._replicas
 
+    # --- all of them ------------------------------------------------------------------------------
+
+    def params(self) -> list[Tensor]:
+        """Return the parts of the parameters with elements, in the optimizer's order."""
+        params = [p for group in self.groups for p in group["params"]]
+        return [p for p in params if (self.size(p) if self.any else p.numel())]
+
+    def whole(self) -> list[Tensor]:
+        """Return the parameters whose parts these are."""
+        return [self._params[part] for part in self.params()] if self.any else self.params()
+
+    def sizes(self) -> list[int]:
+        """Return how many parameters with elements each group has."""
+        return [sum(self.size(p) > 0 for p in group["params"]) for group in self.groups]
+
+    def of_params(self, values: Mapping[Tensor, Tensor]) -> dict[Tensor, Tensor]:
+        """Return by parts what there is for parameters, of which it is the part that is here."""
+        return {self.part(param): here(value, param) for param, value in values.items()}
+
     # --- gradients --------------------------------------------------------------------------------
 
     @contextmanager
@@ -158,6 +181,17 @@ class Shards:
             for param, (part, _) in self._parts.items():
                 if part is not param:
                     part.grad = None
+
+
+def _part(alias: Tensor, known: tuple[Tensor, Tensor] | None) -> Tensor:
+    """Return what stands for a parameter's part: the same tensor wherever its memory moves."""
+    part = None if known is None else known[0]
+    if part is None or (part.shape, part.dtype, part.device) != (
+        alias.shape, alias.dtype, alias.device
+    ):  # fmt: skip
+        return alias.detach()
+    part.data = alias.detach()
+    return part
 
 
 def _grad_here(param: Tensor) -> Tensor:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import pytest
@@ -12,6 +16,7 @@ from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     RowwiseParallel,
@@ -293,7 +298,127 @@ def moved_storage(rank: int) -> bool:
     return all(torch.equal(a, b) for a, b in zip(weights(parts), weights(alone), strict=True))
 
 
+# --- GEM ------------------------------------------------------------------------------------------
+
+
+def gem(model: nn.Module, optimizer: Any, forward: Any, **options: Any) -> dict[str, Any]:
+    """Train beside two memories, whose losses the new one's gradient raises."""
+    optimizer = cl_optim.GEM(optimizer(model), track_update=True, **options)
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randn(4, 8, 6, generator=generator)
+    y = torch.randn(4, 8, 3, generator=generator)
+
+    def loss(index: int, sign: float = 1.0) -> Any:
+        return lambda: (sign * (forward(x[index]) - y[index]).square().mean()).backward()
+
+    optimizer.remember("a", loss(0))
+    optimizer.remember("b", loss(1), refresh_every=2)
+    v = []
+    for step in range(6):
+        optimizer.zero_grad()
+        loss(0 if step == 3 else 2, -1.0 if step == 3 else 1.0)()  # once exactly against a memory
+        optimizer.step()
+        v.append(optimizer.last_projection.v.clone())
+    return {
+        "weights": weights(model),
+        "v": v,
+        "update": optimizer.last_projection.update_dot,
+        "cosines": optimizer.conflicts(),
+        "rows": {k: whole(value) for k, value in optimizer.state_dict()["gem"]["rows"].items()},
+    }
+
+
+INNER = {
+    "sgd": lambda model: torch.optim.SGD(model.named_parameters(), lr=0.05),
+    "ewc_adamw": lambda model: EWCAdamW(model.named_parameters(), lr=0.01),
+    "adamw": lambda model: torch.optim.AdamW(model.named_parameters(), lr=0.01, fused=True),
+}
+
+
+def projections(rank: int) -> dict[str, Any]:
+    told = {}
+    for layout in LAYOUTS[:2]:
+        for name, inner in INNER.items():
+            for blocks in ("global", "tensor") if name == "sgd" else ("global",):
+                parts, alone = spread(network(), layout), network()
+                told[layout, name, blocks] = (
+                    gem(parts, inner, parts, blocks=blocks),
+                    gem(alone, inner, alone, blocks=blocks),
+                )
+    return told
+
+
+def gem_elsewhere(rank: int) -> list[bool]:
+    """Load memories of a whole model into parts; go on after the parameters' memory has moved."""
+    alone, parts = network(), spread(network(), "hsdp")
+    first = cl_optim.GEM(INNER["sgd"](alone))
+    x = torch.randn(8, 6, generator=torch.Generator().manual_seed(1))
+    first.remember("a", lambda: alone(x).square().mean().backward(), refresh_every=None)
+    second = cl_optim.GEM(INNER["sgd"](parts))
+    second.load_state_dict(first.state_dict())
+    kept = []
+    for _ in range(2):
+        for model, optimizer in ((alone, first), (parts, second)):
+            give(model, {name: -row for name, row in like(model, 5).items()})
+            optimizer.step()
+        kept.append(torch.allclose(first.conflicts(), second.conflicts(), rtol=1e-6))
+        for param in parts.parameters():
+            param._local_tensor = param._local_tensor.clone()
+    kept += [torch.allclose(a, b, atol=1e-6)
+             for a, b in zip(weights(alone), weights(parts), strict=True)]  # fmt: skip
+    with pytest.raises(RuntimeError, match="a GEM of DTensors cannot be copied"):
+        copy.deepcopy(second)
+    return kept
+
+
+def sent(rank: int) -> dict[str, list[int]]:
+    """Count what an EWCAdamW, an EWC and a GEM around one send in each step, in bytes."""
+    told: dict[str, list[int]] = {}
+    model = spread(network(), "fsdp")
+    adamw = ewc_adamw()(model)
+    names = {"EWCAdamW": adamw, "EWC": ewc()(model), "GEM": cl_optim.GEM(INNER["ewc_adamw"](model))}
+    for name, optimizer in names.items():
+        if name == "GEM":
+            for memory in "abc":
+                optimizer.remember(memory, lambda: model(torch.ones(2, 6)).sum().backward(), None)
+        else:
+            optimizer.consolidate(like(model, 10, positive=True))
+        give(model, like(model, 0))
+        optimizer.step()
+        told[name] = []
+        for step in range(3):
+            give(model, like(model, step))
+            with counted() as calls, CommDebugMode() as traced:
+                optimizer.step()
+            told[name].append(sum(calls) + traced.get_total_counts() * (name != "GEM"))
+    return told
+
+
+@contextmanager
+def counted() -> Iterator[list[int]]:
+    """List the bytes of each collective operation that this process begins, as it sends them."""
+    calls: list[int] = []
+    names = [
+        name for name in dir(torch.distributed) if name.startswith(("all_", "reduce_", "broad"))
+    ]
+    kept = {name: getattr(torch.distributed, name) for name in names}
+
+    def counting(name: str, *args: Any, **kwargs: Any) -> Any:
+        tensor = next((x for x in args[::-1] if isinstance(x, Tensor)), torch.empty(0))
+        calls.append(tensor.numel() * tensor.itemsize)
+        return kept[name](*args, **kwargs)
+
+    for name in names:
+        setattr(torch.distributed, name, partial(counting, name))
+    try:
+        yield calls
+    finally:
+        for name, function in kept.items():
+            setattr(torch.distributed, name, function)
+
+
 SCENES = (
+    *(projections, gem_elsewhere, sent),
     *(steps, equal_importance, spread_importance, bad_importance, kronecker),
     *(first_step_of_checkpoints, overflow_on_one_rank, exchanged, moved_storage),
 )
@@ -384,3 +509,37 @@ class TestProtection:
 
     def test_parameters_whose_memory_was_exchanged(self, results):
         assert results["moved_storage"] == [True] * 4
+
+
+class TestGEM:
+    CASES = (
+        *((layout, "sgd", blocks) for layout in LAYOUTS[:2] for blocks in ("global", "tensor")),
+        *((layout, name, "global") for layout in LAYOUTS[:2] for name in ("ewc_adamw", "adamw")),
+    )
+
+    @pytest.mark.parametrize("case", CASES, ids=" ".join)
+    def test_parts_are_projected_as_the_whole(self, results, case):
+        for told in results["projections"]:
+            parts, alone = told[case]
+            assert any(bool(v.any()) for v in alone["v"])
+            for a, b in zip(parts["weights"], alone["weights"], strict=True):
+                torch.testing.assert_close(a, b, rtol=0.0, atol=1e-6)
+            for key in ("cosines", "update"):
+                torch.testing.assert_close(parts[key], alone[key], rtol=1e-4, atol=1e-6)
+            for place, rows in alone["rows"].items():
+                torch.testing.assert_close(parts["rows"][place], rows, rtol=1e-4, atol=1e-6)
+
+    @pytest.mark.parametrize("case", CASES, ids=" ".join)
+    def test_v_is_the_same_bits_in_all_processes(self, results, case):
+        first, *others = (told[case][0]["v"] for told in results["projections"])
+        for other in others:
+            assert all(map(torch.equal, first, other))
+
+    def test_bytes_that_a_step_sends(self, results):
+        for told in results["sent"]:
+            assert told == {
+                "EWCAdamW": [0, 0, 0], "EWC": [0, 0, 0], "GEM": [8 * (3 * 3 + 3 + 1)] * 3
+            }  # fmt: skip
+
+    def test_state_of_the_whole_and_memory_that_moves(self, results):
+        assert all(all(kept) for kept in results["gem_elsewhere"])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-import socket
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,10 +15,9 @@ Rank = Callable[..., Any]
 
 def in_processes(function: Rank, count: int, *arguments: Any) -> None:
     """Call ``function(rank, *arguments)`` in each of so many processes."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    torch.multiprocessing.spawn(_start, (function, count, port, arguments), nprocs=count)
+    with tempfile.TemporaryDirectory() as meeting:
+        arguments_ = (function, count, f"file://{meeting}/store", arguments)
+        torch.multiprocessing.spawn(_start, arguments_, nprocs=count)
 
 
 def results_of(functions: dict[str, Rank], count: int, folder: Path) -> dict[str, list[Any]]:
@@ -34,12 +33,11 @@ def _save_results(rank: int, functions: dict[str, Rank], folder: str) -> None:
     )
 
 
-def _start(rank: int, function: Rank, count: int, port: int, arguments: Any) -> None:
+def _start(rank: int, function: Rank, count: int, address: str, arguments: Any) -> None:
     torch.set_num_threads(1)
-    # What trainers look for.
+    # What trainers look for; they meet at the address all the same.
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count)}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    address = f"tcp://127.0.0.1:{port}"
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
     torch.distributed.init_process_group("gloo", init_method=address, rank=rank, world_size=count)
     try:
         function(rank, *arguments)

@@ -292,28 +292,6 @@ def test_data_parallel_training(tmp_path):
     torch.testing.assert_close(first, weights(model), rtol=1e-5, atol=1e-6)
 
 
-def _refuse_dtensor(rank: int) -> None:
-    from torch.distributed.tensor import DTensor, Replicate, init_device_mesh
-
-    mesh = init_device_mesh("cpu", (1,))
-    param = nn.Parameter(DTensor.from_local(torch.ones(4), mesh, [Replicate()]))
-    with pytest.raises(ValueError, match=r"parameter w must not be a DTensor, .* DistributedData"):
-        EWCAdamW([("w", param)])
-    weight = nn.Parameter(torch.ones(4))
-    optimizer = EWCAdamW([("w", weight)])
-    weight.grad = torch.ones(4)
-    optimizer.step()
-    optimizer.step()
-    optimizer.param_groups[0]["params"] = [param]  # as trainers do that shard a model
-    param.grad = DTensor.from_local(torch.ones(4), mesh, [Replicate()])
-    with pytest.raises(ValueError, match=r"parameter w must not be a DTensor"):
-        optimizer.step()
-
-
-def test_dtensors_are_refused():
-    in_processes(_refuse_dtensor, 1)
-
-
 @pytest.mark.parametrize("foreach", [False, True])
 @pytest.mark.parametrize("steps", [0, 3])
 class TestExchanged:

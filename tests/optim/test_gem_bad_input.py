@@ -95,15 +95,6 @@ def test_a_parameter_is_refused(given):
     assert_refused(optimizer, lambda: optimizer.add_param_group(group), ValueError, message)
 
 
-def test_a_dtensor_is_refused(process_group):
-    from torch.distributed.device_mesh import DeviceMesh
-    from torch.distributed.tensor import distribute_tensor
-
-    sharded = distribute_tensor(torch.ones(4), DeviceMesh("cpu", [0]))
-    with pytest.raises(ValueError, match="w must not be a DTensor"):
-        GEM(SGD([("w", nn.Parameter(sharded))]))
-
-
 REMEMBER = {
     "empty name": (ValueError, "name must be a string that is not empty, not ''", ("", print)),
     "number as name": (ValueError, "name must be a string", (3, print)),

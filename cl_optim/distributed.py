@@ -76,9 +76,18 @@ class Together:
         return {"rank": {"rank": here[0], "of": here[1]}}
 
     @property
+    def is_own(self) -> bool:
+        """Tell whether this process is said to be all there is."""
+        return self._owned
+
+    @property
     def size(self) -> int:
         """How many processes there are."""
         return math.prod(dist.get_world_size(group) for group in self._groups)
+
+    def is_first(self) -> bool:
+        """Tell whether this is the process of the lowest rank."""
+        return all(dist.get_rank(group) == 0 for group in self._groups)
 
     def gather(self, value: _T) -> list[_T]:
         """Return what each process has given, by rank; anything that can be pickled."""
@@ -206,6 +215,15 @@ def here(tensor: Tensor, param: Tensor | None = None) -> Tensor:
 def whole(tensor: Tensor) -> Tensor:
     """Return all of a tensor, of a DTensor by a collective operation of its processes."""
     return cast(Any, tensor.detach()).full_tensor() if is_dtensor(tensor) else tensor
+
+
+def refuse_parts(tensors: Iterable[Tensor]) -> None:
+    """Raise ValueError where a tensor is spread over processes, for what needs all of it."""
+    if any(map(is_dtensor, tensors)):
+        raise ValueError(
+            "the importance is spread over processes (of DTensors), and this needs all of it: call "
+            "Importance.whole() in all processes, and go on in one."
+        )
 
 
 def like(param: Tensor, part: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cl_optim.distributed import here, is_dtensor, like
 from cl_optim.fisher.checks import check_integer
 from cl_optim.fisher.model import provenance
 from cl_optim.importance.importance import Importance
@@ -64,7 +65,12 @@ def importance_from_adam(
                     f"must be Adam or a relative of it."
                 )
             beta = float(group["betas"][1])
-            moment = _second_moment(state["exp_avg_sq"].detach(), parameter, group, name)
+            stored = state["exp_avg_sq"].detach()
+            if is_dtensor(parameter) and not is_dtensor(stored):  # EWCAdamW has the part itself
+                part = _second_moment(stored, here(parameter), group, name)
+                moment = like(parameter, part)
+            else:
+                moment = _second_moment(stored, parameter, group, name)
             sums[name] = moment * (batch_size / (1 - beta ** float(state["step"])))
     if not sums:
         raise ValueError("the optimizer has taken no step on a parameter of the model.")

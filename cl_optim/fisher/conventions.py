@@ -157,6 +157,11 @@ def _of_batch_means(
     totals = Totals(model)
     parameters = trained(model)
     device = next(model.parameters()).device
+    if totals.spread:
+        raise NotImplementedError(
+            "convention='avalanche' squares the gradient of a batch, which is another one where a "
+            "model is spread over processes: use estimate_fisher."
+        )
     samples = count = 0
     with evaluating(model), torch.enable_grad():
         for batch in batches:

@@ -31,6 +31,8 @@ from cl_optim.importance.importance import Importance
 from cl_optim.importance.kronecker.side import BLOCK, ENERGY, MAX_RANK
 from cl_optim.ops.progress import progress_bar
 
+_NONE = object()  # in place of a batch
+
 Unsupported: TypeAlias = Literal["error", "sign", "skip"]
 
 
@@ -230,13 +232,18 @@ def estimate(
     together: Together | None = None,
 ) -> Importance:
     """Do what :func:`estimate_fisher` does, with its arguments checked."""
-    together = together or Together(None)
+    totals = Totals(model, matrices=None if structure is None else FactorSums(structure))
+    together = totals.spread.ranks(together or Together(None))
+    if totals.spread and policy.mode == "sign":
+        raise NotImplementedError(
+            "unsupported='sign' is not for a model that is spread over processes, whose gradients "
+            "are those of all samples: use unsupported='skip', or freeze the parameters."
+        )
     together.require_same(
         (objective.kind, objective.labels, objective.loss, bool(objective.per_sample_loss),
          policy.mode, sign_draws, None if structure is None else structure.options, exact),
         "the processes estimate in other ways: give each the same arguments.",
     )  # fmt: skip
-    totals = Totals(model, matrices=None if structure is None else FactorSums(structure))
     one = OwnPass(model, totals, objective, policy, sign_draws, verify)
     with together.agreeing():
         batch_count = _add_all(model, batches, one, totals, max_samples, progress)
@@ -315,7 +322,11 @@ def _add_all(
         progress_bar(progress, "Fisher", max_samples) as advance,
         torch.enable_grad(),
     ):
-        for batch in batches:
+
+        def has_enough() -> bool:
+            return max_samples is not None and int(totals.samples) >= max_samples
+
+        for batch in _in_step(batches, has_enough, totals.spread.together):
             where = f"batch {batch_count}"
             batch_count += 1
             batch = nested.map_tensors(lambda tensor: tensor.to(device), batch)
@@ -327,9 +338,31 @@ def _add_all(
                     f"batch out, or compute in a wider dtype."
                 )
             advance(samples)
-            if totals.samples == max_samples:
-                break
     return batch_count
+
+
+def _in_step(
+    batches: Iterable[Any], has_enough: Callable[[], bool], together: Together
+) -> Iterator[Any]:
+    """Yield batches until there are enough: as many in each process that a model is spread over.
+
+    Raises:
+        ValueError: One of them has none left before the others.
+    """
+    iterator, count = iter(batches), 0
+    while True:
+        batch = _NONE if has_enough() else next(iterator, _NONE)
+        ended = together.gather(batch is _NONE)
+        if all(ended):
+            return
+        if any(ended):
+            raise ValueError(
+                f"process {ended.index(True)} has no batch after {count}, where others have: a "
+                "model that is spread over processes needs all of them in each forward pass. Give "
+                "each the same number of batches, and max_samples=None."
+            )
+        count += 1
+        yield batch
 
 
 def _check_arguments(

@@ -335,7 +335,9 @@ class FisherEstimator:
                 ``"sum"`` adds up all of theirs, or those of a process group, in one all-reduce
                 that every process must call. ``"own"``: this one has seen all samples itself.
                 ``None``: where there are others, the importance is marked as one rank's, and
-                what would protect by it refuses it.
+                what would protect by it refuses it. A model that is spread over processes by
+                ``fully_shard`` has seen the samples of all: every process calls it, and has its
+                part of the importance, as DTensors.
 
         Raises:
             RuntimeError: Nothing was observed, or an ``observe()`` failed in its backward pass.
@@ -343,7 +345,7 @@ class FisherEstimator:
                 other parameters. What one process raises is raised in all.
         """
         check_ranks(ranks)
-        together = Together(ranks)
+        together = self._totals.spread.ranks(Together(ranks))
         with together.agreeing():
             if self._attached is not None:
                 self._attached.settle()

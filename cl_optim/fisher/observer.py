@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from cl_optim.fisher import nested
 from cl_optim.fisher.alignment import not_samples
@@ -45,7 +45,7 @@ class Observer:
                 "a graph, or detach() before the capture."
             )
         totals = self._totals
-        parameters = totals.check_unchanged(self._model)
+        parameters: dict[str, Tensor] = dict(totals.check_unchanged(self._model))
         checked = self.verify is True or (self.verify == "first" and totals.seen() == 0)
         squares = Squares(
             parameters,
@@ -56,7 +56,9 @@ class Observer:
             begin=begin,
         )
         squares.hear_parameters()
-        return Observation(parameters, samples, self._policy, squares)
+        observation = Observation(parameters, samples, self._policy, squares)
+        observation.watch = totals.spread.watch(observation.meet, totals.reduce_batch)
+        return observation
 
     def check_rows(self, observation: Observation, args: Any, kwargs: dict[str, Any]) -> None:
         """Refuse parameters that meet, for the first time, rows that are not the samples.
@@ -68,9 +70,19 @@ class Observer:
         """
         samples, used = observation.samples, observation.squares.used()
         first = next((t for t in nested.tensors((args, kwargs)) if t.dim() > 0), None)
-        if samples.offsets is not None or first is None or len(first) != samples.count:
-            return  # there is nothing to reverse
-        if not self.verify or samples.count < 2:
+        can_reverse = (
+            samples.offsets is None
+            and first is not None
+            and len(first) == samples.count
+            and samples.count > 1
+        )
+        spread = self._totals.spread
+        if spread and (self.verify is True or (self.verify and self._totals.seen() == 0)):
+            # A forward pass is one of all processes.
+            can_reverse = all(spread.together.gather(can_reverse))
+        elif spread:
+            return
+        if not self.verify or not can_reverse:
             return
         if self.verify != "first" or not used <= self._known_rows:
             observation.paused = True
@@ -84,6 +96,8 @@ class Observer:
         """Make an observation of a forward pass alone."""
         left, shared = dict(self._policy.left), dict(self._policy.shared)
         policy = replace(self._policy, left=left, shared=shared)
-        parameters = trained(self._model)
+        parameters: dict[str, Tensor] = dict(trained(self._model))
         squares = Squares(parameters, self._totals.into, policy)
-        return Observation(parameters, samples, policy, squares)
+        observation = Observation(parameters, samples, policy, squares)
+        observation.watch = self._totals.spread.watch(observation.meet)
+        return observation

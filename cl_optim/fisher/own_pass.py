@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any
 
 import torch
@@ -156,7 +157,8 @@ class OwnPass:
     ) -> tuple[Samples, Tensor]:
         """Run a forward pass, and a backward pass for each seed; return the outputs, detached."""
         totals = self._totals
-        parameters = totals.check_unchanged(self._model)
+        own = totals.check_unchanged(self._model)
+        parameters: dict[str, Tensor] = dict(own)
         into = totals.begin(1.0)
         samples = Samples(count)
         for tensor in nested.tensors(inputs):
@@ -179,6 +181,7 @@ class OwnPass:
         )
         squares.hear_parameters()
         observation = Observation(parameters, samples, self._policy, squares)
+        observation.watch = totals.spread.watch(observation.meet)
         hook = self._model.register_forward_pre_hook(observation.call_with, with_kwargs=True)
         try:
             with eagerly(), refusing_checkpointed_functions(), observation:
@@ -196,13 +199,14 @@ class OwnPass:
                         raise _failed(wrong, where)
                 if signed:
                     squares.capturing = False
-                    self._draw_signs(outputs, make_seeds, into.squares, parameters)
+                    self._draw_signs(outputs, make_seeds, into.squares, own)
         finally:
             self._spoilt = squares.changed
             hook.remove()
             observation.close()
-            for parameter in parameters.values():
+            for parameter in (*own.values(), *parameters.values()):
                 parameter.grad = None
+        totals.reduce_all()
         return samples, outputs.detach()
 
     def _without_interception(
@@ -214,19 +218,35 @@ class OwnPass:
         where: str,
     ) -> Tensor:
         """Tell ``check`` the gradients of Σ_n s_n ℓ_n; return the outputs' gradient, unsigned."""
-        with self._same_draws():
-            outputs = run()
+        met: dict[str, Tensor] = {}
+        watch = self._totals.spread.watch(met.__setitem__)
+        try:
+            with self._same_draws():
+                outputs = run()
+        finally:
+            watch.remove()
+        # Where they are spread over processes, those of this one's samples come before the sum.
+        hooks = [
+            parameter.register_hook(partial(check.receive, name))  # type: ignore[no-untyped-call]
+            for name, parameter in met.items()
+            if name not in self._policy.left
+        ]
         if not outputs.requires_grad:
             raise _independent(where)
         seed = next(iter(make_seeds(outputs)))
         each = signs.to(seed).view(-1, *[1] * (seed.dim() - 1))
-        _backward(outputs, seed.mul_(each), False)
+        try:
+            _backward(outputs, seed.mul_(each), False)
+        finally:
+            for hook in hooks:
+                hook.remove()
         seed.mul_(each)  # as it was, without a copy of something as large as the logits
         for name, parameter in trained(self._model).items():
             grad, parameter.grad = parameter.grad, None
             if name not in self._policy.left and grad is not None:
                 check.lower(name, parameter)
-                check.receive(name, grad)
+                if name not in met:
+                    check.receive(name, grad)
         return seed
 
     def _is_verified(self) -> bool:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from cl_optim.distributed import Together
+from cl_optim.distributed import Together, here, is_dtensor, like
 from cl_optim.fisher.checks import Number
 from cl_optim.fisher.kronecker.structure import Structure
 from cl_optim.fisher.kronecker.sums import FactorSums, Matrices
@@ -19,6 +19,7 @@ from cl_optim.fisher.kronecker.terms import Units, factors
 from cl_optim.fisher.model import provenance, trained
 from cl_optim.fisher.observe.refusals import Policy
 from cl_optim.fisher.observe.squares import Into
+from cl_optim.fisher.spread import Open, Spread
 from cl_optim.importance.importance import Importance
 from cl_optim.importance.kronecker.factors import Factors
 from cl_optim.importance.kronecker.importance import KroneckerImportance
@@ -43,7 +44,8 @@ class _Squares(dict[str, Tensor]):
         """Make zeros."""
         parameter = self.parameters[name]
         dtype = torch.float64 if parameter.dtype == torch.float64 else torch.float32
-        self[name] = torch.zeros(parameter.shape, dtype=dtype, device=parameter.device)
+        part = here(parameter)  # of what is spread over processes
+        self[name] = torch.zeros(part.shape, dtype=dtype, device=part.device)
         return self[name]
 
 
@@ -71,6 +73,7 @@ class _Batches:
 
     def __init__(self, parameters: Mapping[str, Tensor], matrices: Matrices | None = None) -> None:
         self.sums = _Squares(parameters)
+        self.open = Open(self.sums, parameters)
         self.matrices = matrices
         if matrices is None:
             for name in parameters:
@@ -80,7 +83,7 @@ class _Batches:
     @property
     def into(self) -> Into:
         """What batches are added to."""
-        return Into(self.sums, self.matrices)
+        return Into(self.open, self.matrices)
 
     @property
     def factors(self) -> FactorSums | None:
@@ -93,6 +96,7 @@ class _Batches:
 
     def clear(self) -> None:
         """Set all sums to zero."""
+        self.open.whole.clear()
         with torch.no_grad():
             for _, total in self.tensors():
                 total.zero_()
@@ -105,6 +109,7 @@ class _Batches:
         self.tokens: Number | None = None
         self.unit: Number | None = None  # what the sums are to be multiplied by
         self.remains = 1.0  # and those of inputs, which know no loss
+        self.spread_remains = 1.0  # and those over processes, each of which has another unit
 
     def begin(self, factor: Number) -> Into:
         """Return what a batch is to be added to, whose gradients are to be multiplied by that."""
@@ -117,11 +122,28 @@ class _Batches:
             isinstance(unit, Tensor) or isinstance(self.unit, Tensor) or unit != self.unit
         ):
             gradients = self.factors.gradients() if self.factors else []
-            _scale([*self.sums.values(), *gradients], self.unit / unit)
+            own = [total for name, total in self.sums.items() if not self.open.is_spread(name)]
+            squares = [*own, *self.open.whole.values()]
+            _scale([*squares, *gradients], self.unit / unit)
         self.unit = unit
         if self.factors and self.remains != 1.0:
             _scale(self.factors.counts(), self.remains)
             self.remains = 1.0
+
+    def reduce(self, name: str) -> None:
+        """Add up over processes what has been squared of a parameter that is spread over them.
+
+        Each process does so at the same time, whether it has squared something or not.
+        """
+        with torch.no_grad():
+            unit = 1.0 if self.unit is None else self.unit
+            self.sums[name] += self.open.take(name, unit) / self.spread_remains
+
+    def unit_of(self, name: str) -> Number:
+        """Return what a parameter's sums are to be multiplied by."""
+        if self.open.is_spread(name):
+            return self.spread_remains
+        return 1.0 if self.unit is None else self.unit
 
     def finite(self) -> Tensor:
         """Return whether all sums are finite, on the device."""
@@ -131,6 +153,7 @@ class _Batches:
     def follow(self, parameters: Mapping[str, Tensor]) -> None:
         """Follow parameters to the devices that they were moved to."""
         self.sums.parameters = parameters
+        self.open.follow(parameters)
         for name, total in list(self.sums.items()):
             self.sums[name] = total.to(parameters[name].device)
         if self.factors is not None:
@@ -176,6 +199,7 @@ class Totals(_Batches):
                 )
         if not parameters:
             raise ValueError("model has no parameters that require gradients.")
+        self.spread = Spread(model)
         super().__init__(parameters, matrices)
         self.shapes = {name: parameter.shape for name, parameter in parameters.items()}
         self.decay = decay
@@ -193,13 +217,16 @@ class Totals(_Batches):
     def state_dict(self) -> dict[str, Any]:
         """Return all but what is being observed."""
         self._check_whole()
+        self.reduce_all()
+        parameters = self.sums.parameters
         return {
             **self._factors_state(),
-            "sums": dict(self.sums),
+            "sums": {name: like(parameters[name], total) for name, total in self.sums.items()},
             "batches": self.batches,
             "samples": self.samples,
             "tokens": self.tokens,
             "unit": self.unit,
+            "spread_remains": self.spread_remains,
             "dropped": self._dropped,
         }
 
@@ -220,7 +247,8 @@ class Totals(_Batches):
         with torch.no_grad():
             for name in {**self.sums, **state_dict["sums"]}:
                 if name in state_dict["sums"]:
-                    self.sums[name].copy_(state_dict["sums"][name])
+                    saved = here(state_dict["sums"][name], self.sums.parameters[name])
+                    self.sums[name].copy_(saved)
                 else:
                     del self.sums[name]
         if self.factors is not None:
@@ -237,6 +265,7 @@ class Totals(_Batches):
             for value in map(state_dict.get, ("samples", "tokens", "unit", "dropped"))
         ]
         self.samples, self.tokens, self.unit, self._dropped = counts
+        self.spread_remains = state_dict.get("spread_remains", 1.0)  # earlier versions had none
 
     def _check_whole(self) -> None:
         if self.broken:
@@ -271,6 +300,19 @@ class Totals(_Batches):
         else:
             self.staged.count(samples, tokens, batches)
 
+    def reduce_batch(self, name: str) -> None:
+        """Do what :meth:`reduce` does, where batches are added to now."""
+        (self if self.staged is None else self.staged).reduce(name)
+
+    def reduce_all(self) -> None:
+        """Add up over processes all that was squared, where that is to be done."""
+        for batches in (self, self.staged):
+            if batches is not None and self.spread:
+                # The same ones in the same order in all processes.
+                everywhere = set().union(*self.spread.together.gather(set(batches.open.whole)))
+                for name in filter(everywhere.__contains__, self.spread.names):
+                    batches.reduce(name)
+
     def begin_anew(self) -> None:
         """Forget the first batch, of which a part was added, and what it decided."""
         self.clear()
@@ -290,11 +332,16 @@ class Totals(_Batches):
         if staged is None or staged.batches == 0:
             return
         assert staged.unit is not None
+        self.reduce_all()
         self.use(staged.unit / (scale * scale))
         finite = staged.finite() if self.dropping else None
+        if finite is not None and self.spread:  # sums are of all processes
+            finite = torch.tensor(all(self.spread.together.gather(bool(finite))))
         with torch.no_grad():
             for name, value in staged.sums.items():
                 where = None if finite is None else finite.to(value.device)
+                if self.open.is_spread(name):
+                    value = value / (scale * scale * self.spread_remains)
                 self.sums[name] += value if where is None else torch.where(where, value, 0)
             if self.factors is not None and staged.factors is not None:
                 self.factors.add_(staged.factors, finite)
@@ -310,13 +357,19 @@ class Totals(_Batches):
             return
         self.unit = None if self.unit is None else self.unit * self.decay
         self.remains *= self.decay
+        self.spread_remains *= self.decay
+        if self.spread_remains < 2.0**-20:
+            _scale([self.sums[name] for name in self.spread.names if name in self.sums],
+                   self.spread_remains)  # fmt: skip
+            self.spread_remains = 1.0
         self.samples = self.samples * self.decay
         self.tokens = None if self.tokens is None else self.tokens * self.decay
 
     def overflowed(self) -> bool:
-        """Return whether some sum is not finite; waits for the device once."""
+        """Return whether some sum is not finite, in any process; waits for the device once."""
         each = [total.sum().float().to(self.device) for _, total in self.tensors()]
-        return bool(each) and not bool(torch.stack(each).isfinite().all())
+        found = bool(each) and not bool(torch.stack(each).isfinite().all())
+        return any(self.spread.together.gather(found))
 
     def non_finite(self) -> list[str]:
         """Name the parameters whose sums hold a NaN or an infinity."""
@@ -326,7 +379,8 @@ class Totals(_Batches):
             # The sum is the faster look; it may also overflow where no entry does.
             if not (torch.isfinite(total.sum()) or torch.isfinite(total).all())
         ]
-        return list(dict.fromkeys(found))
+        everywhere = self.spread.together.gather(found)
+        return list(dict.fromkeys(name for names in everywhere for name in names))
 
     def importance(
         self,
@@ -354,7 +408,6 @@ class Totals(_Batches):
             )
         if float(self.samples) == 0.0:
             raise ValueError("every batch overflowed and was dropped; nothing was observed.")
-        unit = 1.0 if self.unit is None else self.unit
         if self.factors is not None and matrices is None:
             matrices = self.made_factors(policy)
         inside = {
@@ -363,7 +416,8 @@ class Totals(_Batches):
             for name in (weight, one.layout.bias)
         }
         rest = [name for name in self.shapes if name not in skipped and name not in inside]
-        sums = {name: self.sums[name] * unit for name in rest}
+        parameters = self.sums.parameters
+        sums = {name: like(parameters[name], self.sums[name] * self.unit_of(name)) for name in rest}
         tokens = None if self.tokens is None else _plain(self.tokens)
         if skipped:
             metadata["skipped"] = dict(skipped)
@@ -388,7 +442,8 @@ class Totals(_Batches):
         """
         with together.agreeing():
             self._check_whole()
-        here = _Process(
+        self.reduce_all()
+        own = _Process(
             policy, list(self.sums), self.batches, _plain(self.samples),
             None if self.tokens is None else _plain(self.tokens), _plain(self._dropped),
         )  # fmt: skip
@@ -398,9 +453,9 @@ class Totals(_Batches):
             "the processes observe other parameters, or in another way: give each the same model, "
             "with the same parameters frozen, and the same decay and structure.",
         )
-        all_ = together.gather(here)
+        all_ = together.gather(own)
         whole, unit = copy(self), 1.0 if self.unit is None else float(self.unit)
-        whole.staged, whole.unit, whole.remains = None, 1.0, 1.0
+        whole.staged, whole.unit, whole.remains, whole.spread_remains = None, 1.0, 1.0, 1.0
         whole.batches = sum(one.batches for one in all_)
         whole.samples = sum(one.samples for one in all_)
         whole._dropped = sum(one.dropped for one in all_)
@@ -408,12 +463,13 @@ class Totals(_Batches):
         whole.tokens = None if None in tokens else sum(filter(None, tokens))
         named = {name for one in all_ for name in one.sums}
         whole.sums = _Squares(self.sums.parameters)
+        whole.open = Open(whole.sums, self.sums.parameters)
         for name in self.shapes:  # in the same order everywhere
             if name in self.sums:
-                whole.sums[name] = self.sums[name] * unit
+                whole.sums[name] = self.sums[name] * self.unit_of(name)
             elif name in named:
                 whole.sums.make(name)
-        together.sum_(whole.sums.values())
+        together.sum_(t for name, t in whole.sums.items() if name not in self.spread.names)
         if self.factors is not None:
             parameters = self.sums.parameters
             whole.matrices = self.factors.over(together, unit, self.remains, parameters)
@@ -469,6 +525,11 @@ class Totals(_Batches):
                 raise ValueError(
                     f"parameter {name!r} was added, removed, frozen, unfrozen or reshaped after "
                     f"the FisherEstimator was made; make a new one."
+                )
+            if is_dtensor(parameters[name]) != (name in self.spread.names):
+                raise ValueError(
+                    f"parameter {name!r} was spread over processes after the FisherEstimator was "
+                    f"made, or gathered; make a new one."
                 )
         for batches in (self, self.staged):
             if batches is not None:

@@ -13,6 +13,7 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor
 
+from cl_optim import distributed
 from cl_optim.importance import sealed_safetensors, statistics
 from cl_optim.importance.errors import DamagedError
 from cl_optim.importance.files import whole
@@ -175,7 +176,20 @@ class Importance(_Means):
 
     def to(self, device: torch.device | str) -> Importance:
         """Return the same importance with its tensors on ``device``."""
-        sums = {name: value.to(device) for name, value in self._sums.items()}
+        return self._with_sums({name: value.to(device) for name, value in self._sums.items()})
+
+    def whole(self) -> Importance:
+        """Return the same importance with whole tensors on the CPU, where they are DTensors.
+
+        What a model that is spread over processes has is spread as it is. All processes call it;
+        then one of them saves it, or looks at its ranks.
+        """
+        return self._with_sums(
+            {name: distributed.whole(value).cpu() for name, value in self._sums.items()}
+        )
+
+    def _with_sums(self, sums: Mapping[str, Tensor]) -> Importance:
+        """Return the same with other tensors."""
         return Importance(sums, self.samples, self._tokens, self._metadata)
 
     def diagonal(self) -> Importance:
@@ -313,8 +327,11 @@ class Importance(_Means):
 
         Raises:
             OSError: The folder does not exist or cannot be written to.
-            ValueError: A parameter has the name ``"__metadata__"``, which is safetensors' own.
+            ValueError: A parameter has the name ``"__metadata__"``, which is safetensors' own, or
+                is spread over processes: see :meth:`whole`.
         """
+        if isinstance(self._sums, dict):
+            distributed.refuse_parts(self._sums.values())
         path = Path(path)
         if not path.parent.is_dir():
             raise FileNotFoundError(f"path {str(path)!r} is in a folder that does not exist.")

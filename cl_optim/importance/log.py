@@ -10,11 +10,12 @@ import shutil
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from cl_optim.distributed import Together, mesh_of, whole
 from cl_optim.importance import codecs, record
 from cl_optim.importance.checksums import Entry
 from cl_optim.importance.errors import LockedError, LogError
@@ -227,6 +228,10 @@ class ImportanceLog:
     ) -> None:
         """Add a task's importance, durably: when this returns, it survives a crash.
 
+        Where tensors are DTensors, all of their processes call it: the first one gathers them, one
+        after the other, in its host memory, and writes the record, whole; what it raises is raised
+        in all.
+
         Args:
             task: Its name, any text.
             importance: Parameter name → F ≥ 0: an :class:`cl_optim.Importance`, whose counts and
@@ -248,6 +253,17 @@ class ImportanceLog:
             OSError: The disk is full, or the folder cannot be written to. In all cases the log is
                 as it was.
         """
+        together = _together(importance, anchors, frozen)
+        if together.size > 1:
+            is_first = together.is_first()
+            importance = _gathered(importance, is_first)
+            anchors = _gathered(anchors, is_first)
+            frozen = _gathered(frozen, is_first)
+            with together.agreeing():
+                if is_first:
+                    self.record(task, importance, model, anchors, frozen, codec)
+            self._entries = self._manifest.read()
+            return
         how = codec if isinstance(codec, codecs.Codec) else codecs.codec(codec)
         self._check_task(task)
         _check_codec(importance, how)
@@ -419,6 +435,30 @@ def _warn_of_unfinished(folder: Path) -> None:
         f"an unfinished record was found: its writer stopped before the end. It is not in the log, "
         f"and lies in {folder}."
     )
+
+
+def _together(*given: object) -> Together:
+    """Return the processes that what is to be recorded is spread over."""
+    tensors: list[Tensor] = []
+    for mapping in given:
+        held = mapping._sums if isinstance(mapping, Importance) else mapping
+        if isinstance(held, dict):  # what makes its tensors when they are asked for is of files
+            tensors += [value for value in held.values() if isinstance(value, Tensor)]
+    return Together(mesh=mesh_of(tensors))
+
+
+def _gathered(given: Any, keep: bool) -> Any:
+    """Return what is to be recorded with whole tensors in host memory, which one process keeps."""
+    if isinstance(given, Importance):
+        return given._with_sums(_gathered(given._sums, keep))
+    if not isinstance(given, dict):
+        return given
+    found = {}
+    for name, value in given.items():
+        value = whole(value) if isinstance(value, Tensor) else value
+        if keep:
+            found[name] = value.detach().cpu() if isinstance(value, Tensor) else value
+    return found
 
 
 def _bare(importance: Mapping[str, Tensor]) -> Importance:

@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from cl_optim.distributed import ALONE, Together
+from cl_optim.distributed import ALONE, Together, refuse_parts
 from cl_optim.ops.checks import check_fraction
 from cl_optim.ops.importance_histogram import BINS, add_histogram_, bins
 
@@ -37,6 +37,7 @@ def flat_float32(values: Tensor) -> Tensor:
 
 def _flat(values: Tensor) -> Tensor:
     """Return the values as a vector on the CPU, in float64 where they are, else in float32."""
+    refuse_parts([values])
     dtype = torch.float64 if values.dtype == torch.float64 else torch.float32
     return values.detach().reshape(-1).to("cpu", dtype)
 

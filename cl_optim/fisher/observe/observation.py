@@ -75,6 +75,7 @@ from cl_optim.fisher.rules.registry import (
 )
 from cl_optim.fisher.rules.tables import is_choice_of_matrices, is_lookup, lookup
 from cl_optim.fisher.samples import Samples
+from cl_optim.fisher.spread import Watch
 
 _BACKWARD = {Tensor.backward, torch.autograd.backward, torch.autograd.grad}
 
@@ -83,7 +84,8 @@ class Observation(TorchFunctionMode):
     """One batch: its forward pass, or several of the same samples.
 
     Args:
-        parameters: The watched parameters by name; all require gradients.
+        parameters: The watched parameters by name; all require gradients. What takes the place of
+            one is put in its place here.
         samples: Where the batch's samples are.
         policy: What is done with unsupported parameters.
         squares: Sums what the backward pass brings.
@@ -94,17 +96,23 @@ class Observation(TorchFunctionMode):
         paused: Whether what is called is not of this batch.
         samples: As given.
         squares: As given.
+        watch: Tells it of what takes the place of parameters, until its end.
         taps: Those that were left in the graph.
         witness: Is told of parameters, by name, and the input that they meet, with the number of
             its feature dimensions.
     """
 
     def __init__(
-        self, parameters: Mapping[str, Tensor], samples: Samples, policy: Policy, squares: Squares
+        self,
+        parameters: dict[str, Tensor],
+        samples: Samples,
+        policy: Policy,
+        squares: Squares,
     ) -> None:
         super().__init__()
         self.samples, self._policy, self.squares = samples, policy, squares
         self.taps = Taps(squares, next(iter(parameters.values())).device)
+        self._parameters = parameters
         self._watched = watched = Watched(parameters, squares)
         self._tracker = Tracker(samples, lambda tensor: bool(watched.find([tensor])))
         self._lookups = Lookups(parameters, watched, samples, self._tracker, policy.shared)
@@ -112,6 +120,7 @@ class Observation(TorchFunctionMode):
         self.closed = False
         self.kept: Kept = {}
         self.paused = False
+        self.watch: Watch | None = None
         self.witness: Callable[[list[str], Tensor, int], None] | None = None
 
     # --- beginning and end ------------------------------------------------------------------------
@@ -121,11 +130,20 @@ class Observation(TorchFunctionMode):
         for hook in self._module_hooks:
             hook.remove()
         self._module_hooks = []
+        if self.watch is not None:
+            self.watch.remove()
         self.closed = True
         self.squares.close()
         self._watched.clear()
         self._lookups.undecided.clear()
         self._tracker.clear()
+
+    def meet(self, name: str, parameter: Tensor) -> None:
+        """Watch what takes a parameter's place in this forward pass: all of it."""
+        if not self.closed and self._parameters[name] is not parameter:
+            self._parameters[name] = parameter
+            self._watched.watch(name, parameter)
+            self.squares.hear_parameter(name)
 
     def call_with(self, model: torch.nn.Module, args: Any, kwargs: Mapping[str, Any]) -> None:
         """Learn which rows are padding from what the model is called with."""

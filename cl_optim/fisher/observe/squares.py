@@ -142,8 +142,12 @@ class Squares:
 
     def hear_parameters(self) -> None:
         """Begin to hear of the gradients of parameters."""
-        for name, parameter in self._parameters.items():
-            self._hear(name, parameter)
+        for name in self._parameters:
+            self.hear_parameter(name)
+
+    def hear_parameter(self, name: str) -> None:
+        """Begin to hear of the gradients of a parameter, or of what takes its place now."""
+        self._hear(name, self._parameters[name])
 
     def hear_stand_in(self, name: str, stand_in: Tensor) -> None:
         """Hear of the gradient of what stands in a parameter's place where its uses are seen."""

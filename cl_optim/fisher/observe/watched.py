@@ -35,18 +35,21 @@ class Watched:
     def __init__(self, parameters: Mapping[str, Tensor], squares: Squares) -> None:
         self._parameters, self._squares = parameters, squares
         self._points = Points(parameters)
-        self._sources = {
-            id(parameter): Source(
-                {name: itself},
-                int(parameter.storage_offset()),
-                functools.partial(self._points.__getitem__, name),
-                direct=True,
-            )
-            for name, parameter in parameters.items()
-        }
+        self._sources: dict[int, Source] = {}
+        for name, parameter in parameters.items():
+            self.watch(name, parameter)
         self._stand_ins: dict[str, Tensor] = {}
         self._derived: Any = WeakIdKeyDictionary()  # views of parameters, and functions of them
         self._derived_stand_ins: Any = WeakIdKeyDictionary()
+
+    def watch(self, name: str, parameter: Tensor) -> None:
+        """Watch a parameter, or what takes its place."""
+        self._sources[id(parameter)] = Source(
+            {name: itself},
+            int(parameter.storage_offset()),
+            functools.partial(self._points.__getitem__, name),
+            direct=True,
+        )
 
     def clear(self) -> None:
         """Let go of all tensors."""

@@ -113,6 +113,9 @@ class KroneckerImportance(Importance, file_format="cl_optim.KroneckerImportance/
         """Return the same with other tensors."""
         return KroneckerImportance.lazy(sums, self.samples, self.tokens, self.metadata, factors)
 
+    def _with_sums(self, sums: Mapping[str, Tensor]) -> KroneckerImportance:
+        return self._with(self._factors, sums)
+
     @property
     def factors(self) -> Mapping[str, Factors]:
         """Name of a weight → its Kronecker factors (not a copy).

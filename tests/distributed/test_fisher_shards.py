@@ -1,0 +1,373 @@
+"""The Fisher information of models that are spread over processes, of all their samples."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from processes import results_of
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+from torch.utils.checkpoint import checkpoint
+
+from cl_optim import (
+    EWCAdamW,
+    FisherEstimator,
+    ImportanceLog,
+    estimate_fisher,
+)
+from cl_optim.distributed import whole
+from cl_optim.fisher.adam import importance_from_adam
+from cl_optim.importance.errors import LogError
+
+
+class Network(nn.Module):
+    """Layers in modules of their own, one that is used twice, and one in the root itself."""
+
+    def __init__(self, checkpoints: bool = False) -> None:
+        super().__init__()
+        self.first = nn.Sequential(nn.Linear(6, 10), nn.LayerNorm(10), nn.Tanh())
+        self.again = nn.Linear(10, 10)
+        self.last = nn.Linear(10, 3)
+        self.scale = nn.Parameter(torch.ones(10))
+        self._checkpoints = checkpoints
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        for _ in range(2):
+            if self._checkpoints:
+                x = checkpoint(self.again, x, use_reentrant=False)
+            else:
+                x = self.again(x)
+            x = x.tanh()
+        return self.last(x * self.scale)
+
+
+def network(**options: Any) -> Network:
+    torch.manual_seed(0)
+    return Network(**options)
+
+
+def spread(model: Network, layout: str = "fsdp", **options: Any) -> Network:
+    shape, names = ((4,), ("shard",)) if layout == "fsdp" else ((2, 2), ("replicate", "shard"))
+    mesh = init_device_mesh("cpu", shape, mesh_dim_names=names)
+    for module in (model.first, model.again, model):
+        fully_shard(module, mesh=mesh, **options)
+    return model
+
+
+def samples(rank: int | None, step: int, size: Callable[[int], int]) -> tuple[Tensor, Tensor]:
+    """Return a rank's samples of a step, of which some have more than others; None: all."""
+    parts = []
+    for of in range(4) if rank is None else [rank]:
+        generator = torch.Generator().manual_seed(100 * step + of)
+        count = size(of)
+        parts.append(
+            (
+                torch.randn(count, 6, generator=generator),
+                torch.randint(0, 3, (count,), generator=generator),
+            )
+        )
+    x, y = zip(*parts, strict=True)
+    return torch.cat(x), torch.cat(y)
+
+
+def uneven(rank: int) -> int:
+    return 2 + rank
+
+
+def everything(importance: Any) -> dict[str, Tensor]:
+    return {name: whole(value).float() for name, value in importance.items()}
+
+
+def told(importance: Any) -> dict[str, Any]:
+    return {
+        "F": everything(importance),
+        "samples": importance.samples,
+        "placed": [isinstance(value, DTensor) for value in importance.values()],
+        "metadata": importance.metadata.get("ranks"),
+    }
+
+
+def alone(size: Callable[[int], int] = uneven, **options: Any) -> dict[str, Any]:
+    """Return what one process finds that has all samples of three steps."""
+    batches = [samples(None, step, size) for step in range(3)]
+    return told(estimate_fisher(network(), batches, "empirical", None, ranks="own", **options))
+
+
+def observed(rank: int, layout: str, **options: Any) -> tuple[dict[str, Any], list[Tensor]]:
+    model = spread(network(**options), layout)
+    fisher = FisherEstimator(model, verify=True)
+    grads = []
+    for step in range(3):
+        x, y = samples(rank, step, uneven)
+        with fisher.observe(len(x)):
+            F.cross_entropy(model(x), y).backward()
+        if step == 0:
+            grads = [whole(p.grad) for p in model.parameters() if p.grad is not None]
+        model.zero_grad()
+    return told(fisher.finalize()), grads
+
+
+def plain_gradients(rank: int) -> list[Tensor]:
+    """Return what the gradients are without an estimator."""
+    model = spread(network(), "fsdp")
+    x, y = samples(rank, 0, uneven)
+    F.cross_entropy(model(x), y).backward()
+    return [whole(p.grad) for p in model.parameters() if p.grad is not None]
+
+
+def observing(rank: int) -> dict[str, Any]:
+    return {
+        "fsdp": observed(rank, "fsdp"),
+        "hsdp": observed(rank, "hsdp"),
+        "checkpoints": observed(rank, "fsdp", checkpoints=True),
+        "gradients": plain_gradients(rank),
+        "alone": alone(),
+    }
+
+
+def accumulated(rank: int) -> dict[str, Any]:
+    """Add up gradients of two micro-batches before the processes' are."""
+    model = spread(network(), "fsdp")
+    fisher = FisherEstimator(model)
+    for step in range(3):
+        model.set_requires_gradient_sync(step == 1)  # and what comes last is never reduced
+        x, y = samples(rank, step, uneven)
+        with fisher.observe(len(x), loss_scale=0.5):
+            (0.5 * F.cross_entropy(model(x), y)).backward()
+    return told(fisher.finalize())
+
+
+def attached(rank: int) -> dict[str, Any]:
+    """Train, and let the estimator watch; the learning rate is 0, so that weights stay."""
+    model = spread(network(), "fsdp")
+    optimizer = EWCAdamW(model.named_parameters(), lr=0.0)
+    fisher = FisherEstimator(model, during_training=True)
+    fisher.attach(optimizer)
+    for step in range(3):
+        optimizer.zero_grad()
+        x, y = samples(rank, step, uneven)
+        F.cross_entropy(model(x), y).backward()
+        optimizer.step()
+    fisher.detach()
+    importance = fisher.finalize()
+    optimizer.consolidate(importance)
+    return {**told(importance), "penalty": optimizer.penalty().item()}
+
+
+def recorded(rank: int, folder: str = "") -> list[Any]:
+    """Write one record by all, read it in each, and consolidate what was read."""
+    model = spread(network(), "hsdp")
+    optimizer = EWCAdamW(model.named_parameters(), lr=0.01)
+    x, y = samples(rank, 0, uneven)
+    fisher = FisherEstimator(model)
+    with fisher.observe(len(x)):
+        F.cross_entropy(model(x), y).backward()
+    importance = fisher.finalize()
+    optimizer.consolidate(importance)
+    optimizer.freeze(0.1)
+    frozen = {one.name: one.frozen for one in optimizer.protected()}
+    with pytest.raises(ValueError, match=r"spread over processes .* Importance.whole\(\)"):
+        importance.top(0.1)
+    with pytest.raises(ValueError, match=r"spread over processes .* Importance.whole\(\)"):
+        importance.save(f"{folder}/one.safetensors")
+    log = ImportanceLog(f"{folder}/log")
+    anchors = dict(model.named_parameters())
+    log.record("a", importance, model, anchors, frozen)
+    with pytest.raises(LogError, match="task 'a' is in the log already"):
+        log.record("a", importance, model, anchors, frozen)
+    other = EWCAdamW(model.named_parameters(), lr=0.01)
+    other.consolidate(ImportanceLog(f"{folder}/log", mode="r"))
+    same_ = [
+        torch.equal(whole(a.importance), whole(b.importance))
+        and torch.equal(whole(a.frozen), whole(b.frozen))
+        for a, b in zip(optimizer.protected(), other.protected(), strict=True)
+    ]
+    same_.append(log.tasks == ("a",) or list(log.tasks) == ["a"])
+    adam = importance_from_adam(_stepped(model), model)
+    same_ += [isinstance(value, DTensor) for value in adam.values()]
+    same_ += [value.is_cpu and not isinstance(value, DTensor) for value in adam.whole().values()]
+    return same_
+
+
+def _stepped(model: nn.Module) -> EWCAdamW:
+    optimizer = EWCAdamW(model.named_parameters(), lr=0.0)
+    optimizer.step()
+    return optimizer
+
+
+def resumed(rank: int) -> dict[str, Any]:
+    model = spread(network(), "fsdp")
+    fisher = FisherEstimator(model)
+    for step in range(3):
+        if step == 2:
+            state = fisher.state_dict()
+            fisher = FisherEstimator(model)
+            fisher.load_state_dict(state)
+        x, y = samples(rank, step, uneven)
+        with fisher.observe(len(x)):
+            F.cross_entropy(model(x), y).backward()
+    return told(fisher.finalize())
+
+
+def in_a_pass_of_its_own(rank: int) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, options in OWN_PASS.items():
+        batches = [samples(rank, step, uneven) for step in range(3)]
+        parts = spread(network(), "hsdp")
+        found[name] = (
+            told(estimate_fisher(parts, batches, max_samples=None, **options)),
+            told(
+                estimate_fisher(
+                    network(),
+                    [samples(None, step, uneven) for step in range(3)],
+                    max_samples=None,
+                    ranks="own",
+                    **options,
+                )
+            ),
+        )
+        assert all(p.grad is None for p in parts.parameters())
+    return found
+
+
+OWN_PASS: dict[str, dict[str, Any]] = {
+    "empirical": {"labels": "empirical", "verify": True},
+    "exact": {"labels": "exact"},
+    "mas": {"kind": "mas"},
+    "kronecker": {"labels": "empirical", "structure": "kronecker"},
+    "kronecker, exact scale": {
+        "labels": "empirical", "structure": "kronecker", "scale": "exact", "verify": True
+    },
+}  # fmt: skip
+
+
+def mixed_precision(rank: int) -> dict[str, Any]:
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    model = spread(network(), "fsdp", mp_policy=policy)
+    fisher = FisherEstimator(model)
+    for step in range(3):
+        x, y = samples(rank, step, uneven)
+        with fisher.observe(len(x)):
+            F.cross_entropy(model(x).float(), y).backward()
+    return told(fisher.finalize())
+
+
+def refused(rank: int) -> list[str]:
+    said = []
+
+    def note(error: type[Exception], call: Callable[[], Any]) -> None:
+        with pytest.raises(error) as caught:
+            call()
+        said.append(str(caught.value))
+
+    # Fewer batches on one rank.
+    batches = [samples(rank, step, uneven) for step in range(2 if rank == 1 else 3)]
+    parts = spread(network())
+    note(ValueError, lambda: estimate_fisher(parts, batches, "empirical", None))
+    note(ValueError, lambda: estimate_fisher(parts, batches[:1], "empirical", None, ranks="own"))
+    note(
+        NotImplementedError,
+        lambda: estimate_fisher(parts, batches[:1], "empirical", None, unsupported="sign"),
+    )
+    # Tensor parallelism, alone and beside.
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+    tensors = network()
+    parallelize_module(tensors, mesh["tp"], {"again": ColwiseParallel()})
+    note(NotImplementedError, lambda: FisherEstimator(tensors))
+    fully_shard(tensors, mesh=mesh["dp"])
+    fisher = FisherEstimator(tensors)
+    note(NotImplementedError, lambda: _observe(fisher, tensors))
+    # Spread when there is an estimator.
+    late = network()
+    early = FisherEstimator(late)
+    spread(late)
+    note(ValueError, lambda: _observe(early, late))
+    return said
+
+
+def _observe(fisher: FisherEstimator, model: nn.Module) -> None:
+    x, y = samples(0, 0, uneven)
+    with fisher.observe(len(x)):
+        F.cross_entropy(model(x), y).backward()
+
+
+SCENES = (
+    *(observing, accumulated, attached, resumed, in_a_pass_of_its_own, mixed_precision, refused),
+)
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
+    folder = tmp_path_factory.mktemp("ranks")
+    scenes: dict[str, Any] = {scene.__name__: scene for scene in SCENES}
+    scenes["recorded"] = partial(recorded, folder=str(folder))
+    return results_of(scenes, 4, folder)
+
+
+def same(found: dict[str, Any], expected: dict[str, Any], tolerance: float = 1e-6) -> None:
+    assert found["samples"] == expected["samples"]
+    assert found["metadata"] == 4
+    assert found["F"].keys() == expected["F"].keys()
+    for name, value in expected["F"].items():
+        error = (found["F"][name] - value).abs().max() / value.abs().max()
+        assert error <= tolerance, (name, error)
+
+
+@pytest.mark.parametrize("way", ["fsdp", "hsdp", "checkpoints"])
+def test_observed_in_training(results, way):
+    for one in results["observing"]:
+        found, grads = one[way]
+        same(found, one["alone"])
+        assert all(found["placed"])
+        for a, b in zip(grads, one["gradients"], strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("way", ["accumulated", "resumed", "attached"])
+def test_in_other_loops(results, way):
+    for one, other in zip(results[way], results["observing"], strict=True):
+        same(one, other["alone"])
+    if way == "attached":
+        assert len({one["penalty"] for one in results[way]}) == 1
+
+
+@pytest.mark.parametrize("name", OWN_PASS)
+def test_in_a_pass_of_its_own(results, name):
+    for one in results["in_a_pass_of_its_own"]:
+        found, expected = one[name]
+        same(found, expected, 1e-5 if "kronecker" in name else 1e-6)
+
+
+def test_one_record_is_written_by_all(results):
+    assert results["recorded"] == [[True] * len(results["recorded"][0])] * 4
+
+
+def test_in_mixed_precision(results):
+    for one, other in zip(results["mixed_precision"], results["observing"], strict=True):
+        same(one, other["alone"], 0.1)
+
+
+SAID = (
+    r"process 1 has no batch after 2, .* max_samples=None",
+    r"ranks must be 'sum', or be left out, where the model is spread over 4 processes",
+    r"unsupported='sign' is not for a model that is spread",
+    r"'again.weight' is a DTensor in the forward pass, too, as under tensor parallelism",
+    r"'again.weight' is a DTensor in the forward pass, too, as under tensor parallelism",
+    r"was spread over processes after the FisherEstimator was made",
+)
+
+
+@pytest.mark.parametrize("index", range(len(SAID)))
+def test_what_is_refused(results, index):
+    for said in results["refused"]:
+        assert re.search(SAID[index], said[index]), said[index]

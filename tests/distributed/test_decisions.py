@@ -10,10 +10,12 @@ import torch
 import torch.nn.functional as F
 from processes import results_of
 from torch import nn
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from cl_optim import GEM, EWCAdamW
-from cl_optim.retention import Evaluation, RetentionGuard
+from cl_optim.distributed import whole
+from cl_optim.retention import Evaluation, RetentionGuard, interpolate
 
 
 def batch(seed: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -173,7 +175,54 @@ def way_back(rank: int) -> tuple[float, list[torch.Tensor]]:
     return curve.alpha, [param.detach() for param in model.parameters()]
 
 
+def way_back_of_parts(rank: int) -> list[Any]:
+    """Interpolate a model that is spread, by a guard and by hand; each rank measures its own."""
+    found: list[Any] = []
+    for by in ("guard", "hand", "anchors", "importance"):
+        model = network()
+        fully_shard(model)
+        old = {name: whole(value).clone() for name, value in model.named_parameters()}
+        optimizer = EWCAdamW(model.named_parameters())
+        if by == "anchors":
+            optimizer.consolidate(None)
+
+        def measure(model: nn.Module, old: dict[str, torch.Tensor] = old) -> float:
+            moved = whole(model[0].weight.detach()) - old["0.weight"]
+            return 1.0 - (rank + 1) * float(moved.mean())
+
+        evaluation = Evaluation("old", measure)
+        ones = {name: torch.ones_like(value) for name, value in old.items()}
+        guard = RetentionGuard(model, optimizer, [evaluation], budget=0.3)
+        guard.start()
+        with torch.no_grad():
+            for param in model.parameters():
+                param += 1.0
+        if by == "hand":
+            curve = interpolate(model, old, evaluate=evaluation, budget=0.3)
+        elif by == "importance":
+            curve = interpolate(
+                model, old, evaluate=evaluation, budget=0.3, importance=(ones, ones)
+            )
+        else:
+            curve = guard.finish()
+        moved = [whole(value) - old[name] for name, value in model.named_parameters()]
+        found.append((curve.alpha, max(float((one - curve.alpha).abs().max()) for one in moved)))
+    return found
+
+
+def whose_numbers(rank: int) -> str:
+    model = network()
+    old = {name: value.detach().clone() + 1.0 for name, value in model.named_parameters()}
+    evaluation = Evaluation("old", lambda model: 1.0)
+    with pytest.raises(ValueError, match=r"^ranks must be 'mean' where 2 processes") as caught:
+        interpolate(model, old, evaluate=evaluation, budget=0.1)
+    interpolate(model, old, evaluate=evaluation, budget=0.1, ranks="own")
+    interpolate(model, old, 0.5)
+    return str(caught.value)
+
+
 SCENES = (
+    *(way_back_of_parts, whose_numbers),
     *(same_samples, mean_of_own_samples, mean_over_a_group, other_samples, alone),
     *(one_closure_fails, raised_lambda, stopped_at, other_baselines, failed_evaluation, way_back),
 )
@@ -211,6 +260,18 @@ class TestGEM:
     def test_bad_ranks(self, ranks):
         with pytest.raises(ValueError, match=r"^ranks must be 'mean', 'own', a process group"):
             GEM(torch.optim.SGD(network().parameters(), lr=0.1), ranks=ranks)
+
+
+class TestInterpolation:
+    def test_parts_go_back_as_far_as_a_whole_model(self, results):
+        for found in results["way_back_of_parts"]:
+            assert found == results["way_back_of_parts"][0]
+            for alpha, error in found:
+                assert alpha == pytest.approx(0.2, abs=0.02)
+                assert error < 1e-6
+
+    def test_it_must_be_said_whose_numbers_count(self, results):
+        assert len(results["whose_numbers"]) == 2
 
 
 class TestGuard:

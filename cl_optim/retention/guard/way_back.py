@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from cl_optim.distributed import Together, here, is_dtensor, mesh_of
 from cl_optim.retention.guard.evaluation import Evaluation
 from cl_optim.retention.interpolation.between import check_between, interpolate
 from cl_optim.retention.interpolation.curve import Curve
@@ -67,9 +68,9 @@ class WayBack:
             name: p for name, p in self._model.named_parameters() if p.requires_grad
         }
         moving.update((n, b) for n, b in self._model.named_buffers() if b.is_floating_point())
-        copy = {
-            name: value.detach().to("cpu", copy=True).contiguous() for name, value in moving.items()
-        }
+        copy = {name: value.detach().clone() for name, value in moving.items()}
+        if not any(map(is_dtensor, moving.values())):  # parts are small, and stay where they are
+            copy = {name: value.to("cpu").contiguous() for name, value in copy.items()}
         check_between(self._model, copy)
         if self._file is None:
             self._old = copy
@@ -100,7 +101,8 @@ class WayBack:
                 "the weights that the run began with are not known in this process: give them as "
                 "old=, or the guard a folder from the start."
             )
-        return interpolate(self._model, old, evaluate=evaluations, budget=budget)
+        # What they measure are means over processes already.
+        return interpolate(self._model, old, evaluate=evaluations, budget=budget, ranks="own")
 
     def _anchors(self) -> Mapping[str, Tensor]:
         try:
@@ -111,11 +113,14 @@ class WayBack:
     def _begins_at_anchors(self) -> bool:
         """Tell whether the anchors are the weights of now: exact ones of several tasks are not."""
         anchors = self._anchors()
-        return all(
-            name in anchors and torch.equal(anchors[name].to(p.dtype), p.detach())
-            for name, p in self._model.named_parameters()
+        params = dict(self._model.named_parameters())
+        begins = all(
+            name in anchors and torch.equal(here(anchors[name]).to(p.dtype), here(p.detach()))
+            for name, p in params.items()
             if p.requires_grad
         )
+        return all(Together(mesh=mesh_of(params.values())).gather(begins))
 
     def _sums(self) -> list[float]:
-        return [float(anchor.double().sum()) for anchor in self._anchors().values()]
+        """Return sums of this process's parts."""
+        return [float(here(anchor).double().sum()) for anchor in self._anchors().values()]

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from cl_optim.distributed import MeanRanks, Together, check_ranks, here, mesh_of, place
 from cl_optim.importance.importance import check_reduced
 from cl_optim.importance.names import named_like
 from cl_optim.ops.checks import listed
@@ -42,6 +43,7 @@ def interpolate(
     importance: tuple[Mapping[str, Tensor], Mapping[str, Tensor]] | None = None,
     recalibrate: Callable[[nn.Module], object] | None = None,
     strict: bool = True,
+    ranks: MeanRanks = None,
 ) -> Curve:
     r"""Set a model's weights to θ* + α(θ − θ*), between the old ones and those that it has.
 
@@ -75,6 +77,10 @@ def interpolate(
         recalibrate: Runs the model on some batches. Batch norms average their statistics over
             these.
         strict: Refuse names that only one of the two has; False leaves such weights as they are.
+        ranks: Where several processes train the model: ``"mean"``: all call it, and the mean of
+            what they measure counts, as it does in any case where the model is of DTensors, each
+            process on its part; a process group: its members do; ``"own"``: this one alone calls
+            it.
 
     Returns:
         The α of the weights that the model has now, and all that was measured on the way.
@@ -83,7 +89,8 @@ def interpolate(
         TypeError: ``old`` is of an unknown kind.
         ValueError: α, the budget or the tolerance is out of range, or they do not go together;
             names or shapes differ; there are no anchors; the old weights' evaluation is not finite
-            or 0; the weights are distributed over devices; or adapters did not begin at 0.
+            or 0; adapters did not begin at 0; or there are several processes, and ``ranks`` does
+            not say whose numbers count.
 
     References:
         Wortsman et al. 2022, arXiv:2109.01903 (WiSE-FT); Matena & Raffel 2022, arXiv:2111.09832
@@ -115,6 +122,7 @@ def interpolate(
         recalibrate,
         strict=strict,
         stays=alpha is None or recalibrate is not None,
+        ranks="own" if alpha is not None and ranks is None else ranks,
     )
     if alpha is not None:
         with line.or_back():
@@ -140,6 +148,7 @@ def interpolation_curve(
     importance: tuple[Mapping[str, Tensor], Mapping[str, Tensor]] | None = None,
     recalibrate: Callable[[nn.Module], object] | None = None,
     strict: bool = True,
+    ranks: MeanRanks = None,
 ) -> Curve:
     """Measure a model along the way from the old weights to its own, which it has afterwards.
 
@@ -151,6 +160,7 @@ def interpolation_curve(
         importance: Likewise.
         recalibrate: Likewise.
         strict: Likewise.
+        ranks: Likewise.
 
     Returns:
         All points; ``print`` it, or ``curve.draw(path)``.
@@ -162,7 +172,7 @@ def interpolation_curve(
     wanted = sorted({0.0, *map(float, alphas)})
     if len(wanted) < 2 or not all(0.0 <= alpha <= 1.0 for alpha in wanted):
         raise ValueError(f"alphas must be numbers in [0, 1], one above 0, not {list(alphas)}.")
-    line = _Line(model, old, importance, recalibrate, strict=strict, stays=True)
+    line = _Line(model, old, importance, recalibrate, strict=strict, stays=True, ranks=ranks)
     with line.or_back():
         points = _Points(line, _all_of(evaluate))
         for alpha in wanted[1:]:
@@ -179,9 +189,9 @@ def check_between(model: nn.Module, old: Old) -> None:
         ValueError: Likewise.
     """
     tensors = dict([*model.named_parameters(), *model.named_buffers()])
-    check_local(tensors)
+    check_local(tensors, parts=True)
     values, missing = matched(old_weights(old, model), model, strict=True)
-    _check_adapters(tensors, values)
+    _check_adapters(tensors, values, Together(mesh=mesh_of(tensors.values())))
     _check_present([name for name in missing if not _is_adapter(name)])
 
 
@@ -201,7 +211,7 @@ class _Points:
     """Measures a model on its way, and remembers what it has measured."""
 
     def __init__(self, line: _Line, evaluations: Sequence[Evaluation]) -> None:
-        self._judge = Judge(evaluations, (), None)
+        self._judge = Judge(evaluations, (), None, line.ranks)
         self._line = line
         line.go(0.0)
         self._baselines = self._judge.measure(line.model)
@@ -266,16 +276,19 @@ class _Line:
         *,
         strict: bool,
         stays: bool,
+        ranks: MeanRanks,
     ) -> None:
         self.model = model
         self._recalibrate = recalibrate
         tensors = dict([*model.named_parameters(), *model.named_buffers()])
-        check_local(tensors)
+        check_local(tensors, parts=True)
+        self.together = Together(mesh=mesh_of(tensors.values()))
+        self.ranks = _checked_ranks(ranks, self.together)
         for one in importance or ():
             check_reduced(one)
         settle(old)
         values, missing = matched(old_weights(old, model), model, strict=strict)
-        scaled = _check_adapters(tensors, values)
+        scaled = _check_adapters(tensors, values, self.together)
         missing = [name for name in missing if not _is_adapter(name)]
         if strict:
             _check_present(missing)
@@ -298,9 +311,10 @@ class _Line:
             if name not in values and name not in scaled:
                 continue
             read = None if name in scaled else values[name]
-            new = tensor.detach().clone() if stays else None
+            part = here(tensor.detach())
+            new = part.clone() if stays else None
             ratio = None if weights is None else _of_both(weights, name, tensor)
-            self._parts.append(_Part(tensor.detach(), read, new, ratio))
+            self._parts.append(_Part(part, read, new, ratio))
         if not self._parts:
             raise ValueError("old has nothing that the model has: give the old weights of it.")
         self._counts = [
@@ -401,13 +415,29 @@ def _of_both(
                 f"the importance of {name!r} has shape {tuple(value.shape)}, and the parameter "
                 f"{tuple(tensor.shape)}: estimate both with this model."
             )
-        value = value.detach().to(tensor.device, torch.float32)
+        value = here(value.detach(), tensor).to(tensor.device, torch.float32)
         if not bool(((value >= 0) & value.isfinite()).all()):
             raise ValueError(f"the importance of {name!r} must be finite and at least 0.")
         checked.append(value)
     # Their products with α must not underflow; one scale for both does not change the ratio.
-    scale = torch.maximum(*checked).max().clamp_min(torch.finfo(torch.float32).tiny)
+    largest = torch.maximum(*checked)
+    scale = max(float(largest.max()) if largest.numel() else 0.0, torch.finfo(torch.float32).tiny)
     return checked[0] / scale, checked[1] / scale
+
+
+def _checked_ranks(ranks: MeanRanks, together: Together) -> MeanRanks:
+    """Return whose numbers count; of DTensors those of all processes."""
+    check_ranks(ranks, "mean")
+    others = place()
+    if ranks is None and together.size > 1:
+        return "mean"
+    if ranks is None and others is not None:
+        raise ValueError(
+            f"ranks must be 'mean' where {others[1]} processes have the model and all call this, "
+            "or 'own' where this one alone does: if each measured for itself, they would go on "
+            "with other weights."
+        )
+    return ranks
 
 
 def _is_adapter(name: str) -> bool:
@@ -415,7 +445,9 @@ def _is_adapter(name: str) -> bool:
 
 
 def _check_adapters(
-    tensors: Mapping[str, Tensor], values: dict[str, Callable[[], Tensor]]
+    tensors: Mapping[str, Tensor],
+    values: dict[str, Callable[[], Tensor]],
+    together: Together,
 ) -> set[str]:
     """Return the names of LoRA's B that are to be scaled; A then stays as it is."""
     scaled = set()
@@ -427,7 +459,7 @@ def _check_adapters(
         old = values.pop(name, None)
         if "lora_B" not in name and "lora_embedding_B" not in name:
             continue
-        if old is not None and bool(old().any()):
+        if old is not None and any(together.gather(bool(old().any()))):
             raise ValueError(
                 f"the adapter of {name!r} did not begin at 0: what is between two of them has "
                 "both their ranks. Merge both into the weights (merge_and_unload) and interpolate "

@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from cl_optim.distributed import is_dtensor
+from cl_optim.distributed import here, is_dtensor, whole
 from cl_optim.importance.errors import DamagedError
 from cl_optim.importance.names import Lazy, match_names
 from cl_optim.ops.checks import listed
@@ -187,18 +187,26 @@ def matched(
             )
         _check_apart(first, tensors[first], value)
         for other in given[1:]:
-            if not torch.equal(old[other], value):
+            if not torch.equal(whole(old[other]), whole(value)):
                 raise ValueError(
                     f"{first!r} is tied to {', '.join(map(repr, others))}, and old has two values "
                     "for it: tie the old ones, too, or untie the model's."
                 )
-        found[first] = partial(old.__getitem__, given[0])
+        found[first] = partial(_read, old, given[0], tensors[first])
     return found, missing
+
+
+def _read(old: Mapping[str, Tensor], name: str, tensor: Tensor) -> Tensor:
+    """Return the old value, or of a DTensor's the part that is in this process."""
+    return here(old[name], tensor)
 
 
 def _check_apart(name: str, tensor: Tensor, old: Tensor) -> None:
     """Refuse what is the model's own memory, as a state dict is that was not copied."""
     trained = isinstance(tensor, nn.Parameter) and tensor.requires_grad
+    if is_dtensor(tensor) != is_dtensor(old):
+        return
+    tensor, old = here(tensor), here(old)
     if trained and tensor.numel() and old.data_ptr() == tensor.data_ptr():
         raise ValueError(
             f"old is the model's own memory ({name!r}): training has changed it, too. Copy the "
@@ -207,14 +215,18 @@ def _check_apart(name: str, tensor: Tensor, old: Tensor) -> None:
         )
 
 
-def check_local(tensors: Mapping[str, Tensor]) -> None:
+def check_local(tensors: Mapping[str, Tensor], parts: bool = False) -> None:
     """Refuse weights that others cannot take the place of.
+
+    Args:
+        tensors: By name.
+        parts: Whether DTensors will do, whose parts are in this process.
 
     Raises:
         ValueError: They are distributed over devices, or not there.
     """
     for name, tensor in tensors.items():
-        if is_dtensor(tensor) or "_flat_param" in name:
+        if (is_dtensor(tensor) and not parts) or "_flat_param" in name:
             raise ValueError(
                 f"{name!r} is distributed over devices: gather the weights into one model "
                 "(get_model_state_dict with full_state_dict=True) and take that."

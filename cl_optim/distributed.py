@@ -85,6 +85,14 @@ class Together:
         """How many processes there are."""
         return math.prod(dist.get_world_size(group) for group in self._groups)
 
+    @property
+    def rank(self) -> int:
+        """This process's place among them, as :meth:`gather` has it."""
+        rank = 0
+        for group in self._groups:
+            rank = rank * dist.get_world_size(group) + dist.get_rank(group)
+        return rank
+
     def is_first(self) -> bool:
         """Tell whether this is the process of the lowest rank."""
         return all(dist.get_rank(group) == 0 for group in self._groups)

@@ -448,15 +448,6 @@ def test_a_baseline_that_is_no_measure_starts_nothing(tmp_path, value):
         guard.step()
 
 
-def test_of_several_processes_none_writes_checkpoints(tmp_path, monkeypatch):
-    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
-    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 4)
-    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 0)
-    with pytest.raises(ValueError, match=r"^folder must be left out where 4 processes train"):
-        guard_of(scripted(1.0), folder=tmp_path / "guard")
-    assert not (tmp_path / "guard").exists()
-
-
 def test_given_baselines_count():
     guard = guard_of(scripted(1.0, 0.95))
     guard.start(baselines={"old": 2.0})

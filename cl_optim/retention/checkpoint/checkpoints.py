@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from cl_optim.distributed import ALONE, is_dtensor
 from cl_optim.importance.files import fsync_folder
 from cl_optim.ops.checks import check_whole
 from cl_optim.ops.warn import warn
@@ -51,6 +52,8 @@ class Checkpoints:
         ValueError: ``keep`` is not at least 1.
     """
 
+    _together = ALONE
+
     def __init__(
         self, folder: str | os.PathLike[str], parts: Mapping[str, Stateful], keep: int = 3
     ) -> None:
@@ -85,13 +88,20 @@ class Checkpoints:
             OSError: The disk refuses.
         """
         self._settle()
-        content = {
+        self._write(self._content(step))
+        self._prune(step)
+        return self.path(step)
+
+    def _content(self, step: int) -> dict[str, Any]:
+        return {
             "format": _FORMAT,
             "step": step,
             "parts": {name: part.state_dict() for name, part in self.parts.items()},
             "rng": rng_state(),
         }
-        path = self.path(step)
+
+    def _write(self, content: dict[str, Any]) -> None:
+        path = self.path(content["step"])
         temporary = path.with_name(f".{path.name}.tmp")  # one killed in the middle is overwritten
         try:
             sealed_torch.save(content, temporary)
@@ -100,8 +110,6 @@ class Checkpoints:
         finally:
             temporary.unlink(missing_ok=True)
         fsync_folder(self.folder)
-        self._prune(step)
-        return path
 
     def restore(self) -> int:
         """Set all parts and the random number generators to the newest checkpoint that is whole.
@@ -137,10 +145,7 @@ class Checkpoints:
         raise CheckpointError(f"no checkpoint to restore from folder {self.folder}: {found}.")
 
     def _read(self, step: int) -> dict[str, Any]:
-        content = sealed_torch.load(self.path(step))
-        if not isinstance(content, dict) or content.get("format") != _FORMAT:
-            raise ValueError(f"its format is not {_FORMAT}")
-        return content
+        return read_checked(self.path(step))
 
     def _apply(self, content: dict[str, Any]) -> None:
         saved = content["parts"]
@@ -149,17 +154,19 @@ class Checkpoints:
                 f"the checkpoint of step {content['step']} has the parts {sorted(saved)}, this run "
                 f"has {sorted(self.parts)}."
             )
-        check_rng_state(content["rng"])
-        for name, part in self.parts.items():
-            check_part(name, part, saved[name])
+        with self._together.agreeing():
+            check_rng_state(content["rng"])
+            for name, part in self.parts.items():
+                check_part(name, part, saved[name])
         self._settle()
         before, random_before = {}, rng_state()
         try:
-            for name, part in self.parts.items():
-                before[name] = _copied(part.state_dict())
-                part.load_state_dict(saved[name])
-            name = "rng"
-            set_rng_state(content["rng"])  # last: a part may draw while it loads
+            with self._together.agreeing():
+                for name, part in self.parts.items():
+                    before[name] = _copied(part.state_dict())
+                    part.load_state_dict(saved[name])
+                name = "rng"
+                set_rng_state(content["rng"])  # last: a part may draw while it loads
         except BaseException as error:
             for name, state in before.items():
                 self.parts[name].load_state_dict(state)
@@ -180,7 +187,10 @@ class Checkpoints:
         """Delete the checkpoints of later steps."""
         for later in self.steps:
             if later > step:
-                self.path(later).unlink()
+                self._delete(later)
+
+    def _delete(self, step: int) -> None:
+        self.path(step).unlink()
 
     def _check_readable(self, path: Path) -> None:
         """Find out now, not at a roll-back, that a state holds what cannot be read back."""
@@ -198,11 +208,27 @@ class Checkpoints:
         steps = self.steps
         kept = [step for step in steps if step <= newest][-self.keep :]
         for step in set(steps) - set(kept):
-            self.path(step).unlink()
+            self._delete(step)
+
+
+def read_checked(path: Path) -> dict[str, Any]:
+    """Read a file of a checkpoint.
+
+    Raises:
+        DamagedError: It is not what was written.
+        ValueError: It is of another format.
+        OSError: It cannot be read.
+    """
+    content = sealed_torch.load(path)
+    if not isinstance(content, dict) or content.get("format") != _FORMAT:
+        raise ValueError(f"its format is not {_FORMAT}")
+    return content
 
 
 def _copied(state: Any) -> Any:
     """Copy a state, so that it does not change with its part; into main memory, not a GPU's."""
+    if isinstance(state, torch.Tensor) and is_dtensor(state):
+        return state.detach().clone()  # a part
     if isinstance(state, torch.Tensor):
         return state.detach().to("cpu", copy=True)
     if isinstance(state, dict):

@@ -11,13 +11,14 @@ from typing import Any, Literal, get_args
 import torch
 from torch import nn
 
-from cl_optim.distributed import MeanRanks, check_ranks, place
+from cl_optim.distributed import MeanRanks, Together, check_ranks
 from cl_optim.ops.checks import check_whole
 from cl_optim.ops.warn import warn
 from cl_optim.optim.gem import GEM
 from cl_optim.optim.settling import settle
 from cl_optim.retention.checkpoint.checkpoints import Checkpoints
 from cl_optim.retention.checkpoint.parts import Stateful
+from cl_optim.retention.checkpoint.shared import checkpoints
 from cl_optim.retention.guard.controller import LambdaController, largest_lambda
 from cl_optim.retention.guard.evaluation import Check, Evaluation
 from cl_optim.retention.guard.judge import Judge, packed
@@ -63,13 +64,13 @@ class RetentionGuard:
 
     Where several processes train one model, each has a guard and all evaluate, on the same old
     samples or each on its part: the mean of their numbers counts, so that all act alike in the same
-    step (a number that is not finite in one is none in any). Checkpoints are the trainer's business
-    there: leave out ``folder``.
+    step (a number that is not finite in one is none in any).
 
     With a ``folder``, every check without a breach, or under a budget, is followed by a checkpoint
     of model, optimizer (importance and anchors included), scheduler, data position, random number
     generators and whatever ``extra`` names. :meth:`resume` continues a run from it in a new
-    process.
+    process. Several processes have one folder, that all can read: each writes what it alone has,
+    its parts of DTensors included, and as many go on.
 
     Args:
         model: The network in training.
@@ -99,7 +100,7 @@ class RetentionGuard:
             a budget implies it, and the threshold is one.
         old: The old weights, as for :func:`cl_optim.retention.interpolate`. None: the optimizer's
             anchors where these are the weights at :meth:`start`; else a copy of them, in the folder
-            if there is one, or in the CPU's memory.
+            if there is one and this is the only process, or in memory.
         ranks: Whose evaluations count: the ``"mean"`` over all processes, or over those of a
             process group of torch.distributed; ``"own"``: this process's, which trains alone.
 
@@ -169,16 +170,13 @@ class RetentionGuard:
         self._actions = ("stop",) if on_breach is None else _check_actions(on_breach)
         if "rollback" in self._actions and folder is None:
             raise ValueError("on_breach='rollback' needs a folder for its checkpoints.")
-        if folder is not None and ranks != "own" and (here := place()) is not None:
-            raise ValueError(
-                f"folder must be left out where {here[1]} processes train one model: each would "
-                "write its checkpoints there. Where each trains its own, give it a folder of its "
-                "own and ranks='own'."
-            )
         self.model = model
         self.optimizer = optimizer
         self.budget = budget
-        self._way_back = None if on_end is None else WayBack(model, optimizer, old, folder)
+        alone = Together(ranks).size == 1
+        self._way_back = (
+            None if on_end is None else WayBack(model, optimizer, old, folder if alone else None)
+        )
         self.threshold = threshold
         self.every = every
         self.loggers = tuple(loggers)
@@ -202,9 +200,8 @@ class RetentionGuard:
             if name in parts:
                 raise ValueError(f"extra must not have the name {name!r}, which the guard uses.")
         present = {name: part for name, part in parts.items() if part is not None}
-        self._checkpoints = (
-            None if folder is None else Checkpoints(folder, {**present, **(extra or {})}, keep)
-        )
+        present |= extra or {}
+        self._checkpoints = None if folder is None else checkpoints(folder, present, keep, ranks)
 
     # --- the run ----------------------------------------------------------------------------------
 
@@ -451,12 +448,12 @@ class RetentionGuard:
             self._controller.apply()
         return step
 
-    def _restore(self, checkpoints: Checkpoints) -> int:
+    def _restore(self, kept: Checkpoints) -> int:
         """Go back; if that fails, what it has undone has neither history nor closures."""
         history = self.history
         closures = self.optimizer.closures if isinstance(self.optimizer, GEM) else {}
         try:
-            return checkpoints.restore()
+            return kept.restore()
         except BaseException:
             self.history = history
             if isinstance(self.optimizer, GEM):

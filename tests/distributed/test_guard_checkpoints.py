@@ -1,0 +1,162 @@
+"""Checkpoints of a guard that several processes have: whole, or the one before."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from processes import in_processes
+from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+from cl_optim import GEM, EWCAdamW
+from cl_optim.distributed import whole
+from cl_optim.retention import CheckpointError, CheckpointWarning, Evaluation, RetentionGuard
+from cl_optim.retention.checkpoint import shared
+
+
+class Run:
+    """A run that can be begun anew: a model, its optimizer, a stream, and a guard."""
+
+    def __init__(self, rank: int, folder: str, kind: str, fail_at: int = 100) -> None:
+        torch.manual_seed(0)
+        self.rank = rank
+        self.model: nn.Module = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3))
+        if kind == "fsdp":
+            fully_shard(self.model)
+        self.forward = DistributedDataParallel(self.model) if kind == "ddp" else self.model
+        options: dict[str, Any] = {"importance_dtype": "log8"} if kind == "fsdp" else {}
+        inner = EWCAdamW(self.model.named_parameters(), lr=0.02, ewc_lambda=0.1, **options)
+        self.optimizer = GEM(inner, ranks="mean")
+        self.fail_at = fail_at
+        self.position = {"step": 0}
+        self.guard = RetentionGuard(
+            self.model,
+            self.optimizer,
+            [Evaluation("old", self.measure)],
+            on_breach=("rollback", "raise_lambda"),
+            every=2,
+            folder=folder,
+            data=self,
+        )
+
+    def measure(self, model: nn.Module) -> float:
+        breach = self.rank == 1 and self.position["step"] == self.fail_at
+        self.fail_at = 100 if breach else self.fail_at
+        return 0.1 if breach else 1.0
+
+    def state_dict(self) -> dict[str, int]:
+        return dict(self.position, rank=self.rank)
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        assert state["rank"] == self.rank
+        self.position = {"step": state["step"]}
+
+    def loss(self, seed: int) -> Tensor:
+        generator = torch.Generator().manual_seed(10 * seed + self.rank)
+        x = torch.randn(4, 5, generator=generator)
+        return (self.forward(x) - 1.0).square().mean() + 0 * torch.rand(()).item()
+
+    def begin(self) -> None:
+        self.optimizer.consolidate(None)
+        self.optimizer.remember("a", lambda: (-self.loss(0)).backward(), refresh_every=3)
+
+    def train(self, steps: int) -> list[Tensor]:
+        while self.position["step"] < steps:
+            self.optimizer.zero_grad()
+            self.loss(1 + self.position["step"]).backward()
+            self.optimizer.step()
+            self.position["step"] += 1
+            self.guard.step()
+        return [*(whole(p.detach()) for p in self.model.parameters()), torch.rand(1)]
+
+
+def goes_on(rank: int, folder: str, kind: str) -> None:
+    """Go on from a checkpoint in a new run, and come to the same bits."""
+    straight = Run(rank, f"{folder}/{kind}-straight", kind)
+    straight.begin()
+    straight.guard.start()
+    expected = straight.train(8)
+    broken = Run(rank, f"{folder}/{kind}", kind)
+    broken.begin()
+    broken.guard.start()
+    broken.train(5)
+    resumed = Run(rank, f"{folder}/{kind}", kind)
+    assert resumed.guard.resume() == 4
+    resumed.optimizer.remember("a", lambda: (-resumed.loss(0)).backward(), refresh_every=3)
+    found = resumed.train(8)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    assert resumed.optimizer.penalty() == straight.optimizer.penalty() > 0
+    kept = sorted(path.name for path in Path(folder, kind).iterdir())
+    assert kept == [f"step-{step:012d}" for step in (4, 6, 8)]
+    own = [len(list(path.iterdir())) for path in Path(folder, kind).iterdir()]
+    assert own == [2, 2, 2]
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_a_run_goes_on(tmp_path, kind):
+    in_processes(goes_on, 2, str(tmp_path), kind)
+
+
+def rolls_back(rank: int, folder: str) -> None:
+    run = Run(rank, folder, "fsdp", fail_at=6)
+    run.begin()
+    run.guard.start()
+    run.train(10)
+    assert [check.rolled_back_to for check in run.guard.history] == [
+        None, None, None, 4, None, None, None
+    ]  # fmt: skip
+    assert "λ raised to 0.3" in run.guard.history[3].action
+
+
+def test_a_breach_on_one_rank_rolls_all_back(tmp_path):
+    in_processes(rolls_back, 2, str(tmp_path))
+
+
+def dies_in_a_save(rank: int, folder: str) -> None:
+    run = Run(rank, folder, "fsdp")
+    run.begin()
+    run.guard.start()
+    run.train(4)
+    if rank == 1:
+        shared.sealed_torch.save = lambda *given: os.kill(os.getpid(), signal.SIGKILL)
+    run.train(6)
+
+
+def finds_the_one_before(rank: int, folder: str) -> None:
+    run = Run(rank, folder, "fsdp")
+    assert run.guard.resume() == 4
+    # One process's file of the newest one is damaged: all take the one before.
+    torch.distributed.barrier()
+    if rank == 1:
+        file = Path(folder, f"step-{4:012d}", "rank-1-of-2.pt")
+        content = bytearray(file.read_bytes())
+        content[len(content) // 2] ^= 1
+        file.write_bytes(content)
+    torch.distributed.barrier()
+    with pytest.warns(CheckpointWarning, match="cannot be read"):
+        assert run.guard.resume() == 2
+
+
+def of_other_processes(rank: int, folder: str) -> None:
+    run = Run(rank, folder, "fsdp")
+    with (
+        pytest.warns(CheckpointWarning, match="is not of 3 processes"),
+        pytest.raises(CheckpointError, match="none of the 3 in it can be read"),
+    ):
+        run.guard.resume()
+
+
+def test_a_rank_that_is_killed_in_a_save_leaves_the_one_before(tmp_path):
+    begun = time.monotonic()
+    with pytest.raises(torch.multiprocessing.ProcessExitedException, match="SIGKILL"):
+        in_processes(dies_in_a_save, 2, str(tmp_path))
+    assert time.monotonic() - begun < 60
+    in_processes(finds_the_one_before, 2, str(tmp_path))
+    in_processes(of_other_processes, 3, str(tmp_path))

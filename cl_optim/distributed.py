@@ -174,6 +174,8 @@ class Together:
         """Return the tensor where the groups' backend can send it from."""
         if "gloo" in dist.get_backend(self._groups[0]) or not tensor.is_cpu:
             return tensor.contiguous()
+        if not torch.accelerator.is_available():
+            return tensor.contiguous()
         return tensor.to(torch.accelerator.current_accelerator() or "cpu")
 
 
@@ -248,6 +250,19 @@ def like(param: Tensor, part: Tensor) -> Tensor:
         part, there.device_mesh, there.placements,
         run_check=False, shape=there.shape, stride=there.stride(),
     )  # fmt: skip
+
+
+def reshard(model: torch.nn.Module) -> None:
+    """Let go of weights that ``fully_shard`` has gathered for a forward pass, and keeps after it.
+
+    Without a backward pass the outermost module keeps them; what is written into the parts of its
+    parameters would then not be seen by the next forward pass.
+    """
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    if fsdp is not None:
+        for module in model.modules():
+            if isinstance(module, fsdp.FSDPModule):
+                module.reshard()
 
 
 def rows_like(param: Tensor, parts: Tensor) -> Tensor:

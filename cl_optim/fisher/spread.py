@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cl_optim.distributed import ALONE, Together, is_dtensor, mesh_of
+from cl_optim.distributed import ALONE, Together, is_dtensor, mesh_of, place, reshard
 from cl_optim.fisher.checks import Number
 from cl_optim.fisher.model import trained
 
@@ -36,6 +36,7 @@ class Spread:
     """
 
     def __init__(self, model: nn.Module) -> None:
+        reshard(model)  # parameters that an evaluation has left whole are others
         parameters = trained(model)
         self._parts = {name: p for name, p in parameters.items() if is_dtensor(p)}
         self.names = list(self._parts)
@@ -72,6 +73,13 @@ class Spread:
             raise ValueError(
                 f"ranks must be 'sum', or be left out, where the model is spread over "
                 f"{self.together.size} processes: squares are added up over them as they come."
+            )
+        others = place()
+        if others is not None and others[1] > self.together.size:
+            raise ValueError(
+                f"the model is spread over {self.together.size} of {others[1]} processes: give "
+                "ranks= the process group of those, where the others train another part of the "
+                "model; replicas of it are a dimension of its mesh (HSDP)."
             )
         return self.together
 

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from cl_optim.distributed import Together, here, is_dtensor, like
+from cl_optim.distributed import Together, here, is_dtensor, like, reshard
 from cl_optim.fisher.checks import Number
 from cl_optim.fisher.kronecker.structure import Structure
 from cl_optim.fisher.kronecker.sums import FactorSums, Matrices
@@ -190,6 +190,7 @@ class Totals(_Batches):
     def __init__(
         self, model: nn.Module, decay: float = 1.0, matrices: Matrices | None = None
     ) -> None:
+        self.spread = Spread(model)
         parameters = trained(model)
         for name, parameter in parameters.items():
             if not parameter.is_floating_point():
@@ -199,7 +200,6 @@ class Totals(_Batches):
                 )
         if not parameters:
             raise ValueError("model has no parameters that require gradients.")
-        self.spread = Spread(model)
         super().__init__(parameters, matrices)
         self.shapes = {name: parameter.shape for name, parameter in parameters.items()}
         self.decay = decay
@@ -518,6 +518,8 @@ class Totals(_Batches):
 
     def check_unchanged(self, model: nn.Module) -> dict[str, nn.Parameter]:
         """Refuse parameters other than those at the start; follow those that were moved."""
+        if self.spread:
+            reshard(model)
         parameters = trained(model)
         shapes = self.shapes
         for name in {**shapes, **parameters}:

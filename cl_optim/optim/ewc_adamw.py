@@ -263,6 +263,7 @@ class EWCAdamW(Protecting, torch.optim.Optimizer):
         with torch.set_grad_enabled(self.defaults["differentiable"]):
             shards = self._shards
             if shards.any:
+                self._refuse_differentiable()
                 shards.follow(self.param_groups, self.state)
                 with shards.with_grads():
                     self._take(self._next_step())
@@ -270,12 +271,20 @@ class EWCAdamW(Protecting, torch.optim.Optimizer):
                 self._take(self._next_step())
         return loss
 
+    def _refuse_differentiable(self) -> None:
+        if self.defaults["differentiable"]:
+            raise ValueError(
+                "differentiable=True is not for DTensors, whose parts are stepped where autograd "
+                "does not see them: use it on one device."
+            )
+
     def _take(self, step: Step) -> None:
         if is_capturing():
             check_capture(step, self._launch.sums)
             self._was_captured = True
         if not self._launch.repeat(step):
             if not step.shards.any and self._local().any:  # exchanged for DTensors
+                self._refuse_differentiable()
                 with step.shards.with_grads():
                     return self._take(self._next_step())
             refuse_exchanged(self.param_groups, self.state)
@@ -386,7 +395,8 @@ class EWCAdamW(Protecting, torch.optim.Optimizer):
         Summed by the step itself, in the same order each time, over the parameters that it updated;
         nothing waits for a GPU until the number is read. A detached 0-dim float64 tensor on the
         first parameter's device; 0 before the first step after :meth:`consolidate`. Matrices with
-        Kronecker importance are in it as the last pull met them, Σ S (UᵀΔU)².
+        Kronecker importance are in it as the last pull met them, Σ S (UᵀΔU)². Of DTensors it is
+        that of all processes, which all read it.
 
         Raises:
             RuntimeError: The optimizer was made without ``track_penalty=True``.
@@ -395,7 +405,10 @@ class EWCAdamW(Protecting, torch.optim.Optimizer):
 
     @property
     def last_drift(self) -> Tensor:
-        """Return ‖θ − θ*‖ of each group, float64 [groups], as the last step or pull met it."""
+        """Return ‖θ − θ*‖ of each group, float64 [groups], as the last step or pull met it.
+
+        Of DTensors it is that of all processes, which all read it.
+        """
         return self._tracked("last_drift")[:, 1].sqrt()
 
     def _tracked(self, what: str) -> Tensor:

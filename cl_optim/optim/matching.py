@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from cl_optim.distributed import here, is_dtensor
+from cl_optim.distributed import here, is_dtensor, reshard
 from cl_optim.importance.names import compare_names, match_names
 from cl_optim.ops import formats
 from cl_optim.ops.checks import listed
@@ -30,6 +30,7 @@ def named_params(groups: Groups, model: torch.nn.Module | None) -> dict[str, Ten
         ValueError: A parameter has no name, or one that another has, too.
     """
     if model is not None:
+        reshard(model)
         names: dict[Tensor, str] = {p: name for name, p in model.named_parameters()}
         params = [param for group in groups for param in group["params"]]
         absent = [p for p in params if p not in names]

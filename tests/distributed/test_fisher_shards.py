@@ -105,10 +105,14 @@ def alone(size: Callable[[int], int] = uneven, **options: Any) -> dict[str, Any]
 
 def observed(rank: int, layout: str, **options: Any) -> tuple[dict[str, Any], list[Tensor]]:
     model = spread(network(**options), layout)
+    with torch.no_grad():  # what is not followed by a backward pass leaves parameters whole
+        model(torch.ones(1, 6))
     fisher = FisherEstimator(model, verify=True)
     grads = []
     for step in range(3):
         x, y = samples(rank, step, uneven)
+        with torch.no_grad():
+            model(torch.ones(1, 6))
         with fisher.observe(len(x)):
             F.cross_entropy(model(x), y).backward()
         if step == 0:
@@ -162,6 +166,42 @@ def attached(rank: int) -> dict[str, Any]:
     importance = fisher.finalize()
     optimizer.consolidate(importance)
     return {**told(importance), "penalty": optimizer.penalty().item()}
+
+
+def decayed(rank: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Let sums decay so fast that what they are multiplied by would leave float32's range."""
+    found = []
+    for is_spread in (True, False):
+        model = spread(network(), "hsdp") if is_spread else network()
+        optimizer = EWCAdamW(model.named_parameters(), lr=0.0)
+        fisher = FisherEstimator(model, during_training=True, decay=0.001)
+        with fisher.attach(optimizer):
+            for step in range(14):
+                optimizer.zero_grad()
+                x, y = samples(rank if is_spread else None, step, uneven)
+                F.cross_entropy(model(x), y).backward()
+                optimizer.step()
+        importance = fisher.finalize(ranks=None if is_spread else "own")
+        found.append({**told(importance), "samples": round(importance.samples, 9)})
+    return found[0], found[1]
+
+
+def overflowed(rank: int) -> dict[str, Any]:
+    """Let the loss of one rank overflow: the step is left out, and its samples, in all."""
+    model = spread(network(), "fsdp")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    fisher = FisherEstimator(model, during_training=True)
+    with fisher.attach(optimizer, scaler=scaler):
+        for step in (0, 5, 1, 2):
+            optimizer.zero_grad()
+            x, y = samples(rank, step, uneven)
+            loss = F.cross_entropy(model(x), y)
+            scaler.scale(loss * (float("inf") if (step, rank) == (5, 1) else 1.0)).backward()
+            scaler.step(optimizer)
+            scaler.update()
+    importance = fisher.finalize()
+    return {**told(importance), "dropped": importance.metadata["dropped_samples"]}
 
 
 def recorded(rank: int, folder: str = "") -> list[Any]:
@@ -224,6 +264,8 @@ def in_a_pass_of_its_own(rank: int) -> dict[str, Any]:
     for name, options in OWN_PASS.items():
         batches = [samples(rank, step, uneven) for step in range(3)]
         parts = spread(network(), "hsdp")
+        with torch.no_grad():
+            parts(torch.ones(1, 6))
         found[name] = (
             told(estimate_fisher(parts, batches, max_samples=None, **options)),
             told(
@@ -302,7 +344,17 @@ def _observe(fisher: FisherEstimator, model: nn.Module) -> None:
 
 
 SCENES = (
-    *(observing, accumulated, attached, resumed, in_a_pass_of_its_own, mixed_precision, refused),
+    *(
+        decayed,
+        overflowed,
+        observing,
+        accumulated,
+        attached,
+        resumed,
+        in_a_pass_of_its_own,
+        mixed_precision,
+        refused,
+    ),
 )
 
 
@@ -346,6 +398,17 @@ def test_in_a_pass_of_its_own(results, name):
     for one in results["in_a_pass_of_its_own"]:
         found, expected = one[name]
         same(found, expected, 1e-5 if "kronecker" in name else 1e-6)
+
+
+def test_what_decays(results):
+    for found, expected in results["decayed"]:
+        same(found, expected, 1e-5)
+
+
+def test_an_overflow_on_one_rank_is_dropped_in_all(results):
+    for one, other in zip(results["overflowed"], results["observing"], strict=True):
+        same(one, other["alone"])
+        assert one["dropped"] == 14
 
 
 def test_one_record_is_written_by_all(results):

@@ -283,6 +283,18 @@ def exchanged(rank: int) -> list[bool | str]:
     return outcome
 
 
+def differentiable(rank: int) -> str:
+    """Ask for a step that autograd sees; the first one finds out that there are DTensors."""
+    model = spread(network(), "fsdp")
+    optimizer = ewc_adamw(differentiable=True, foreach=True)(model)
+    give(model, like(model, 0))
+    before = weights(model)
+    with pytest.raises(ValueError, match="^differentiable=True is not for DTensors") as caught:
+        optimizer.step()
+    assert all(map(torch.equal, before, weights(model)))
+    return str(caught.value)
+
+
 def moved_storage(rank: int) -> bool:
     """Give parameters other memory, as a move of the model does: state and steps follow."""
     parts, alone = spread(network(), "fsdp"), network()
@@ -420,7 +432,7 @@ def counted() -> Iterator[list[int]]:
 SCENES = (
     *(projections, gem_elsewhere, sent),
     *(steps, equal_importance, spread_importance, bad_importance, kronecker),
-    *(first_step_of_checkpoints, overflow_on_one_rank, exchanged, moved_storage),
+    *(first_step_of_checkpoints, overflow_on_one_rank, exchanged, moved_storage, differentiable),
 )
 
 
@@ -506,6 +518,9 @@ class TestProtection:
         for trained, refused in results["exchanged"]:
             assert trained is True
             assert "something has exchanged them" in refused
+
+    def test_autograd_does_not_see_parts(self, results):
+        assert len(results["differentiable"]) == 4
 
     def test_parameters_whose_memory_was_exchanged(self, results):
         assert results["moved_storage"] == [True] * 4

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from trainer_cases import one_epoch, tiny_llama
 
-from cl_optim import FisherEstimator, Importance, estimate_fisher
+from cl_optim import EWCAdamW, FisherEstimator, Importance, estimate_fisher
+from cl_optim.distributed import is_dtensor, whole
 
 SETTINGS = {
     f"{average} {accumulation}": (average, accumulation)
@@ -73,6 +74,53 @@ def scaled(rank: int) -> list[dict[str, Tensor]]:
     return found
 
 
+def prepared(rank: int) -> dict[str, Any]:
+    """Let Accelerate shard a model, which exchanges the optimizer's parameters; save and load."""
+    from accelerate import Accelerator, FullyShardedDataParallelPlugin
+    from accelerate.state import AcceleratorState, PartialState
+    from accelerate.utils import DistributedType
+
+    plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2, auto_wrap_policy="transformer_based_wrap",
+        transformer_cls_names_to_wrap=["LlamaDecoderLayer"],
+    )  # fmt: skip
+    accelerator = Accelerator(cpu=True)
+    # On a CPU it would not shard, though all that it does for this would work there.
+    for state in (AcceleratorState, PartialState):
+        state._shared_state["distributed_type"] = DistributedType.FSDP
+    accelerator.state.fsdp_plugin = plugin
+    model, data = tiny_llama()
+    optimizer = EWCAdamW(model.named_parameters(), lr=0.0)
+    model, wrapped = accelerator.prepare(model, optimizer)
+    fisher = FisherEstimator(model, during_training=True)
+    with fisher.attach(optimizer, loss_terms="tokens"):
+        for step in range(2):
+            rows = data[4 * step + 2 * rank : 4 * step + 2 * rank + 2]
+            wrapped.zero_grad()
+            accelerator.backward(model(**stacked(rows)).loss)
+            wrapped.step()
+    importance = fisher.finalize()
+    optimizer.consolidate(importance)
+    with torch.no_grad():
+        for param in model.parameters():
+            param += 0.1
+    penalties = [optimizer.penalty().item()]
+    with tempfile.TemporaryDirectory() as own:
+        folder = [own]
+        torch.distributed.broadcast_object_list(folder)
+        accelerator.save_state(folder[0])
+        optimizer.consolidate(None)
+        penalties.append(optimizer.penalty().item())
+        accelerator.load_state(folder[0])
+        torch.distributed.barrier()
+    penalties.append(optimizer.penalty().item())
+    return {
+        "F": {name: whole(value) for name, value in importance.items()},
+        "spread": all(map(is_dtensor, optimizer.param_groups[0]["params"])),
+        "penalties": penalties,
+    }
+
+
 def stacked(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     return {key: torch.stack([row[key] for row in rows]) for key in rows[0]}
 
@@ -91,7 +139,7 @@ def expected() -> Importance:
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
-    functions = {"trained": trained, "scaled": scaled}
+    functions = {"trained": trained, "scaled": scaled, "prepared": prepared}
     return results_of(functions, 2, tmp_path_factory.mktemp("ranks"))
 
 
@@ -115,3 +163,13 @@ def test_a_loss_that_cannot_be_seen_is_refused(results):
         assert re.match(
             ".*num_items_in_batch in one of 2 processes.* to False", found["unverified"]
         )
+
+
+def test_a_model_that_accelerate_has_sharded(results):
+    for found in results["prepared"]:
+        assert found["spread"]
+        for parameter, value in expected().items():
+            torch.testing.assert_close(found["F"][parameter], value, rtol=1e-4, atol=1e-8)
+        before, other, after = found["penalties"]
+        assert before == after > 0.0
+        assert other == 0.0

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from cl_optim.distributed import MeanRanks, Together
+from cl_optim.distributed import MeanRanks, Together, reshard
 from cl_optim.ops.passes import eval_mode
 from cl_optim.retention.checkpoint.random_state import rng_state, set_rng_state
 from cl_optim.retention.guard.evaluation import Check, Evaluation, Measured
@@ -183,6 +183,7 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
             yield
     finally:
         set_rng_state(random)
+        reshard(model)
 
 
 def _checked(evaluations: Iterable[Evaluation]) -> list[Evaluation]:

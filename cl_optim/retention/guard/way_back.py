@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from cl_optim.distributed import Together, here, is_dtensor, mesh_of
+from cl_optim.distributed import Together, here, is_dtensor, mesh_of, reshard
 from cl_optim.retention.guard.evaluation import Evaluation
 from cl_optim.retention.interpolation.between import check_between, interpolate
 from cl_optim.retention.interpolation.curve import Curve
@@ -64,6 +64,7 @@ class WayBack:
                 self._file.unlink(missing_ok=True)  # of another run
             return
         self.anchors = None
+        reshard(self._model)
         moving: dict[str, Tensor] = {
             name: p for name, p in self._model.named_parameters() if p.requires_grad
         }
@@ -113,6 +114,7 @@ class WayBack:
     def _begins_at_anchors(self) -> bool:
         """Tell whether the anchors are the weights of now: exact ones of several tasks are not."""
         anchors = self._anchors()
+        reshard(self._model)
         params = dict(self._model.named_parameters())
         begins = all(
             name in anchors and torch.equal(here(anchors[name]).to(p.dtype), here(p.detach()))

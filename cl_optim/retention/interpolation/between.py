@@ -11,7 +11,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from cl_optim.distributed import MeanRanks, Together, check_ranks, here, mesh_of, place
+from cl_optim.distributed import (
+    MeanRanks,
+    Together,
+    check_ranks,
+    here,
+    mesh_of,
+    place,
+    reshard,
+)
 from cl_optim.importance.importance import check_reduced
 from cl_optim.importance.names import named_like
 from cl_optim.ops.checks import listed
@@ -188,6 +196,7 @@ def check_between(model: nn.Module, old: Old) -> None:
         TypeError: As for :func:`interpolate`.
         ValueError: Likewise.
     """
+    reshard(model)
     tensors = dict([*model.named_parameters(), *model.named_buffers()])
     check_local(tensors, parts=True)
     values, missing = matched(old_weights(old, model), model, strict=True)
@@ -278,6 +287,7 @@ class _Line:
         stays: bool,
         ranks: MeanRanks,
     ) -> None:
+        reshard(model)
         self.model = model
         self._recalibrate = recalibrate
         tensors = dict([*model.named_parameters(), *model.named_buffers()])

@@ -1,0 +1,81 @@
+"""Fine-tune a language model sharded by fully_shard (FSDP2), and keep what it knew.
+
+``torchrun --nproc-per-node 2 examples/fsdp2.py``: as ``ddp.py``, but each process has a part of the
+weights, of the optimizer's state, of importance and anchors; the guard writes checkpoints.
+"""
+
+from __future__ import annotations
+
+import language_model as lm
+import torch
+import torch.distributed as dist
+from torch.distributed.fsdp import fully_shard
+
+import cl_optim
+from cl_optim.retention import Evaluation, RetentionGuard
+
+
+def main() -> None:
+    """Run the example."""
+    args = lm.arguments(__doc__)
+    device = lm.start()
+    old, new = lm.tokens(args)
+    model = lm.model_of(args).to(device)
+    for layer in model.model.layers:
+        fully_shard(layer)
+    fully_shard(model)
+    optimizer = cl_optim.EWCAdamW(
+        model.named_parameters(), lr=args.lr, strength=0.1, importance_dtype="log8"
+    )
+
+    fisher = cl_optim.FisherEstimator(model, during_training=True, decay=0.99)
+    with fisher.attach(optimizer, loss_terms="tokens"):
+        for batch in lm.batches(old, args.steps):
+            train_step(model, optimizer, batch, device)
+    importance = fisher.finalize()  # DTensors, of the samples of all processes
+    optimizer.consolidate(importance)
+    log = cl_optim.ImportanceLog(args.folder / "importance")
+    if "old" not in log:  # gathered tensor by tensor; the first process writes
+        log.record("old", importance, model, dict(model.named_parameters()))
+
+    # A forward pass is one of all processes: each evaluates, and the mean counts.
+    guard = RetentionGuard(
+        model,
+        optimizer,
+        [
+            Evaluation("old", lambda m: lm.loss_of(m, old, device), higher_is_better=False),
+            Evaluation(
+                "new", lambda m: lm.loss_of(m, new, device), role="new", higher_is_better=False
+            ),
+        ],
+        budget=0.1,
+        every=5,
+        folder=args.folder / "guard",
+    )
+    guard.start()
+    for batch in lm.batches(new, args.steps, seed=1):
+        train_step(model, optimizer, batch, device)
+        if guard.step():
+            break
+    guard.finish()
+    penalty = optimizer.penalty()  # a sum over all processes: all call it
+    if dist.get_rank() == 0:
+        print(guard.report())
+        print(f"penalty: {penalty:.4g}")
+    dist.destroy_process_group()
+
+
+def train_step(
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    batch: dict[str, torch.Tensor],
+    device: torch.device,
+) -> None:
+    """Take one step."""
+    optimizer.zero_grad()
+    model(**{name: value.to(device) for name, value in batch.items()}).loss.backward()
+    optimizer.step()
+
+
+if __name__ == "__main__":
+    main()

@@ -289,7 +289,7 @@ def differentiable(rank: int) -> str:
     optimizer = ewc_adamw(differentiable=True, foreach=True)(model)
     give(model, like(model, 0))
     before = weights(model)
-    with pytest.raises(ValueError, match="^differentiable=True is not for DTensors") as caught:
+    with pytest.raises(ValueError, match=r"^differentiable=True is not for DTensors") as caught:
         optimizer.step()
     assert all(map(torch.equal, before, weights(model)))
     return str(caught.value)

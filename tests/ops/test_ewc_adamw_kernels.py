@@ -74,7 +74,7 @@ def no_word_about_rounded_anchors():
 @torch.no_grad()
 def emulated_step(kernels: ModuleType, optimizer: EWCAdamW) -> None:
     step = optimizer._next_step()
-    for batch in gather(step.groups, step.state, step.roles):
+    for batch in gather(step):
         params = batch.group["params"]
         plan = kernels.Plan(params, batch.members, [], batch.states, batch.is_protected, False)
         assert plan.possible

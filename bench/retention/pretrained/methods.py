@@ -108,14 +108,14 @@ METHODS = (
     replace(ADAMW, label="AdamW, a third of the rate", rate=1 / 3),
     replace(ADAMW, label="AdamW, a tenth of the rate", rate=0.1),
     *(_ewc(strength, None, "L2-SP") for strength in (0.3, 3.0)),
-    *(_ewc(strength, "diagonal", "EWC") for strength in (10.0, 100.0)),
-    *(_ewc(strength, "kronecker", "EWC, Kronecker") for strength in (10.0, 100.0)),
+    *(_ewc(strength, "diagonal", "EWC") for strength in (1.0, 10.0)),
+    *(_ewc(strength, "kronecker", "EWC, Kronecker") for strength in (1.0, 10.0)),
     LORA,
-    *(replace(_ewc(strength, "diagonal", "LoRA + EWC"), kind="lora") for strength in (10.0, 100.0)),
+    *(replace(_ewc(strength, "diagonal", "LoRA + EWC"), kind="lora") for strength in (1.0, 10.0)),
     replace(OWN, label="LoRA + self-written 25%, KL", kind="lora"),
     *(Method(f"LwF, {weight:g}", lwf=weight) for weight in (0.3, 1.0)),
     *(replace(OWN, label=f"self-written {f:.0%}, KL", own=f) for f in (0.1, 0.25)),
-    *(Method(f"replay {f:.0%}", replay=f) for f in (0.01, 0.05, 0.1, 0.25)),
+    *(Method(f"replay {f:.0%}", replay=f) for f in (0.01, 0.05, 0.1)),
     Method("replay 10%, stored outputs", stored=0.1),
     replace(
         OWN, label="EWC, Kronecker, 10 + self-written 25%", strength=10.0, structure="kronecker"

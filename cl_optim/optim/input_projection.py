@@ -347,7 +347,8 @@ class InputProjection(Wrapper):
             closure: For the wrapped optimizer: evaluates the model again and returns the loss.
 
         Raises:
-            RuntimeError: A CUDA graph is being captured.
+            RuntimeError: A CUDA graph is being captured; or parameters that are protected were
+                exchanged for others.
         """
         if is_capturing():
             raise RuntimeError(
@@ -355,6 +356,7 @@ class InputProjection(Wrapper):
                 "who wrote the weights, which a replay would not: capture the forward and the "
                 "backward pass, and call step() outside of the graph."
             )
+        self._refuse_exchanged()
         self._displacements.begin_step(self._frozen())
         self._is_stepping = True
         try:
@@ -368,6 +370,17 @@ class InputProjection(Wrapper):
             self._is_stepping = False
             self._displacements.end_step()
         return loss
+
+    def _refuse_exchanged(self) -> None:
+        """Raise RuntimeError where a matrix is the optimizer's no longer."""
+        params = {param for group in self.param_groups for param in group["params"]}
+        lost = sum(one.weight not in params for one in self._subspaces())
+        if lost:
+            raise RuntimeError(
+                f"{lost} matrices whose inputs are protected are not the optimizer's any more: "
+                "something has exchanged its parameters, as a trainer's prepare() does where it "
+                "shards the model. Call consolidate() after that."
+            )
 
     @_disable_dynamo
     def settle(self) -> None:

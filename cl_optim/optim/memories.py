@@ -127,8 +127,13 @@ class Memories:
             self._mean_is_outdated = True
 
     def refresh(self, shards: Shards) -> None:
-        """Compute the rows anew that are due, for the parameters that there are."""
-        self.rows.follow(shards.params())
+        """Compute the rows anew that are due, for the parameters that there are.
+
+        Raises:
+            RuntimeError: A memory has no closure; or parameters were exchanged for others, and one
+                is never refreshed.
+        """
+        self._follow(shards)
         for memory in self.kept:
             if memory.closure is None and (memory.refresh_every is not None or self.average):
                 raise RuntimeError(
@@ -185,6 +190,21 @@ class Memories:
         ]
         together.sum_(wide)
         return dict(zip(params, torch._foreach_div(wide, together.size), strict=True))
+
+    def _follow(self, shards: Shards) -> None:
+        """Follow the parameters; where some were exchanged, rows are of weights that are gone."""
+        params = shards.params()
+        if len(self.rows) and self.rows.loses(params):
+            fixed = [memory.name for memory in self.kept if memory.refresh_every is None]
+            if fixed and not self.average:
+                raise RuntimeError(
+                    f"parameters of the optimizer were exchanged for others, as a trainer's "
+                    f"prepare() does where it shards the model, and memory {fixed[0]!r} is never "
+                    f"refreshed: remember({fixed[0]!r}, ...) it again."
+                )
+            self._mean_is_outdated = self.average
+            self.outdate()
+        self.rows.follow(params)
 
     def _write_mean(self, values: Mapping[Tensor, Tensor]) -> None:
         self.rows.write(0, values)

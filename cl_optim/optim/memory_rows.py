@@ -73,6 +73,13 @@ class MemoryRows:
                 gram[i] = self.gram[index[param]]
         self.params, self.by_param, self.gram = list(params), by_param, gram
 
+    def loses(self, params: list[Tensor]) -> bool:
+        """Tell whether there are rows of parameters that are not among these."""
+        if len(params) == len(self.params) and all(map(is_, params, self.params)):
+            return False
+        here = set(params)
+        return any(param not in here for param in self.params)
+
     def append(self) -> None:
         """Make room for another row. One parameter after the other, to spare memory."""
         size = len(self)

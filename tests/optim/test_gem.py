@@ -1507,3 +1507,28 @@ class TestDistributedCheckpoint:
             train(side, each, 3, seed=50)
         assert same(model, twin)
         assert torch.equal(resumed.conflicts(), optimizer.conflicts())
+
+
+@pytest.mark.parametrize("average", [False, True])
+@pytest.mark.parametrize("refresh_every", [5, None])
+def test_rows_of_parameters_that_were_exchanged(refresh_every, average):
+    """Rows of weights that are gone would be zeros of the new ones, and protect nothing."""
+    first, second = (nn.Parameter(torch.tensor([1.0, 2.0])) for _ in range(2))
+    used = [first]
+    optimizer = GEM(torch.optim.SGD([first], lr=0.1), average=average)
+    optimizer.remember(
+        "a", lambda: (used[0] * torch.tensor([0.0, 1.0])).sum().backward(), refresh_every
+    )
+    first.grad = torch.tensor([1.0, -1.0])
+    optimizer.step()
+    used[0] = second
+    optimizer.optimizer.param_groups[0]["params"] = [second]
+    second.grad = torch.tensor([1.0, -1.0])
+    if refresh_every is None and not average:
+        with pytest.raises(RuntimeError, match=r"exchanged .* memory 'a' is never refreshed"):
+            optimizer.step()
+        assert torch.equal(second.detach(), torch.tensor([1.0, 2.0]))
+        return
+    optimizer.step()
+    assert optimizer.last_projection.v.item() == pytest.approx(1.0)
+    torch.testing.assert_close(second.detach(), torch.tensor([0.9, 2.0]))

@@ -1012,3 +1012,16 @@ def test_an_old_task_is_kept_where_adamw_forgets_it():
     for name in ("soft", "hard", "every 10"):
         assert results[name][0] < 0.1 * results["adamw"][0], results
         assert results[name][1] < 0.7 * first, (first, results)
+
+
+def test_parameters_that_were_exchanged_are_not_left_unprojected_in_silence():
+    model = make_model()
+    optimizer = projected(model)
+    train(model, optimizer, 2)
+    others = [nn.Parameter(param.detach().clone()) for param in model.parameters()]
+    optimizer.optimizer.param_groups[0]["params"] = others
+    for other in others:
+        other.grad = torch.ones_like(other)
+    with pytest.raises(RuntimeError, match=r"^2 matrices .* not the optimizer's any more"):
+        optimizer.step()
+    assert plain([other.detach() for other in others]) == plain(weights(model))

@@ -66,6 +66,7 @@ class Attachment:
         loss_terms: What the loss is divided by.
         accumulation_steps: What it is divided by besides; ``None`` if that was not said.
         scaler: What it is multiplied by; ``None`` if that was not said.
+        every: The batches of every so many steps are observed, from the first on.
     """
 
     def __init__(
@@ -77,7 +78,9 @@ class Attachment:
         loss_terms: LossTerms,
         accumulation_steps: int | None,
         scaler: torch.amp.GradScaler | None,
+        every: int = 1,
     ) -> None:
+        self._every, self._steps = every, 0
         self._model, self._observer, self._totals = model, observer, totals
         self._loss_terms = loss_terms
         self._accumulation_steps = accumulation_steps
@@ -124,6 +127,7 @@ class Attachment:
         if torch.compiler.is_dynamo_compiling():
             self._refuse_tracing()
         observed = module.training and torch.is_grad_enabled() and not is_unobserved()
+        observed = observed and self._is_turn()
         if in_backward() or not observed:
             if not in_backward():
                 self.finish()  # what was begun before does not see these passes
@@ -143,6 +147,10 @@ class Attachment:
         batch.observation.call_with(self._model, args, kwargs)
         batch.observation.enter()
         self._entered.append(batch)
+
+    def _is_turn(self) -> bool:
+        """Tell whether the batches of the step that comes are observed."""
+        return self._steps % self._every == 0
 
     def _claim(
         self, model: nn.Module, count: int, args: Any, kwargs: dict[str, Any], samples: Samples
@@ -373,7 +381,7 @@ class Attachment:
     def _stepped(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         self.finish()  # of a closure that the step has called
         totals = self._totals
-        if totals.seen() == self._batches:
+        if totals.seen() == self._batches and self._is_turn():
             raise RuntimeError(
                 "the optimizer took a step, but no batch was observed before it: call the model "
                 "itself, which the FisherEstimator was made of (of a compiled one: what "
@@ -385,6 +393,7 @@ class Attachment:
             self._proven = True
             totals.unstage()
         self._batches = totals.seen()
+        self._steps += 1
         totals.apply_decay()
 
     def settle(self) -> None:

@@ -245,6 +245,7 @@ class FisherEstimator:
         loss_terms: LossTerms = "samples",
         accumulation_steps: int | None = None,
         scaler: torch.amp.GradScaler | None = None,
+        every: int = 1,
     ) -> Attached:
         """Observe training from the outside, until :meth:`detach`.
 
@@ -279,6 +280,8 @@ class FisherEstimator:
             scaler: The GradScaler that scales the loss. Default: the one whose ``step()`` takes the
                 first step. A batch whose gradients overflow is dropped whole, on the device, and
                 counted in the metadata, at the price of a second tensor per parameter.
+            every: Observe the batches of the first of every so many steps; the others cost, and
+                send between processes, nothing. Decay is by step all the same.
 
         Returns:
             A handle; its ``remove()``, or leaving it as a context, is :meth:`detach`.
@@ -299,6 +302,7 @@ class FisherEstimator:
             raise RuntimeError("the estimator is attached already, or inside observe().")
         if accumulation_steps is not None:
             check_integer("accumulation_steps", accumulation_steps, 1)
+        check_integer("every", every, 1)
         if isinstance(loss_terms, str) and loss_terms not in ("samples", "tokens"):
             raise ValueError(
                 f"loss_terms must be 'samples', 'tokens', a number or a function, not "
@@ -314,6 +318,7 @@ class FisherEstimator:
             loss_terms,
             accumulation_steps,
             scaler,
+            every,
         )
         return Attached(self.detach)
 

@@ -272,6 +272,7 @@ ATTACH = {
     "not during training": (r"FisherEstimator\(model, during_training=True\)", {}, False),
     "accumulation_steps": ("accumulation_steps must be at least 1",
         {"accumulation_steps": 0}, True),
+    "every": ("every must be at least 1", {"every": 0}, True),
     "loss_terms of a name": ("loss_terms must be 'samples', 'tokens', a number or a function",
         {"loss_terms": "batch"}, True),
     "loss_terms": ("loss_terms must be positive and finite", {"loss_terms": -1.0}, True),

@@ -311,6 +311,33 @@ def test_accumulation_that_nobody_mentions(divided):
     assert fisher.finalize().samples == 36
 
 
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("decay", [1.0, 0.5])
+def test_every_third_step(decay, accumulation):
+    """Of the other steps nothing is observed, and nothing is missed."""
+    model = Model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    fisher = FisherEstimator(model, during_training=True, decay=decay)
+    steps = None if accumulation == 1 else accumulation
+    fisher.attach(optimizer, every=3, accumulation_steps=steps)
+    data = batches(7 * accumulation)
+    train(model, optimizer, data, accumulation, divided=True)
+    observed = [
+        of_batches(model, data[step * accumulation : (step + 1) * accumulation])
+        for step in (0, 3, 6)
+    ]
+    # By steps: each of the seven decays what there is.
+    expected = {
+        name: sum(
+            decay ** (7 - step) * part[name] for step, part in zip((0, 3, 6), observed, strict=True)
+        )
+        for name in observed[0]
+    }
+    assert_sums(fisher.finalize(), expected, 1e-5)
+    samples = 6 * accumulation * sum(decay ** (7 - step) for step in (0, 3, 6))
+    assert fisher.finalize().samples == pytest.approx(samples)
+
+
 def test_accumulation_that_begins_late():
     model = Model()
     fisher, optimizer = attached(model)

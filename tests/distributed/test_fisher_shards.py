@@ -16,6 +16,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from cl_optim import (
@@ -204,6 +205,40 @@ def overflowed(rank: int) -> dict[str, Any]:
     return {**told(importance), "dropped": importance.metadata["dropped_samples"]}
 
 
+class Sent(TorchDispatchMode):
+    """Adds up the bytes of DTensor's own reductions: fully_shard's are other operators."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes: dict[str, int] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = str(func)
+        if name.startswith("_c10d_functional.") and isinstance(args[0], Tensor):
+            kind = name.split(".")[1]
+            if kind not in ("wait_tensor", "_wrap_tensor_autograd"):
+                sent = args[0].numel() * args[0].element_size()
+                self.bytes[kind] = self.bytes.get(kind, 0) + sent
+        return func(*args, **(kwargs or {}))
+
+
+def sent(rank: int) -> list[dict[str, int]]:
+    """Count what an observed step sends besides what training does, and one that is not."""
+    model = spread(network())
+    optimizer = EWCAdamW(model.named_parameters(), lr=0.0)
+    fisher = FisherEstimator(model, during_training=True)
+    found = []
+    with fisher.attach(optimizer, every=2):
+        for step in range(4):
+            optimizer.zero_grad()
+            x, y = samples(rank, step, uneven)
+            with Sent() as counting:
+                F.cross_entropy(model(x), y).backward()
+                optimizer.step()
+            found.append(counting.bytes)
+    return found
+
+
 def recorded(rank: int, folder: str = "") -> list[Any]:
     """Write one record by all, read it in each, and consolidate what was read."""
     model = spread(network(), "hsdp")
@@ -347,6 +382,7 @@ SCENES = (
     *(
         decayed,
         overflowed,
+        sent,
         observing,
         accumulated,
         attached,
@@ -409,6 +445,16 @@ def test_an_overflow_on_one_rank_is_dropped_in_all(results):
     for one, other in zip(results["overflowed"], results["observing"], strict=True):
         same(one, other["alone"])
         assert one["dropped"] == 14
+
+
+def test_an_observed_step_sends_one_reduction(results):
+    padded = sum(
+        4 * param.numel() // len(param) * (-(-len(param) // 4) * 4)
+        for param in network().parameters()
+    )
+    for first, second, third, fourth in results["sent"]:
+        assert first == third == {"reduce_scatter_tensor": padded}
+        assert second == fourth == {}
 
 
 def test_one_record_is_written_by_all(results):

@@ -13,7 +13,6 @@ from accelerate import Accelerator, FullyShardedDataParallelPlugin
 
 import cl_optim
 from cl_optim.integrations.accelerate import retention_guard
-from cl_optim.retention import Evaluation
 
 
 def main() -> None:
@@ -29,7 +28,6 @@ def main() -> None:
     model = lm.model_of(args)
     optimizer = cl_optim.EWCAdamW(model.named_parameters(), lr=args.lr, strength=0.1)
     model, prepared = accelerator.prepare(model, optimizer)
-    device = accelerator.device
 
     bare = accelerator.unwrap_model(model)
     fisher = cl_optim.FisherEstimator(bare, during_training=True, decay=0.99)
@@ -42,12 +40,7 @@ def main() -> None:
         accelerator,
         model,
         prepared,
-        [
-            Evaluation("old", lambda m: lm.loss_of(m, old, device), higher_is_better=False),
-            Evaluation(
-                "new", lambda m: lm.loss_of(m, new, device), role="new", higher_is_better=False
-            ),
-        ],
+        lm.evaluations(old, new),
         budget=0.1,
         every=5,
     )

@@ -7,12 +7,11 @@ it is summed; protects it; learns a new one under a guard.
 from __future__ import annotations
 
 import language_model as lm
-import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 import cl_optim
-from cl_optim.retention import Evaluation, RetentionGuard
+from cl_optim.retention import RetentionGuard
 
 
 def main() -> None:
@@ -30,7 +29,7 @@ def main() -> None:
     fisher = cl_optim.FisherEstimator(model, during_training=True, decay=0.99)
     with fisher.attach(optimizer, loss_terms="tokens"):
         for batch in lm.batches(old, args.steps):
-            train_step(parallel, optimizer, batch, device)
+            lm.train_step(parallel, optimizer, batch)
     importance = fisher.finalize(ranks="sum")  # of the samples of all processes: all call it
     optimizer.consolidate(importance)
     if dist.get_rank() == 0:  # one of them keeps it for later
@@ -38,21 +37,10 @@ def main() -> None:
         if "old" not in log:
             log.record("old", importance, model, dict(model.named_parameters()))
 
-    guard = RetentionGuard(
-        model,
-        optimizer,
-        [
-            Evaluation("old", lambda m: lm.loss_of(m, old, device), higher_is_better=False),
-            Evaluation(
-                "new", lambda m: lm.loss_of(m, new, device), role="new", higher_is_better=False
-            ),
-        ],
-        budget=0.1,
-        every=5,
-    )
+    guard = RetentionGuard(model, optimizer, lm.evaluations(old, new), budget=0.1, every=5)
     guard.start()
     for batch in lm.batches(new, args.steps, seed=1):
-        train_step(parallel, optimizer, batch, device)
+        lm.train_step(parallel, optimizer, batch)
         if guard.step():
             break
     guard.finish()
@@ -60,18 +48,6 @@ def main() -> None:
         print(guard.report())
         print(f"penalty: {optimizer.penalty():.4g}")
     dist.destroy_process_group()
-
-
-def train_step(
-    model: torch.nn.Module,
-    optimizer: torch.optim.Optimizer,
-    batch: dict[str, torch.Tensor],
-    device: torch.device,
-) -> None:
-    """Take one step."""
-    optimizer.zero_grad()
-    model(**{name: value.to(device) for name, value in batch.items()}).loss.backward()
-    optimizer.step()
 
 
 if __name__ == "__main__":

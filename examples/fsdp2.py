@@ -7,12 +7,11 @@ weights, of the optimizer's state, of importance and anchors; the guard writes c
 from __future__ import annotations
 
 import language_model as lm
-import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import fully_shard
 
 import cl_optim
-from cl_optim.retention import Evaluation, RetentionGuard
+from cl_optim.retention import RetentionGuard
 
 
 def main() -> None:
@@ -31,7 +30,7 @@ def main() -> None:
     fisher = cl_optim.FisherEstimator(model, during_training=True, decay=0.99)
     with fisher.attach(optimizer, loss_terms="tokens"):
         for batch in lm.batches(old, args.steps):
-            train_step(model, optimizer, batch, device)
+            lm.train_step(model, optimizer, batch)
     importance = fisher.finalize()  # DTensors, of the samples of all processes
     optimizer.consolidate(importance)
     log = cl_optim.ImportanceLog(args.folder / "importance")
@@ -42,19 +41,14 @@ def main() -> None:
     guard = RetentionGuard(
         model,
         optimizer,
-        [
-            Evaluation("old", lambda m: lm.loss_of(m, old, device), higher_is_better=False),
-            Evaluation(
-                "new", lambda m: lm.loss_of(m, new, device), role="new", higher_is_better=False
-            ),
-        ],
+        lm.evaluations(old, new),
         budget=0.1,
         every=5,
         folder=args.folder / "guard",
     )
     guard.start()
     for batch in lm.batches(new, args.steps, seed=1):
-        train_step(model, optimizer, batch, device)
+        lm.train_step(model, optimizer, batch)
         if guard.step():
             break
     guard.finish()
@@ -63,18 +57,6 @@ def main() -> None:
         print(guard.report())
         print(f"penalty: {penalty:.4g}")
     dist.destroy_process_group()
-
-
-def train_step(
-    model: torch.nn.Module,
-    optimizer: torch.optim.Optimizer,
-    batch: dict[str, torch.Tensor],
-    device: torch.device,
-) -> None:
-    """Take one step."""
-    optimizer.zero_grad()
-    model(**{name: value.to(device) for name, value in batch.items()}).loss.backward()
-    optimizer.step()
 
 
 if __name__ == "__main__":

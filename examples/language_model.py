@@ -7,7 +7,7 @@ and ``--new FILE`` text of your own.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from cl_optim.retention import Evaluation
 
 OLD = "the old task counts upwards: " + " ".join(map(str, range(200)))
 NEW = "the new task counts downwards: " + " ".join(map(str, range(200, 0, -1)))
@@ -70,9 +72,32 @@ def batches(windows: Tensor, steps: int, seed: int = 0) -> Iterator[dict[str, Te
         yield {"input_ids": chosen, "labels": chosen}
 
 
-def loss_of(model: Any, windows: Tensor, device: torch.device) -> float:
+def train_step(model: Any, optimizer: torch.optim.Optimizer, batch: dict[str, Tensor]) -> None:
+    """Take one step."""
+    device = next(model.parameters()).device
+    optimizer.zero_grad()
+    model(**{name: value.to(device) for name, value in batch.items()}).loss.backward()
+    optimizer.step()
+
+
+def evaluations(
+    old: Tensor, new: Tensor, inner: Callable[[Any], Any] = lambda model: model
+) -> list[Evaluation]:
+    """Return what a guard measures: the loss on each task; ``inner`` finds the language model."""
+    return [
+        Evaluation(
+            name,
+            lambda model, windows=windows: loss_of(inner(model), windows),
+            role=name,
+            higher_is_better=False,
+        )
+        for name, windows in (("old", old), ("new", new))
+    ]
+
+
+def loss_of(model: Any, windows: Tensor) -> float:
     """Return the mean loss of at most eight windows, in nats a token."""
-    chosen = windows[:8].to(device)
+    chosen = windows[:8].to(next(model.parameters()).device)
     return float(model(input_ids=chosen, labels=chosen).loss)
 
 

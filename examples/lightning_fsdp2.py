@@ -14,7 +14,6 @@ from torch.utils.data import DataLoader
 
 import cl_optim
 from cl_optim.integrations.lightning import RetentionCallback
-from cl_optim.retention import Evaluation
 
 
 class Module(LightningModule):
@@ -51,10 +50,6 @@ class Module(LightningModule):
         """Return the loss."""
         return self.model(**batch).loss
 
-    def evaluate(self, windows: torch.Tensor) -> float:
-        """Return the mean loss of some windows."""
-        return lm.loss_of(self.model, windows, self.device)
-
 
 def main() -> None:
     """Run the example."""
@@ -62,10 +57,7 @@ def main() -> None:
     old, new = lm.tokens(args)
     module = Module(args, old)
     callback = RetentionCallback(
-        [
-            Evaluation("old", lambda m: m.evaluate(old), higher_is_better=False),
-            Evaluation("new", lambda m: m.evaluate(new), role="new", higher_is_better=False),
-        ],
+        lm.evaluations(old, new, inner=lambda module: module.model),
         on_breach="stop",
         every=5,
     )

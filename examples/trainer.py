@@ -12,7 +12,6 @@ from transformers import Trainer, TrainingArguments
 
 import cl_optim
 from cl_optim.integrations.huggingface import RetentionCallback
-from cl_optim.retention import Evaluation
 
 
 def main() -> None:
@@ -37,17 +36,7 @@ def main() -> None:
         Trainer(model, settings, train_dataset=rows(old), optimizers=(optimizer, None)).train()
     optimizer.consolidate(fisher.finalize(ranks="sum"))
 
-    device = settings.device
-    callback = RetentionCallback(
-        [
-            Evaluation("old", lambda m: lm.loss_of(m, old, device), higher_is_better=False),
-            Evaluation(
-                "new", lambda m: lm.loss_of(m, new, device), role="new", higher_is_better=False
-            ),
-        ],
-        budget=0.1,
-        every=5,
-    )
+    callback = RetentionCallback(lm.evaluations(old, new), budget=0.1, every=5)
     trainer = Trainer(
         model, settings, train_dataset=rows(new), optimizers=(optimizer, None),
         callbacks=[callback],

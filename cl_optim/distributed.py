@@ -54,15 +54,18 @@ class Together:
     Args:
         ranks: Whose processes; those of ``'own'`` and ``None`` are this one.
         mesh: Those of a mesh, instead.
+
+    Attributes:
+        is_own: Whether this process is said to be all there is.
     """
 
     def __init__(self, ranks: Ranks | MeanRanks = None, mesh: DeviceMesh | None = None) -> None:
-        self._owned = isinstance(ranks, str) and ranks == "own"
+        self.is_own = isinstance(ranks, str) and ranks == "own"
         self._groups: list[dist.ProcessGroup | None] = []  # None: of all processes
         if mesh is not None:
             self._groups = [mesh.get_group(dim) for dim in range(mesh.ndim) if mesh.size(dim) > 1]
         elif isinstance(ranks, str):
-            self._groups = [] if self._owned or place() is None else [None]
+            self._groups = [] if self.is_own or place() is None else [None]
         elif ranks is not None:
             self._groups = [ranks]
 
@@ -71,14 +74,9 @@ class Together:
         """What an importance says of this: ``"ranks"`` it is the sum of, or whose it is alone."""
         if self._groups:
             return {"ranks": self.size}
-        if self._owned or (here := place()) is None:
+        if self.is_own or (here := place()) is None:
             return {}
         return {"rank": {"rank": here[0], "of": here[1]}}
-
-    @property
-    def is_own(self) -> bool:
-        """Tell whether this process is said to be all there is."""
-        return self._owned
 
     @property
     def size(self) -> int:
@@ -132,8 +130,9 @@ class Together:
         Raises:
             ValueError: They do not all have the same ones.
         """
-        self.require_same(list(numbers), "the processes must give numbers for the same names.")
         found = self.gather(dict(numbers))
+        if any(one.keys() != numbers.keys() for one in found):
+            raise ValueError("the processes must give numbers for the same names.")
         return {name: sum(one[name] for one in found) / len(found) for name in numbers}
 
     def require_alike(self, numbers: Tensor, message: str) -> None:
@@ -233,6 +232,21 @@ def refuse_parts(tensors: Iterable[Tensor]) -> None:
         raise ValueError(
             "the importance is spread over processes (of DTensors), and this needs all of it: call "
             "Importance.whole() in all processes, and go on in one."
+        )
+
+
+def is_spread(model: torch.nn.Module) -> bool:
+    """Tell whether a model has DTensors, in whatever state a forward pass has left it."""
+    reshard(model)
+    return any(map(is_dtensor, model.parameters()))
+
+
+def refuse_own(model: torch.nn.Module, ranks: MeanRanks) -> None:
+    """Raise ValueError where each process is to decide for itself on a model that all have."""
+    if isinstance(ranks, str) and ranks == "own" and is_spread(model):
+        raise ValueError(
+            "ranks must be 'mean', not 'own', where the model is spread over processes (of "
+            "DTensors), whose forward passes are of all: leave it out."
         )
 
 

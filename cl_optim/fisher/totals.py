@@ -183,6 +183,7 @@ class Totals(_Batches):
     Attributes:
         decay: As given.
         shapes: Of the parameters.
+        spread: What is known of it where it is spread over processes.
         staged: Batches that are not yet known to be finite, or what their loss was divided by.
         dropping: Whether what is staged and not finite is dropped, and counted.
     """

@@ -10,6 +10,7 @@ import shutil
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -437,12 +438,15 @@ def _warn_of_unfinished(folder: Path) -> None:
     )
 
 
+_HOLDING = (dict, MappingProxyType)  # tensors; others make them when they are asked for
+
+
 def _together(*given: object) -> Together:
     """Return the processes that what is to be recorded is spread over."""
     tensors: list[Tensor] = []
     for mapping in given:
         held = mapping._sums if isinstance(mapping, Importance) else mapping
-        if isinstance(held, dict):  # what makes its tensors when they are asked for is of files
+        if isinstance(held, _HOLDING):  # what makes its tensors when they are asked for is of files
             tensors += [value for value in held.values() if isinstance(value, Tensor)]
     return Together(mesh=mesh_of(tensors))
 
@@ -451,7 +455,7 @@ def _gathered(given: Any, keep: bool) -> Any:
     """Return what is to be recorded with whole tensors in host memory, which one process keeps."""
     if isinstance(given, Importance):
         return given._with_sums(_gathered(given._sums, keep))
-    if not isinstance(given, dict):
+    if not isinstance(given, _HOLDING):
         return given
     found = {}
     for name, value in given.items():

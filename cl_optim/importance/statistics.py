@@ -240,12 +240,12 @@ def cut(values: Mapping[str, Tensor], count: int, together: Together = ALONE) ->
     if count == 0:
         return Cut(math.inf, 0)
     histogram = Histogram()
-    any_float64 = False
+    is_float64 = False
     for value in values.values():
-        any_float64 = any_float64 or value.dtype == torch.float64
-        if not any_float64:
-            histogram.add(value)
-    if any(together.gather(any_float64)):
+        if is_float64 := value.dtype == torch.float64:
+            break
+        histogram.add(value)
+    if any(together.gather(is_float64)):
         return _cut_float64(values, count, together)
     together.sum_([histogram.counts])
     upper, count = _place(histogram.counts, count)

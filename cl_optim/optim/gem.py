@@ -277,8 +277,9 @@ class GEM(Wrapper):
             ValueError: An argument is out of range; or the row is another one in another process,
                 and the GEM was made without ``ranks``.
             TypeError: ``closure`` cannot be called.
-            RuntimeError: The closure gave no gradient to any of the parameters, or the capacity is
-                reached. Nothing has changed then, nor where the closure itself raises.
+            RuntimeError: The closure gave no gradient to any of the parameters, the capacity is
+                reached, or parameters were exchanged under a memory that is never refreshed.
+                Nothing has changed then, nor where the closure itself raises.
         """
         if not isinstance(name, str) or not name:
             raise ValueError(f"name must be a string that is not empty, not {name!r}.")

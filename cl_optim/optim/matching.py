@@ -72,7 +72,7 @@ def equal_importance(params: list[Tensor], part: Callable[[Tensor], Tensor]) -> 
     return [(p, None if p in fixed else one) for p, one in zip(params, ones, strict=True)]
 
 
-def refuse_parts(named: Mapping[str, Tensor]) -> None:
+def refuse_dtensors(named: Mapping[str, Tensor]) -> None:
     """Raise ValueError where a parameter is spread over processes, for Kronecker importance."""
     for name, param in named.items():
         if is_dtensor(param):

@@ -78,7 +78,7 @@ class Memories:
             kept[index] = memory
         else:
             kept = [*self._room_for(memory.name, capacity, evict), memory]
-        self.rows.follow(shards.params())
+        self._follow(shards)
         values = self._mean(kept, shards) if self.average else self._row(memory, shards)
         # From here on nothing raises.
         for old in [m for m in self.kept if m not in kept and m.name != memory.name]:
@@ -192,7 +192,11 @@ class Memories:
         return dict(zip(params, torch._foreach_div(wide, together.size), strict=True))
 
     def _follow(self, shards: Shards) -> None:
-        """Follow the parameters; where some were exchanged, rows are of weights that are gone."""
+        """Follow the parameters; where some were exchanged, rows are of weights that are gone.
+
+        Raises:
+            RuntimeError: They were, and a memory is never refreshed.
+        """
         params = shards.params()
         if len(self.rows) and self.rows.loses(params):
             fixed = [memory.name for memory in self.kept if memory.refresh_every is None]
@@ -200,7 +204,7 @@ class Memories:
                 raise RuntimeError(
                     f"parameters of the optimizer were exchanged for others, as a trainer's "
                     f"prepare() does where it shards the model, and memory {fixed[0]!r} is never "
-                    f"refreshed: remember({fixed[0]!r}, ...) it again."
+                    f"refreshed: forget({fixed[0]!r}), and remember() it again."
                 )
             self._mean_is_outdated = self.average
             self.outdate()
@@ -230,7 +234,7 @@ class Memories:
 
     def state_dict(self, shards: Shards) -> dict[str, Any]:
         """Return everything but the closures; tensors are the very ones that are in use."""
-        self.rows.follow(shards.params())
+        self._follow(shards)
         return {
             "memories": [
                 {"name": m.name, "refresh_every": m.refresh_every, "age": m.age} for m in self.kept

@@ -142,21 +142,21 @@ class Protecting:
         check_fraction("decay", decay)
         if anchors not in ANCHORS:
             raise ValueError(f"anchors must be one of {ANCHORS}, not {anchors!r}.")
-        check_reduced(importance)
-        frozen: dict[str, Tensor] = {}
-        if isinstance(importance, ImportanceLog):
-            log = importance
-            importance, frozen = log.merge(strict=strict), log.frozen(strict=strict)
-        new_tasks = tasks_in(importance)
-        if importance is not None and not isinstance(importance, Mapping):
-            raise TypeError(
-                "importance must be a mapping of tensors by parameter name, an ImportanceLog or "
-                f"None, not {type(importance).__name__}."
-            )
-        for group in self.param_groups:
-            formats.settle(group)
         shards = self._local()
         with shards.together.agreeing():
+            check_reduced(importance)
+            frozen: dict[str, Tensor] = {}
+            if isinstance(importance, ImportanceLog):
+                log = importance
+                importance, frozen = log.merge(strict=strict), log.frozen(strict=strict)
+            new_tasks = tasks_in(importance)
+            if importance is not None and not isinstance(importance, Mapping):
+                raise TypeError(
+                    "importance must be a mapping of tensors by parameter name, an ImportanceLog "
+                    f"or None, not {type(importance).__name__}."
+                )
+            for group in self.param_groups:
+                formats.settle(group)
             matched, masks, matrices = self._matched(
                 importance, frozen, decay, model, strict=strict, exact=anchors == "exact"
             )
@@ -204,7 +204,7 @@ class Protecting:
         else:
             named = matching.named_params(self.param_groups, model)
             if isinstance(importance, KroneckerImportance):
-                matching.refuse_parts(named)
+                matching.refuse_dtensors(named)
             matched = matching.match_importance(importance, named, strict=strict)
         matrices = consolidated(
             importance,

@@ -65,7 +65,8 @@ def settle_before(optimizer: Settles, model: torch.nn.Module) -> Settling:
 
     Args:
         optimizer: What has a ``settle()``.
-        model: The bare model or what is around it: what is called, and what is saved.
+        model: The bare model or what is around it: what is called, and what is saved. Call
+            ``fully_shard`` before.
 
     Returns:
         What removes the hooks by its ``remove()``.
@@ -82,7 +83,8 @@ def settle_before(optimizer: Settles, model: torch.nn.Module) -> Settling:
         raise TypeError(f"model must be a torch.nn.Module, not {type(model).__name__}.")
     settle = _Settle(optimizer)
     handles = [
-        model.register_forward_pre_hook(settle.before_evaluation),
+        # Before fully_shard gathers weights, if that was called before.
+        model.register_forward_pre_hook(settle.before_evaluation, prepend=True),
         model.register_state_dict_pre_hook(settle),  # type: ignore[no-untyped-call]
         model.register_load_state_dict_pre_hook(settle),  # type: ignore[no-untyped-call]
     ]

@@ -86,31 +86,35 @@ def spread(state: Mapping[str, Any], part: Tensor, param: Tensor) -> dict[str, A
     """
     if part is param:
         return dict(state)
-    result: dict[str, Any] = {}
-    for key, value in state.items():
-        if key == "frozen_codes":
-            continue
-        if key in MOMENTS and formats.is_codes(value):
-            value = formats.load_moment(value, part, signed=key == "exp_avg").bfloat16()
-        elif key == "importance" and formats.is_codes(value):
-            wide, frozen = formats.load_importance(value, part, state.get("frozen_codes"))
-            value = torch.where(frozen, -wide, wide).bfloat16()
-        result[key] = value if key == "step" else like(param, value)
-    return result
+    numbers = _without_codes(state, part)
+    return {key: v if key == "step" else like(param, v) for key, v in numbers.items()}
+
+
+def _without_codes(state: Mapping[str, Any], param: Tensor) -> dict[str, Any]:
+    """Return a state with the bfloat16 numbers in place of the codes that stand for them."""
+    numbers = {key: value for key, value in state.items() if key != "frozen_codes"}
+    for key in MOMENTS:
+        if key in state and formats.is_codes(state[key]):
+            wide = formats.load_moment(state[key], param, signed=key == "exp_avg")
+            numbers[key] = wide.bfloat16()
+    if "importance" in state and formats.is_codes(state["importance"]):
+        numbers["importance"] = _signed(state, param).bfloat16()
+    return numbers
+
+
+def _signed(state: Mapping[str, Any], param: Tensor) -> Tensor:
+    """Return a state's importance, negative where a weight is frozen."""
+    codes = state.get("frozen_codes")
+    wide, frozen = formats.load_importance(state["importance"], param, codes)
+    return torch.where(frozen, -wide, wide)
 
 
 def _here(saved: Mapping[str, Any], param: Tensor) -> dict[str, Any]:
     """Return of a saved state what is of the part of a parameter that is in this process."""
-    state = dict(saved)
-    for key, value in saved.items():
-        if not isinstance(value, Tensor):
-            continue
-        if is_dtensor(param) and key in MOMENTS and formats.is_codes(value):
-            value = formats.load_moment(value, param, signed=key == "exp_avg").bfloat16()
-        elif is_dtensor(param) and key == "importance" and formats.is_codes(value):
-            wide, frozen = formats.load_importance(value, param, state.pop("frozen_codes", None))
-            value = torch.where(frozen, -wide, wide).bfloat16()
-        state[key] = here(value, param) if value.shape == param.shape else whole(value)
+    state = _without_codes(saved, param) if is_dtensor(param) else dict(saved)
+    for key, value in state.items():
+        if isinstance(value, Tensor):
+            state[key] = here(value, param) if value.shape == param.shape else whole(value)
     return state
 
 
@@ -166,8 +170,8 @@ def _load_importance(state: dict[str, Any], param: Tensor, group: Mapping[str, A
         if keeps_dtype:
             state["importance"] = stored.clone()
             return
-        wide, frozen = formats.load_importance(stored, param, state.pop("frozen_codes", None))
-        stored = torch.where(frozen, -wide, wide)
+        stored = _signed({**state, "importance": stored}, param)
+        state.pop("frozen_codes", None)
     state["importance"] = formats.like(param, stored.dtype if keeps_dtype else None).copy_(stored)
 
 

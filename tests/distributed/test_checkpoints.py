@@ -19,10 +19,9 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
 
 from cl_optim import EWCAdamW
-from cl_optim.distributed import here, whole
+from cl_optim.distributed import here, like, whole
 
 FORMATS: dict[str, dict[str, Any]] = {
     "float32": {"amsgrad": True},
@@ -59,17 +58,8 @@ def draw(model: nn.Module, seed: int) -> dict[str, Tensor]:
 
 def step(model: nn.Module, optimizer: torch.optim.Optimizer, seed: int) -> None:
     for name, param in model.named_parameters():
-        param.grad = here_as(draw(model, seed)[name], param)
+        param.grad = like(param, here(draw(model, seed)[name], param).clone())
     optimizer.step()
-
-
-def here_as(value: Tensor, param: Tensor) -> Tensor:
-    if not isinstance(param, DTensor):
-        return value
-    return DTensor.from_local(
-        here(value, param).clone(), param.device_mesh, param.placements,
-        shape=param.shape, stride=param.stride(),
-    )  # fmt: skip
 
 
 def trained(model: nn.Module, options: dict[str, Any]) -> EWCAdamW:
@@ -158,6 +148,9 @@ def test_codes_survive_another_spread():
     model = network()
     options = FORMATS["codes"]
     optimizer = trained(model, options)
+    optimizer.unfreeze()
+    first_row = torch.arange(3)[:, None].expand(3, 66) == 0  # of which one of two ranks has nothing
+    optimizer.freeze(masks={"2.weight": first_row})
     whole_state = optimizer.state_dict()
     in_processes(_exchange, 2, whole_state, options)
 
@@ -183,6 +176,17 @@ def _exchange(rank: int, saved: dict[str, Any], options: dict[str, Any]) -> None
             value = whole(getattr(part, key))
             assert torch.equal(getattr(one, key), value), key
             assert torch.equal(value, getattr(again, key)), key
+    has_codes = "frozen_codes" in optimizer.state[model[2].weight]
+    assert has_codes == (rank == 0)
+    for each in (reference, optimizer, back):
+        assert each.freeze(0.1) > 66
+        each.unfreeze()
+    for one, part, again in zip(
+        reference.protected(), optimizer.protected(), back.protected(), strict=True
+    ):
+        assert torch.equal(one.importance, whole(part.importance))
+        assert torch.equal(one.importance, again.importance)
+        assert not whole(part.frozen).any()
     assert back.state[next(iter(back.state))]["importance"].dtype == torch.uint8
     assert back.state[next(iter(back.state))]["exp_avg"].dtype == torch.uint8
 

@@ -225,7 +225,30 @@ def whose_numbers(rank: int) -> str:
     return str(caught.value)
 
 
+def own_numbers_of_parts(rank: int) -> list[str]:
+    """Let each process decide for itself on a model that is spread, and that was evaluated."""
+    model = network()
+    fully_shard(model)
+    old = {name: whole(value).clone() for name, value in model.named_parameters()}
+    evaluation = Evaluation("old", lambda model: 1.0)
+    with torch.no_grad():
+        model(torch.ones(1, 4))  # leaves the weights gathered
+    said = []
+    for call in (
+        lambda: RetentionGuard(
+            model, EWCAdamW(model.parameters()), [evaluation], on_breach="stop", ranks="own"
+        ),
+        lambda: interpolate(model, old, evaluate=evaluation, budget=0.1, ranks="own"),
+    ):
+        with pytest.raises(ValueError, match=r"^ranks must be 'mean', not 'own'") as caught:
+            call()
+        said.append(str(caught.value))
+        model(torch.ones(1, 4))
+    return said
+
+
 SCENES = (
+    own_numbers_of_parts,
     *(way_back_of_parts, whose_numbers),
     *(same_samples, mean_of_own_samples, mean_over_a_group, other_samples, alone),
     *(one_closure_fails, raised_lambda, stopped_at, other_baselines, failed_evaluation, way_back),
@@ -273,6 +296,9 @@ class TestInterpolation:
             for alpha, error in found:
                 assert 8 * alpha * math.tanh(alpha) + alpha == pytest.approx(1.8, rel=0.05)
                 assert error < 1e-6
+
+    def test_what_all_have_a_part_of_all_decide_on(self, results):
+        assert [len(said) for said in results["own_numbers_of_parts"]] == [2, 2]
 
     def test_it_must_be_said_whose_numbers_count(self, results):
         assert len(results["whose_numbers"]) == 2

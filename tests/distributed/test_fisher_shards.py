@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import pytest
@@ -257,7 +258,7 @@ def recorded(rank: int, folder: str = "") -> list[Any]:
         importance.save(f"{folder}/one.safetensors")
     log = ImportanceLog(f"{folder}/log")
     anchors = dict(model.named_parameters())
-    log.record("a", importance, model, anchors, frozen)
+    log.record("a", importance, model, MappingProxyType(anchors), frozen)
     with pytest.raises(LogError, match="task 'a' is in the log already"):
         log.record("a", importance, model, anchors, frozen)
     other = EWCAdamW(model.named_parameters(), lr=0.01)

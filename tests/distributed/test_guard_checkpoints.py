@@ -12,11 +12,13 @@ import pytest
 import torch
 from processes import in_processes
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from cl_optim import GEM, EWCAdamW
-from cl_optim.distributed import whole
+from cl_optim.distributed import here, rows_like, whole
 from cl_optim.retention import CheckpointError, CheckpointWarning, Evaluation, RetentionGuard
 from cl_optim.retention.checkpoint import shared
 
@@ -160,3 +162,41 @@ def test_a_rank_that_is_killed_in_a_save_leaves_the_one_before(tmp_path):
     assert time.monotonic() - begun < 60
     in_processes(finds_the_one_before, 2, str(tmp_path))
     in_processes(of_other_processes, 3, str(tmp_path))
+
+
+def lies_as_before(rank: int) -> None:
+    """Save and read tensors of one shape, whose parts have one shape, in two ways."""
+    mesh = init_device_mesh("cpu", (2, 2))
+    values = [torch.arange(16.0).view(4, 4) + 100 * index for index in range(3)]
+    placements = [(Shard(0), Shard(1)), (Shard(1), Shard(0)), (Shard(0), Replicate())]
+    tensors = [distribute_tensor(*one) for one in zip(values, [mesh] * 3, placements, strict=True)]
+    rows = [rows_like(one, torch.stack([here(one), -here(one)])) for one in tensors]
+    saved = shared._without_parts({"tensors": tensors, "rows": rows, "step": 3})
+    found = shared._with_parts(saved, tensors)
+    assert found["step"] == 3
+    for one, value in zip(found["tensors"], values, strict=True):
+        assert torch.equal(whole(one), value)
+    for both, value in zip(found["rows"], values, strict=True):
+        assert torch.equal(whole(both), torch.stack([value, -value]))
+    with pytest.raises(CheckpointError, match="the model has none that lies so"):
+        shared._with_parts(saved, tensors[:1])
+
+
+def test_tensors_lie_as_they_were_saved():
+    in_processes(lies_as_before, 4)
+
+
+def other_models(rank: int, folder: str) -> None:
+    model = nn.Sequential(*(nn.Linear(2, 2) for _ in range(1 + rank)))
+    with pytest.raises(ValueError, match=r"^the processes have other models.* ranks='own'"):
+        RetentionGuard(
+            model,
+            EWCAdamW(model.named_parameters()),
+            [Evaluation("old", lambda model: 1.0)],
+            on_breach="stop",
+            folder=folder,
+        )
+
+
+def test_parts_of_a_model_are_no_replicas(tmp_path):
+    in_processes(other_models, 2, str(tmp_path))

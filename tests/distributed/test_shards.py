@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor import Replicate, Shard
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
@@ -26,6 +26,7 @@ from torch.distributed.tensor.parallel import (
 import cl_optim
 from cl_optim import EWC, EWCAdamW
 from cl_optim.distributed import here, whole
+from cl_optim.distributed import like as placed
 
 LAYOUTS = ("fsdp", "hsdp", "fsdp and tp")
 
@@ -60,10 +61,7 @@ def like(model: nn.Module, seed: int, positive: bool = False) -> dict[str, Tenso
 
 def give(model: nn.Module, grads: dict[str, Tensor]) -> None:
     for name, param in model.named_parameters():
-        part = here(grads[name], param).clone()
-        param.grad = part if not isinstance(param, DTensor) else DTensor.from_local(
-            part, param.device_mesh, param.placements, shape=param.shape, stride=param.stride()
-        )  # fmt: skip
+        param.grad = placed(param, here(grads[name], param).clone())
 
 
 def weights(model: nn.Module) -> list[Tensor]:
@@ -169,10 +167,7 @@ def spread_importance(rank: int) -> list[float]:
         model = spread(network(), "fsdp")
         importance = like(model, 10, positive=True)
         for name, param in model.named_parameters():
-            part = DTensor.from_local(
-                here(importance[name], param), param.device_mesh, param.placements,
-                shape=param.shape, stride=param.stride(),
-            )  # fmt: skip
+            part: Any = placed(param, here(importance[name], param))
             if placement == "others" and param.dim() == 2:
                 part = part.redistribute(placements=[Shard(1)])
             if placement != "whole":
@@ -194,6 +189,39 @@ def bad_importance(rank: int) -> tuple[str, int]:
     with pytest.raises(ValueError, match="must be finite and at least 0") as caught:
         optimizer.consolidate(importance)
     return str(caught.value), len(optimizer.state)
+
+
+def no_importance(rank: int) -> tuple[str, int]:
+    """Give what is no importance in one rank alone."""
+    model = spread(network(), "fsdp")
+    optimizer = ewc_adamw()(model)
+    importance: Any = 3 if rank == 1 else like(model, 10, positive=True)
+    with pytest.raises(TypeError, match="importance must be a mapping") as caught:
+        optimizer.consolidate(importance)
+    return str(caught.value), len(optimizer.state)
+
+
+def settled_before(rank: int) -> bool:
+    """Let an evaluation find what is due, where one before it has left weights gathered."""
+    outputs = []
+    for model in (spread(network(), "fsdp"), network()):
+        optimizer = ewc(every=3)(model)
+        optimizer.consolidate(like(model, 10, positive=True))
+        optimizer.settle_before(model)
+        x = torch.ones(2, 6)
+        for step in range(4):
+            give(model, like(model, step))
+            model.eval()
+            with torch.no_grad():
+                model(x)
+            model.train()
+            model(x).sum().backward()
+            give(model, like(model, step))
+            optimizer.step()
+        model.eval()
+        with torch.no_grad():
+            outputs.append(model(x))
+    return torch.allclose(*outputs, atol=1e-6)
 
 
 def kronecker(rank: int) -> str:
@@ -267,9 +295,10 @@ def exchanged(rank: int) -> list[bool | str]:
         optimizer = ewc_adamw()(model)
         if protects:
             optimizer.consolidate(like(model, 10, positive=True))
-        give(model, like(model, 0))
-        optimizer.step() if not protects else None
-        optimizer.state.clear() if not protects else None
+        else:
+            give(model, like(model, 0))
+            optimizer.step()
+            optimizer.state.clear()
         spread(model, "fsdp")
         optimizer.param_groups[0]["params"] = list(model.parameters())
         before = weights(model)
@@ -432,6 +461,7 @@ def counted() -> Iterator[list[int]]:
 SCENES = (
     *(projections, gem_elsewhere, sent),
     *(steps, equal_importance, spread_importance, bad_importance, kronecker),
+    *(no_importance, settled_before),
     *(first_step_of_checkpoints, overflow_on_one_rank, exchanged, moved_storage, differentiable),
 )
 
@@ -504,6 +534,13 @@ class TestProtection:
         assert len(sentences) == 1
         assert "'0.weight'" in sentences.pop()
         assert all(count == 0 for _, count in results["bad_importance"])
+
+    def test_what_is_no_importance_on_one_rank_is_refused_in_all(self, results):
+        assert results["no_importance"] == [results["no_importance"][0]] * 4
+        assert results["no_importance"][0][1] == 0
+
+    def test_an_evaluation_finds_settled_weights(self, results):
+        assert results["settled_before"] == [True] * 4
 
     def test_kronecker_importance_needs_whole_matrices(self, results):
         assert len(set(results["kronecker"])) == 1

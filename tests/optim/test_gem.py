@@ -1527,8 +1527,13 @@ def test_rows_of_parameters_that_were_exchanged(refresh_every, average):
     if refresh_every is None and not average:
         with pytest.raises(RuntimeError, match=r"exchanged .* memory 'a' is never refreshed"):
             optimizer.step()
+        with pytest.raises(RuntimeError, match=r"exchanged .* memory 'a' is never refreshed"):
+            optimizer.state_dict()
+        with pytest.raises(RuntimeError, match=r"forget\('a'\), and remember\(\) it again"):
+            optimizer.remember("b", second.sum().backward)
         assert torch.equal(second.detach(), torch.tensor([1.0, 2.0]))
-        return
+        optimizer.forget("a")
+        optimizer.remember("a", lambda: (second * torch.tensor([0.0, 1.0])).sum().backward(), None)
     optimizer.step()
     assert optimizer.last_projection.v.item() == pytest.approx(1.0)
     torch.testing.assert_close(second.detach(), torch.tensor([0.9, 2.0]))

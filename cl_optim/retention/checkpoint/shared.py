@@ -9,7 +9,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from cl_optim.distributed import MeanRanks, Together, here, is_dtensor, like, rows_like
@@ -38,6 +37,10 @@ class SharedCheckpoints(Checkpoints):
         parts: One is named ``"model"``, one ``"optimizer"``.
         keep: How many are kept.
         together: The processes, which do everything at the same time.
+
+    Raises:
+        TypeError: As for :class:`Checkpoints`.
+        ValueError: Likewise; or the processes have parts of other names, or models of others.
     """
 
     def __init__(
@@ -49,6 +52,13 @@ class SharedCheckpoints(Checkpoints):
     ) -> None:
         self._together = together
         super().__init__(folder, parts, keep)
+        model: Any = parts["model"]
+        together.require_same(
+            (sorted(parts), sorted(model.state_dict())),
+            "the processes have other models, or parts of other names: a checkpoint is of replicas "
+            "of one model, or of its DTensors. Where each trains a part of its own, give it a "
+            "folder of its own and ranks='own'.",
+        )
 
     @property
     def steps(self) -> list[int]:
@@ -156,7 +166,7 @@ def _without_parts(state: Any) -> Any:
     def change(value: Any) -> Any:
         if not isinstance(value, Tensor) or not is_dtensor(value):
             return value
-        return {_PART: here(value.detach()), "shape": list(value.shape)}
+        return {_PART: here(value.detach()), "layout": _layout(value)}
 
     return _mapped(state, change)
 
@@ -177,23 +187,29 @@ def _has_parts(state: Any) -> bool:
     return found
 
 
+def _layout(tensor: Any) -> str:
+    """Say of what shape a DTensor is, and how it is spread over which processes."""
+    return f"{tuple(tensor.shape)} as {tensor.placements} over {tensor.device_mesh.mesh.tolist()}"
+
+
 def _with_parts(state: Any, known: list[Tensor]) -> Any:
-    """Return a state with DTensors, which lie as the model's of the same shape do."""
+    """Return a state with DTensors, which lie as one of the model's does, or as rows of these."""
+    layouts = {_layout(one): one for one in known}
 
     def change(value: Any) -> Any:
         if not _is_part(value):
             return value
-        part, shape = value[_PART], torch.Size(value["shape"])
-        for one in known:
-            local = here(one)
-            if (one.shape, local.shape) == (shape, part.shape):
-                return like(one, part.to(local.device))
-            if (one.shape, local.shape) == (shape[1:], part.shape[1:]):
-                return rows_like(one, part.to(local.device))
+        part, layout = value[_PART], value["layout"]
+        if layout in layouts:
+            return like(layouts[layout], part.to(layouts[layout].device))
+        for one in layouts.values():
+            if part.shape[1:] == here(one).shape:
+                rows = rows_like(one, part.to(one.device))
+                if _layout(rows) == layout:
+                    return rows
         raise CheckpointError(
-            f"the checkpoint has a part of shape {tuple(part.shape)} of a tensor of "
-            f"{tuple(shape)}, which the model has not in this process: it was spread in another "
-            "way, or is another model."
+            f"the checkpoint has a part of a tensor of shape {layout}, and the model has none that "
+            "lies so: it was spread in another way, or is another model."
         )
 
     return _mapped(state, change)

@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import nn
 
-from cl_optim.distributed import MeanRanks, Together, check_ranks
+from cl_optim.distributed import MeanRanks, Together, check_ranks, refuse_own
 from cl_optim.ops.checks import check_whole
 from cl_optim.ops.warn import warn
 from cl_optim.optim.gem import GEM
@@ -146,6 +146,7 @@ class RetentionGuard:
         ranks: MeanRanks = "mean",
     ) -> None:
         check_ranks(ranks, "mean")
+        refuse_own(model, ranks)
         self._judge = Judge(evaluations, useful, quantize, ranks)
         if not 0.0 < threshold < 1.0:
             raise ValueError(f"threshold must be between 0 and 1, both excluded, not {threshold}.")
@@ -173,10 +174,10 @@ class RetentionGuard:
         self.model = model
         self.optimizer = optimizer
         self.budget = budget
-        alone = Together(ranks).size == 1
-        self._way_back = (
-            None if on_end is None else WayBack(model, optimizer, old, folder if alone else None)
-        )
+        self._way_back = None
+        if on_end is not None:
+            alone = Together(ranks).size == 1
+            self._way_back = WayBack(model, optimizer, old, folder if alone else None, ranks)
         self.threshold = threshold
         self.every = every
         self.loggers = tuple(loggers)

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -120,19 +119,8 @@ class Judge:
     def of_weights(self) -> list[Evaluation]:
         """Return the evaluations of the model itself; those of useful tasks guard nothing."""
         return [
-            replace(
-                one,
-                measure=partial(self._mean, one.measure),
-                role="mixed" if one.name in self.wanted else one.role,
-            )
-            for one in self._plain
+            replace(one, role="mixed") if one.name in self.wanted else one for one in self._plain
         ]
-
-    def _mean(self, measure: Callable[[nn.Module], float], model: nn.Module) -> float:
-        """Return the mean of what an evaluation measures in each process."""
-        with self._together.agreeing():
-            value = float(measure(model))
-        return self._together.mean({"": value})[""]
 
     def compare(
         self, values: Mapping[str, float], baselines: Mapping[str, float]

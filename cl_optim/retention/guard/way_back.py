@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from cl_optim.distributed import Together, here, is_dtensor, mesh_of, reshard
+from cl_optim.distributed import MeanRanks, Together, here, is_dtensor, mesh_of, reshard
 from cl_optim.retention.guard.evaluation import Evaluation
 from cl_optim.retention.interpolation.between import check_between, interpolate
 from cl_optim.retention.interpolation.curve import Curve
@@ -28,6 +28,7 @@ class WayBack:
         old: The old weights; None: the optimizer's anchors where these are the weights at
             :meth:`start`, else a copy that it makes.
         folder: Where the copy goes; None: into memory.
+        ranks: Of which processes numbers are means.
 
     Raises:
         ValueError: ``old`` does not fit the model.
@@ -40,7 +41,9 @@ class WayBack:
         optimizer: torch.optim.Optimizer,
         old: Old | None,
         folder: str | os.PathLike[str] | None,
+        ranks: MeanRanks,
     ) -> None:
+        self._ranks = ranks
         self._model = model
         self._optimizer = optimizer
         self._file = None if folder is None else Path(folder) / _FILE
@@ -69,9 +72,13 @@ class WayBack:
             name: p for name, p in self._model.named_parameters() if p.requires_grad
         }
         moving.update((n, b) for n, b in self._model.named_buffers() if b.is_floating_point())
-        copy = {name: value.detach().clone() for name, value in moving.items()}
-        if not any(map(is_dtensor, moving.values())):  # parts are small, and stay where they are
-            copy = {name: value.to("cpu").contiguous() for name, value in copy.items()}
+        copy = {
+            # Parts are small, and stay where they are.
+            name: value.detach().clone()
+            if is_dtensor(value)
+            else value.detach().to("cpu", copy=True).contiguous()
+            for name, value in moving.items()
+        }
         check_between(self._model, copy)
         if self._file is None:
             self._old = copy
@@ -102,8 +109,7 @@ class WayBack:
                 "the weights that the run began with are not known in this process: give them as "
                 "old=, or the guard a folder from the start."
             )
-        # What they measure are means over processes already.
-        return interpolate(self._model, old, evaluate=evaluations, budget=budget, ranks="own")
+        return interpolate(self._model, old, evaluate=evaluations, budget=budget, ranks=self._ranks)
 
     def _anchors(self) -> Mapping[str, Tensor]:
         try:

@@ -16,8 +16,10 @@ from cl_optim.distributed import (
     Together,
     check_ranks,
     here,
+    is_spread,
     mesh_of,
     place,
+    refuse_own,
     reshard,
 )
 from cl_optim.importance.importance import check_reduced
@@ -88,7 +90,7 @@ def interpolate(
         ranks: Where several processes train the model: ``"mean"``: all call it, and the mean of
             what they measure counts, as it does in any case where the model is of DTensors, each
             process on its part; a process group: its members do; ``"own"``: this one alone calls
-            it.
+            it, which has the whole model.
 
     Returns:
         The α of the weights that the model has now, and all that was measured on the way.
@@ -113,6 +115,7 @@ def interpolate(
             curve = interpolate(model, old, evaluate=english, budget=0.05)
             print(curve)
     """
+    check_ranks(ranks, "mean")
     if (alpha is None) == (budget is None):
         raise ValueError("give either alpha or a budget, and evaluate= with the budget.")
     if alpha is not None and not 0.0 <= alpha <= 1.0:
@@ -130,7 +133,7 @@ def interpolate(
         recalibrate,
         strict=strict,
         stays=alpha is None or recalibrate is not None,
-        ranks="own" if alpha is not None and ranks is None else ranks,
+        ranks=None if evaluate is None else _checked_ranks(model, ranks),
     )
     if alpha is not None:
         with line.or_back():
@@ -180,7 +183,15 @@ def interpolation_curve(
     wanted = sorted({0.0, *map(float, alphas)})
     if len(wanted) < 2 or not all(0.0 <= alpha <= 1.0 for alpha in wanted):
         raise ValueError(f"alphas must be numbers in [0, 1], one above 0, not {list(alphas)}.")
-    line = _Line(model, old, importance, recalibrate, strict=strict, stays=True, ranks=ranks)
+    line = _Line(
+        model,
+        old,
+        importance,
+        recalibrate,
+        strict=strict,
+        stays=True,
+        ranks=_checked_ranks(model, ranks),
+    )
     with line.or_back():
         points = _Points(line, _all_of(evaluate))
         for alpha in wanted[1:]:
@@ -293,7 +304,7 @@ class _Line:
         tensors = dict([*model.named_parameters(), *model.named_buffers()])
         check_local(tensors, parts=True)
         self.together = Together(mesh=mesh_of(tensors.values()))
-        self.ranks = _checked_ranks(ranks, self.together)
+        self.ranks = ranks
         for one in importance or ():
             check_reduced(one)
         settle(old)
@@ -435,11 +446,12 @@ def _of_both(
     return checked[0] / scale, checked[1] / scale
 
 
-def _checked_ranks(ranks: MeanRanks, together: Together) -> MeanRanks:
+def _checked_ranks(model: nn.Module, ranks: MeanRanks) -> MeanRanks:
     """Return whose numbers count; of DTensors those of all processes."""
     check_ranks(ranks, "mean")
+    refuse_own(model, ranks)
     others = place()
-    if ranks is None and together.size > 1:
+    if ranks is None and is_spread(model):
         return "mean"
     if ranks is None and others is not None:
         raise ValueError(

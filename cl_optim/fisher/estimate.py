@@ -245,7 +245,7 @@ def estimate(
         "the processes estimate in other ways: give each the same arguments.",
     )  # fmt: skip
     one = OwnPass(model, totals, objective, policy, sign_draws, verify)
-    with together.agreeing():
+    with together.agreeing(), totals.spread.together.agreeing():
         batch_count = _add_all(model, batches, one, totals, max_samples, progress)
     here = totals.samples
     if together.size > 1:

@@ -102,6 +102,9 @@ class FisherEstimator:
         block: The widest block of a factor, as for :func:`estimate_fisher`.
         energy: The share of each factor's trace that is kept, as for :func:`estimate_fisher`.
         max_rank: The most directions of a block, as for :func:`estimate_fisher`.
+        reduce_dtype: Of a model that ``fully_shard`` has spread over processes, the dtype in which
+            squares are sent to be added up: ``torch.bfloat16`` sends half as much, and rounds what
+            each process adds by up to 0.4 %.
 
     Raises:
         TypeError: ``model`` is not a module, or an argument is of a wrong type.
@@ -126,8 +129,14 @@ class FisherEstimator:
         block: int = BLOCK,
         energy: float = ENERGY,
         max_rank: int | None = MAX_RANK,
+        reduce_dtype: torch.dtype = torch.float32,
     ) -> None:
         check_model(model)
+        if reduce_dtype not in (torch.float32, torch.bfloat16):
+            raise ValueError(
+                f"reduce_dtype must be torch.float32 or torch.bfloat16, not {reduce_dtype}: "
+                "squares of gradients need the range of these."
+            )
         if unsupported not in ("error", "skip"):
             raise ValueError(
                 f"unsupported must be 'error' or 'skip', not {unsupported!r}; random signs need "
@@ -148,7 +157,7 @@ class FisherEstimator:
         matrices = None
         if structure == "kronecker":
             matrices = FactorSums(Structure(trained(model), block, energy, max_rank))
-        self._totals = Totals(model, decay, matrices)
+        self._totals = Totals(model, decay, matrices, reduce_dtype)
         self._observer = Observer(model, self._totals, self._policy, verify)
         self._observing: Observation | None = None
         self._attached: Attachment | None = None
@@ -342,7 +351,9 @@ class FisherEstimator:
                 ``None``: where there are others, the importance is marked as one rank's, and
                 what would protect by it refuses it. A model that is spread over processes by
                 ``fully_shard`` has seen the samples of all: every process calls it, and has its
-                part of the importance, as DTensors.
+                part of the importance, as DTensors. So it is under tensor parallelism, whose
+                processes have the same samples; where others have other samples, and nothing but
+                DistributedDataParallel joins them, a group of those with the same parts is given.
 
         Raises:
             RuntimeError: Nothing was observed, or an ``observe()`` failed in its backward pass.
@@ -351,7 +362,7 @@ class FisherEstimator:
         """
         check_ranks(ranks)
         together = self._totals.spread.ranks(Together(ranks))
-        with together.agreeing():
+        with together.agreeing(), self._totals.spread.together.agreeing():
             if self._attached is not None:
                 self._attached.settle()
         totals, policy = self._totals, self._policy

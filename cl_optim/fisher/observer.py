@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -78,6 +79,7 @@ class Observer:
         )
         spread = self._totals.spread
         if spread and (self.verify is True or (self.verify and self._totals.seen() == 0)):
+            spread.require_same_inputs((args, kwargs))
             # A forward pass is one of all processes.
             can_reverse = all(spread.together.gather(can_reverse))
         elif spread:
@@ -88,6 +90,7 @@ class Observer:
             observation.paused = True
             wrong = not_samples(self._model, args, kwargs, samples.count, self._unsummed)
             observation.paused = False
+            wrong = list(dict.fromkeys(itertools.chain(*spread.together.gather(wrong))))
             if known := [name for name in wrong if name not in self._policy.left]:
                 observation.squares.leave_out(RefusedError(not_the_samples(known), known))
             self._known_rows |= used

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cl_optim.distributed import here, is_dtensor
 from cl_optim.fisher import batches as data
 from cl_optim.fisher import nested
 from cl_optim.fisher.checks import Verify
@@ -93,7 +94,7 @@ class OwnPass:
                 data.check_own_loss(labelled, self._model, self._causal, where)
 
         def run() -> Tensor:
-            logits = labelled.logits(self._model)
+            logits = _whole(labelled.logits(self._model))
             logits = data.check_logits(logits, samples, self._objective.labels, where)
             self._objective = self._objective.decided(logits)
             return logits
@@ -127,7 +128,7 @@ class OwnPass:
             return 0
 
         def run() -> Tensor:
-            losses = per_sample_loss(self._model, batch)
+            losses = _whole(per_sample_loss(self._model, batch))
             if not isinstance(losses, Tensor) or losses.shape != (samples,):
                 raise ValueError(
                     f"per_sample_loss must return one loss per sample, shape [{samples}], but "
@@ -165,6 +166,7 @@ class OwnPass:
             samples.see(tensor.shape)
         check, first, signs = None, None, None
         if self._is_verified():
+            totals.spread.require_same_inputs(inputs)
             device = next(iter(parameters.values())).device
             # Not from the user's generator: labels are drawn alike whether it is checked or not.
             signs = _signs(count, device, torch.Generator().manual_seed(totals.batches))
@@ -225,9 +227,13 @@ class OwnPass:
                 outputs = run()
         finally:
             watch.remove()
+
         # Where they are spread over processes, those of this one's samples come before the sum.
+        def receive(name: str, parameter: Tensor, grad: Tensor) -> None:
+            check.receive(name, here(grad, parameter))
+
         hooks = [
-            parameter.register_hook(partial(check.receive, name))  # type: ignore[no-untyped-call]
+            parameter.register_hook(partial(receive, name, parameter))  # type: ignore[no-untyped-call]
             for name, parameter in met.items()
             if name not in self._policy.left
         ]
@@ -246,7 +252,7 @@ class OwnPass:
             if name not in self._policy.left and grad is not None:
                 check.lower(name, parameter)
                 if name not in met:
-                    check.receive(name, grad)
+                    receive(name, parameter, grad)
         return seed
 
     def _is_verified(self) -> bool:
@@ -281,6 +287,13 @@ class OwnPass:
                     grad = parameter.grad.to(sums[name].dtype)
                     sums[name].addcmul_(grad, grad, value=1 / self._sign_draws)
                     parameter.grad = None
+
+
+def _whole(outputs: Any) -> Any:
+    """Return all of what a model has returned: under tensor parallelism that may be a DTensor."""
+    if isinstance(outputs, Tensor) and is_dtensor(outputs):
+        return outputs.full_tensor()  # type: ignore[attr-defined]
+    return outputs
 
 
 def _signs(count: int, device: torch.device, generator: torch.Generator | None) -> Tensor:

@@ -68,12 +68,16 @@ class _Batches:
 
     Args:
         parameters: Those that have sums, by name.
+        spread: What is known of those that are spread over processes.
         matrices: What takes the place of some of them.
     """
 
-    def __init__(self, parameters: Mapping[str, Tensor], matrices: Matrices | None = None) -> None:
+    def __init__(
+        self, parameters: Mapping[str, Tensor], spread: Spread, matrices: Matrices | None = None
+    ) -> None:
+        self.spread = spread
         self.sums = _Squares(parameters)
-        self.open = Open(self.sums, parameters)
+        self.open = Open(self.sums, parameters, spread)
         self.matrices = matrices
         if matrices is None:
             for name in parameters:
@@ -179,6 +183,7 @@ class Totals(_Batches):
         model: Its parameters that require gradients have sums.
         decay: What remains of them after each step.
         matrices: What takes the place of squares for some parameters.
+        reduce_dtype: In which sums are sent to the processes that they are spread over.
 
     Attributes:
         decay: As given.
@@ -189,9 +194,18 @@ class Totals(_Batches):
     """
 
     def __init__(
-        self, model: nn.Module, decay: float = 1.0, matrices: Matrices | None = None
+        self,
+        model: nn.Module,
+        decay: float = 1.0,
+        matrices: Matrices | None = None,
+        reduce_dtype: torch.dtype = torch.float32,
     ) -> None:
-        self.spread = Spread(model)
+        spread = Spread(model, reduce_dtype)
+        if matrices is not None and spread.is_parallel:
+            raise NotImplementedError(
+                "structure='kronecker' needs whole matrices, and under tensor parallelism each "
+                "process has a part: use structure='diagonal'."
+            )
         parameters = trained(model)
         for name, parameter in parameters.items():
             if not parameter.is_floating_point():
@@ -201,7 +215,7 @@ class Totals(_Batches):
                 )
         if not parameters:
             raise ValueError("model has no parameters that require gradients.")
-        super().__init__(parameters, matrices)
+        super().__init__(parameters, spread, matrices)
         self.shapes = {name: parameter.shape for name, parameter in parameters.items()}
         self.decay = decay
         self.broken = False
@@ -280,7 +294,7 @@ class Totals(_Batches):
         if self.staged is None:
             factors = self.factors
             matrices = None if factors is None else FactorSums(factors.structure)
-            self.staged = _Batches(self.sums.parameters, matrices)
+            self.staged = _Batches(self.sums.parameters, self.spread, matrices)
 
     def unstage(self) -> None:
         """Add batches as they come, from now on."""
@@ -398,7 +412,8 @@ class Totals(_Batches):
             matrices: The matrices' factors, where they are known; else they are made of the sums.
             metadata: What is to be said besides.
         """
-        self._check_whole()
+        with self.spread.together.agreeing():
+            self._check_whole()
         if self.batches == 0:
             raise RuntimeError("nothing was observed: finalize() needs at least one observe().")
         skipped = policy.left if policy.mode == "skip" else {}
@@ -409,6 +424,7 @@ class Totals(_Batches):
             )
         if float(self.samples) == 0.0:
             raise ValueError("every batch overflowed and was dropped; nothing was observed.")
+        self.spread.require_alike(self.sums, float(self.samples))
         if self.factors is not None and matrices is None:
             matrices = self.made_factors(policy)
         inside = {
@@ -464,13 +480,13 @@ class Totals(_Batches):
         whole.tokens = None if None in tokens else sum(filter(None, tokens))
         named = {name for one in all_ for name in one.sums}
         whole.sums = _Squares(self.sums.parameters)
-        whole.open = Open(whole.sums, self.sums.parameters)
+        whole.open = Open(whole.sums, self.sums.parameters, self.spread)
         for name in self.shapes:  # in the same order everywhere
             if name in self.sums:
                 whole.sums[name] = self.sums[name] * self.unit_of(name)
             elif name in named:
                 whole.sums.make(name)
-        together.sum_(t for name, t in whole.sums.items() if name not in self.spread.names)
+        together.sum_(t for name, t in whole.sums.items() if not self.spread.has(name))
         if self.factors is not None:
             parameters = self.sums.parameters
             whole.matrices = self.factors.over(together, unit, self.remains, parameters)
@@ -529,7 +545,7 @@ class Totals(_Batches):
                     f"parameter {name!r} was added, removed, frozen, unfrozen or reshaped after "
                     f"the FisherEstimator was made; make a new one."
                 )
-            if is_dtensor(parameters[name]) != (name in self.spread.names):
+            if is_dtensor(parameters[name]) != (name in self.spread.parts):
                 raise ValueError(
                     f"parameter {name!r} was spread over processes after the FisherEstimator was "
                     f"made, or gathered; make a new one."

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
@@ -223,11 +222,11 @@ class Sent(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def sent(rank: int) -> list[dict[str, int]]:
+def sent(rank: int, **options: Any) -> tuple[list[dict[str, int]], dict[str, Any]]:
     """Count what an observed step sends besides what training does, and one that is not."""
     model = spread(network())
     optimizer = EWCAdamW(model.named_parameters(), lr=0.0)
-    fisher = FisherEstimator(model, during_training=True)
+    fisher = FisherEstimator(model, during_training=True, **options)
     found = []
     with fisher.attach(optimizer, every=2):
         for step in range(4):
@@ -237,7 +236,7 @@ def sent(rank: int) -> list[dict[str, int]]:
                 F.cross_entropy(model(x), y).backward()
                 optimizer.step()
             found.append(counting.bytes)
-    return found
+    return found, told(fisher.finalize())
 
 
 def recorded(rank: int, folder: str = "") -> list[Any]:
@@ -357,14 +356,6 @@ def refused(rank: int) -> list[str]:
         NotImplementedError,
         lambda: estimate_fisher(parts, batches[:1], "empirical", None, unsupported="sign"),
     )
-    # Tensor parallelism, alone and beside.
-    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
-    tensors = network()
-    parallelize_module(tensors, mesh["tp"], {"again": ColwiseParallel()})
-    note(NotImplementedError, lambda: FisherEstimator(tensors))
-    fully_shard(tensors, mesh=mesh["dp"])
-    fisher = FisherEstimator(tensors)
-    note(NotImplementedError, lambda: _observe(fisher, tensors))
     # Spread when there is an estimator.
     late = network()
     early = FisherEstimator(late)
@@ -399,6 +390,7 @@ SCENES = (
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
     folder = tmp_path_factory.mktemp("ranks")
     scenes: dict[str, Any] = {scene.__name__: scene for scene in SCENES}
+    scenes["sent_in_bfloat16"] = partial(sent, reduce_dtype=torch.bfloat16)
     scenes["recorded"] = partial(recorded, folder=str(folder))
     return results_of(scenes, 4, folder)
 
@@ -453,9 +445,18 @@ def test_an_observed_step_sends_one_reduction(results):
         4 * param.numel() // len(param) * (-(-len(param) // 4) * 4)
         for param in network().parameters()
     )
-    for first, second, third, fourth in results["sent"]:
-        assert first == third == {"reduce_scatter_tensor": padded}
-        assert second == fourth == {}
+    for (whole_, _), (half, _) in zip(results["sent"], results["sent_in_bfloat16"], strict=True):
+        for (first, second, third, fourth), size in ((whole_, padded), (half, padded // 2)):
+            assert first == third == {"reduce_scatter_tensor": size}
+            assert second == fourth == {}
+
+
+def test_what_is_sent_in_bfloat16_is_rounded_a_little(results):
+    for (_, expected), (_, found) in zip(results["sent"], results["sent_in_bfloat16"], strict=True):
+        same(found, expected, 4 * 2.0**-8)
+        assert any(
+            not torch.equal(found["F"][name], value) for name, value in expected["F"].items()
+        )
 
 
 def test_one_record_is_written_by_all(results):
@@ -471,8 +472,6 @@ SAID = (
     r"process 1 has no batch after 2, .* max_samples=None",
     r"ranks must be 'sum', or be left out, where the model is spread over 4 processes",
     r"unsupported='sign' is not for a model that is spread",
-    r"'again.weight' is a DTensor in the forward pass, too, as under tensor parallelism",
-    r"'again.weight' is a DTensor in the forward pass, too, as under tensor parallelism",
     r"was spread over processes after the FisherEstimator was made",
 )
 

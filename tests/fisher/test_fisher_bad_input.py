@@ -172,6 +172,8 @@ FISHER_ESTIMATOR = {
     "decay": (ValueError, r"^decay must be in \(0, 1\], not 0", {"decay": 0.0}),
     "verify": (ValueError, "^verify must be 'first', True or False, not 'always'",
         {"verify": "always"}),
+    "reduce dtype": (ValueError, r"^reduce_dtype must be torch\.float32 or torch\.bfloat16, not",
+        {"reduce_dtype": torch.float16}),
     "random signs": (ValueError, r"use estimate_fisher\(..., unsupported='sign'\)",
         {"unsupported": "sign"}),
     "unsupported": (ValueError, "^unsupported must be 'error' or 'skip'",

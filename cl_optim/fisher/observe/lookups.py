@@ -16,6 +16,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from cl_optim.fisher import nested
 from cl_optim.fisher.observe.calls import Call
 from cl_optim.fisher.observe.gathered import Tracker
+from cl_optim.fisher.observe.refusals import RefusedError, listed
 from cl_optim.fisher.observe.sources import Source, then
 from cl_optim.fisher.observe.watched import Watched
 from cl_optim.fisher.per_sample.base import PerSample
@@ -92,14 +93,8 @@ class Lookups:
         if source is None or self._tracker.of([indices]) is not None:
             return None
         shape, count = indices.shape, self._samples.count
-        shared = not self._samples.holds(shape, 0)
+        shared, unsure = self._is_shared(shape)
         known = self._shared.get(source.name)
-        unsure = (
-            self._samples.offsets is None
-            and count > 1
-            and not shared
-            and _may_be_positions(shape, count)
-        )
         if not unsure:
             self._shared[source.name] = shared
         elif known is not None and (len(shape) > 1 or shape[0] == count):
@@ -130,6 +125,29 @@ class Lookups:
         if unsure and known is None:
             self._leave_undecided(looked_up, _Undecided(source.name, by_sample))
         return looked_up
+
+    def require_samples(self, call: Call) -> None:
+        """Refuse what is not known to be looked up for each sample, of a table of DTensors.
+
+        Raises:
+            RefusedError: It may be looked up once for all samples, as positions are.
+        """
+        bound = dict(zip(("input", "weight"), call.args, strict=False)) | call.kwargs
+        indices = bound["input"]
+        if any(self._is_shared(indices.shape)) and self._tracker.of([indices]) is None:
+            error = NotImplementedError(
+                f"{listed(call.names())} met indices {list(indices.shape)}, which are, or may be, "
+                "positions, and tables of positions are not supported under tensor parallelism "
+                "(use another batch size, where they are as many as the sequences are long)"
+            )
+            raise RefusedError(error, call.names())
+
+    def _is_shared(self, shape: Sequence[int]) -> tuple[bool, bool]:
+        """Return whether indices of that shape are of all samples, and whether they may be."""
+        count = self._samples.count
+        shared = not self._samples.holds(shape, 0)
+        packed = self._samples.offsets is not None
+        return shared, not packed and count > 1 and not shared and _may_be_positions(shape, count)
 
     def _leave_undecided(self, tensor: Tensor, how: _Undecided) -> None:
         for one in (tensor, self._watched.derived_stand_in(tensor)):

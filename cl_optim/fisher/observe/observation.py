@@ -26,11 +26,13 @@ from torch.nn.modules.module import (
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 from torch.utils.hooks import RemovableHandle
 
+from cl_optim.distributed import is_dtensor, whole
 from cl_optim.fisher import nested
 from cl_optim.fisher.kronecker.padding import Kept, kept_rows
 from cl_optim.fisher.observe.calls import Call
 from cl_optim.fisher.observe.gathered import Tracker
 from cl_optim.fisher.observe.lookups import Lookups
+from cl_optim.fisher.observe.parts import in_all, refuse_context_parallelism, use_in_parts
 from cl_optim.fisher.observe.refusals import (
     Policy,
     RefusedError,
@@ -223,6 +225,7 @@ class Observation(TorchFunctionMode):
         if func in _BACKWARD:
             self.expect_backward()
             return func(*args, **kwargs)
+        refuse_context_parallelism(func, args)
         found = self._watched.find((args, kwargs))
         if self._lookups.undecided and found and not _reads_a_property(func):
             args, kwargs = self._lookups.decide(func, args, kwargs)
@@ -274,11 +277,14 @@ class Observation(TorchFunctionMode):
     def _call(self, call: Call) -> Any:
         """Call a function with watched tensors, in the way that it uses them."""
         func, found = call.func, call.found
+        in_parts = any(map(is_dtensor, call.watched()))
         try:
             if call.changes_in_place() and call.args and id(call.args[0]) in found:
                 if not found[id(call.args[0])].direct:
                     raise UnsupportedUseError("it is changed in place")
                 return call.run()  # refused by torch, but for initialisation
+            if in_parts:
+                return self._in_parts(call)
             if func is F.scaled_dot_product_attention:
                 return self._attention_with_bias(call)
             if func is F.embedding:
@@ -303,12 +309,25 @@ class Observation(TorchFunctionMode):
             refused = RefusedError(unsupported, names, of_data=bool(call.others()))
         except RefusedError as error:
             refused = error
-        if not refused.of_data and (made := self._watched.watch_function(call, refused)):
+        can_watch = not (refused.of_data or in_parts)
+        if can_watch and (made := self._watched.watch_function(call, refused)):
             return made[0]
         self.squares.leave_out(refused)
         return call.run()
 
     # --- functions that have a rule ---------------------------------------------------------------
+
+    def _in_parts(self, call: Call) -> Any:
+        """Call a function of DTensors, of whose gradients each process has its part."""
+        if call.is_of_the_tensor():
+            return call.run()
+        if call.func is F.embedding:
+            self._lookups.require_samples(call)
+        if call.func in RULES:
+            return self._by_rule(call)
+        if call.func in ELEMENTWISE and call.others():
+            return self._elementwise(call)
+        raise no_rule(call.names(), call.func)
 
     def _by_rule(self, call: Call) -> Tensor:
         call = _as_autocast_would(call)
@@ -317,7 +336,7 @@ class Observation(TorchFunctionMode):
         missed = [source for source in call.found.values() if source not in sources]
         if missed:
             raise no_rule(names_of(missed), call.func)
-        return self._apply(call, use, sources)
+        return self._apply(call, use_in_parts(call, use), sources)
 
     def _batched(self, call: Call) -> Tensor | None:
         """Multiply a matrix for each expert, or for each row, with rows of known samples."""
@@ -397,6 +416,7 @@ class Observation(TorchFunctionMode):
             gradients, features = each_row, 1
         else:
             gradients = functools.partial(expand_gradient, shape=tuple(tensor.shape))
+        gradients = in_all(tensor, gradients)
         samples = self._samples_of(rows, shape, features, source.name)
         return self.taps.expand(tensor, shape, self._pending(gradients, (source,), samples))
 
@@ -526,7 +546,7 @@ class Observation(TorchFunctionMode):
             and self._tracker.of((input, *made_of)) is None
             and self.samples.holds(input.shape, features)
         ):
-            self.witness(names_of(sources), input, features)
+            self.witness(names_of(sources), whole(input), features)
 
 
 def _reads_a_property(func: Callable[..., Any]) -> bool:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
+from cl_optim.distributed import here, like
 from cl_optim.fisher.kronecker.sums import Matrices
 from cl_optim.fisher.kronecker.used import Used, used
 from cl_optim.fisher.observe.gathered import Gathered
@@ -242,7 +243,13 @@ class Squares:
             for source, grad in zip(pending.sources, gradients, strict=True)
         ]
         uses = self._uses_of([one for one in each if one is not None], pending)
-        return [None if one is None else self._add(*one, next(uses), pending) for one in each]
+        made: list[Tensor | None] = []
+        for one in each:
+            grad = None if one is None else self._add(*one, next(uses), pending)
+            if one is not None and grad is not None and one[0].direct:
+                grad = like(self._parameters[one[0].name], grad)
+            made.append(grad)
+        return made
 
     def _uses_of(
         self, each: Sequence[tuple[Source, PerSample]], pending: Pending
@@ -343,10 +350,10 @@ class Squares:
             return
         seen = self._seen_grads.pop(name, None)
         # A sum over several uses is a new tensor: it is not formed in place of one that is held.
-        if seen is None or seen.data_ptr() != grad.data_ptr():
+        if seen is None or here(seen).data_ptr() != here(grad).data_ptr():
             self._unseen.append(name)
         if self.check is not None:
-            self.check.receive(name, grad)
+            self.check.receive(name, here(grad, self._parameters[name]))
 
     def _receive_derived(
         self, key: int, names: Sequence[str], doubt: Exception | None, grad: Tensor

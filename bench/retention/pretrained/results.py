@@ -14,7 +14,7 @@ from bench.retention.pretrained.runs import PROBES, Place, domains
 from bench.retention.text.results import most_kept
 from cl_optim.demo.metrics import Interval
 
-COSTS = (0.0, 0.01)
+COSTS = (0.0, 0.01, 0.02)
 
 
 @dataclass(frozen=True)

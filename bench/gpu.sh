@@ -9,7 +9,7 @@
 # OUT gets 8 files at most: figures.jsonl, with a line for each figure as soon as it is known, the
 # table of goals in results.txt, and logs. What fails, or takes longer than it may, is noted, and the
 # stages after it run all the same. Needs torch, Triton, transformers, pytest, pytest-xdist and
-# hypothesis, and either what `make gpu-prebuild` made or a CUDA toolkit and pybind11; installs
+# hypothesis, and either what `make gpu-prebuild` made or a CUDA toolkit; installs
 # nothing. --dry rehearses on a CPU, with tiny sizes. STATE is where the second call finds what the
 # first one knew.
 set -uo pipefail

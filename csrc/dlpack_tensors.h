@@ -2,15 +2,15 @@
 // of them. Includes no torch header but that one, which is plain C.
 #pragma once
 
-#include <pybind11/gil_safe_call_once.h>
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
+#include "python.h"
 // torch's copy, which it hides from users of the stable ABI.
 #undef TORCH_TARGET_VERSION
 #include <ATen/dlpack.h>
 
 #include <array>
+#include <atomic>
 #include <cstring>
+#include <memory>
 #include <optional>
 #include <stdexcept>
 #include <vector>
@@ -20,15 +20,13 @@
 
 namespace cl_optim {
 
-namespace py = pybind11;
-
 inline const DLPackExchangeAPI& dlpack() {
   static const DLPackExchangeAPI* api = [] {
-    const py::object tensor = py::module_::import("torch").attr("Tensor");
-    const py::object capsule = tensor.attr("__dlpack_c_exchange_api__");
+    const Object tensor = import("torch").attribute("Tensor");
+    const Object capsule = tensor.attribute("__dlpack_c_exchange_api__");
     const auto* found = static_cast<const DLPackExchangeAPI*>(
-        PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
-    if (found == nullptr) throw py::error_already_set();
+        PyCapsule_GetPointer(capsule.get(), "dlpack_exchange_api"));
+    if (found == nullptr) throw PythonError();
     if (found->header.version.major != DLPACK_MAJOR_VERSION) {
       throw std::runtime_error("torch speaks a version of DLPack that this build does not know");
     }
@@ -54,9 +52,15 @@ class NegativeBit {
   static constexpr int kMostDims = 5;
 
   static const NegativeBit& instance() {
-    // torch lets go of the GIL in between, for which a second thread must not wait holding it.
-    PYBIND11_CONSTINIT static py::gil_safe_call_once_and_store<NegativeBit> found;
-    return found.call_once_and_store_result(find).get_stored();
+    // torch lets go of the GIL in between, for which a second thread must not wait holding it: it
+    // finds the same once more.
+    static std::atomic<const NegativeBit*> found{nullptr};
+    const NegativeBit* known = found.load(std::memory_order_acquire);
+    if (known == nullptr) {
+      auto own = std::make_unique<const NegativeBit>(find());
+      if (found.compare_exchange_strong(known, own.get())) known = own.release();
+    }
+    return *known;
   }
 
   bool is_known() const { return mask_ != 0; }
@@ -81,12 +85,15 @@ class NegativeBit {
     constexpr int kRounds = 8;
     std::array<uint64_t, kEnd> masks;
     masks.fill(~uint64_t{0});
-    const py::module_ torch = py::module_::import("torch");
-    const py::object negate = torch.attr("_neg_view");
-    std::vector<py::object> alive;
-    const auto narrow = [&](const py::object& tensor, bool is_negated) {
+    const Object torch = import("torch");
+    const Object ones = torch.attribute("ones"), negate_view = torch.attribute("_neg_view");
+    const auto negate = [&](const Object& tensor) {
+      return Object::owned(PyObject_CallFunctionObjArgs(negate_view.get(), tensor.get(), nullptr));
+    };
+    std::vector<Object> alive;
+    const auto narrow = [&](const Object& tensor, bool is_negated) {
       alive.push_back(tensor);
-      const auto seen = look(tensor.ptr());
+      const auto seen = look(tensor.get());
       if (!seen) return false;
       for (int i = kFirst; i < kEnd; ++i) {
         masks[i] &= is_negated ? word(*seen, i) : ~word(*seen, i);
@@ -97,8 +104,11 @@ class NegativeBit {
     for (int round = 0; round < kRounds && !found.is_known(); ++round) {
       for (const std::vector<int>& shape : {std::vector<int>{}, {3}, {0, 2}, {2, 3, 4, 5, 6}}) {
         for (const char* dtype : {"float32", "bfloat16", "uint8"}) {
-          const py::object plain = torch.attr("ones")(shape, py::arg("dtype") = torch.attr(dtype));
-          const py::object negated = negate(plain);
+          const Object sizes = to_python(std::tuple{to_python(shape)});
+          const Object options = Object::owned(PyDict_New());
+          checked(PyDict_SetItemString(options.get(), "dtype", torch.attribute(dtype).get()));
+          const Object plain = Object::owned(PyObject_Call(ones.get(), sizes.get(), options.get()));
+          const Object negated = negate(plain);
           if (!narrow(plain, false) || !narrow(negated, true) || !narrow(negate(negated), false)) {
             return {};
           }
@@ -128,11 +138,11 @@ class NegativeBit {
 // torch's classes of tensors, and what these do not override.
 inline const std::array<PyObject*, 4>& known_classes() {
   static const std::array<PyObject*, 4> known = [] {
-    const py::module_ torch = py::module_::import("torch");
-    const py::object type = torch.attr("Tensor"), parameter = torch.attr("nn").attr("Parameter");
-    return std::array{type.inc_ref().ptr(), parameter.inc_ref().ptr(),
-                      py::object(type.attr("__torch_dispatch__")).release().ptr(),
-                      py::object(parameter.attr("__torch_function__")).release().ptr()};
+    const Object torch = import("torch"), type = torch.attribute("Tensor");
+    const Object parameter = torch.attribute("nn").attribute("Parameter");
+    return std::array{Object(type).release(), Object(parameter).release(),
+                      type.attribute("__torch_dispatch__").release(),
+                      parameter.attribute("__torch_function__").release()};
   }();
   return known;
 }
@@ -148,21 +158,17 @@ inline bool is_of_torchs_class(PyObject* tensor) {
 inline bool is_plain(PyObject* tensor) {
   if (is_of_torchs_class(tensor)) return true;
   const auto& known = known_classes();
-  const py::handle its_type(reinterpret_cast<PyObject*>(Py_TYPE(tensor)));
-  return py::isinstance(tensor, known[0]) &&
-         py::object(its_type.attr("__torch_dispatch__")).ptr() == known[2] &&
-         py::object(its_type.attr("__torch_function__")).ptr() == known[3];
+  const Object type = Object::borrowed(reinterpret_cast<PyObject*>(Py_TYPE(tensor)));
+  return checked(PyObject_IsInstance(tensor, known[0])) != 0 &&
+         type.attribute("__torch_dispatch__").get() == known[2] &&
+         type.attribute("__torch_function__").get() == known[3];
 }
 
 // Keeps a tensor's memory, also where the tensor is given other memory (p.data = ...).
-inline py::object storage_of(PyObject* tensor) {
+inline Object storage_of(PyObject* tensor) {
   static PyObject* const method =
-      py::object(py::module_::import("torch").attr("Tensor").attr("untyped_storage"))
-          .release()
-          .ptr();
-  PyObject* storage = PyObject_CallOneArg(method, tensor);
-  if (storage == nullptr) throw py::error_already_set();
-  return py::reinterpret_steal<py::object>(storage);
+      import("torch").attribute("Tensor").attribute("untyped_storage").release();
+  return Object::owned(PyObject_CallFunctionObjArgs(method, tensor, nullptr));
 }
 
 inline void* address(const DLTensor& tensor) {

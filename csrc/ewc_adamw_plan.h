@@ -3,9 +3,6 @@
 // tensors and the step's end no other thread may free their memory: see take_step().
 #pragma once
 
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
-
 #include <array>
 #include <cstring>
 #include <optional>
@@ -21,21 +18,23 @@
 namespace cl_optim {
 
 // Whether a dict has these very keys and values, in this order.
-inline bool same_items(const py::dict& dict, const std::vector<py::object>& items) {
-  if (2 * static_cast<size_t>(PyDict_GET_SIZE(dict.ptr())) != items.size()) return false;
+inline bool same_items(const Object& dict, const std::vector<Object>& items) {
+  if (2 * static_cast<size_t>(PyDict_Size(dict.get())) != items.size()) return false;
   PyObject *key, *value;
   Py_ssize_t position = 0;
-  for (auto item = items.begin(); PyDict_Next(dict.ptr(), &position, &key, &value); item += 2) {
-    if (key != item[0].ptr() || value != item[1].ptr()) return false;
+  for (auto item = items.begin(); PyDict_Next(dict.get(), &position, &key, &value); item += 2) {
+    if (key != item[0].get() || value != item[1].get()) return false;
   }
   return true;
 }
 
-inline std::vector<py::object> items_of(const py::dict& dict) {
-  std::vector<py::object> items;
-  for (const auto& [key, value] : dict) {
-    items.push_back(py::reinterpret_borrow<py::object>(key));
-    items.push_back(py::reinterpret_borrow<py::object>(value));
+inline std::vector<Object> items_of(const Object& dict) {
+  std::vector<Object> items;
+  PyObject *key, *value;
+  Py_ssize_t position = 0;
+  while (PyDict_Next(dict.get(), &position, &key, &value)) {
+    items.push_back(Object::borrowed(key));
+    items.push_back(Object::borrowed(value));
   }
   return items;
 }
@@ -43,11 +42,15 @@ inline std::vector<py::object> items_of(const py::dict& dict) {
 // A copy of an optimizer's state, one level deep: has a parameter been given other state?
 class Snapshot {
  public:
-  explicit Snapshot(const py::dict& dict) : items_(items_of(dict)) {}
-  bool matches(const py::dict& dict) const { return same_items(dict, items_); }
+  static Snapshot from(PyObject* args, PyObject* kwargs) {
+    return Snapshot(dict_of(arguments<1>(args, kwargs, {"dict"})[0]));
+  }
+  bool matches(const Object& dict) const { return same_items(dict, items_); }
 
  private:
-  std::vector<py::object> items_;
+  explicit Snapshot(const Object& dict) : items_(items_of(dict)) {}
+
+  std::vector<Object> items_;
 };
 
 // What runs a step on some device.
@@ -59,33 +62,34 @@ struct Launcher {
 
 // What one plan's part of a step takes besides.
 struct Call {
-  py::list group;  // all parameters of the group
-  py::list memories;
-  py::list coefficients;
-  py::object workspace;  // a tensor or None, as the others
-  py::object lr;
-  py::object grad_scale;
-  py::object found_inf;
-  py::object sums;
+  Object group;  // a list of all parameters of the group
+  Object memories;
+  Object coefficients;
+  Object workspace;  // a tensor or None, as the others
+  Object lr;
+  Object grad_scale;
+  Object found_inf;
+  Object sums;
   EWCAdamWOptions options;
 
   // Of a tuple in the order above, with a dict of options at its end.
-  explicit Call(const py::tuple& call)
-      : group(call[0]),
-        memories(call[1]),
-        coefficients(call[2]),
-        workspace(call[3]),
-        lr(call[4]),
-        grad_scale(call[5]),
-        found_inf(call[6]),
-        sums(call[7]) {
-    const py::dict given = call[8];
+  explicit Call(PyObject* call) {
+    Object* const parts[] = {&group, &memories,   &coefficients, &workspace,
+                             &lr,    &grad_scale, &found_inf,    &sums};
+    const Py_ssize_t count = std::size(parts);
+    require(call, PyTuple_Check(call) && PyTuple_Size(call) == count + 1, "tuple of nine");
+    for (Py_ssize_t i = 0; i < count; ++i) {
+      *parts[i] = Object::borrowed(PyTuple_GetItem(call, i));
+    }
+    for (Object* list : {&group, &memories, &coefficients}) list_of(list->get());
+    const Object given = dict_of(PyTuple_GetItem(call, count));
     options.for_each([&](const char* name, auto& option) {
       using T = std::decay_t<decltype(option)>;
+      const Object value = Object::owned(PyMapping_GetItemString(given.get(), name));
       if constexpr (std::is_same_v<T, Penalty>) {
-        option = parse_penalty(given[name].template cast<std::string>());
+        option = parse_penalty(from_python<std::string>(value.get()));
       } else {
-        option = given[name].template cast<T>();
+        option = from_python<T>(value.get());
       }
     });
   }
@@ -97,7 +101,7 @@ struct Prepared {
   DeviceNumbers numbers{};
   void* workspace = nullptr;
   // Of a long step the gradients and the storages of all tensors; else what gradients nobody holds.
-  std::vector<py::object> kept;
+  std::vector<Object> kept;
 };
 
 // While it lives no garbage is collected: that would run other code amid what must not be
@@ -115,6 +119,18 @@ class NoCollection {
   bool was_enabled_;
 };
 
+// While it lives, other threads run Python code.
+class OthersRun {
+ public:
+  OthersRun() : state_(PyEval_SaveThread()) {}
+  ~OthersRun() { PyEval_RestoreThread(state_); }
+  OthersRun(const OthersRun&) = delete;
+  OthersRun& operator=(const OthersRun&) = delete;
+
+ private:
+  PyThreadState* state_;
+};
+
 // The step of some parameters of a group. It keeps their tensors, and is of use as long as these
 // are the ones that have a gradient and their state holds the same tensors in the same memory:
 // prepare() looks.
@@ -124,19 +140,26 @@ class Plan {
   // group: the parameters of the group; members: which of them take the step; skipped: which have
   // no gradient; states: the members' dicts; is_protected: whether their importance, where they
   // have one, takes part; pull_only: whether nothing else does.
-  Plan(const py::list& group, std::vector<size_t> members, std::vector<size_t> skipped,
-       const std::vector<py::dict>& states, bool is_protected, bool pull_only)
-      : is_protected_(is_protected),
+  static Plan from(PyObject* args, PyObject* kwargs) {
+    const auto [group, members, skipped, states, is_protected, pull_only] = arguments<6>(
+        args, kwargs, {"group", "members", "skipped", "states", "is_protected", "pull_only"});
+    return Plan(from_python<std::vector<Object>>(group), from_python<std::vector<size_t>>(members),
+                from_python<std::vector<size_t>>(skipped), from_python<std::vector<Object>>(states),
+                from_python<bool>(is_protected), from_python<bool>(pull_only));
+  }
+
+  Plan(std::vector<Object> group, std::vector<size_t> members, std::vector<size_t> skipped,
+       const std::vector<Object>& states, bool is_protected, bool pull_only)
+      : group_(std::move(group)),
+        is_protected_(is_protected),
         pull_only_(pull_only),
         members_(std::move(members)),
         skipped_(std::move(skipped)) {
-    for (const py::handle& param : group) {
-      group_.push_back(py::reinterpret_borrow<py::object>(param));
-    }
     possible_ = negative_bit_.is_known();
     for (size_t i = 0; i < members_.size(); ++i) {
       rows_.emplace_back();
-      possible_ = possible_ && add(group_[members_[i]].ptr(), states[i], rows_.back());
+      const Object state = dict_of(states.at(i).get());
+      possible_ = possible_ && add(group_.at(members_[i]).get(), state, rows_.back());
     }
   }
 
@@ -154,13 +177,13 @@ class Plan {
   // Reads anew where everything is. If nothing is returned, nothing has changed, and the step must
   // be taken another way. Runs no Python code.
   std::optional<Prepared> prepare(const Call& call, bool keep_storages) const {
-    const size_t rows = call.memories.size();
-    if (!possible_ || call.group.size() != group_.size() || rows != call.coefficients.size() ||
+    const size_t rows = size_of(call.memories);
+    if (!possible_ || size_of(call.group) != group_.size() || rows != size_of(call.coefficients) ||
         (rows != 0 && rows != members_.size())) {
       return std::nullopt;
     }
     for (size_t i : skipped_) {
-      if (!is_same(call.group, i) || gradient(i).ptr() != Py_None) return std::nullopt;
+      if (!is_same(call.group, i) || !gradient(i).is_none()) return std::nullopt;
     }
     Prepared prepared;
     prepared.tensors = std::move(spare_);
@@ -172,12 +195,12 @@ class Plan {
         return std::nullopt;
       }
     }
-    const bool fits = place(call.lr, kFloat, 1, prepared.numbers.lr) &&
-                      place(call.grad_scale, kFloat, 1, prepared.numbers.grad_scale) &&
-                      place(call.found_inf, kFloat, 1, prepared.numbers.found_inf) &&
-                      place(call.sums, kDouble, 2, prepared.numbers.sums);
+    const bool fits = place(call.lr.get(), kFloat, 1, prepared.numbers.lr) &&
+                      place(call.grad_scale.get(), kFloat, 1, prepared.numbers.grad_scale) &&
+                      place(call.found_inf.get(), kFloat, 1, prepared.numbers.found_inf) &&
+                      place(call.sums.get(), kDouble, 2, prepared.numbers.sums);
     if (!fits) return std::nullopt;
-    if (!call.workspace.is_none()) prepared.workspace = address(*look(call.workspace.ptr()));
+    if (!call.workspace.is_none()) prepared.workspace = address(*look(call.workspace.get()));
     return prepared;
   }
 
@@ -188,7 +211,7 @@ class Plan {
     void* stream = nullptr;
     if (device_.device_type != kDLCPU &&
         dlpack().current_work_stream(device_.device_type, device_.device_id, &stream) != 0) {
-      throw py::error_already_set();
+      throw PythonError();
     }
     return stream;
   }
@@ -218,20 +241,20 @@ class Plan {
   struct Row {
     EWCAdamWTensor tensor{};
     DLDataType dtype;
-    py::dict state;
-    std::vector<py::object> items;
+    Object state;
+    std::vector<Object> items;
     std::vector<Place> places;
   };
 
-  bool is_same(const py::list& group, size_t i) const {
-    return PyList_GET_ITEM(group.ptr(), i) == group_[i].ptr();
+  static size_t size_of(const Object& list) { return checked(PyList_Size(list.get())); }
+
+  bool is_same(const Object& group, size_t i) const {
+    return item(group.get(), i) == group_[i].get();
   }
 
-  py::object gradient(size_t i) const {
+  Object gradient(size_t i) const {
     static PyObject* const name = PyUnicode_InternFromString("grad");
-    PyObject* grad = PyObject_GetAttr(group_[i].ptr(), name);
-    if (grad == nullptr) throw py::error_already_set();
-    return py::reinterpret_steal<py::object>(grad);
+    return Object::owned(PyObject_GetAttr(group_[i].get(), name));
   }
 
   // A look at what a kernel can read as it lies.
@@ -246,7 +269,7 @@ class Plan {
 
   bool prepare(size_t i, const Call& call, bool keep_storages, Prepared& prepared) const {
     const Row& row = rows_[i];
-    PyObject* const param_object = group_[members_[i]].ptr();
+    PyObject* const param_object = group_[members_[i]].get();
     const auto param = plain_look(param_object);
     if (!param || !fits(*param, row) || !is_current(row, *param)) return false;
     const Penalty penalty = call.options.penalty;
@@ -255,11 +278,11 @@ class Plan {
     EWCAdamWTensor tensor = row.tensor;
     tensor.param = address(*param);
     if (tensor.numel != 0 && !tensor.param) return false;
-    py::object grad_object = py::none();
+    Object grad_object = none();
     if (needs_grad) {
       grad_object = gradient(members_[i]);
       if (grad_object.is_none()) return false;
-      const auto grad = plain_look(grad_object.ptr());
+      const auto grad = plain_look(grad_object.get());
       if (!grad || !is_alike(*grad, *param)) return false;
       void* const gradient = address(*grad);
       if (tensor.numel != 0 && !gradient) return false;
@@ -271,16 +294,17 @@ class Plan {
     }
     if (call.options.stochastic && pull_only_ && !tensor.step) return false;
     if (call.options.amsgrad && tensor.numel != 0 && !tensor.max_exp_avg_sq) return false;
-    const bool projected = call.memories.size() != 0;
-    if (projected && !add_rows(call.memories[i], call.coefficients[i], *param, tensor)) {
+    const bool projected = size_of(call.memories) != 0;
+    if (projected &&
+        !add_rows(item(call.memories.get(), i), item(call.coefficients.get(), i), *param, tensor)) {
       return false;
     }
     prepared.tensors.push_back(tensor);
     if (keep_storages) {
       prepared.kept.push_back(storage_of(param_object));
-      if (needs_grad) prepared.kept.push_back(storage_of(grad_object.ptr()));
+      if (needs_grad) prepared.kept.push_back(storage_of(grad_object.get()));
       for (const Place& place : row.places) prepared.kept.push_back(storage_of(place.tensor));
-      if (projected) prepared.kept.push_back(storage_of(py::object(call.memories[i]).ptr()));
+      if (projected) prepared.kept.push_back(storage_of(item(call.memories.get(), i)));
     }
     // A subclass may make a gradient whenever it is asked.
     if (keep_storages || !is_of_torchs_class(param_object))
@@ -327,7 +351,7 @@ class Plan {
     }
   }
 
-  bool add(PyObject* object, const py::dict& state, Row& row) {
+  bool add(PyObject* object, const Object& state, Row& row) {
     row.state = state;
     row.items = items_of(state);
     const auto param = plain_look(object);
@@ -356,14 +380,14 @@ class Plan {
     const auto has = [&](const char* key) {
       const bool protects = std::strcmp(key, "importance") == 0 || std::strcmp(key, "anchor") == 0;
       if (pull_only_ && !protects && std::strcmp(key, "step") != 0) return false;
-      return state.contains(key) && (is_protected_ || !protects);
+      return PyMapping_HasKeyString(state.get(), key) != 0 && (is_protected_ || !protects);
     };
     t.pull_only = pull_only_;
     t.moment_kind = *kind == ScalarKind::float64 ? *kind : ScalarKind::float32;
     for (const auto& [key, array, array_kind] : arrays) {
       if (!has(key)) continue;
-      const py::object tensor = state[key];
-      const auto seen = plain_look(tensor.ptr());
+      const Object tensor = Object::owned(PyMapping_GetItemString(state.get(), key));
+      const auto seen = plain_look(tensor.get());
       if (!seen) return false;
       const auto seen_kind = scalar_kind(seen->dtype);
       if (!seen_kind) return false;
@@ -374,7 +398,7 @@ class Plan {
       *array_kind = *seen_kind;
       *array = address(*seen);
       row.places.push_back(
-          {tensor.ptr(), *array, reinterpret_cast<const char*>(seen->shape), seen->dtype, form});
+          {tensor.get(), *array, reinterpret_cast<const char*>(seen->shape), seen->dtype, form});
     }
     t.exp_avg = exp_avg;
     t.exp_avg_sq = exp_avg_sq;
@@ -395,9 +419,9 @@ class Plan {
   }
 
   // What GEM adds to the gradient: rows [t, ...] of the parameter's layout, float64 [t].
-  bool add_rows(const py::handle& rows, const py::handle& coefficients, const DLTensor& param,
+  bool add_rows(PyObject* rows, PyObject* coefficients, const DLTensor& param,
                 EWCAdamWTensor& tensor) const {
-    const auto seen = plain_look(rows.ptr());
+    const auto seen = plain_look(rows);
     if (!seen || !(seen->device == device_) || seen->ndim != param.ndim + 1) return false;
     DLTensor row = *seen;
     row.ndim -= 1;
@@ -407,7 +431,7 @@ class Plan {
     if (!same_order(row, param) || !kind || *kind == ScalarKind::codes) return false;
     if (*kind == ScalarKind::float64 && tensor.param_kind != ScalarKind::float64) return false;
     const double* numbers = nullptr;
-    const auto numbers_seen = look(coefficients.ptr());
+    const auto numbers_seen = look(coefficients);
     if (!numbers_seen || numbers_seen->ndim != 1 ||
         !place(coefficients, kDouble, seen->shape[0], numbers)) {
       return false;
@@ -419,9 +443,9 @@ class Plan {
 
   // Where so many numbers of a type begin; null for None.
   template <typename T>
-  bool place(const py::handle& tensor, DLDataType dtype, int64_t count, T*& numbers) const {
-    if (tensor.is_none()) return true;
-    const auto seen = plain_look(tensor.ptr());
+  bool place(PyObject* tensor, DLDataType dtype, int64_t count, T*& numbers) const {
+    if (tensor == Py_None) return true;
+    const auto seen = plain_look(tensor);
     if (!seen || !(seen->device == device_) || !(seen->dtype == dtype) ||
         numel_of(*seen) != count || !is_contiguous(*seen)) {
       return false;
@@ -432,7 +456,7 @@ class Plan {
 
   mutable std::vector<EWCAdamWTensor> spare_;
   const NegativeBit negative_bit_ = NegativeBit::instance();
-  std::vector<py::object> group_;
+  std::vector<Object> group_;
   const bool is_protected_;
   const bool pull_only_;
   std::vector<size_t> members_;
@@ -450,9 +474,7 @@ constexpr int64_t kLongStep = 1 << 20;
 // the tensors on nothing else runs until the kernels are done with them or a long step has taken
 // hold of all storages: else a thread could free memory that is being written.
 template <const Launcher& launcher>
-bool take_step(const std::vector<const Plan<launcher>*>& plans, const py::list& arguments) {
-  std::vector<Call> calls;
-  for (const py::handle& call : arguments) calls.emplace_back(py::cast<py::tuple>(call));
+bool take_step(const std::vector<const Plan<launcher>*>& plans, const std::vector<Call>& calls) {
   int64_t numel = 0;
   for (const auto* plan : plans) numel += plan->numel();
   const bool is_long = numel >= kLongStep;
@@ -462,15 +484,15 @@ bool take_step(const std::vector<const Plan<launcher>*>& plans, const py::list& 
   {
     const NoCollection undisturbed;
     for (size_t i = 0; i < plans.size(); ++i) {
-      auto ready = plans[i]->prepare(calls[i], is_long);
+      auto ready = plans[i]->prepare(calls.at(i), is_long);
       if (!ready) return false;
       prepared.push_back(std::move(*ready));
       streams.push_back(plans[i]->stream());
     }
   }
   {
-    std::optional<py::gil_scoped_release> release;
-    if (is_long) release.emplace();
+    std::optional<OthersRun> others;
+    if (is_long) others.emplace();
     for (size_t i = 0; i < plans.size(); ++i) {
       plans[i]->launch(prepared[i], calls[i].options, streams[i]);
     }
@@ -479,27 +501,64 @@ bool take_step(const std::vector<const Plan<launcher>*>& plans, const py::list& 
   return true;
 }
 
-inline void bind_snapshot(py::module_& m) {
-  py::class_<Snapshot>(m, "Snapshot", "What was in a dict.")
-      .def(py::init<const py::dict&>(), py::arg("dict"))
-      .def("matches", &Snapshot::matches, py::arg("dict"),
-           "Whether it has these very keys and values, in this order.");
+template <const Launcher& launcher>
+PyObject* py_take_step(PyObject*, PyObject* args, PyObject* kwargs) {
+  return guarded([&] {
+    const auto [given_plans, given_calls] = arguments<2>(args, kwargs, {"plans", "calls"});
+    std::vector<const Plan<launcher>*> plans;
+    for (const Object& plan : from_python<std::vector<Object>>(given_plans)) {
+      plans.push_back(&Class<Plan<launcher>>::of(plan.get()));
+    }
+    std::vector<Call> calls;
+    for (const Object& call : from_python<std::vector<Object>>(given_calls)) {
+      calls.emplace_back(call.get());
+    }
+    return take_step(plans, calls);
+  });
+}
+
+inline void add_snapshot(PyObject* module) {
+  static PyMethodDef methods[] = {method(
+                                      "matches",
+                                      [](PyObject* self, PyObject* args, PyObject* kwargs) {
+                                        return guarded([&] {
+                                          const Object dict =
+                                              dict_of(arguments<1>(args, kwargs, {"dict"})[0]);
+                                          return Class<Snapshot>::of(self).matches(dict);
+                                        });
+                                      },
+                                      "Whether it has these very keys and values, in this order."),
+                                  {}};
+  Class<Snapshot>::add(module, "cl_optim._C.Snapshot", "What was in a dict.", methods);
 }
 
 template <const Launcher& launcher>
-void bind_plan(py::module_& m) {
+void add_plan(PyObject* module, const char* name) {
   using P = Plan<launcher>;
-  py::class_<P>(m, "Plan", py::module_local(), "A step that is taken again and again.")
-      .def(py::init<const py::list&, std::vector<size_t>, std::vector<size_t>,
-                    const std::vector<py::dict>&, bool, bool>(),
-           py::arg("group"), py::arg("members"), py::arg("skipped"), py::arg("states"),
-           py::arg("is_protected"), py::arg("pull_only"))
-      .def_property_readonly("possible", &P::possible)
-      .def("workspace", &P::workspace, py::arg("sums"));
-  m.def("take_step", &take_step<launcher>, py::arg("plans"), py::arg("calls"),
-        "Take a step by all of the plans, each with a tuple of its group's parameters, memories, "
-        "coefficients, workspace, lr, grad_scale, found_inf, sums, and a dict of hyperparameters; "
-        "false where one of them cannot, and nothing has changed.");
+  static PyMethodDef methods[] = {
+      method(
+          "workspace",
+          [](PyObject* self, PyObject* args, PyObject* kwargs) {
+            return guarded([&] {
+              const auto sums = from_python<bool>(arguments<1>(args, kwargs, {"sums"})[0]);
+              return Class<P>::of(self).workspace(sums);
+            });
+          },
+          "How many bytes a step needs for the time being."),
+      {}};
+  static PyGetSetDef properties[] = {
+      {"possible",
+       [](PyObject* self, void*) { return guarded([&] { return Class<P>::of(self).possible(); }); },
+       nullptr, "Whether the tensors are such that a plan can be made.", nullptr},
+      {}};
+  static PyMethodDef functions[] = {
+      method("take_step", py_take_step<launcher>,
+             "Take a step by all of the plans, each with a tuple of its group's parameters, "
+             "memories, coefficients, workspace, lr, grad_scale, found_inf, sums, and a dict of "
+             "hyperparameters; false where one of them cannot, and nothing has changed."),
+      {}};
+  Class<P>::add(module, name, "A step that is taken again and again.", methods, properties);
+  checked(PyModule_AddFunctions(module, functions));
 }
 
 }  // namespace cl_optim

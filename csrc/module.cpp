@@ -1,11 +1,6 @@
 // cl_optim._C: importing it registers the operators' CPU implementations. What is not a tensor
-// goes through pybind11 here, without torch headers (torch ships a pybind11 of its own, which may
-// refuse to compile beside the stable ABI).
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
-
+// goes through python.h here, without torch headers.
 #include <algorithm>
-#include <string>
 #include <tuple>
 #include <vector>
 
@@ -13,9 +8,14 @@
 #include "multi_tensor.h"
 #include "simd.h"
 
-namespace py = pybind11;
-
 namespace {
+
+using cl_optim::arguments;
+using cl_optim::from_python;
+using cl_optim::guarded;
+using cl_optim::method;
+using cl_optim::Object;
+using cl_optim::to_python;
 
 const char* simd_name() {
   switch (cl_optim::simd_level()) {
@@ -52,36 +52,61 @@ constexpr cl_optim::Launcher kLauncher{
        const cl_optim::EWCAdamWOptions& options, const cl_optim::DeviceNumbers& numbers, void*,
        void*, int) { cl_optim::ewc_adamw_cpu(tensors, options, numbers); }};
 
+PyObject* build_info(PyObject*, PyObject* args, PyObject* kwargs) {
+  return guarded([&] {
+    arguments<0>(args, kwargs);
+    return cl_optim::dict({{"compiler", CL_OPTIM_COMPILER},
+                           {"torch_built_against", CL_OPTIM_TORCH_VERSION},
+                           {"torch_abi_target", CL_OPTIM_ABI_TARGET},
+                           {"simd", simd_name()}});
+  });
+}
+
+PyObject* units(PyObject*, PyObject* args, PyObject* kwargs) {
+  return guarded([&] {
+    const auto [numels] = arguments<1>(args, kwargs, {"numels"});
+    return cl_optim::MultiTensor(from_python<std::vector<int64_t>>(numels)).units();
+  });
+}
+
+PyObject* pieces_of(PyObject*, PyObject* args, PyObject* kwargs) {
+  return guarded([&] {
+    const auto [numels, begin, end] = arguments<3>(args, kwargs, {"numels", "begin", "end"});
+    return pieces(from_python<std::vector<int64_t>>(numels), from_python<int64_t>(begin),
+                  from_python<int64_t>(end));
+  });
+}
+
+PyObject* decoded_codes(PyObject*, PyObject* args, PyObject* kwargs) {
+  return guarded([&] {
+    using cl_optim::Codes;
+    const auto [given] = arguments<1>(args, kwargs, {"scale"});
+    const auto scale = static_cast<float>(from_python<double>(given));
+    return std::vector{decoded<Codes::importance>(scale), decoded<Codes::moment>(scale),
+                       decoded<Codes::signed_moment>(scale)};
+  });
+}
+
+PyMethodDef functions[] = {
+    method("build_info", build_info,
+           "What built this extension, and the vector instructions it uses on this processor."),
+    method("units", units, "How many units of work tensors of these sizes make."),
+    method("pieces", pieces_of,
+           "What the units from begin to end hold: (tensor, first element, last element + 1)."),
+    method("decoded", decoded_codes,
+           "What each 8-bit code stands for: of importance, of second moments, of first moments."),
+    {}};
+
+PyModuleDef definition{
+    PyModuleDef_HEAD_INIT, "cl_optim._C",
+    "CPU kernels of cl_optim; importing this registers them with torch.ops.cl_optim.", -1,
+    functions};
+
 }  // namespace
 
-PYBIND11_MODULE(_C, m) {
-  m.doc() = "CPU kernels of cl_optim; importing this registers them with torch.ops.cl_optim.";
-  m.def(
-      "build_info",
-      [] {
-        py::dict info;
-        info["compiler"] = CL_OPTIM_COMPILER;
-        info["torch_built_against"] = CL_OPTIM_TORCH_VERSION;
-        info["torch_abi_target"] = CL_OPTIM_ABI_TARGET;
-        info["simd"] = simd_name();
-        return info;
-      },
-      "What built this extension, and the vector instructions it uses on this processor.");
-  m.def(
-      "units",
-      [](const std::vector<int64_t>& numels) { return cl_optim::MultiTensor(numels).units(); },
-      py::arg("numels"), "How many units of work tensors of these sizes make.");
-  m.def("pieces", &pieces, py::arg("numels"), py::arg("begin"), py::arg("end"),
-        "What the units from begin to end hold: (tensor, first element, last element + 1).");
-  m.def(
-      "decoded",
-      [](float scale) {
-        using cl_optim::Codes;
-        return std::vector{decoded<Codes::importance>(scale), decoded<Codes::moment>(scale),
-                           decoded<Codes::signed_moment>(scale)};
-      },
-      py::arg("scale"),
-      "What each 8-bit code stands for: of importance, of second moments, of first moments.");
-  cl_optim::bind_snapshot(m);
-  cl_optim::bind_plan<kLauncher>(m);
+PyMODINIT_FUNC PyInit__C() {
+  return cl_optim::make_module(definition, [](PyObject* module) {
+    cl_optim::add_snapshot(module);
+    cl_optim::add_plan<kLauncher>(module, "cl_optim._C.Plan");
+  });
 }

@@ -21,7 +21,7 @@ if [ "$(cat "$venv/installed.txt" 2>/dev/null)" != "$installed" ]; then
   rm -rf "$venv"
   "$python" -m venv "$venv"
   "$venv/bin/python" -m pip install --quiet "$torch" numpy "safetensors>=0.4" "xxhash>=3" \
-    "setuptools>=77" "pybind11>=2.13"
+    "setuptools>=77"
   echo "$installed" >"$venv/installed.txt"
 fi
 rm -rf $target

@@ -17,7 +17,6 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import pybind11
 import pytest
 import torch
 from ewc_adamw_cases import OFF_DEFAULT, PENALTIES, Problem, make_params
@@ -45,7 +44,6 @@ def kernels(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
     includes = [
         KERNELS / "cuda_shim",
         CSRC,
-        pybind11.get_include(),
         sysconfig.get_path("include"),
         Path(torch.__file__).parent / "include",
     ]

@@ -12,6 +12,11 @@ constexpr cl_optim::Launcher kLauncher{
        void* workspace, void* stream,
        int) { cl_optim::ewc_adamw_cuda(tensors, options, numbers, workspace, stream); }};
 
+PyModuleDef definition{PyModuleDef_HEAD_INIT, "emulated", nullptr, -1};
+
 }  // namespace
 
-PYBIND11_MODULE(emulated, m) { cl_optim::bind_plan<kLauncher>(m); }
+PyMODINIT_FUNC PyInit_emulated() {
+  return cl_optim::make_module(
+      definition, [](PyObject* module) { cl_optim::add_plan<kLauncher>(module, "emulated.Plan"); });
+}

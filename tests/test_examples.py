@@ -55,6 +55,11 @@ def page_blocks() -> dict[str, str]:
     return found
 
 
+def quickstart() -> str:
+    """The page's blocks, one after another: it says that they are a script."""
+    return "".join(block for name, block in PAGE_BLOCKS.items() if name.startswith("quickstart["))
+
+
 PAGE_BLOCKS = page_blocks()
 DOCUMENTED = documented()
 DOCTESTS = {name: test for name, test in DOCUMENTED.items() if test.examples}
@@ -100,10 +105,24 @@ def test_blocks_of_docstrings_run(name, tmp_path):
     exec(compile(BLOCKS[name], name, "exec"), scene(name, tmp_path))
 
 
-@pytest.mark.parametrize("name", PAGE_BLOCKS)
+@pytest.mark.parametrize("name", [name for name in PAGE_BLOCKS if "quickstart" not in name])
 def test_blocks_of_pages_run(name, tmp_path):
     block = PAGE_BLOCKS[name]
     exec(compile(block, name, "exec"), page_scene(block, tmp_path))
+
+
+def test_quickstart_is_a_script():
+    names: dict[str, Any] = {}
+    exec(compile(quickstart(), "quickstart", "exec"), names)
+    assert names["accuracy"](names["model"], names["old_loader"]) > 0.95
+    assert names["accuracy"](names["model"], names["new_loader"]) > 0.95
+
+
+def test_quickstart_forgets_without_consolidate():
+    script, names = quickstart().replace("opt.consolidate(importance)", ""), dict[str, Any]()
+    script = script[: script.index("from cl_optim import retention")]
+    exec(compile(script, "quickstart", "exec"), names)
+    assert names["accuracy"](names["model"], names["old_loader"]) < 0.5
 
 
 def test_all_are_found():

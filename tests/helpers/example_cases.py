@@ -78,7 +78,14 @@ def page_scene(block: str, folder: Path) -> dict[str, Any]:
     """What a block of README or of a page in docs goes on from."""
     import accelerate
 
-    scene = huggingface(folder) if "trainer.train()" in block else classification()
+    if "trainer.train()" in block:
+        scene = huggingface(folder)
+    elif "integrations.lightning" in block:
+        return lightning(folder)
+    elif "import peft" in block:
+        return {**language(), "torch": torch}
+    else:
+        scene = classification()
     model = scene["model"]
     if "trainer.train()" in block:
         optimizer = scene["optimizer"] = cl_optim.EWCAdamW(model.named_parameters())

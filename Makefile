@@ -8,6 +8,7 @@ GPU_TORCH ?= torch==2.11.0
 GPU_ARCHS ?= 90
 VENV := .venv
 PEERS := .venv-peers
+SITE := .venv-site
 RUN := $(VENV)/bin/python
 CONSTRAINTS := $(VENV)/constraints.txt
 # The interpreter of Triton before 3.7, which tests run kernels in, needs NumPy below 2.4.
@@ -15,7 +16,7 @@ OLD_TRITON := "from importlib.metadata import distributions; print(*('numpy<2.4'
   for d in distributions() if d.name == 'triton' and d.version.startswith('3.6.')))"
 SOURCES := pyproject.toml setup.py $(wildcard csrc/*)
 
-.PHONY: demo sweep test gpu-test gpu-prebuild bench bench-peers bench-retention bench-pretrained lint wheel install clean
+.PHONY: demo sweep test gpu-test gpu-prebuild bench bench-peers bench-retention bench-pretrained lint site wheel install clean
 
 demo: install
 	$(VENV)/bin/cl-optim demo
@@ -82,6 +83,16 @@ $(PEERS)/.installed: $(VENV)/.torch bench/peers/requirements.txt
 lint: install
 	$(VENV)/bin/pre-commit run --all-files --show-diff-on-failure
 
+# The documentation, of pages and docstrings: nothing is imported, and neither torch nor .venv needed.
+# Once .venv-site is there, without a network. (--quiet would keep --strict from counting.)
+site: $(SITE)/.installed
+	NO_MKDOCS_2_WARNING=1 $(SITE)/bin/mkdocs build --strict
+
+$(SITE)/.installed: docs/requirements.txt
+	$(PYTHON) -m venv $(SITE)
+	$(SITE)/bin/python -m pip install --quiet -r docs/requirements.txt
+	touch $@
+
 # dist/: one wheel for the CPU, for every Python from 3.10 on (cp310-abi3), glibc from 2.28 on and
 # torch from 2.10 on; and where there is a CUDA toolkit one with kernels for all GPUs besides, of a
 # higher build number, whose glibc is this machine's. `.ci/wheel` tries them without a compiler.
@@ -104,4 +115,4 @@ $(VENV)/.installed: $(VENV)/.torch $(SOURCES)
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(PEERS) .venv-gpu prebuilt build dist *.egg-info cl_optim/_C*.so
+	rm -rf $(VENV) $(PEERS) $(SITE) site .venv-gpu prebuilt build dist *.egg-info cl_optim/_C*.so

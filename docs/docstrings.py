@@ -51,8 +51,27 @@ def _definition(match: re.Match[str]) -> str:
 def _role(match: re.Match[str], obj: griffe.Object) -> str:
     role, target = match.groups()
     if role == "math":
-        return f"*{target}*".replace("_i", "ᵢ").replace("^*", "*").replace("^2", "²")
+        return target.replace("_i", "ᵢ").replace("^*", r"\*").replace("^2", "²")
     shown = target.removeprefix("~")
+    path = _path(role, shown, obj)
     if target.startswith("~"):
         shown = shown.split(".")[-1]
-    return f"`{shown}`"
+    # Optional: what has no place in the reference is shown without a link.
+    return f'<autoref optional identifier="{path}"><code>{shown}</code></autoref>'
+
+
+def _path(role: str, target: str, obj: griffe.Object) -> str:
+    """Return the full name of what a role names from within an object."""
+    if target.startswith(("cl_optim.", "torch.")):
+        return target
+    scope: griffe.Object | None = obj
+    while scope is not None and not scope.is_module:
+        if scope.is_class and role in ("meth", "attr") and "." not in target:
+            return f"{scope.path}.{target}"
+        scope = scope.parent
+    first, _, rest = target.partition(".")
+    try:
+        found = obj.resolve(first)
+    except griffe.NameResolutionError:
+        return target
+    return f"{found}.{rest}" if rest else found

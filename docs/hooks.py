@@ -34,7 +34,7 @@ REFERENCE = {
         "cl_optim.importance.errors",
         "cl_optim.importance.codecs",
     ],
-    "retention": ["cl_optim.retention"],
+    "retention": ["cl_optim.retention", "cl_optim.retention.adapters"],
     "integrations": [
         "cl_optim.integrations.huggingface.RetentionCallback",
         "cl_optim.integrations.lightning.RetentionCallback",
@@ -79,7 +79,19 @@ def on_page_markdown(markdown: str, page: Any, **kwargs: Any) -> str:
             return match[0]
         return f"{match[1]}{os.path.relpath(ROOT / uri_of(path), folder)}{match[3]}"
 
+    if uri == "docs/api.md":
+        markdown = re.sub(r"^\| `(cl_optim[\w.]*)` \|.*", to_reference, markdown, flags=re.M)
+    # A figure and its interval stay on one line.
+    markdown = re.sub(
+        r"^\|.*", lambda row: row[0].replace(" ± ", "\u00a0±\u00a0"), markdown, flags=re.M
+    )
     return LINK.sub(towards, markdown)
+
+
+def to_reference(row: re.Match[str]) -> str:
+    """Let the names of a row of docs/api.md lead to the reference, where they are in it."""
+    link = rf'<autoref optional identifier="{row[1]}.\1"><code>\1</code></autoref>'
+    return re.sub(r"`([A-Za-z]\w*)`", link, row[0])
 
 
 def linked(page: Path) -> list[Path]:
@@ -162,25 +174,39 @@ def pictures(path: Path) -> dict[str, bytes]:
 
 def reference_pages() -> dict[str, str]:
     """Return the pages of the API reference, made of ``__all__`` without importing anything."""
-    pages, seen = {}, set()
-    for title, names in REFERENCE.items():
+    pages: dict[str, str] = {}
+    documented: set[str] = set()
+    for title, modules in REFERENCE.items():
         lines = [f"# {title if title == 'cl_optim' else f'cl_optim.{title}'}\n"]
-        for name in names:
-            for public in exported(name):
-                if public.split(".")[-1] not in seen or len(names) > 1:
-                    seen.add(public.split(".")[-1])
-                    lines.append(f"::: {public}\n")
+        for module in modules:
+            for name in exported(module):
+                if (
+                    name.startswith("cl_optim.integrations")
+                    or name.split(".")[-1] not in documented
+                ):
+                    lines.append(f"::: {name}\n")
+                documented.add(name.split(".")[-1])
         pages[f"reference/{title}.md"] = "\n".join(lines)
     return pages
 
 
 def exported(name: str) -> list[str]:
-    """Return the full names of what a module's ``__all__`` lists; of anything else, itself."""
+    """Return the full names of what a module's ``__all__`` lists; of anything else, itself.
+
+    In the order in which docs/api.md names them; modules have a page of their own.
+    """
     base = ROOT.joinpath(*name.split("."))
     for path in (base / "__init__.py", base.with_suffix(".py")):
         tree = ast.parse(path.read_text()) if path.exists() else None
         for node in tree.body if tree else ():
             if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__":
-                listed = ast.literal_eval(node.value)
-                return [f"{name}.{public}" for public in listed if public != "__version__"]
+                listed = [
+                    public
+                    for public in ast.literal_eval(node.value)
+                    if public != "__version__" and not (base / f"{public}.py").exists()
+                ]
+                order = re.findall(r"`(\w+)`", (ROOT / "docs/api.md").read_text())
+                places = {public: order.index(public) for public in listed if public in order}
+                listed.sort(key=lambda public: places.get(public, len(order)))
+                return [f"{name}.{public}" for public in listed]
     return [name]

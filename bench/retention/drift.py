@@ -63,7 +63,7 @@ NAMES = {
     "new_kl": "KL on the new task's inputs",
     "own_kl": "KL on self-written text",
     "distance": "‖Δ‖₂",
-    "absolute": "Σ|Δ|",
+    "absolute": "Σ∣Δ∣",
     "penalty": "EWC's penalty, Σ FΔ²",
 }
 

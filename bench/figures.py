@@ -1,0 +1,477 @@
+"""Figures in Markdown, made of the files in bench/results.
+
+    python bench/figures.py [--check]
+
+Tables are made anew and numbers in sentences filled in; --check only compares, and fails where a
+page says something else than the files. What is measured anew then stands wherever it is told.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import statistics
+import sys
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "bench" / "results"
+sys.path.insert(0, str(ROOT))
+
+Turns = dict[int, float]  # a median in seconds for each turn
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table of a page, but for its head.
+
+    Attributes:
+        page: The file, from the root on.
+        head: Its first line; of several such tables the one after ``after`` is meant.
+        rows: Makes the lines under the head and its rule.
+        after: A line that comes before it.
+    """
+
+    page: str
+    head: str
+    rows: Callable[[], Iterable[str]]
+    after: str = ""
+
+    def fill(self, text: str) -> str:
+        """Return the page's text with these rows."""
+        begin = text.index(self.after + "\n") if self.after else 0
+        head = re.compile(re.escape(self.head) + r"\n\|[-:|]+\|\n").search(text, begin)
+        if head is None:
+            raise SystemExit(f"{self.page} has no table that begins with {self.head!r}.")
+        end = head.end()
+        while text[end:].startswith("|"):
+            end = text.index("\n", end) + 1
+        return text[: head.end()] + "".join(f"{row}\n" for row in self.rows()) + text[end:]
+
+
+@dataclass(frozen=True)
+class Sentence:
+    """Numbers in a sentence.
+
+    Attributes:
+        page: The file, from the root on.
+        text: The sentence, with ``{name}`` for each number; lines may break anywhere.
+        numbers: Makes what stands there, by name.
+    """
+
+    page: str
+    text: str
+    numbers: Callable[[], dict[str, str]]
+
+    def fill(self, text: str) -> str:
+        """Return the page's text with these numbers."""
+        parts = re.split(r"\{(\w+)\}", self.text)
+        pattern = ""
+        for i, part in enumerate(parts):
+            words = r"\s+".join(map(re.escape, part.split(" ")))
+            pattern += words if i % 2 == 0 else rf"(?P<{part}>[^ \n()|*]+)"
+        found = re.search(pattern, text)
+        if found is None:
+            raise SystemExit(f"{self.page} does not say {self.text!r}.")
+        numbers = self.numbers()
+        for name in sorted(found.groupdict(), key=found.start, reverse=True):
+            text = text[: found.start(name)] + numbers[name] + text[found.end(name) :]
+        return text
+
+
+def load(name: str) -> Any:
+    """Read one of the result files."""
+    return json.loads((RESULTS / name).read_text())
+
+
+def in_rows(cells: Iterable[Sequence[str]]) -> list[str]:
+    """Return lines of a table."""
+    return ["| " + " | ".join(row) + " |" for row in cells]
+
+
+# --- the step -------------------------------------------------------------------------------------
+
+BASES = {
+    "36 B": "36 B per parameter in place",
+    "AdamW": "AdamW fused",
+    "EWCAdamW": "EWCAdamW gradient",
+}
+MLP, GPT2, SMALL = "MLP 64-256-256-10", "GPT-2 144 tensors 85 M", "1000 tensors of 64"
+COLD = "1000 tensors of 64, not in the cache"
+
+
+def steps() -> dict[str, dict[str, Turns]]:
+    """Return the medians of the turns, by set and contender."""
+    found: dict[str, dict[str, Turns]] = defaultdict(lambda: defaultdict(dict))
+    for sample in load("step-cpu.json")["samples"]:
+        median = statistics.median(sample["us"]) * 1e-6
+        found[sample["set"]][sample["contender"]][sample["turn"]] = median
+    return found
+
+
+def ratios(a: Turns, b: Turns) -> list[float]:
+    """Return a/b of each turn, from the least on."""
+    return sorted(a[turn] / b[turn] for turn in a)
+
+
+def step_table(name: str) -> Callable[[], list[str]]:
+    """Return the rows of a set of tensors."""
+
+    def rows() -> list[str]:
+        contenders = steps()[name]
+        made = []
+        for contender, turns in contenders.items():
+            each = [ratios(turns, contenders[base]) for base in BASES.values()]
+            ours = contender == BASES["EWCAdamW"]
+            made.append(
+                [
+                    contender,
+                    f"{statistics.median(turns.values()) * 1e3:.3f}",
+                    *(f"{statistics.median(one):.2f}" for one in each),
+                    "" if ours else f"{each[-1][0]:.2f}–{each[-1][-1]:.2f}",
+                ]
+            )
+        return in_rows(made)
+
+    return rows
+
+
+def ratio(name: str, contender: str, base: str) -> float:
+    """Return how many times as long as a base a contender takes."""
+    contenders = steps()[name]
+    return statistics.median(ratios(contenders[contender], contenders[base]))
+
+
+def step_numbers() -> dict[str, str]:
+    """Return what is said of the step."""
+    adamw, ours, floor = BASES["AdamW"], BASES["EWCAdamW"], BASES["36 B"]
+    foreach, autograd = "AdamW fused + foreach penalty", "AdamW fused + autograd penalty"
+    sets = {"mlp": MLP, "gpt2": GPT2, "small": SMALL, "cold": COLD}
+    numbers = {key: f"{ratio(name, ours, adamw):.2f}" for key, name in sets.items()}
+    of_foreach = [ratio(name, foreach, ours) for name in sets.values()]
+    of_autograd = [ratio(name, autograd, ours) for name in sets.values()]
+    numbers |= {
+        "foreach": f"{min(of_foreach):.1f}",
+        "foreach_most": f"{max(of_foreach):.0f}",
+        "autograd": f"{min(of_autograd):.0f}",
+        "autograd_most": f"{max(of_autograd):.0f}",
+        "floor": f"{100 / ratio(GPT2, ours, floor):.0f}",
+    }
+    return numbers
+
+
+def machine() -> dict[str, str]:
+    """Return what the step was measured on; spaces are such that no line breaks in it."""
+    told = load("step-cpu.json")["machine"]
+    cpu = told["backends"]["cpu"]
+    said = {
+        "processor": told["processor"],
+        "threads": str(told["threads"]),
+        "python": told["python"],
+        "torch": told["torch"],
+        "compiler": cpu["compiler"].rsplit(" ", 1)[-1],
+        "simd": cpu["simd"],
+        "commit": told.get("commit", "unknown"),
+        "date": told.get("date", "unknown"),
+    }
+    return {key: value.replace(" ", "\N{NO-BREAK SPACE}") for key, value in said.items()}
+
+
+def step_times() -> list[str]:
+    """Return the rows of docs/results.md: milliseconds of a step."""
+    labels = {
+        "`torch.optim.AdamW(fused=True)`, no protection": BASES["AdamW"],
+        "**`EWCAdamW`**": BASES["EWCAdamW"],
+        "`EWCAdamW`, `log8` importance, bfloat16 anchors": "EWCAdamW log8, bf16 anchors",
+        "fused AdamW + `_foreach` penalty": "AdamW fused + foreach penalty",
+        "fused AdamW + autograd penalty": "AdamW fused + autograd penalty",
+    }
+    made = []
+    for label, contender in labels.items():
+        times = [
+            f"{1e3 * statistics.median(steps()[name][contender].values()):#.3g} ms"
+            for name in (MLP, GPT2, SMALL)
+        ]
+        bold = label.startswith("**")
+        made.append([label, *(f"**{time}**" if bold else time for time in times)])
+    return in_rows(made)
+
+
+# --- what is kept ---------------------------------------------------------------------------------
+
+
+def markdown_table(name: str, first: str) -> list[dict[str, str]]:
+    """Return the rows of a result's table, by column, whose first column has that head."""
+    lines = (RESULTS / name).read_text().splitlines()
+    begin = next(i for i, line in enumerate(lines) if line.startswith(f"| {first} "))
+    split = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[begin:]]
+    end = next((i for i, line in enumerate(lines[begin:]) if not line.startswith("|")), len(split))
+    return [dict(zip(split[0], cells, strict=True)) for cells in split[2:end]]
+
+
+def short(number: str) -> str:
+    """Return a learning rate as 3.2e-4."""
+    mantissa, exponent = f"{float(number):.1e}".split("e")
+    return f"{mantissa.removesuffix('.0')}e{int(exponent)}"
+
+
+DIGITS = "permuted-digits.md"
+# The demo's methods, as README names them: {lr} and {lambda} are filled in.
+NAMES = {
+    "AdamW": "AdamW ({lr})",
+    "AdamW, small lr": "AdamW, a smaller rate ({lr})",
+    "L2-SP": "L2-SP: all weights are equal ({lr}, {strength})",
+    "EWC, gradient": "EWC, diagonal ({lr}, {strength})",
+    "EWC, Kronecker": "**EWC, Kronecker** ({lr}, {strength})",
+    "Input projection": "Input projection ({lr}, {strength})",
+    "GEM every 10": "GEM, 128 kept samples a task ({lr})",
+    "Joint training": "All tasks at once ({lr})",
+}
+
+
+def digits_of_readme() -> list[str]:
+    """Return the rows of README's table."""
+    made = []
+    rows = {row["Method"]: row for row in markdown_table(DIGITS, "Method")}
+    for method, label in NAMES.items():
+        row = rows[method]
+        named = label.format(lr=short(row["lr"]), strength=row["λ"].removeprefix("strength "))
+        made.append([named, row["ACC"], row["Learning acc."], row["Step, µs"]])
+    return in_rows(made)
+
+
+def digits_whole() -> list[str]:
+    """Return the rows of the demo's table as they stand there."""
+    lines = (RESULTS / DIGITS).read_text().splitlines()
+    begin = next(i for i, line in enumerate(lines) if line.startswith("| Method "))
+    end = next(i for i, line in enumerate(lines) if i > begin and not line.startswith("|"))
+    return lines[begin + 2 : end]
+
+
+def digits_numbers() -> dict[str, str]:
+    """Return what is said of the demo."""
+    rows = {row["Method"]: row for row in markdown_table(DIGITS, "Method")}
+    said = re.search(
+        r"ACC\(EWC, Kronecker\) − ACC\(AdamW\) = \+(\S+) points \(95 % interval "
+        r"\[\+(\S+), \+(\S+)\], paired over (\d+) seeds\), at \+(\S+) points",
+        (RESULTS / DIGITS).read_text(),
+    )
+    assert said is not None
+    gain, low, high, seeds, learning = said.groups()
+    accs = {key: rows[name]["ACC"].split()[0] for key, name in
+            (("adamw", "AdamW"), ("kronecker", "EWC, Kronecker"))}  # fmt: skip
+    return {
+        "gain": gain, "low": low, "high": high, "seeds": seeds, "learning": learning,
+        **{key: f"{float(acc):.0f}" for key, acc in accs.items()},
+    }  # fmt: skip
+
+
+def interval(values: Sequence[float], digits: int = 1) -> str:
+    """Return a mean in per cent with half of its 95 % interval."""
+    from cl_optim.demo.metrics import Interval
+
+    one = Interval.of(values)
+    return f"{100 * one.mean:.{digits}f} ± {100 * one.half_width:.{digits}f}"
+
+
+def strengths() -> list[str]:
+    """Return the rows of one strength on many networks."""
+    cells = load("strength.json")["cells"]
+    labels = {
+        "Permuted, 100 units": "Permuted-Digits, 100 units",
+        "Permuted, 300 units": "300 units",
+        "Permuted, 1000 units": "1000 units",
+        "Permuted, 100 units, 10 tasks": "100 units, 10 tasks",
+        "Split, 32 units": "Split-Digits, 32 units",
+    }
+    made = []
+    for network, label in labels.items():
+        row = [label]
+        for method in ("ewc-proximal", "ewc-kronecker", "input-projection"):
+            some = [c for c in cells if (c["network"], c["method"]) == (network, method)]
+            some.sort(key=lambda cell: cell["strength"])
+            middle = some[len(some) // 2]["acc"]
+            best = max(statistics.fmean(cell["acc"]) for cell in some)
+            more = 100 * (best - statistics.fmean(middle))
+            row.append(f"{interval(middle)} (+{abs(more):.1f})")
+        made.append(row)
+    return in_rows(made)
+
+
+def pretrained() -> list[str]:
+    """Return the rows of the pretrained language model."""
+    from bench.retention.drift import Drift
+    from bench.retention.pretrained.methods import Method, Setting
+    from bench.retention.pretrained.results import Results, Run
+
+    told = load("pretrained.json")
+    setting = {k: tuple(v) if isinstance(v, list) else v for k, v in told["setting"].items()}
+    runs = tuple(
+        Run(
+            Method(**one["method"]), one["seed"], one["rate"], tuple(one["points"]),
+            Drift(**one["drift"]), one["seconds"], one["gib"],
+        )
+        for one in told["runs"]
+    )  # fmt: skip
+    before = {int(seed): measured for seed, measured in told["before"].items()}
+    results = Results(
+        Setting(**setting), told["new"], tuple(told["old"]), told["unseen"], before, runs,
+        told["device"],
+    )  # fmt: skip
+
+    def shown(value: float, digits: int = 0) -> str:
+        return "–" if value != value else f"{100 * value:.{digits}f}"
+
+    made = []
+    for method in results.methods:
+        of = results.of(method)
+        made.append(
+            [
+                method.label,
+                shown(results.cost(method).mean, 2),
+                *(f"{results.lost(method, one).mean:.3f}" for one in results.known),
+                shown(results.kept(method).mean),
+                shown(results.kept_at(method, 0.01).mean),
+                shown(results.kept_at(method, 0.02).mean),
+                f"{statistics.median(run.seconds for run in of):.2f}",
+                f"{max(run.gib for run in of):.1f}",
+            ]
+        )
+    return in_rows(made)
+
+
+def shards() -> list[str]:
+    """Return the rows of a step of DTensors."""
+    made = []
+    for name, contenders in load("shards.json")["seconds"].items():
+        base = contenders["AdamW(fused), DTensors"]
+        for i, (label, times) in enumerate(contenders.items()):
+            each = [a / b for a, b in zip(times, base, strict=True)]
+            low, middle, high = statistics.quantiles(each, n=4)
+            median = f"{1e3 * statistics.median(times):#.3g}".rstrip(".")
+            quartiles = "" if times is base else f"{low:.2f}–{high:.2f}"
+            made.append(["" if i else name, label, median, f"{middle:.2f}", quartiles])
+    return in_rows(made)
+
+
+# --- where they stand -----------------------------------------------------------------------------
+
+STEP = "|  | median ms | ÷ 36 B | ÷ AdamW fused | ÷ EWCAdamW gradient | range |"
+PLACES: list[Table | Sentence] = [
+    *(
+        Table("bench/RESULTS.md", STEP, step_table(name), f"### {title}")
+        for name, title in ((MLP, MLP), (GPT2, GPT2), (SMALL, SMALL), (COLD, COLD))
+    ),
+    Sentence(
+        "bench/RESULTS.md",
+        "cores, {processor}, {threads} threads, {simd}; Python {python}, torch {torch}, "
+        "GCC {compiler}; commit {commit}, {date};",
+        machine,
+    ),
+    Sentence(
+        "bench/RESULTS.md",
+        "On 85 M parameters protection costs {gpt2} AdamW steps, where the bytes ask for 36/28 = "
+        "1.29: {floor} % of the floor",
+        step_numbers,
+    ),
+    Sentence(
+        "README.md",
+        "takes {mlp} (an MLP), {gpt2} (85 M parameters) and {small} (1 000 tensors of 64) times",
+        step_numbers,
+    ),
+    Sentence(
+        "README.md",
+        "takes {foreach} to {foreach_most} times as long as `EWCAdamW`, with one by autograd "
+        "{autograd} to {autograd_most} times",
+        step_numbers,
+    ),
+    Table(
+        "docs/results.md",
+        "| time of one step | MLP, 85 k | GPT-2's 144 tensors, 85 M | 1 000 tensors of 64 |",
+        step_times,
+    ),
+    Sentence(
+        "docs/results.md",
+        "`EWCAdamW` takes {mlp}, {gpt2} and {small} times as long as AdamW",
+        step_numbers,
+    ),
+    Sentence("docs/results.md", "against AdamW's 28, at {floor} % of the floor", step_numbers),
+    Table(
+        "README.md",
+        "| Method, its learning rate and λ or strength by validation | accuracy over all tasks, at "
+        "the end | of each task, just learned | training step, µs |",
+        digits_of_readme,
+    ),
+    Sentence(
+        "README.md",
+        "ends **{gain} points above AdamW (95 % interval {low} to {high}, paired over {seeds} "
+        "seeds)**",
+        digits_numbers,
+    ),
+    Sentence(
+        "README.md",
+        "AdamW ends at {adamw} % over all, EWC with Kronecker importance at {kronecker} %",
+        digits_numbers,
+    ),
+    Sentence(
+        "docs/results.md",
+        "**+{gain} points of ACC (95 % interval +{low} to +{high}, paired over {seeds} seeds), "
+        "while it learns each new task better** (+{learning} points)",
+        digits_numbers,
+    ),
+    Table("docs/results.md", "| Method           |      lr |            λ |        ACC |"
+          "         BWT | Forgetting | Learning acc. |   Step, µs | Optimizer, µs | Task end, ms |",
+          digits_whole),
+    Table(
+        "docs/results.md", "| | EWC, diagonal | EWC, Kronecker | input projection |", strengths
+    ),
+    Table(
+        "docs/results.md",
+        "| | cost on German, % | lost: prose | Python | sayings | kept, % | on the way back, at "
+        "1 % | at 2 % | s a step | GiB |",
+        pretrained,
+    ),
+    Table(
+        "bench/RESULTS.md",
+        "| | | ms a step | ÷ AdamW(fused), DTensors | quartiles |",
+        shards,
+    ),
+]  # fmt: skip
+
+
+def filled() -> dict[str, tuple[str, str]]:
+    """Return each page as it is, and as the files have it."""
+    pages: dict[str, tuple[str, str]] = {}
+    for place in PLACES:
+        before = (ROOT / place.page).read_text() if place.page not in pages else ""
+        was, now = pages.get(place.page, (before, before))
+        pages[place.page] = was, place.fill(now)
+    return pages
+
+
+def main() -> None:
+    """Write the pages, or compare them."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument(
+        "--check", action="store_true", help="write nothing; fail where one differs"
+    )
+    check = parser.parse_args().check
+    stale = []
+    for page, (was, now) in filled().items():
+        if was == now:
+            continue
+        stale.append(page)
+        if not check:
+            (ROOT / page).write_text(now)
+    if check and stale:
+        raise SystemExit(f"{', '.join(stale)}: figures are not those of bench/results.")
+    print(f"{'differ' if check else 'written'}: {', '.join(stale) or 'none'}")
+
+
+if __name__ == "__main__":
+    main()

@@ -16,7 +16,7 @@ OLD_TRITON := "from importlib.metadata import distributions; print(*('numpy<2.4'
   for d in distributions() if d.name == 'triton' and d.version.startswith('3.6.')))"
 SOURCES := pyproject.toml setup.py $(wildcard csrc/*)
 
-.PHONY: demo sweep test gpu-test gpu-prebuild bench figures bench-peers bench-retention bench-pretrained lint site wheel install clean
+.PHONY: demo sweep test gpu-test gpu-prebuild bench gate figures bench-peers bench-retention bench-pretrained lint site wheel install clean
 
 demo: install
 	$(VENV)/bin/cl-optim demo
@@ -43,6 +43,10 @@ bench: install
 	mkdir -p runs
 	$(RUN) -m pytest bench --ignore=bench/peers --benchmark-json=runs/bench.json -q -p no:cacheprovider
 	$(RUN) bench/summary.py runs/bench.json
+
+# Ratios of times that a change must not make much worse, in two minutes; on a quiet machine.
+gate: install
+	$(RUN) bench/gate.py
 
 # What README, docs and RESULTS.md say, from the files in bench/results; a test compares.
 figures: install

@@ -10,6 +10,8 @@ from types import FrameType
 import torch
 from torch import Tensor
 
+from cl_optim.distributed import whole
+
 # Of a gradient's norm, what may be rounding; and how far a factor may be from a whole number.
 _TOLERANCE = 1e-2
 # Rows of logits that are looked at.
@@ -100,7 +102,7 @@ def watch(output: Tensor, found: list[CrossEntropy]) -> None:
     def hook(grads: Sequence[Tensor | None]) -> None:
         grad = grads[number]
         if grad is not None and logits._version == version:
-            found.extend(_find_cross_entropy(logits, grad))
+            found.extend(_find_cross_entropy(whole(logits), whole(grad)))
 
     if node is not None:
         node.register_prehook(hook)

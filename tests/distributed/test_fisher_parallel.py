@@ -249,6 +249,30 @@ def logits_in_parts(rank: int) -> list[Any]:
         x = tokens(0, step)
         with expected.observe(len(x), loss_terms=x.numel()):
             F.cross_entropy(other(x).flatten(0, 1), x.flatten()).backward()
+    attached = FisherEstimator(model, during_training=True)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    with loss_parallel(), attached.attach(optimizer, loss_terms="tokens"):
+        for step in range(3):
+            optimizer.zero_grad()
+            x = tokens(0, step)
+            F.cross_entropy(model(x).flatten(0, 1), x.flatten()).backward()
+            optimizer.step()
+    found = told(fisher.finalize()), told(attached.finalize())
+    return [*found, told(expected.finalize(ranks="own"))]
+
+
+def tied(rank: int) -> list[Any]:
+    """Use one table at both ends, whose rows are spread."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+    model, other = language(), language()
+    parallelize_module(model, mesh["tp"], PLAN)
+    model.head.weight = model.table.weight
+    other.head.weight = other.table.weight
+    fully_shard(model, mesh=mesh["dp"])
+    fisher, expected = FisherEstimator(model, verify=True), FisherEstimator(other)
+    observe(model, rank // 2, fisher)
+    for stream in range(2):
+        observe(other, stream, expected)
     return [told(fisher.finalize()), told(expected.finalize(ranks="own"))]
 
 
@@ -341,7 +365,7 @@ def _observe(fisher: FisherEstimator, model: nn.Module, x: Tensor) -> None:
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
     folder = tmp_path_factory.mktemp("ranks")
     scenes: dict[str, Any] = dict(OBSERVED)
-    for scene in (in_a_pass_of_its_own, logits_in_parts, mixed_precision, replicas, refused):
+    for scene in (in_a_pass_of_its_own, logits_in_parts, tied, mixed_precision, replicas, refused):
         scenes[scene.__name__] = scene
     scenes["trained_on"] = partial(trained_on, folder=str(folder))
     return results_of(scenes, 4, folder)
@@ -380,7 +404,13 @@ def test_attached_consolidated_and_recorded(results):
 
 
 def test_of_logits_whose_vocabulary_is_spread(results):
-    for found, expected in results["logits_in_parts"]:
+    for found, attached, expected in results["logits_in_parts"]:
+        same(found, expected)
+        same(attached, expected)
+
+
+def test_of_a_table_at_both_ends(results):
+    for found, expected in results["tied"]:
         same(found, expected)
 
 

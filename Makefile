@@ -16,7 +16,7 @@ OLD_TRITON := "from importlib.metadata import distributions; print(*('numpy<2.4'
   for d in distributions() if d.name == 'triton' and d.version.startswith('3.6.')))"
 SOURCES := pyproject.toml setup.py $(wildcard csrc/*)
 
-.PHONY: demo sweep test gpu-test gpu-prebuild bench gate figures bench-peers bench-retention bench-pretrained lint site wheel install clean
+.PHONY: demo sweep test gpu-test gpu-prebuild bench gate figures bench-peers bench-avalanche bench-retention bench-pretrained lint site wheel install clean
 
 demo: install
 	$(VENV)/bin/cl-optim demo
@@ -58,6 +58,13 @@ bench-peers: install $(PEERS)/.installed
 	$(PEERS)/bin/python -m pytest bench/peers --benchmark-json=runs/bench-peers.json -q -p no:cacheprovider
 	$(RUN) bench/summary.py runs/bench-peers.json
 	$(PEERS)/bin/python bench/peers/failures.py
+
+# Avalanche's EWC and GEM beside ours, in its own loop, after the plugins' tests with Avalanche itself.
+# Runs that are done (in runs/retention/avalanche) are not done again.
+bench-avalanche: install $(PEERS)/.installed
+	OMP_NUM_THREADS=1 $(PEERS)/bin/python -m pytest tests/integrations/test_avalanche.py -q \
+	  -p no:cacheprovider
+	OMP_NUM_THREADS=1 $(PEERS)/bin/python -m bench.retention avalanche
 
 # The tables of bench/results that make demo does not write; those of Fashion-MNIST need its files:
 # python -m bench.retention run permuted split retention --data fashion-mnist.

@@ -11,8 +11,16 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
+import avalanche_cases  # noqa: F401  # what stands in for Avalanche, where that is not installed
 import pytest
-from example_cases import classification, huggingface, language, lightning, page_scene
+from example_cases import (
+    avalanche,
+    classification,
+    huggingface,
+    language,
+    lightning,
+    page_scene,
+)
 from paths import ROOT
 
 import cl_optim
@@ -76,6 +84,8 @@ def scene(name: str, folder: Path) -> dict[str, Any]:
         names = huggingface(folder)
     elif "lightning" in name:
         names = lightning(folder)
+    elif "avalanche" in name:
+        names = avalanche()
     elif "LoRAPenalty" in name:
         names = language()
     else:

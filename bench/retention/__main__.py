@@ -9,9 +9,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TypeAlias
 
+from bench.retention.avalanche import INNERS
 from bench.retention.commands import (
     Choice,
     run,
+    run_avalanche,
     run_budget,
     run_optimizers,
     run_published,
@@ -81,6 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     _add_strength(commands.add_parser("strength", help="one strength on many networks"))
     _add_budget(commands.add_parser("budget", help="a forgetting budget on five pairs of tasks"))
     _add_optimizers(commands.add_parser("optimizers", help="EWC around other optimizers"))
+    _add_avalanche(commands.add_parser("avalanche", help="Avalanche's EWC and GEM beside ours"))
     _add_text(commands.add_parser("text", help="two texts: English, then Python code"))
     _add_pretrained(commands.add_parser("pretrained", help="SmolLM2 learns German manual pages"))
     arguments = parser.parse_args(argv)
@@ -166,6 +169,33 @@ def _add_seeded(
     def run_it(arguments: argparse.Namespace) -> int:
         def command() -> None:
             function(arguments.seeds, arguments.out)
+
+        return train(parser, "this", arguments.out, command)
+
+    parser.set_defaults(run=run_it)
+
+
+def _add_avalanche(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Learn permuted and split Fashion-MNIST (digits, where it is not found) in Avalanche's own "
+        "loop, with its plugins for EWC and GEM and with ours; print what each keeps, in which "
+        "time. Runs that are done are not done again. make bench-avalanche brings Avalanche."
+    )
+    parser.add_argument(
+        "--data-dir", type=Path, metavar="DIR",
+        help="the folder of Fashion-MNIST's gzipped IDX files (Debian's)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--optimizers", nargs="+", choices=INNERS, default=list(INNERS), metavar="OPTIMIZER",
+        help=f"{', '.join(INNERS)} (all)",
+    )  # fmt: skip
+    whole = whole_number(2, MAX_SEEDS)
+    parser.add_argument("--seeds", type=whole, default=5, metavar="N", help="runs of each row (5)")
+    add_out(parser, OUT)
+
+    def run_it(arguments: argparse.Namespace) -> int:
+        def command() -> None:
+            run_avalanche(arguments.seeds, arguments.data_dir, arguments.optimizers, arguments.out)
 
         return train(parser, "this", arguments.out, command)
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from rich import box
 
 from bench.retention import (
+    avalanche,
     budget,
     experiments,
     optimizers,
@@ -177,3 +178,28 @@ def run_optimizers(seeds: int, out: Path) -> None:
         rows = optimizers.measure(data, seeds, on_run=partial(progress.advance, bar))
     console.print(optimizers.render(rows))
     announce(optimizers.write(rows, out), console)
+
+
+def run_avalanche(
+    seeds: int, folder: Path | None, inners: Sequence[avalanche.Inner], out: Path
+) -> None:
+    """Train with Avalanche's plugins and with ours; print and write the tables.
+
+    Raises:
+        DataError: The folder has no Fashion-MNIST.
+        ModuleNotFoundError: Avalanche is not installed.
+    """
+    console, setting = new_console(), avalanche.Setting()
+    data = avalanche.load(setting, folder)
+    with one_thread(), progress_bar(console) as progress:
+        total = avalanche.count_runs(seeds, avalanche.SWEEP_SEEDS, inners)
+        bar = progress.add_task("", total=total)
+
+        def on_run(what: str) -> None:
+            progress.update(bar, description=what, advance=1)
+
+        results = avalanche.measure(
+            out / "avalanche", data, setting, seeds, avalanche.SWEEP_SEEDS, inners, on_run=on_run
+        )
+    console.print(avalanche.render(results))
+    announce(avalanche.write(results, out), console)

@@ -86,6 +86,8 @@ def page_scene(block: str, folder: Path) -> dict[str, Any]:
         return {**language(), "torch": torch}
     else:
         scene = classification()
+    if "integrations.avalanche" in block:
+        scene |= avalanche()
     model = scene["model"]
     if "trainer.train()" in block:
         optimizer = scene["optimizer"] = cl_optim.EWCAdamW(model.named_parameters())
@@ -180,3 +182,13 @@ def lightning(folder: Path) -> dict[str, Any]:
         enable_checkpointing=False, enable_model_summary=False, accelerator="cpu",
     )  # fmt: skip
     return scene
+
+
+def avalanche() -> dict[str, Any]:
+    """A benchmark of Avalanche, a model for it, and its plainest strategy."""
+    import avalanche_cases
+
+    return {
+        "cl_optim": cl_optim, "torch": torch, "Naive": avalanche_cases.Naive,
+        "benchmark": avalanche_cases.benchmark(), "model": avalanche_cases.mlp(),
+    }  # fmt: skip

@@ -6,7 +6,10 @@ it is summed; protects it; learns a new one under a guard.
 
 from __future__ import annotations
 
+import argparse
+
 import language_model as lm
+import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
@@ -14,10 +17,8 @@ import cl_optim
 from cl_optim.retention import RetentionGuard
 
 
-def main() -> None:
+def train(args: argparse.Namespace, device: torch.device) -> None:
     """Run the example."""
-    args = lm.arguments(__doc__)
-    device = lm.start()
     old, new = lm.tokens(args)
     model = lm.model_of(args).to(device)
     parallel = DistributedDataParallel(
@@ -47,8 +48,7 @@ def main() -> None:
     if dist.get_rank() == 0:
         print(guard.report())
         print(f"penalty: {optimizer.penalty():.4g}")
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main()
+    lm.in_processes(train)

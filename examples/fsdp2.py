@@ -6,7 +6,10 @@ weights, of the optimizer's state, of importance and anchors; the guard writes c
 
 from __future__ import annotations
 
+import argparse
+
 import language_model as lm
+import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import fully_shard
 
@@ -14,10 +17,8 @@ import cl_optim
 from cl_optim.retention import RetentionGuard
 
 
-def main() -> None:
+def train(args: argparse.Namespace, device: torch.device) -> None:
     """Run the example."""
-    args = lm.arguments(__doc__)
-    device = lm.start()
     old, new = lm.tokens(args)
     model = lm.model_of(args).to(device)
     for layer in model.model.layers:
@@ -56,8 +57,7 @@ def main() -> None:
     if dist.get_rank() == 0:
         print(guard.report())
         print(f"penalty: {penalty:.4g}")
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main()
+    lm.in_processes(train)

@@ -7,6 +7,9 @@ and ``--new FILE`` text of your own.
 from __future__ import annotations
 
 import argparse
+import gc
+import os
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -101,12 +104,19 @@ def loss_of(model: Any, windows: Tensor) -> float:
     return float(model(input_ids=chosen, labels=chosen).loss)
 
 
-def start() -> torch.device:
-    """Join the processes that torchrun has started; return this one's device."""
+def in_processes(train: Callable[[argparse.Namespace, torch.device], None]) -> None:
+    """Join the processes that torchrun has started, train on this one's device, and leave them.
+
+    What training has made is gone by then: a wrapper that outlives its processes' group waits for
+    it at its end.
+    """
+    args = arguments(sys.modules["__main__"].__doc__)
     is_cuda = torch.cuda.is_available()
+    device = torch.device("cpu")
+    if is_cuda:
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
     dist.init_process_group("nccl" if is_cuda else "gloo")
-    if not is_cuda:
-        return torch.device("cpu")
-    device = torch.device("cuda", dist.get_node_local_rank())
-    torch.cuda.set_device(device)
-    return device
+    train(args, device)
+    gc.collect()
+    dist.destroy_process_group()

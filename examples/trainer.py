@@ -6,6 +6,8 @@ DistributedDataParallel itself; the estimator is of the bare model.
 
 from __future__ import annotations
 
+import argparse
+
 import language_model as lm
 import torch
 from transformers import Trainer, TrainingArguments
@@ -14,9 +16,8 @@ import cl_optim
 from cl_optim.integrations.huggingface import RetentionCallback
 
 
-def main() -> None:
+def train(args: argparse.Namespace, device: torch.device) -> None:
     """Run the example."""
-    args = lm.arguments(__doc__)
     old, new = lm.tokens(args)
     settings = TrainingArguments(
         output_dir=str(args.folder),
@@ -28,7 +29,7 @@ def main() -> None:
         disable_tqdm=True,
         dataloader_pin_memory=False,
     )
-    model = lm.model_of(args).to(settings.device)
+    model = lm.model_of(args).to(device)
     optimizer = cl_optim.EWCAdamW(model.named_parameters(), lr=args.lr, strength=0.1)
 
     fisher = cl_optim.FisherEstimator(model, during_training=True)
@@ -45,7 +46,6 @@ def main() -> None:
     if trainer.is_world_process_zero():
         print(callback.guard.report())
         print(f"penalty: {optimizer.penalty():.4g}")
-    torch.distributed.destroy_process_group()
 
 
 def rows(windows: torch.Tensor) -> list[dict[str, torch.Tensor]]:
@@ -54,4 +54,4 @@ def rows(windows: torch.Tensor) -> list[dict[str, torch.Tensor]]:
 
 
 if __name__ == "__main__":
-    main()
+    lm.in_processes(train)

@@ -7,6 +7,7 @@ from fisher_cases import Opaque, Uses, losses, oracle, predicted_labels, randn
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from cl_optim import Importance
 from cl_optim.fisher import FisherEstimator, estimate_fisher
 
 N = 3
@@ -149,8 +150,18 @@ def test_unseen_use(kind, verify):
 def test_unseen_use_in_its_own_pass(kind, verify):
     message, use, shapes = UNSEEN[kind]
     model, x = Uses(use, *(randn(*shape) for shape in shapes)), torch.randn(N, 5, 4)
+
+    def estimate() -> Importance:
+        return estimate_fisher(model, [x], "empirical", per_sample_loss=losses, verify=verify)
+
+    if kind == "non-reentrant" and torch.__version__ < "2.11":  # whose checkpoints let it be seen
+        found, model.use = estimate(), lambda m, x: F.linear(x, m.p[0])
+        expected = estimate()
+        for name, value in expected.items():
+            torch.testing.assert_close(found[name], value)
+        return
     with pytest.raises(NotImplementedError, match=message):
-        estimate_fisher(model, [x], "empirical", per_sample_loss=losses, verify=verify)
+        estimate()
     assert all(p.grad is None for p in model.parameters())
 
 

@@ -77,7 +77,7 @@ def gram() -> tuple[Work, Work]:
 
 LAYERS, TENSORS = "GPT-2 144 tensors 85 M", "1000 tensors of 64"
 MLP, TRANSFORMER = "MLP 64-256-256-10, 256 samples", "Transformer 1.1 M, 16 sequences of 64"
-OWN, PLAIN, LOOP = "cl_optim, a pass of its own", "forward + backward alone", "loop of batch size 1"
+OWN, PLAIN, LOOP = "cl_optim, a pass of its own", "forward + backward", "loop of batch size 1"
 RATIOS = [
     Ratio("EWCAdamW ÷ AdamW, MLP", 1.2, step("MLP 64-256-256-10", "EWCAdamW gradient"), 100),
     Ratio("EWCAdamW ÷ AdamW, 1 000 tensors", 0.6, step(TENSORS, "EWCAdamW gradient"), 10),

@@ -16,7 +16,9 @@ def test_an_exact_power_is_found(power):
 
 
 def test_what_is_constant_at_first_does_not_count():
-    assert scaling.exponent({1: 5.0, 10: 5.0, 100: 5.0, 1000: 50.0, 10_000: 500.0}) == pytest.approx(1.0)
+    assert scaling.exponent(
+        {1: 5.0, 10: 5.0, 100: 5.0, 1000: 50.0, 10_000: 500.0}
+    ) == pytest.approx(1.0)
 
 
 def test_quick_writes_all_files(tmp_path, monkeypatch):

@@ -116,7 +116,10 @@ def cpu_extension() -> Extension:
     compiler = first_line(*os.environ.get("CXX", "c++").split(), "--version")
     sources: list[str] = []
     link_args: list[str] = []
-    if os.environ.get("CL_OPTIM_MANYLINUX", "") == "1":
+    manylinux = os.environ.get("CL_OPTIM_MANYLINUX", "")
+    if manylinux not in ("", "0", "1"):
+        sys.exit(f"CL_OPTIM_MANYLINUX must be 0 or 1, not {manylinux!r}.")
+    if manylinux == "1":
         sources = ["manylinux.cpp"]
         link_args = [
             *(f"-Wl,--wrap={name}" for name in ("pow", "dlsym")),

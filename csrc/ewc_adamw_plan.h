@@ -557,6 +557,9 @@ void add_plan(PyObject* module, const char* name) {
              "memories, coefficients, workspace, lr, grad_scale, found_inf, sums, and a dict of "
              "hyperparameters; false where one of them cannot, and nothing has changed."),
       {}};
+  // Found while the module is imported: later, threads might wait for one another's GIL in it.
+  dlpack();
+  known_classes();
   Class<P>::add(module, name, "A step that is taken again and again.", methods, properties);
   checked(PyModule_AddFunctions(module, functions));
 }

@@ -104,12 +104,14 @@ class FisherEstimator:
         max_rank: The most directions of a block, as for :func:`estimate_fisher`.
         reduce_dtype: Of a model that ``fully_shard`` has spread over processes, the dtype in which
             squares are sent to be added up: ``torch.bfloat16`` sends half as much, and rounds what
-            each process adds by up to 0.4 %.
+            each process adds, and each sum on the way, by up to 0.2 %.
 
     Raises:
         TypeError: ``model`` is not a module, or an argument is of a wrong type.
         ValueError: It has no parameter that requires gradients, or a complex one; or an argument
             is not one of its values.
+        NotImplementedError: Its parameters are spread over processes in a way that is not
+            supported, or ``structure="kronecker"`` is asked for under tensor parallelism.
 
     References:
         Kirkpatrick et al. 2017, arXiv:1612.00796; van de Ven 2025, arXiv:2502.11756; Martens &

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from torch.distributed.tensor.placement_types import Placement
 
 
-class _Layout(NamedTuple):
+class Layout(NamedTuple):
     """How ``fully_shard`` has spread a parameter.
 
     Attributes:
@@ -54,7 +54,7 @@ class Spread:
 
     Attributes:
         reduce_dtype: As given.
-        names: The parameters that ``fully_shard`` has spread: their sums are added up.
+        layouts: How ``fully_shard`` has spread parameters, by name: their sums are added up.
         parts: Those that are DTensors, by name.
         together: The processes that the model is spread over: each forward pass is one of all.
         parallel: Those of tensor parallelism, whose samples are the same.
@@ -65,9 +65,9 @@ class Spread:
         reshard(model)  # parameters that an evaluation has left whole are others
         parameters = trained(model)
         self.parts = {name: p for name, p in parameters.items() if is_dtensor(p)}
-        self.names: list[str] = []
         self.together = self.parallel = ALONE
-        self._layouts: dict[str, _Layout] = {}
+        self.layouts: dict[str, Layout] = {}
+        self._mesh: DeviceMesh | None = None
         self._watches: list[Watch] = []
         _refuse_flat(model)
         if not self.parts:
@@ -80,14 +80,13 @@ class Spread:
             if issubclass(type(module), FSDPModule)
         ]
         managed = {id(p) for _, module in modules for p in module.parameters()}
-        self.names = [name for name, p in self.parts.items() if id(p) in managed]
-        self._layouts = {name: _layout(self.parts[name]) for name in self.names}
+        self.layouts = {name: _layout(p) for name, p in self.parts.items() if id(p) in managed}
         self._mesh = mesh_of(parameters.values())
         self.together = Together(mesh=self._mesh)
         if self.is_parallel:
             self.parallel = Together(mesh=self._parallel_mesh())
-        if len(self.names) not in (0, len(self.parts)):
-            other = next(name for name in self.parts if name not in self._layouts)
+        if len(self.layouts) not in (0, len(self.parts)):
+            other = next(name for name in self.parts if name not in self.layouts)
             raise NotImplementedError(
                 f"parameter {other!r} is spread by tensor parallelism alone, and others by "
                 "fully_shard besides: call fully_shard for the whole model."
@@ -100,12 +99,12 @@ class Spread:
     @property
     def is_parallel(self) -> bool:
         """Whether there is tensor parallelism."""
-        return len(self.names) < len(self.parts) or any(
-            layout.parallel for layout in self._layouts.values()
+        return len(self.layouts) < len(self.parts) or any(
+            layout.parallel for layout in self.layouts.values()
         )
 
     def _parallel_mesh(self) -> DeviceMesh | None:
-        for name, layout in self._layouts.items():
+        for name, layout in self.layouts.items():
             if layout.parallel:
                 mesh: DeviceMesh = cast(Any, self.parts[name]).device_mesh[layout.parallel]
                 return mesh
@@ -121,9 +120,9 @@ class Spread:
             return together
         others = place()
         count = 1 if others is None else others[1]
-        if not self.names:
+        if not self.layouts:
             return self._ranks_of_parts(together, count)
-        layout = next(iter(self._layouts.values()))
+        layout = next(iter(self.layouts.values()))
         mesh, own = cast("DeviceMesh", self._mesh), Together(mesh=layout.mesh)
         if together.size > 1:
             asked = set(together.gather(dist.get_rank()))
@@ -194,8 +193,7 @@ class Spread:
         copies = [
             float(total.sum(dtype=torch.float64))
             for name, total in sums.items()
-            if name not in self.parts
-            or (name in self._layouts and not self._layouts[name].parallel)
+            if name not in self.parts or (name in self.layouts and not self.layouts[name].parallel)
         ]
         found = torch.tensor(self.parallel.gather(copies), dtype=torch.float64)
         if not copies:
@@ -203,14 +201,6 @@ class Spread:
         sizes = found.abs().amax(0)  # what is rounding alone may differ altogether
         if ((found - found[0]).abs() > 1e-3 * sizes + 1e-9 * sizes.max()).any():
             raise ValueError(message)
-
-    def has(self, name: str) -> bool:
-        """Tell whether ``fully_shard`` has spread a parameter."""
-        return name in self._layouts
-
-    def layout(self, name: str) -> _Layout:
-        """Return how it has."""
-        return self._layouts[name]
 
     def watch(
         self,
@@ -230,7 +220,7 @@ class Spread:
 
     def _hang_hooks(self, modules: Iterable[tuple[str, nn.Module]]) -> None:
         """Hang hooks that last as long as this: one that is hung in a forward pass is too late."""
-        parts, watches, layouts = self.parts, self._watches, self._layouts
+        parts, watches, layouts = self.parts, self._watches, self.layouts
 
         def meet(prefix: str, module: nn.Module, args: Any) -> None:
             if not watches:
@@ -247,7 +237,7 @@ class Spread:
                     watch.reduce(name)
 
         handles = [m.register_forward_pre_hook(partial(meet, prefix)) for prefix, m in modules]
-        for name in self.names:
+        for name in layouts:
             hook = partial(reduce, name)
             handles.append(
                 parts[name].register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
@@ -297,13 +287,13 @@ class Open(Mapping[str, Tensor]):
             return self._sums[name]
         if name not in self.whole:
             like = self._sums[name]
-            shape = self._spread.layout(name).shape
+            shape = self._spread.layouts[name].shape
             self.whole[name] = torch.zeros(shape, dtype=like.dtype, device=like.device)
         return self.whole[name]
 
     def is_spread(self, name: str) -> bool:
         """Tell whether a parameter's sums are added up over processes, each of which has a part."""
-        return self._spread.has(name)
+        return name in self._spread.layouts
 
     def follow(self, parameters: Mapping[str, Tensor]) -> None:
         """Follow parameters to the devices that they were moved to."""
@@ -316,8 +306,8 @@ class Open(Mapping[str, Tensor]):
         value = self[name].mul_(factor)  # zeros, where this process has used it in no sample
         del self.whole[name]
         if self._spread.reduce_dtype == torch.bfloat16:
-            return _part_of(value.bfloat16(), self._spread.layout(name)).to(value.dtype)
-        return _part_of(value, self._spread.layout(name))
+            return _part_of(value.bfloat16(), self._spread.layouts[name]).to(value.dtype)
+        return _part_of(value, self._spread.layouts[name])
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._sums)
@@ -326,7 +316,7 @@ class Open(Mapping[str, Tensor]):
         return len(self._sums)
 
 
-def _layout(parameter: Tensor) -> _Layout:
+def _layout(parameter: Tensor) -> Layout:
     """Return how ``fully_shard`` has spread a parameter."""
     from torch.distributed.tensor import Replicate, Shard
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
@@ -344,10 +334,10 @@ def _layout(parameter: Tensor) -> _Layout:
         )
         mesh = mesh[names[:dims]]
     own = [Replicate() if one.is_replicate() else Shard(one.dim) for one in placements[:dims]]
-    return _Layout(mesh, tuple(own), tuple(shape), parallel)
+    return Layout(mesh, tuple(own), tuple(shape), parallel)
 
 
-def _check_met(name: str, parameter: Tensor, layout: _Layout) -> None:
+def _check_met(name: str, parameter: Tensor, layout: Layout) -> None:
     """Raise NotImplementedError where a forward pass meets something else than was understood."""
     met: tuple[str, ...] = ()
     part = parameter
@@ -362,7 +352,7 @@ def _check_met(name: str, parameter: Tensor, layout: _Layout) -> None:
         )
 
 
-def _part_of(value: Tensor, layout: _Layout) -> Tensor:
+def _part_of(value: Tensor, layout: Layout) -> Tensor:
     """Return the part that is here of the sum of a whole tensor over the parameter's processes."""
     from torch.distributed.tensor import DTensor, Partial
 

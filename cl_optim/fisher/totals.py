@@ -325,7 +325,7 @@ class Totals(_Batches):
             if batches is not None and self.spread:
                 # The same ones in the same order in all processes.
                 everywhere = set().union(*self.spread.together.gather(set(batches.open.whole)))
-                for name in filter(everywhere.__contains__, self.spread.names):
+                for name in filter(everywhere.__contains__, self.spread.layouts):
                     batches.reduce(name)
 
     def begin_anew(self) -> None:
@@ -374,7 +374,7 @@ class Totals(_Batches):
         self.remains *= self.decay
         self.spread_remains *= self.decay
         if self.spread_remains < 2.0**-20:
-            _scale([self.sums[name] for name in self.spread.names if name in self.sums],
+            _scale([self.sums[name] for name in self.spread.layouts if name in self.sums],
                    self.spread_remains)  # fmt: skip
             self.spread_remains = 1.0
         self.samples = self.samples * self.decay
@@ -486,7 +486,7 @@ class Totals(_Batches):
                 whole.sums[name] = self.sums[name] * self.unit_of(name)
             elif name in named:
                 whole.sums.make(name)
-        together.sum_(t for name, t in whole.sums.items() if not self.spread.has(name))
+        together.sum_(t for name, t in whole.sums.items() if name not in self.spread.layouts)
         if self.factors is not None:
             parameters = self.sums.parameters
             whole.matrices = self.factors.over(together, unit, self.remains, parameters)

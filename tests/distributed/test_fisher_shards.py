@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from functools import partial
 from types import MappingProxyType
 from typing import Any
 
 import pytest
+import shared_fisher
 import torch
 import torch.nn.functional as F
 from processes import results_of
+from shared_fisher import all_said, told
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -83,19 +84,6 @@ def samples(rank: int | None, step: int, size: Callable[[int], int]) -> tuple[Te
 
 def uneven(rank: int) -> int:
     return 2 + rank
-
-
-def everything(importance: Any) -> dict[str, Tensor]:
-    return {name: whole(value).float() for name, value in importance.items()}
-
-
-def told(importance: Any) -> dict[str, Any]:
-    return {
-        "F": everything(importance),
-        "samples": importance.samples,
-        "placed": [isinstance(value, DTensor) for value in importance.values()],
-        "metadata": importance.metadata.get("ranks"),
-    }
 
 
 def alone(size: Callable[[int], int] = uneven, **options: Any) -> dict[str, Any]:
@@ -395,13 +383,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
     return results_of(scenes, 4, folder)
 
 
-def same(found: dict[str, Any], expected: dict[str, Any], tolerance: float = 1e-6) -> None:
-    assert found["samples"] == expected["samples"]
-    assert found["metadata"] == 4
-    assert found["F"].keys() == expected["F"].keys()
-    for name, value in expected["F"].items():
-        error = (found["F"][name] - value).abs().max() / value.abs().max()
-        assert error <= tolerance, (name, error)
+same = partial(shared_fisher.same, ranks=4)
 
 
 @pytest.mark.parametrize("way", ["fsdp", "hsdp", "checkpoints"])
@@ -409,7 +391,7 @@ def test_observed_in_training(results, way):
     for one in results["observing"]:
         found, grads = one[way]
         same(found, one["alone"])
-        assert all(found["placed"])
+        assert found["parts"] == list(found["F"])
         for a, b in zip(grads, one["gradients"], strict=True):
             torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
 
@@ -426,12 +408,12 @@ def test_in_other_loops(results, way):
 def test_in_a_pass_of_its_own(results, name):
     for one in results["in_a_pass_of_its_own"]:
         found, expected = one[name]
-        same(found, expected, 1e-5 if "kronecker" in name else 1e-6)
+        same(found, expected, tolerance=1e-5 if "kronecker" in name else 1e-6)
 
 
 def test_what_decays(results):
     for found, expected in results["decayed"]:
-        same(found, expected, 1e-5)
+        same(found, expected, tolerance=1e-5)
 
 
 def test_an_overflow_on_one_rank_is_dropped_in_all(results):
@@ -453,7 +435,7 @@ def test_an_observed_step_sends_one_reduction(results):
 
 def test_what_is_sent_in_bfloat16_is_rounded_a_little(results):
     for (_, expected), (_, found) in zip(results["sent"], results["sent_in_bfloat16"], strict=True):
-        same(found, expected, 4 * 2.0**-8)
+        same(found, expected, tolerance=4 * 2.0**-8)
         assert any(
             not torch.equal(found["F"][name], value) for name, value in expected["F"].items()
         )
@@ -465,7 +447,7 @@ def test_one_record_is_written_by_all(results):
 
 def test_in_mixed_precision(results):
     for one, other in zip(results["mixed_precision"], results["observing"], strict=True):
-        same(one, other["alone"], 0.1)
+        same(one, other["alone"], tolerance=0.1)
 
 
 SAID = (
@@ -478,5 +460,4 @@ SAID = (
 
 @pytest.mark.parametrize("index", range(len(SAID)))
 def test_what_is_refused(results, index):
-    for said in results["refused"]:
-        assert re.search(SAID[index], said[index]), said[index]
+    all_said(results["refused"], index, SAID[index])

@@ -31,6 +31,10 @@ class Call(NamedTuple):
     kwargs: dict[str, Any]
     found: Mapping[int, Source]
 
+    def bound(self, *names: str) -> dict[str, Any]:
+        """Return the arguments by name, of which these are the first ones, in their order."""
+        return dict(zip(names, self.args, strict=False)) | self.kwargs
+
     def run(self) -> Any:
         """Call the function."""
         return self.func(*self.args, **self.kwargs)

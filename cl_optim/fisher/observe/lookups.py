@@ -87,7 +87,7 @@ class Lookups:
             call: Of ``F.embedding``.
             by_sample: Looks it up for each sample.
         """
-        bound = dict(zip(("input", "weight", "padding_idx"), call.args, strict=False)) | call.kwargs
+        bound = call.bound("input", "weight", "padding_idx")
         indices, table, padding = bound["input"], bound["weight"], bound.get("padding_idx")
         source = call.found.get(id(table))
         if source is None or self._tracker.of([indices]) is not None:
@@ -132,8 +132,7 @@ class Lookups:
         Raises:
             RefusedError: It may be looked up once for all samples, as positions are.
         """
-        bound = dict(zip(("input", "weight"), call.args, strict=False)) | call.kwargs
-        indices = bound["input"]
+        indices = call.bound("input")["input"]
         if any(self._is_shared(indices.shape)) and self._tracker.of([indices]) is None:
             error = NotImplementedError(
                 f"{listed(call.names())} met indices {list(indices.shape)}, which are, or may be, "

@@ -32,7 +32,12 @@ from cl_optim.fisher.kronecker.padding import Kept, kept_rows
 from cl_optim.fisher.observe.calls import Call
 from cl_optim.fisher.observe.gathered import Tracker
 from cl_optim.fisher.observe.lookups import Lookups
-from cl_optim.fisher.observe.parts import in_all, refuse_context_parallelism, use_in_parts
+from cl_optim.fisher.observe.parts import (
+    ATTENTION,
+    in_all,
+    refuse_context_parallelism,
+    use_in_parts,
+)
 from cl_optim.fisher.observe.refusals import (
     Policy,
     RefusedError,
@@ -225,7 +230,8 @@ class Observation(TorchFunctionMode):
         if func in _BACKWARD:
             self.expect_backward()
             return func(*args, **kwargs)
-        refuse_context_parallelism(func, args)
+        if func is ATTENTION:
+            refuse_context_parallelism(nested.tensors((args, kwargs)))
         found = self._watched.find((args, kwargs))
         if self._lookups.undecided and found and not _reads_a_property(func):
             args, kwargs = self._lookups.decide(func, args, kwargs)
@@ -422,8 +428,7 @@ class Observation(TorchFunctionMode):
 
     def _attention_with_bias(self, call: Call) -> Any:
         """Expand a bias of the scores to the scores' shape."""
-        names = ("query", "key", "value", "attn_mask")
-        bound = dict(zip(names, call.args, strict=False)) | call.kwargs
+        bound = call.bound("query", "key", "value", "attn_mask")
         mask, query, key = bound.get("attn_mask"), bound["query"], bound["key"]
         if mask is None or call.found.keys() != {id(mask)}:
             return self._without_rule(call)

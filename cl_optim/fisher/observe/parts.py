@@ -7,7 +7,7 @@ there before anything is squared.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -30,7 +30,8 @@ _FEATURES: dict[Callable[..., Any], dict[int, tuple[bool, bool]]] = {
     F.linear: {0: (False, True), 1: (True, False)},
     F.embedding: {0: (False, False), 1: (False, True)},
 }
-_ATTENTION = F.scaled_dot_product_attention
+# torch's own, which context_parallel() puts another function in the place of.
+ATTENTION = F.scaled_dot_product_attention
 
 
 def use_in_parts(call: Call, use: Use) -> Use:
@@ -54,7 +55,8 @@ def use_in_parts(call: Call, use: Use) -> Use:
             )
     gradients = use.gradients
     if call.func is F.embedding and any(p.is_shard(0) for p in placements):
-        gradients = _of_rows(parameters[0], call.kwargs.get("padding_idx", _third(call.args)))
+        padding_idx = call.bound("input", "weight", "padding_idx").get("padding_idx")
+        gradients = _of_rows(parameters[0], padding_idx)
     return Use(
         use.input,
         use.features,
@@ -101,12 +103,10 @@ def in_all(tensor: Tensor, gradients: Callable[..., Gradients]) -> Callable[...,
     return in_parts(gradients, mesh, everywhere, everywhere)
 
 
-def refuse_context_parallelism(func: Callable[..., Any], args: tuple[Any, ...]) -> None:
-    """Raise NotImplementedError where attention is of a sequence that processes share."""
-    if func is not _ATTENTION or not args or not is_dtensor(args[0]):
-        return
-    query: Any = args[0]
-    if any(placement.is_shard(query.ndim - 2) for placement in query.placements):
+def refuse_context_parallelism(tensors: Iterable[Tensor]) -> None:
+    """Raise NotImplementedError where attention is of sequences that processes share."""
+    parts: list[Any] = [tensor for tensor in tensors if is_dtensor(tensor)]
+    if any(placement.is_shard(one.ndim - 2) for one in parts for placement in one.placements):
         raise NotImplementedError(
             "each process has a part of each sequence, as under context parallelism, and so a part "
             "of each sample's gradient: the square of the sum is not the sum of squares. Estimate "
@@ -167,7 +167,3 @@ def _of_rows(table: Tensor, padding_idx: int | None) -> Callable[..., Gradients]
         return (table_gradients(samples, rows, grad, length, None),)
 
     return gradients
-
-
-def _third(args: tuple[Any, ...]) -> Any:
-    return args[2] if len(args) > 2 else None

@@ -9,6 +9,7 @@ page says something else than the files. What is measured anew then stands where
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import re
 import statistics
@@ -19,11 +20,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import summary
+from summary import Turns
+
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results"
 sys.path.insert(0, str(ROOT))
-
-Turns = dict[int, float]  # a median in seconds for each turn
 
 
 @dataclass(frozen=True)
@@ -119,11 +121,6 @@ def steps() -> dict[str, dict[str, Turns]]:
     return found
 
 
-def ratios(a: Turns, b: Turns) -> list[float]:
-    """Return a/b of each turn, from the least on."""
-    return sorted(a[turn] / b[turn] for turn in a)
-
-
 def step_table(name: str) -> Callable[[], list[str]]:
     """Return the rows of a set of tensors."""
 
@@ -131,14 +128,14 @@ def step_table(name: str) -> Callable[[], list[str]]:
         contenders = steps()[name]
         made = []
         for contender, turns in contenders.items():
-            each = [ratios(turns, contenders[base]) for base in BASES.values()]
-            ours = contender == BASES["EWCAdamW"]
+            each = [summary.ratio(turns, contenders[base]) for base in BASES.values()]
+            _, least, greatest = each[-1]
             made.append(
                 [
                     contender,
                     f"{statistics.median(turns.values()) * 1e3:.3f}",
-                    *(f"{statistics.median(one):.2f}" for one in each),
-                    "" if ours else f"{each[-1][0]:.2f}–{each[-1][-1]:.2f}",
+                    *(f"{median:.2f}" for median, _, _ in each),
+                    "" if contender == BASES["EWCAdamW"] else f"{least:.2f}–{greatest:.2f}",
                 ]
             )
         return in_rows(made)
@@ -149,7 +146,7 @@ def step_table(name: str) -> Callable[[], list[str]]:
 def ratio(name: str, contender: str, base: str) -> float:
     """Return how many times as long as a base a contender takes."""
     contenders = steps()[name]
-    return statistics.median(ratios(contenders[contender], contenders[base]))
+    return summary.ratio(contenders[contender], contenders[base])[0]
 
 
 def step_numbers() -> dict[str, str]:
@@ -212,13 +209,19 @@ def step_times() -> list[str]:
 # --- what is kept ---------------------------------------------------------------------------------
 
 
-def markdown_table(name: str, first: str) -> list[dict[str, str]]:
-    """Return the rows of a result's table, by column, whose first column has that head."""
+def table_of(name: str, first: str) -> list[str]:
+    """Return the lines of a result's table whose first column has that head."""
     lines = (RESULTS / name).read_text().splitlines()
     begin = next(i for i, line in enumerate(lines) if line.startswith(f"| {first} "))
-    split = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[begin:]]
-    end = next((i for i, line in enumerate(lines[begin:]) if not line.startswith("|")), len(split))
-    return [dict(zip(split[0], cells, strict=True)) for cells in split[2:end]]
+    return list(itertools.takewhile(lambda line: line.startswith("|"), lines[begin:]))
+
+
+def markdown_table(name: str, first: str) -> list[dict[str, str]]:
+    """Return its rows, by column."""
+    split = [
+        [cell.strip() for cell in line.strip("|").split("|")] for line in table_of(name, first)
+    ]
+    return [dict(zip(split[0], cells, strict=True)) for cells in split[2:]]
 
 
 def short(number: str) -> str:
@@ -254,10 +257,7 @@ def digits_of_readme() -> list[str]:
 
 def digits_whole() -> list[str]:
     """Return the rows of the demo's table as they stand there."""
-    lines = (RESULTS / DIGITS).read_text().splitlines()
-    begin = next(i for i, line in enumerate(lines) if line.startswith("| Method "))
-    end = next(i for i, line in enumerate(lines) if i > begin and not line.startswith("|"))
-    return lines[begin + 2 : end]
+    return table_of(DIGITS, "Method")[2:]
 
 
 def digits_numbers() -> dict[str, str]:
@@ -278,16 +278,11 @@ def digits_numbers() -> dict[str, str]:
     }  # fmt: skip
 
 
-def interval(values: Sequence[float], digits: int = 1) -> str:
-    """Return a mean in per cent with half of its 95 % interval."""
-    from cl_optim.demo.metrics import Interval
-
-    one = Interval.of(values)
-    return f"{100 * one.mean:.{digits}f} ± {100 * one.half_width:.{digits}f}"
-
-
 def strengths() -> list[str]:
     """Return the rows of one strength on many networks."""
+    from cl_optim.demo.metrics import Interval
+    from cl_optim.demo.report import in_percent
+
     cells = load("strength.json")["cells"]
     labels = {
         "Permuted, 100 units": "Permuted-Digits, 100 units",
@@ -305,31 +300,16 @@ def strengths() -> list[str]:
             middle = some[len(some) // 2]["acc"]
             best = max(statistics.fmean(cell["acc"]) for cell in some)
             more = 100 * (best - statistics.fmean(middle))
-            row.append(f"{interval(middle)} (+{abs(more):.1f})")
+            row.append(f"{in_percent(Interval.of(middle))} (+{abs(more):.1f})")
         made.append(row)
     return in_rows(made)
 
 
 def pretrained() -> list[str]:
     """Return the rows of the pretrained language model."""
-    from bench.retention.drift import Drift
-    from bench.retention.pretrained.methods import Method, Setting
-    from bench.retention.pretrained.results import Results, Run
+    from bench.retention.pretrained.results import Results
 
-    told = load("pretrained.json")
-    setting = {k: tuple(v) if isinstance(v, list) else v for k, v in told["setting"].items()}
-    runs = tuple(
-        Run(
-            Method(**one["method"]), one["seed"], one["rate"], tuple(one["points"]),
-            Drift(**one["drift"]), one["seconds"], one["gib"],
-        )
-        for one in told["runs"]
-    )  # fmt: skip
-    before = {int(seed): measured for seed, measured in told["before"].items()}
-    results = Results(
-        Setting(**setting), told["new"], tuple(told["old"]), told["unseen"], before, runs,
-        told["device"],
-    )  # fmt: skip
+    results = Results.from_record(load("pretrained.json"))
 
     def shown(value: float, digits: int = 0) -> str:
         return "–" if value != value else f"{100 * value:.{digits}f}"

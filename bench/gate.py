@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -24,8 +23,7 @@ from bench_gram import SETS as GRAM_SETS
 from bench_gram import SMALL
 from bench_gram import Problem as GramProblem
 from bench_step import SETS
-
-Work = Callable[[], object]
+from scaling import Work, taken
 
 
 class Ratio(NamedTuple):
@@ -35,13 +33,11 @@ class Ratio(NamedTuple):
         name: Of both.
         limit: The most that it may be.
         make: Makes both works.
-        calls: Of each in a turn.
     """
 
     name: str
     limit: float
     make: Callable[[], tuple[Work, Work]]
-    calls: int
 
 
 def step(problem: str, ours: str) -> Callable[[], tuple[Work, Work]]:
@@ -79,35 +75,23 @@ LAYERS, TENSORS = "GPT-2 144 tensors 85 M", "1000 tensors of 64"
 MLP, TRANSFORMER = "MLP 64-256-256-10, 256 samples", "Transformer 1.1 M, 16 sequences of 64"
 OWN, PLAIN, LOOP = "cl_optim, a pass of its own", "forward + backward", "loop of batch size 1"
 RATIOS = [
-    Ratio("EWCAdamW ÷ AdamW, MLP", 1.2, step("MLP 64-256-256-10", "EWCAdamW gradient"), 100),
-    Ratio("EWCAdamW ÷ AdamW, 1 000 tensors", 0.6, step(TENSORS, "EWCAdamW gradient"), 10),
-    Ratio("EWCAdamW ÷ AdamW, 85 M", 1.7, step(LAYERS, "EWCAdamW gradient"), 3),
-    Ratio("EWCAdamW, log8 ÷ AdamW, 85 M", 1.6, step(LAYERS, "EWCAdamW log8"), 3),
-    Ratio("EWC(AdamW) ÷ AdamW, 85 M", 2.2, step(LAYERS, "EWC(AdamW fused) proximal"), 3),
-    Ratio("Fisher ÷ a loop of batch size 1, MLP", 0.15, fisher(MLP, OWN, LOOP), 1),
-    Ratio("Fisher ÷ forward and backward, transformer", 2.2, fisher(TRANSFORMER, OWN, PLAIN), 2),
-    Ratio("products of ten memories ÷ reading them, 7 M", 12.0, gram, 1),
+    Ratio("EWCAdamW ÷ AdamW, MLP", 1.2, step("MLP 64-256-256-10", "EWCAdamW gradient")),
+    Ratio("EWCAdamW ÷ AdamW, 1 000 tensors", 0.6, step(TENSORS, "EWCAdamW gradient")),
+    Ratio("EWCAdamW ÷ AdamW, 85 M", 1.7, step(LAYERS, "EWCAdamW gradient")),
+    Ratio("EWCAdamW, log8 ÷ AdamW, 85 M", 1.6, step(LAYERS, "EWCAdamW log8")),
+    Ratio("EWC(AdamW) ÷ AdamW, 85 M", 2.2, step(LAYERS, "EWC(AdamW fused) proximal")),
+    Ratio("Fisher ÷ a loop of batch size 1, MLP", 0.15, fisher(MLP, OWN, LOOP)),
+    Ratio("Fisher ÷ forward and backward, transformer", 2.2, fisher(TRANSFORMER, OWN, PLAIN)),
+    Ratio("products of ten memories ÷ reading them, 7 M", 12.0, gram),
 ]
-
-
-def seconds(work: Work, calls: int) -> float:
-    """Return the time of a work's fastest call."""
-    taken = []
-    for _ in range(calls):
-        begun = time.perf_counter()
-        work()
-        taken.append(time.perf_counter() - begun)
-    return min(taken)
 
 
 def measure(ratio: Ratio, turns: int) -> float:
     """Return the median over turns, in which both go one after the other."""
     ours, theirs = ratio.make()
     for work in (ours, theirs):
-        seconds(work, 2)  # warms up
-    return statistics.median(
-        seconds(ours, ratio.calls) / seconds(theirs, ratio.calls) for _ in range(turns)
-    )
+        taken(work)  # warms up
+    return statistics.median(taken(ours) / taken(theirs) for _ in range(turns))
 
 
 def main() -> None:

@@ -39,6 +39,8 @@ REFERENCE = {
         "cl_optim.integrations.huggingface.RetentionCallback",
         "cl_optim.integrations.lightning.RetentionCallback",
         "cl_optim.integrations.accelerate.retention_guard",
+        "cl_optim.integrations.avalanche.EWCPlugin",
+        "cl_optim.integrations.avalanche.GEMPlugin",
     ],
 }
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -38,6 +38,14 @@ class Run:
     drift: Drift
     seconds: float
     gib: float
+
+    @classmethod
+    def from_record(cls, record: Mapping[str, Any]) -> Run:
+        """Return what JSON holds of one."""
+        return cls(
+            Method(**record["method"]), record["seed"], record["rate"], tuple(record["points"]),
+            Drift(**record["drift"]), record["seconds"], record["gib"],
+        )  # fmt: skip
 
     @property
     def end(self) -> dict[str, float]:
@@ -76,19 +84,27 @@ class Results:
             for method in methods
             for seed in range(seeds)
         ]
-        runs = tuple(
-            Run(
-                Method(**one["method"]), one["seed"], one["rate"], tuple(one["points"]),
-                Drift(**one["drift"]), one["seconds"], one["gib"],
-            )
-            for one in records
-        )  # fmt: skip
+        runs = tuple(map(Run.from_record, records))
         before = {
             seed: json.loads(place.before(seed).read_text())["measured"] for seed in range(seeds)
         }
         old = tuple(domain.name for domain in texts.old)
         devices = ", ".join(sorted({one["device"] for one in records}))
         return cls(setting, texts.new.name, old, texts.unseen.name, before, runs, devices)
+
+    @classmethod
+    def from_record(cls, record: Mapping[str, Any]) -> Results:
+        """Return what :meth:`record` has made JSON of."""
+        setting: dict[str, Any] = {
+            key: tuple(value) if isinstance(value, list) else value
+            for key, value in record["setting"].items()
+        }
+        before = {int(seed): measured for seed, measured in record["before"].items()}
+        runs = tuple(map(Run.from_record, record["runs"]))
+        return cls(
+            Setting(**setting), record["new"], tuple(record["old"]), record["unseen"], before, runs,
+            record["device"],
+        )  # fmt: skip
 
     @property
     def known(self) -> tuple[str, ...]:

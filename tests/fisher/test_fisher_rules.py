@@ -780,7 +780,7 @@ def test_tied_squares_stay_positive():
         model(torch.randn(50, 1, 4)).sum().backward()
     value = fisher.finalize()["w"]
     assert (value >= 0).all()
-    assert value.max() < 1e-5 * 50 * 1e6
+    assert value.max() < 1e-4 * 50 * 1e6  # in place of squares of that size
 
 
 def test_reused_modules():

@@ -27,6 +27,17 @@ class Convolution:
 
     def windows(self, input: Tensor) -> Tensor:
         """Return what each position sees: [N, C, *spatial] → [N, groups, C/groups·kernel, L]."""
+        windows = self._unfolded(input)
+        return windows.flatten(3 + len(self.kernel)).flatten(2, 2 + len(self.kernel))
+
+    def all_windows(self, input: Tensor) -> Tensor:
+        """Return the same of all samples together: [groups, C/groups·kernel, N·L]."""
+        kernel = len(self.kernel)
+        windows = self._unfolded(input).movedim(0, 2 + kernel)
+        return windows.flatten(2 + kernel).flatten(1, 1 + kernel)
+
+    def _unfolded(self, input: Tensor) -> Tensor:
+        """Return a view: [N, groups, C/groups, *kernel, *positions]."""
         around = [side for pair in reversed(self.padding) for side in pair]
         windows = F.pad(input, around) if any(around) else input
         spatial = len(self.kernel)
@@ -37,11 +48,9 @@ class Convolution:
         steps: Any = (..., *(slice(None, None, dilation) for dilation in self.dilation))
         windows = windows[steps]
         windows = windows.view(len(input), self.groups, -1, *windows.shape[2:])
-        # [N, groups, C/groups, *positions, *kernel]; positions come last, in which runs are longest
+        # Positions come last, in which runs are longest: copies are of runs.
         positions = range(3, 3 + spatial)
-        windows = windows.permute(0, 1, 2, *range(3 + spatial, 3 + 2 * spatial), *positions)
-        flat: Tensor = windows.flatten(3 + spatial).flatten(2, 2 + spatial)
-        return flat
+        return windows.permute(0, 1, 2, *range(3 + spatial, 3 + 2 * spatial), *positions)
 
 
 class Convolved(PerSample):
@@ -94,10 +103,10 @@ class Convolved(PerSample):
         """Yield, some samples at a time, windows [groups, N·L, ...] and gradients likewise."""
         step = self._step(gradient=False)
         for start in range(0, self.samples, step):
-            windows, grads = self._factors(start, min(start + step, self.samples))
-            yield tuple(  # type: ignore[misc]
-                part.permute(1, 0, 3, 2).flatten(1, 2) for part in (windows, grads)
-            )
+            part = slice(start * self.frames, min(start + step, self.samples) * self.frames)
+            grads = self.grads[part].unflatten(1, (self.geometry.groups, -1)).flatten(3)
+            windows = self.geometry.all_windows(self.input[part])
+            yield windows.mT, grads.movedim(0, 2).flatten(2).mT
 
     def dense(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
         """See :class:`PerSample`."""

@@ -16,7 +16,7 @@ OLD_TRITON := "from importlib.metadata import distributions; print(*('numpy<2.4'
   for d in distributions() if d.name == 'triton' and d.version.startswith('3.6.')))"
 SOURCES := pyproject.toml setup.py $(wildcard csrc/*)
 
-.PHONY: demo sweep test gpu-test gpu-prebuild bench gate figures bench-peers bench-avalanche bench-retention bench-pretrained lint site wheel install clean
+.PHONY: demo sweep test gpu-test gpu-prebuild bench gate figures bench-avalanche bench-retention bench-pretrained lint site wheel install clean
 
 demo: install
 	$(VENV)/bin/cl-optim demo
@@ -39,10 +39,14 @@ gpu-test: install
 gpu-prebuild:
 	GPU_PYTHON=$(GPU_PYTHON) GPU_TORCH=$(GPU_TORCH) GPU_ARCHS=$(GPU_ARCHS) bench/gpu/prebuild.sh
 
-bench: install
+# Every question to every peer, some of whose requirements conflict with ours: an environment beside
+# .venv, which it sees. About a quarter of an hour. What of it is told is kept in bench/results.
+bench: install $(PEERS)/.installed
 	mkdir -p runs
-	$(RUN) -m pytest bench --ignore=bench/peers --benchmark-json=runs/bench.json -q -p no:cacheprovider
-	$(RUN) bench/summary.py runs/bench.json
+	PYTHONPATH=. $(PEERS)/bin/python -m pytest bench --benchmark-json=runs/bench.json -q \
+	  -p no:cacheprovider
+	$(RUN) bench/summary.py runs/bench.json --record runs/suite.json
+	PYTHONPATH=. $(PEERS)/bin/python bench/projection_failures.py
 
 # Ratios of times that a change must not make much worse, in two minutes; on a quiet machine.
 gate: install
@@ -51,13 +55,6 @@ gate: install
 # What README, docs and RESULTS.md say, from the files in bench/results; a test compares.
 figures: install
 	$(RUN) bench/figures.py
-
-# Against packages whose requirements conflict with ours: an environment beside .venv, which it sees.
-bench-peers: install $(PEERS)/.installed
-	mkdir -p runs
-	$(PEERS)/bin/python -m pytest bench/peers --benchmark-json=runs/bench-peers.json -q -p no:cacheprovider
-	$(RUN) bench/summary.py runs/bench-peers.json
-	$(PEERS)/bin/python bench/peers/failures.py
 
 # Avalanche's EWC and GEM beside ours, in its own loop, after the plugins' tests with Avalanche itself.
 # Runs that are done (in runs/retention/avalanche) are not done again.

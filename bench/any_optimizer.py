@@ -40,8 +40,7 @@ def alone(problem: Problem) -> Callable[[], None]:
     """The pull without another's step."""
     named = [(str(i), p) for i, p in enumerate(problem.params)]
     optimizer = EWC(Nothing(named, {"lr": 1e-3}), ewc_lambda=LAMBDA)
-    importances, _ = problem.protection()
-    optimizer.consolidate({name: f for (name, _), f in zip(named, importances, strict=True)})
+    problem.consolidate(optimizer)
     return optimizer.step
 
 

@@ -1,44 +1,36 @@
-"""Time of the exact per-sample Fisher on the CPU against the ways there are.
-
-The contenders take turns, REPEATS times, so that what else the machine does hits them alike; the
-figures are medians of the ratios within a turn. They are checked against each other first. With
-CL_OPTIM_BENCH_OPACUS=1, Opacus takes part.
-"""
+"""The exact per-sample Fisher of a batch on the CPU, against the ways there are."""
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 
-import pytest
-import torch
 from fisher_contenders import CONTENDERS, PROBLEMS
+from peers import asdl, backpack, opacus
+from suite import Contender, Question
 
-REPEATS = 5
-BASES = ["loop of batch size 1"]
-# Opacus makes use of module hooks that warn.
-pytestmark = pytest.mark.filterwarnings("ignore:Full backward hook is firing")
+LOOP, PLAIN = "loop of batch size 1", "forward + backward"
+KINDS = {
+    PLAIN: "floor",
+    "cl_optim, a pass of its own": "ours",
+    "cl_optim, during training": "variant",
+    LOOP: "peer",
+    "torch.func.vmap(grad)": "peer",
+}
+QUESTION = Question(
+    problems={f"Fisher: {name}": (make, 5) for name, make in PROBLEMS.items()},
+    contenders={
+        **{
+            name: Contender(make, KINDS[name], rounds=1 if name == LOOP else None)
+            for name, make in CONTENDERS.items()
+        },
+        "Opacus": Contender(opacus.fisher, "peer", "opacus"),
+        "BackPACK": Contender(backpack.fisher, "peer", "backpack"),
+        "ASDL": Contender(asdl.fisher, "peer", "asdl"),
+    },
+    reference=LOOP,
+    base=LOOP,
+)
 
 
-@pytest.fixture(scope="module", params=PROBLEMS)
-def steps(request: pytest.FixtureRequest) -> dict[str, Callable[[], object]]:
-    torch.manual_seed(0)
-    problem = PROBLEMS[request.param]()
-    made = {name: make(copy.deepcopy(problem)) for name, make in CONTENDERS.items()}
-    results = {name: step() for name, step in made.items()}
-    expected = results["loop of batch size 1"]
-    for name, sums in results.items():
-        if sums is not None:
-            for key, value in sums.items():
-                error = float((value - expected[key]).norm() / expected[key].norm())
-                assert error < 1e-4, (name, key, error)
-    return made
-
-
-@pytest.mark.parametrize("contender", CONTENDERS)
-@pytest.mark.parametrize("turn", range(REPEATS))
-def test_fisher(benchmark, request, steps, turn, contender) -> None:
-    benchmark.group = request.node.callspec.params["steps"]
-    benchmark.extra_info.update(turn=turn, contender=contender, bases=BASES)
-    rounds = 1 if contender.startswith("loop") else 5
-    benchmark.pedantic(steps[contender], rounds=rounds, warmup_rounds=1)
+def test_fisher(ask: Callable[[], None]) -> None:
+    ask()

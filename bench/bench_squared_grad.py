@@ -1,29 +1,16 @@
-"""Time of Σ_n (b_nᵀ a_n)² on the CPU, against forming the per-sample gradients.
-
-The contenders take turns, REPEATS times, so that what else the machine does hits them alike; the
-figures are medians of the ratios within a turn (summary.py).
-"""
+"""Σ_n (b_nᵀ a_n)² on the CPU, against forming the per-sample gradients."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
-import pytest
 import torch
+from suite import Contender, Question, Work
 from torch import Tensor
 
 from cl_optim import functional as F
-
-REPEATS = 7
-BASES = ["weight gradient alone"]
-
-SETS: dict[str, tuple[tuple[int, int, int, int], int]] = {
-    # name: (samples, tokens, in, out), rounds per turn
-    "transformer 8×128, 768 → 768": ((8, 128, 768, 768), 3),
-    "convolution 64×196, 288 → 64": ((64, 196, 288, 64), 5),
-    "MLP 256, 784 → 256": ((256, 1, 784, 256), 20),
-}
 
 
 @dataclass
@@ -34,6 +21,15 @@ class Problem:
     grad_outputs: Tensor
     out: Tensor
     weight_grad: Tensor
+
+
+def problem(samples: int, tokens: int, in_features: int, out_features: int) -> Problem:
+    return Problem(
+        torch.randn(samples, tokens, in_features),
+        torch.randn(samples, tokens, out_features),
+        torch.zeros(out_features, in_features),
+        torch.zeros(out_features, in_features),
+    )
 
 
 def loop(problem: Problem) -> None:
@@ -63,32 +59,34 @@ def ours_with_weight_grad(problem: Problem) -> None:
     F.squared_grad_sum_(p.out, p.inputs, p.grad_outputs, p.weight_grad.zero_())
 
 
-CONTENDERS: dict[str, Callable[[Problem], None]] = {
-    "weight gradient alone": weight_grad_alone,
-    "loop of batch size 1": loop,
-    "per-sample gradients by einsum": materialised,
-    "squared_grad_sum_": ours,
-    "squared_grad_sum_ and weight gradient": ours_with_weight_grad,
-}
+def on(run: Callable[[Problem], None]) -> Callable[[Problem], Work]:
+    return lambda problem: partial(run, problem)
 
 
-@pytest.fixture(scope="module", params=SETS)
-def problem(request: pytest.FixtureRequest) -> Problem:
-    (samples, tokens, in_features, out_features), _ = SETS[request.param]
-    torch.manual_seed(0)
-    return Problem(
-        torch.randn(samples, tokens, in_features),
-        torch.randn(samples, tokens, out_features),
-        torch.zeros(out_features, in_features),
-        torch.zeros(out_features, in_features),
-    )
+def outcome(problem: Problem, work: Work) -> list[Tensor]:
+    work()
+    return [problem.out]
 
 
-@pytest.mark.parametrize("contender", CONTENDERS)
-@pytest.mark.parametrize("turn", range(REPEATS))
-def test_squared_grad(benchmark, request, problem, turn, contender) -> None:
-    name = request.node.callspec.params["problem"]
-    benchmark.group = name
-    benchmark.extra_info.update(turn=turn, contender=contender, bases=BASES)
-    run = CONTENDERS[contender]
-    benchmark.pedantic(run, args=(problem,), rounds=SETS[name][1], warmup_rounds=1)
+OURS, ALONE = "squared_grad_sum_", "weight gradient alone"
+QUESTION = Question(
+    problems={
+        "transformer 8×128, 768 → 768": (partial(problem, 8, 128, 768, 768), 3),
+        "convolution 64×196, 288 → 64": (partial(problem, 64, 196, 288, 64), 5),
+        "MLP 256, 784 → 256": (partial(problem, 256, 1, 784, 256), 20),
+    },
+    contenders={
+        OURS: Contender(on(ours), "ours"),
+        "squared_grad_sum_ and weight gradient": Contender(on(ours_with_weight_grad), "ours"),
+        "loop of batch size 1": Contender(on(loop), "peer"),
+        "per-sample gradients by einsum": Contender(on(materialised), "peer"),
+        ALONE: Contender(on(weight_grad_alone), "other"),
+    },
+    reference=OURS,
+    base=ALONE,
+    outcome=outcome,
+)
+
+
+def test_squared_grad(ask: Callable[[], None]) -> None:
+    ask()

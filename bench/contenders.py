@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -42,31 +43,39 @@ class Problem:
             p.grad = torch.randn_like(p) * 1e-3
         self.grads = [p.grad for p in self.params]
 
+    @cached_property
     def protection(self) -> tuple[list[Tensor], list[Tensor]]:
-        importances = [torch.rand_like(p, requires_grad=False) * 1e-2 for p in self.params]
-        anchors = [p.detach() + torch.randn_like(p.detach()) * 1e-3 for p in self.params]
-        return importances, anchors
+        """Importances and anchors, such that a penalty is as large as the gradients."""
+        importances = [torch.rand_like(p, requires_grad=False) for p in self.params]
+        return importances, [p.detach() + torch.randn_like(p.detach()) * 1e-3 for p in self.params]
+
+    @cached_property
+    def adamw(self) -> torch.optim.Optimizer:
+        """One for all who share the problem: its moments take as much memory as two models."""
+        return torch.optim.AdamW(self.params, fused=True)
+
+    def consolidate(self, optimizer: EWC | EWCAdamW) -> None:
+        """Protect the anchors by the importances, and be where the weights are."""
+        weights = [p.detach().clone() for p in self.params]
+        importances, anchors = self.protection
+        with torch.no_grad():
+            torch._foreach_copy_(self.params, anchors)
+            with warnings.catch_warnings():  # about rounded anchors
+                warnings.simplefilter("ignore")
+                optimizer.consolidate({str(i): f for i, f in enumerate(importances)})
+            torch._foreach_copy_(self.params, weights)
 
 
 def adamw(problem: Problem) -> Callable[[], None]:
     """No protection at all."""
-    return torch.optim.AdamW(problem.params, fused=True).step
+    return problem.adamw.step
 
 
 def ewc(**options: Any) -> Callable[[Problem], Callable[[], None]]:
     def make(problem: Problem) -> Callable[[], None]:
         named = [(str(i), p) for i, p in enumerate(problem.params)]
         optimizer = EWCAdamW(named, ewc_lambda=LAMBDA, **{"fused": True, **options})
-        importances, _ = problem.protection()
-        with warnings.catch_warnings():  # about rounded anchors
-            warnings.simplefilter("ignore")
-            optimizer.consolidate(
-                {name: f for (name, _), f in zip(named, importances, strict=True)}
-            )
-        del importances
-        with torch.no_grad():
-            for p in problem.params:
-                p.add_(torch.randn_like(p), alpha=1e-3)
+        problem.consolidate(optimizer)
         return optimizer.step
 
     return make
@@ -78,8 +87,7 @@ def around_adamw(**options: Any) -> Callable[[Problem], Callable[[], None]]:
     def make(problem: Problem) -> Callable[[], None]:
         named = [(str(i), p) for i, p in enumerate(problem.params)]
         optimizer = EWC(torch.optim.AdamW(named, fused=True), ewc_lambda=LAMBDA, **options)
-        importances, _ = problem.protection()
-        optimizer.consolidate({name: f for (name, _), f in zip(named, importances, strict=True)})
+        problem.consolidate(optimizer)
         return optimizer.step
 
     return make
@@ -87,8 +95,8 @@ def around_adamw(**options: Any) -> Callable[[Problem], Callable[[], None]]:
 
 def autograd_penalty(problem: Problem) -> Callable[[], None]:
     """The term added to the loss, as the libraries do it."""
-    optimizer = torch.optim.AdamW(problem.params, fused=True)
-    importances, anchors = problem.protection()
+    optimizer = problem.adamw
+    importances, anchors = problem.protection
 
     def step() -> None:
         terms = [
@@ -103,7 +111,7 @@ def autograd_penalty(problem: Problem) -> Callable[[], None]:
 
 def foreach_penalty(problem: Problem) -> Callable[[], None]:
     """The penalty's gradient by hand: two passes over the tensors and one temporary."""
-    return _foreach_step(problem, torch.optim.AdamW(problem.params, fused=True))
+    return foreach_step(problem, problem.adamw)
 
 
 def compilable_foreach(problem: Problem) -> Callable[[], None]:
@@ -112,11 +120,12 @@ def compilable_foreach(problem: Problem) -> Callable[[], None]:
     # torch takes `capturable` on accelerators only.
     on_gpu = lr.is_cuda
     optimizer = torch.optim.AdamW(problem.params, lr=lr, foreach=on_gpu, capturable=on_gpu)
-    return _foreach_step(problem, optimizer)
+    return foreach_step(problem, optimizer)
 
 
-def _foreach_step(problem: Problem, optimizer: torch.optim.Optimizer) -> Callable[[], None]:
-    importances, anchors = problem.protection()
+def foreach_step(problem: Problem, optimizer: torch.optim.Optimizer) -> Callable[[], None]:
+    """Return a step of any optimizer after the penalty's gradient was added by hand."""
+    importances, anchors = problem.protection
 
     @torch.no_grad()
     def step() -> None:

@@ -14,14 +14,12 @@ import json
 import re
 import statistics
 import sys
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import summary
-from summary import Turns
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results"
@@ -101,57 +99,36 @@ def three(number: float) -> str:
     return f"{number:#.3g}".rstrip(".")
 
 
-# --- the step -------------------------------------------------------------------------------------
+# --- the suite ------------------------------------------------------------------------------------
 
-BASES = {
-    "36 B": "36 B per parameter in place",
-    "AdamW": "AdamW fused",
-    "EWCAdamW": "EWCAdamW gradient",
-}
+SUITE = "suite.json"
+ADAMW, OURS, FLOOR = "AdamW fused", "EWCAdamW gradient", "36 B per parameter in place"
 MLP, GPT2, SMALL = "MLP 64-256-256-10", "GPT-2 144 tensors 85 M", "1000 tensors of 64"
 COLD = "1000 tensors of 64, not in the cache"
 
 
-def steps() -> dict[str, dict[str, Turns]]:
-    """Return the medians of the turns, by set and contender."""
-    found: dict[str, dict[str, Turns]] = defaultdict(lambda: defaultdict(dict))
-    for sample in load("step-cpu.json")["samples"]:
-        median = statistics.median(sample["us"]) * 1e-6
-        found[sample["set"]][sample["contender"]][sample["turn"]] = median
-    return found
+def suite_tables() -> list[Table]:
+    """Return a table of RESULTS.md for each problem."""
+    made = []
+    for name, group in load(SUITE)["groups"].items():
+        head = "| " + " | ".join(summary.HEAD).format(base=group["base"]) + " |"
 
+        def rows(group: dict[str, Any] = group) -> list[str]:
+            return in_rows(summary.rows(group))
 
-def step_table(name: str) -> Callable[[], list[str]]:
-    """Return the rows of a set of tensors."""
-
-    def rows() -> list[str]:
-        contenders = steps()[name]
-        made = []
-        for contender, turns in contenders.items():
-            each = [summary.ratio(turns, contenders[base]) for base in BASES.values()]
-            _, least, greatest = each[-1]
-            made.append(
-                [
-                    contender,
-                    f"{statistics.median(turns.values()) * 1e3:.3f}",
-                    *(f"{median:.2f}" for median, _, _ in each),
-                    "" if contender == BASES["EWCAdamW"] else f"{least:.2f}–{greatest:.2f}",
-                ]
-            )
-        return in_rows(made)
-
-    return rows
+        made.append(Table("bench/RESULTS.md", head.replace("|  |", "| |"), rows, f"### {name}"))
+    return made
 
 
 def ratio(name: str, contender: str, base: str) -> float:
-    """Return how many times as long as a base a contender takes."""
-    contenders = steps()[name]
-    return summary.ratio(contenders[contender], contenders[base])[0]
+    """Return how many times as long as a base a contender takes, on a problem."""
+    group = load(SUITE)["groups"][name]
+    return summary.ratio(summary.turns(group, contender), summary.turns(group, base))[0]
 
 
 def step_numbers() -> dict[str, str]:
     """Return what is said of the step."""
-    adamw, ours, floor = BASES["AdamW"], BASES["EWCAdamW"], BASES["36 B"]
+    adamw, ours, floor = ADAMW, OURS, FLOOR
     foreach, autograd = "AdamW fused + foreach penalty", "AdamW fused + autograd penalty"
     sets = {"mlp": MLP, "gpt2": GPT2, "small": SMALL, "cold": COLD}
     numbers = {key: f"{ratio(name, ours, adamw):.2f}" for key, name in sets.items()}
@@ -169,9 +146,31 @@ def step_numbers() -> dict[str, str]:
     return numbers
 
 
+def peer_numbers() -> dict[str, str]:
+    """Return how many times as long as the best peer ours takes."""
+    groups = load(SUITE)["groups"]
+
+    def against_best(name: str) -> float:
+        group = groups[name]
+        ours, peer = summary.best(group, "ours"), summary.best(group, "peer")
+        assert ours is not None
+        assert peer is not None
+        return ratio(name, ours, peer)
+
+    numbers = {
+        "projection": against_best("GEM projection, 10 rows of 124 M"),
+        "programs": against_best("4096 quadratic programs of 16 rows"),
+        "log": against_best("124 M weights of importance written"),
+    }
+    for key, first in (("fisher", "Fisher: "), ("factors", "Factors: ")):
+        found = [against_best(name) for name in groups if name.startswith(first)]
+        numbers |= {key: min(found), f"{key}_most": max(found)}
+    return {key: f"{number:.2g}" for key, number in numbers.items()}
+
+
 def machine() -> dict[str, str]:
     """Return what the step was measured on; spaces are such that no line breaks in it."""
-    told = load("step-cpu.json")["machine"]
+    told = load(SUITE)["machine"]
     cpu = told["backends"]["cpu"]
     said = {
         "processor": told["processor"],
@@ -189,16 +188,17 @@ def machine() -> dict[str, str]:
 def step_times() -> list[str]:
     """Return the rows of docs/results.md: milliseconds of a step."""
     labels = {
-        "`torch.optim.AdamW(fused=True)`, no protection": BASES["AdamW"],
-        "**`EWCAdamW`**": BASES["EWCAdamW"],
+        "`torch.optim.AdamW(fused=True)`, no protection": ADAMW,
+        "**`EWCAdamW`**": OURS,
         "`EWCAdamW`, `log8` importance, bfloat16 anchors": "EWCAdamW log8, bf16 anchors",
         "fused AdamW + `_foreach` penalty": "AdamW fused + foreach penalty",
         "fused AdamW + autograd penalty": "AdamW fused + autograd penalty",
     }
+    groups = load(SUITE)["groups"]
     made = []
     for label, contender in labels.items():
         times = [
-            f"{three(1e3 * statistics.median(steps()[name][contender].values()))} ms"
+            f"{three(1e3 * statistics.median(groups[name]['contenders'][contender]['seconds']))} ms"
             for name in (MLP, GPT2, SMALL)
         ]
         bold = label.startswith("**")
@@ -365,16 +365,12 @@ def growth() -> list[str]:
 
 # --- where they stand -----------------------------------------------------------------------------
 
-STEP = "|  | median ms | ÷ 36 B | ÷ AdamW fused | ÷ EWCAdamW gradient | range |"
 PLACES: list[Table | Sentence] = [
-    *(
-        Table("bench/RESULTS.md", STEP, step_table(name), f"### {title}")
-        for name, title in ((MLP, MLP), (GPT2, GPT2), (SMALL, SMALL), (COLD, COLD))
-    ),
+    *suite_tables(),
     Sentence(
         "bench/RESULTS.md",
         "cores, {processor}, {threads} threads, {simd}; Python {python}, torch {torch}, "
-        "GCC {compiler}; commit {commit}, {date};",
+        "GCC {compiler}; commit {commit}, {date}; float32.",
         machine,
     ),
     Sentence(
@@ -404,6 +400,19 @@ PLACES: list[Table | Sentence] = [
         "{autograd} to {autograd_most} times",
         step_numbers,
     ),
+    Sentence(
+        "README.md",
+        "a GEM projection of 124 M weights takes {projection} of the time and a batch of quadratic "
+        "programs {programs}",
+        peer_numbers,
+    ),
+    Sentence(
+        "README.md",
+        "of its own takes {fisher} to {fisher_most} times as long as the fastest of them",
+        peer_numbers,
+    ),
+    Sentence("README.md", "{factors} to {factors_most} times, writing", peer_numbers),
+    Sentence("README.md", "in float32 {log} times", peer_numbers),
     Table(
         "docs/results.md",
         "| time of one step | MLP, 85 k | GPT-2's 144 tensors, 85 M | 1 000 tensors of 64 |",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -187,23 +186,6 @@ def vmap(problem: Problem) -> Callable[[], Sums]:
     return step
 
 
-def opacus(problem: Problem) -> Callable[[], Sums]:
-    """Per-sample gradients by module hooks, then their squares."""
-    from opacus.grad_sample import GradSampleModule
-
-    wrapped = GradSampleModule(problem.model, loss_reduction="sum")
-
-    def step() -> Sums:
-        wrapped.zero_grad()
-        problem.losses(wrapped).sum().backward()
-        return {
-            name.removeprefix("_module."): p.grad_sample.square().sum(0)
-            for name, p in wrapped.named_parameters()
-        }
-
-    return step
-
-
 CONTENDERS: dict[str, Contender] = {
     "forward + backward": plain,
     "cl_optim, a pass of its own": ours,
@@ -211,7 +193,3 @@ CONTENDERS: dict[str, Contender] = {
     "loop of batch size 1": loop,
     "torch.func.vmap(grad)": vmap,
 }
-# Opacus changes the modules that it wraps and has requirements of its own: it takes part where
-# CL_OPTIM_BENCH_OPACUS=1 says so, and is then required.
-if os.environ.get("CL_OPTIM_BENCH_OPACUS") == "1":
-    CONTENDERS["Opacus"] = opacus

@@ -18,10 +18,9 @@ from typing import NamedTuple
 import contenders
 import fisher_contenders
 import torch
-from bench_gram import CONTENDERS as GRAM
-from bench_gram import SETS as GRAM_SETS
-from bench_gram import SMALL
-from bench_gram import Problem as GramProblem
+from bench_gram import OURS as GRAM
+from bench_gram import QUESTION as PRODUCTS
+from bench_gram import READ, SMALL
 from bench_step import SETS
 from scaling import Work, taken
 
@@ -67,8 +66,9 @@ def fisher(problem: str, ours: str, theirs: str) -> Callable[[], tuple[Work, Wor
 
 def gram() -> tuple[Work, Work]:
     """Make the products of ten memories with a gradient, and one read of all of them."""
-    problem = GramProblem(GRAM_SETS[SMALL][0])
-    return GRAM["gram"][0](problem), GRAM["plain read (sum)"][0](problem)
+    problem = PRODUCTS.problems[SMALL][0]()
+    ours, read = (PRODUCTS.contenders[name].work(problem) for name in (GRAM, READ))
+    return ours, read
 
 
 LAYERS, TENSORS = "GPT-2 144 tensors 85 M", "1000 tensors of 64"

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from gem_peers import published, torchjd
+from peers import published, torchjd
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -57,9 +57,9 @@ def main() -> None:
     table = Table(box=box.MARKDOWN)
     contenders = {
         "cl_optim": ours,
-        "published, ε = 1e-3": published,
-        "published, ε = 0": lambda grad, memory: published(grad, memory, epsilon=0.0),
-        "TorchJD DualProj": torchjd,
+        "published, ε = 1e-3": published.project,
+        "published, ε = 0": lambda grad, memory: published.project(grad, memory, epsilon=0.0),
+        "TorchJD DualProj": torchjd.project,
     }
     for column in ("", *contenders):
         table.add_column(column, justify="right" if column else "left")

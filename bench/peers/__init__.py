@@ -1,0 +1,1 @@
+"""What others do of the suite's work: a module for each, which imports its package when run."""

@@ -104,8 +104,9 @@ class Convolved(PerSample):
         step = self._step(gradient=False)
         for start in range(0, self.samples, step):
             part = slice(start * self.frames, min(start + step, self.samples) * self.frames)
-            grads = self.grads[part].unflatten(1, (self.geometry.groups, -1)).flatten(3)
             windows = self.geometry.all_windows(self.input[part])
+            grads = self.grads[part].flatten(2)
+            grads = grads.reshape(len(grads), self.geometry.groups, -1, grads.shape[2])
             yield windows.mT, grads.movedim(0, 2).flatten(2).mT
 
     def dense(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:

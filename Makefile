@@ -16,7 +16,7 @@ OLD_TRITON := "from importlib.metadata import distributions; print(*('numpy<2.4'
   for d in distributions() if d.name == 'triton' and d.version.startswith('3.6.')))"
 SOURCES := pyproject.toml setup.py $(wildcard csrc/*)
 
-.PHONY: demo sweep test gpu-test gpu-prebuild bench gate figures bench-avalanche bench-retention bench-pretrained lint site wheel install clean
+.PHONY: demo sweep test gpu-test gpu-prebuild bench gate figures bench-avalanche bench-retention bench-pretrained bench-van-de-ven lint site wheel install clean
 
 demo: install
 	$(VENV)/bin/cl-optim demo
@@ -77,6 +77,13 @@ bench-retention: install
 # measured stays in runs/retention: a run that is there is not done again.
 bench-pretrained: install $(VENV)/.pretrained
 	$(RUN) -m bench.retention pretrained
+
+# Van de Ven's EWC beside ours, on his split protocol; a fifth of its iterations is measured, in
+# forty minutes on one core. FASHION_MNIST: the folder of its IDX files. Runs that are done are not done again.
+FASHION_MNIST ?= /usr/share/datasets/fashion-mnist
+bench-van-de-ven: install
+	OMP_NUM_THREADS=1 $(RUN) -m bench.retention van-de-ven --iterations 400 --fisher-samples 500 \
+	  --data-dir $(FASHION_MNIST)
 
 $(VENV)/.pretrained: bench/retention/pretrained/requirements.txt $(VENV)/.installed
 	$(RUN) -m pip install --quiet --no-deps -r bench/retention/pretrained/requirements.txt

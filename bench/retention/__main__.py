@@ -27,8 +27,10 @@ from bench.retention.text.commands import run_text_demo
 from bench.retention.text.corpora import english, from_file, python_code
 from bench.retention.text.model import Sizes
 from bench.retention.text.runs import FAMILIES
+from bench.retention.van_de_ven.commands import run_van_de_ven
+from bench.retention.van_de_ven.scenarios import NAMES, SPLITS, setting_of
 from cl_optim.cli import Parser, train
-from cl_optim.demo.arguments import MAX_SEEDS, add_length, add_out, whole_number
+from cl_optim.demo.arguments import MAX_SEEDS, MAX_TASKS, add_length, add_out, whole_number
 from cl_optim.demo.commands import new_console
 
 Command: TypeAlias = Callable[[Choice], object]
@@ -84,6 +86,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     _add_budget(commands.add_parser("budget", help="a forgetting budget on five pairs of tasks"))
     _add_optimizers(commands.add_parser("optimizers", help="EWC around other optimizers"))
     _add_avalanche(commands.add_parser("avalanche", help="Avalanche's EWC and GEM beside ours"))
+    _add_van_de_ven(commands.add_parser("van-de-ven", help="van de Ven's EWC beside ours"))
     _add_text(commands.add_parser("text", help="two texts: English, then Python code"))
     _add_pretrained(commands.add_parser("pretrained", help="SmolLM2 learns German manual pages"))
     arguments = parser.parse_args(argv)
@@ -196,6 +199,51 @@ def _add_avalanche(parser: argparse.ArgumentParser) -> None:
     def run_it(arguments: argparse.Namespace) -> int:
         def command() -> None:
             run_avalanche(arguments.seeds, arguments.data_dir, arguments.optimizers, arguments.out)
+
+        return train(parser, "this", arguments.out, command)
+
+    parser.set_defaults(run=run_it)
+
+
+def _add_van_de_ven(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Learn ten classes in contexts of two, as in three types of incremental learning (van de "
+        "Ven et al. 2022), with their EWC, with ours and with what is simpler; print what each "
+        "keeps, in which time. On Fashion-MNIST (digits, where it is not found), or on MNIST. Runs "
+        "that are done are not done again."
+    )
+    parser.add_argument(
+        "--data", choices=("fashion-mnist", "mnist"), default="fashion-mnist",
+        help="what the files in DIR are: fashion-mnist or mnist (fashion-mnist)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--data-dir", type=Path, metavar="DIR",
+        help="the folder of the four IDX files (Debian's, of Fashion-MNIST)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--scenarios", nargs="+", choices=NAMES, default=list(SPLITS), metavar="SCENARIO",
+        help=f"{', '.join(NAMES)} ({' '.join(SPLITS)}); permuted takes hours",
+    )  # fmt: skip
+    whole = whole_number
+    for name, (low, high), what in (
+        ("iterations", (1, 10**6), "per context (published: 2000; permuted: 5000)"),
+        ("fisher-samples", (1, 10**6), "of each context for the Fisher information (1000)"),
+        ("contexts", (2, MAX_TASKS), "that follow each other (5; permuted: 10)"),
+    ):
+        parser.add_argument(f"--{name}", type=whole(low, high), metavar="N", help=what)
+    parser.add_argument(
+        "--seeds", type=whole(2, MAX_SEEDS), default=5, metavar="N", help="runs of each row (5)"
+    )
+    add_out(parser, OUT)
+
+    def run_it(arguments: argparse.Namespace) -> int:
+        length = arguments.iterations, arguments.fisher_samples, arguments.contexts
+        settings = {name: setting_of(name, *length) for name in arguments.scenarios}
+
+        def command() -> None:
+            run_van_de_ven(
+                settings, arguments.seeds, arguments.data, arguments.data_dir, arguments.out
+            )
 
         return train(parser, "this", arguments.out, command)
 

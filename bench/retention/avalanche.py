@@ -26,6 +26,7 @@ from rich.text import Text
 from torch import Tensor, nn
 
 from bench.retention.fashion_mnist import fashion_mnist
+from bench.retention.training import tensor_bytes
 from cl_optim import EWC, GEM, EWCAdamW
 from cl_optim.demo import metrics
 from cl_optim.demo.metrics import Interval, Matrix
@@ -239,7 +240,7 @@ def _train(
         rows.append(tuple(_accuracies(strategy.model, scenario, heads, held_out, number)))
     plain = sum(p.numel() * p.element_size() for p in strategy.model.parameters())
     moments = 2 * plain + 4 * len([*strategy.model.parameters()]) if inner == "AdamW" else 0
-    kept = sum(_bytes([optimizer.state_dict(), {} if plugin is None else vars(plugin)]).values())
+    kept = tensor_bytes([optimizer.state_dict(), {} if plugin is None else vars(plugin)])
     return Run(tuple(rows), seconds, cpu_seconds, max(0, kept - moments))
 
 
@@ -312,23 +313,6 @@ def _made(
             penalty="proximal" if kronecker else "gradient",
         ), plugin  # fmt: skip
     return EWC(plain, strength=strength, every=10 if kronecker else 1), plugin
-
-
-def _bytes(value: Any, found: dict[int, int] | None = None) -> dict[int, int]:
-    """Return the bytes of all tensors in nested containers and modules, by their storage."""
-    found = {} if found is None else found
-    if isinstance(value, Tensor):
-        storage = value.untyped_storage()
-        found[storage.data_ptr()] = storage.nbytes()
-    elif isinstance(value, Mapping):
-        for one in value.values():
-            _bytes(one, found)
-    elif isinstance(value, (list, tuple)):
-        for one in value:
-            _bytes(one, found)
-    elif isinstance(getattr(value, "data", None), Tensor):  # Avalanche's ParamData
-        _bytes(value.data, found)
-    return found
 
 
 # --- all runs -------------------------------------------------------------------------------------

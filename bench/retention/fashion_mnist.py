@@ -1,4 +1,7 @@
-"""Fashion-MNIST (Xiao et al. 2017, arXiv:1708.07747): 28×28 pixels, 60 000 + 10 000 images."""
+"""Fashion-MNIST (Xiao et al. 2017, arXiv:1708.07747): 28×28 pixels, 60 000 + 10 000 images.
+
+MNIST's files have the same names and the same format.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +38,20 @@ def fashion_mnist(folder: Path | None = None) -> Task:
     if folder is None and not DEBIAN_FOLDER.is_dir():
         x, y, test_x, test_y = _from_torchvision()
     else:
-        x, y, test_x, test_y = _from_files(folder or DEBIAN_FOLDER)
+        x, y, test_x, test_y = _from_files(folder or DEBIAN_FOLDER, "Fashion-MNIST")
+    return _task(x, y, test_x, test_y)
+
+
+def mnist(folder: Path) -> Task:
+    """Load MNIST likewise, from its four IDX files, gzipped or not.
+
+    Raises:
+        DataError: The files are missing, damaged, or of another data set.
+    """
+    return _task(*_from_files(folder, "MNIST"))
+
+
+def _task(x: Tensor, y: Tensor, test_x: Tensor, test_y: Tensor) -> Task:
     shuffled = torch.randperm(len(x), generator=generator(0, "fashion-mnist validation"))
     validation, train = shuffled[:_VALIDATION_SIZE], shuffled[_VALIDATION_SIZE:]
     return Task(
@@ -43,15 +59,15 @@ def fashion_mnist(folder: Path | None = None) -> Task:
     )
 
 
-def _from_files(folder: Path) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _from_files(folder: Path, name: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     parts = []
     for part in ("train", "t10k"):
         images = _read_idx(folder / _IMAGES[part])
         labels = _read_idx(folder / _LABELS[part])
         if images.ndim != 3 or labels.shape != images.shape[:1]:
             raise DataError(
-                f"{folder} is not Fashion-MNIST: its {part} images have shape {images.shape} and "
-                f"its labels {labels.shape}."
+                f"{folder} is not {name}: its {part} images have shape {images.shape} and its "
+                f"labels {labels.shape}."
             )
         parts += [_pixels(images), torch.from_numpy(labels.astype(np.int64))]
     x, y, test_x, test_y = parts
@@ -80,10 +96,18 @@ def _pixels(images: NDArray[np.uint8]) -> Tensor:
 
 
 def _read_idx(path: Path) -> NDArray[np.uint8]:
-    """Read a gzipped IDX file of bytes: 0, 0, type 8, dimensions; sizes as big-endian uint32."""
+    """Read an IDX file of bytes: 0, 0, type 8, dimensions; sizes as big-endian uint32.
+
+    Args:
+        path: Of the gzipped file; without it, the one that it was made from is read.
+    """
+    plain = path.with_suffix("")
     try:
-        with gzip.open(path) as file:
-            content = file.read()
+        if plain.is_file() and not path.exists():
+            content = plain.read_bytes()
+        else:
+            with gzip.open(path) as file:
+                content = file.read()
     except FileNotFoundError:
         raise DataError(f"{path} does not exist.") from None
     except (OSError, EOFError) as error:

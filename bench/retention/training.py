@@ -1,8 +1,9 @@
-"""What the benchmarks on texts and budgets do alike in training."""
+"""What several benchmarks do alike in training."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,3 +38,23 @@ def part_of(batch: int, fraction: float, rounding: torch.Generator) -> int:
     """Return how many windows of a batch a fraction is: right on average, not in each batch."""
     share = fraction * batch
     return int(share) + int(torch.rand((), generator=rounding).item() < share % 1)
+
+
+def tensor_bytes(value: Any) -> int:
+    """Return the bytes of all tensors in nested containers, each storage once."""
+    return sum(_storages(value, {}).values())
+
+
+def _storages(value: Any, found: dict[int, int]) -> dict[int, int]:
+    if isinstance(value, Tensor):
+        storage = value.untyped_storage()
+        found[storage.data_ptr()] = storage.nbytes()
+    elif isinstance(value, Mapping):
+        for one in value.values():
+            _storages(one, found)
+    elif isinstance(value, (list, tuple)):
+        for one in value:
+            _storages(one, found)
+    elif isinstance(getattr(value, "data", None), Tensor):  # Avalanche's ParamData
+        _storages(value.data, found)
+    return found

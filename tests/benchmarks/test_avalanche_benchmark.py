@@ -26,6 +26,7 @@ from bench.retention.avalanche import (
     Run,
     Setting,
 )
+from bench.retention.training import tensor_bytes
 from cl_optim.demo.report import write_markdown
 from cl_optim.demo.scenarios import digits
 
@@ -71,8 +72,7 @@ def test_samples_are_drawn_from_the_seed(name):
 
 def test_bytes_are_counted_once():
     big = torch.zeros(100)
-    counted = benchmark._bytes({"a": [big, big[:10]], "b": (torch.zeros(5),), "c": "no"})
-    assert sum(counted.values()) == 420
+    assert tensor_bytes({"a": [big, big[:10]], "b": (torch.zeros(5),), "c": "no"}) == 420
 
 
 @pytest.mark.parametrize("name", benchmark.SCENARIOS)

@@ -1,24 +1,19 @@
-"""Reading Fashion-MNIST's files; the real ones too, where Debian's package is installed."""
+"""Reading Fashion-MNIST's and MNIST's files; real ones, where Debian's package is installed."""
 
 from __future__ import annotations
 
 import gzip
 import importlib.util
-import struct
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from idx_files import write_idx
 
 from bench.retention import fashion_mnist as module
 from bench.retention.fashion_mnist import DEBIAN_FOLDER, fashion_mnist
 from cl_optim.demo.scenarios import DataError
-
-
-def write_idx(path: Path, array: np.ndarray) -> None:
-    header = bytes([0, 0, 8, array.ndim]) + struct.pack(f">{array.ndim}I", *array.shape)
-    path.write_bytes(gzip.compress(header + array.astype(np.uint8).tobytes()))
 
 
 @pytest.fixture
@@ -41,6 +36,15 @@ def test_reads_the_files(folder):
         assert split.x.min() >= 0
         assert split.x.max() <= 1
         assert torch.equal((split.x[:, 0] * 255).round().long(), split.y)
+
+
+def test_mnist_is_read_likewise_gzipped_or_not(folder):
+    task, expected = module.mnist(folder), fashion_mnist(folder)
+    assert torch.equal(task.train.x, expected.train.x)
+    for path in [*folder.iterdir()]:
+        path.with_suffix("").write_bytes(gzip.decompress(path.read_bytes()))
+        path.unlink()
+    assert torch.equal(module.mnist(folder).test.x, expected.test.x)
 
 
 def test_always_the_same_validation_samples(folder):

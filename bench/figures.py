@@ -363,6 +363,68 @@ def growth() -> list[str]:
     return in_rows(made)
 
 
+def van_de_ven() -> list[str]:
+    """Return the rows of three types of incremental learning: what each method ends at."""
+    from bench.retention.van_de_ven import methods, scenarios
+    from bench.retention.van_de_ven.runs import from_record
+    from cl_optim.demo import metrics
+    from cl_optim.demo.report import in_percent
+
+    results = from_record(load("van-de-ven.json"))
+    made = []
+    for method in methods.METHODS:
+        runs = results.runs["class", method.key]
+        made.append(
+            [
+                method.label,
+                *(
+                    in_percent(results.interval(name, method, metrics.acc))
+                    for name in scenarios.SPLITS
+                ),
+                f"{statistics.fmean(run.cpu_seconds for run in runs):.1f}",
+                f"{runs[0].state_bytes / 1e6:.1f}",
+            ]
+        )
+    return in_rows(made)
+
+
+def van_de_ven_pairs() -> list[str]:
+    """Return the rows of what ours and what is simpler keep beside van de Ven's EWC."""
+    from bench.retention.van_de_ven import methods, scenarios
+    from bench.retention.van_de_ven.runs import from_record
+    from cl_optim.demo import metrics
+    from cl_optim.demo.report import in_percent
+
+    results = from_record(load("van-de-ven.json"))
+    made = []
+    for method in (*methods.OURS, methods.SMALL_RATE, methods.INTERPOLATION):
+        row = [method.label]
+        for name in scenarios.SPLITS:
+            acc = results.paired(name, method, methods.THEIRS, metrics.acc)
+            both = (results.runs[name, one.key] for one in (method, methods.THEIRS))
+            ratios = [a.cpu_seconds / b.cpu_seconds for a, b in zip(*both, strict=True)]
+            said = in_percent(acc, signed=True).replace("-", "−")
+            row.append(f"{said}; {statistics.fmean(ratios):.2f}")
+        made.append(row)
+    return in_rows(made)
+
+
+def van_de_ven_numbers() -> dict[str, str]:
+    """Return how much of the way from fine-tuning to joint training EWC goes, in per cent."""
+    from bench.retention.van_de_ven import methods, scenarios
+    from bench.retention.van_de_ven.report import part_of_gap
+    from bench.retention.van_de_ven.runs import from_record
+
+    results = from_record(load("van-de-ven.json"))
+    told = {"their": methods.THEIRS, "diagonal": methods.DIAGONAL}
+    told["kronecker"] = methods.KRONECKER
+    return {
+        f"{key}_{name}": str(round(100 * part_of_gap(results, name, method)))
+        for key, method in told.items()
+        for name in scenarios.SPLITS
+    }
+
+
 # --- where they stand -----------------------------------------------------------------------------
 
 PLACES: list[Table | Sentence] = [
@@ -458,6 +520,25 @@ PLACES: list[Table | Sentence] = [
         "| | cost on German, % | lost: prose | Python | sayings | kept, % | on the way back, at "
         "1 % | at 2 % | s a step | GiB |",
         pretrained,
+    ),
+    Table(
+        "docs/results.md",
+        "| ACC | task-incremental | domain-incremental | class-incremental | s, class-incremental "
+        "| MB |",
+        van_de_ven,
+    ),
+    Table(
+        "docs/results.md",
+        "| − van de Ven's EWC, paired by seed: ACC; time ÷ its | task-incremental "
+        "| domain-incremental | class-incremental |",
+        van_de_ven_pairs,
+    ),
+    Sentence(
+        "docs/results.md",
+        "in these three, van de Ven's EWC goes {their_task}, {their_domain} and {their_class} % of "
+        "it, our diagonal {diagonal_task}, {diagonal_domain} and {diagonal_class} %, Kronecker "
+        "importance {kronecker_task}, {kronecker_domain} and {kronecker_class} %",
+        van_de_ven_numbers,
     ),
     Table(
         "bench/RESULTS.md",

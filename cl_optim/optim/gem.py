@@ -176,7 +176,8 @@ class GEM(Wrapper):
     def _forget_steps(self) -> None:
         self._solver = Solver()
         self._invalid_steps = InvalidSteps()
-        self._last: tuple[Projection, Products] | None = None
+        # Of which a report is made when it is asked for.
+        self._last: tuple[nnqp.Solution, Tensor, Products, Tensor | None] | None = None
 
     @property
     def average(self) -> bool:
@@ -377,13 +378,13 @@ class GEM(Wrapper):
         memory_rows = self._memories.rows
         rows_have_changed = bool(memory_rows.stale)
         grads = [param.grad for param in memory_rows.params]
-        used, by_param = memory_rows.products(grads)
+        used, packed = memory_rows.products(grads)
         params = [memory_rows.params[i] for i in used]
         rows = [memory_rows.by_param[i] for i in used]
         blocks = Blocks(self.blocks, shards.sizes(), used)
         counted = [shards.counts(param) for param in params]
-        of_blocks = (blocks.sum(_of_counted(values, counted)) for values in by_param)
-        products = Products(*shards.together.added(*of_blocks))
+        (packed,) = shards.together.added(blocks.sum(_of_counted(packed, counted)))
+        products = Products.of(packed)
         terms = sum(shards.size(param) for param in params)
         solution = self._solver.solve(
             products, self.memory_strength, used, terms, begin_anew=rows_have_changed
@@ -407,7 +408,7 @@ class GEM(Wrapper):
             moved = [param.detach() - old for param, old in zip(params, before, strict=True)]
             dots = gram_ops.dots_per_tensor(rows, moved)[:, : len(memory_rows)]
             (update_dot,) = shards.together.added(_of_counted(dots, counted).sum(0))
-        self._last = report(solution, v, products, update_dot), products
+        self._last = solution, v, products, update_dot
         self._memories.grow_older()
         if is_refused:
             raise RuntimeError(INVALID)
@@ -445,7 +446,7 @@ class GEM(Wrapper):
         Raises:
             RuntimeError: There was no step yet, or the last one had no memories or no gradients.
         """
-        return self._last_step()[0]
+        return report(*self._last_step())
 
     def conflicts(self) -> Tensor:
         """Return the cosines of the last step's gradient, not yet projected, with the memory rows.
@@ -458,10 +459,10 @@ class GEM(Wrapper):
         Raises:
             RuntimeError: There was no step yet, or the last one had no memories or no gradients.
         """
-        by_block = cosines(self._last_step()[1])
+        by_block = cosines(self._last_step()[2])
         return by_block[0] if self.blocks == "global" else by_block
 
-    def _last_step(self) -> tuple[Projection, Products]:
+    def _last_step(self) -> tuple[nnqp.Solution, Tensor, Products, Tensor | None]:
         if self._last is None:
             raise RuntimeError(
                 "there is no projection to report: no step was taken yet, or the last one had no "

@@ -21,11 +21,16 @@ from cl_optim.optim.shards import Shards
 
 
 class Products(NamedTuple):
-    """Of rows and gradient, by parameter or block: Q [n, t, t], c [n, t], ‖g‖² [n]; float64."""
+    """Of rows and gradient, by block: Q [n, t, t], c [n, t], ‖g‖² [n]; float64."""
 
     gram: Tensor
     linear: Tensor
     square: Tensor
+
+    @classmethod
+    def of(cls, packed: Tensor) -> Products:
+        """Return views of what :meth:`MemoryRows.products` returns."""
+        return cls(packed[:, :-1, :-1], packed[:, -1, :-1], packed[:, -1, -1])
 
 
 class MemoryRows:
@@ -102,15 +107,24 @@ class MemoryRows:
 
     def write(self, k: int, values: Mapping[Tensor, Tensor]) -> None:
         """Replace a row; it is zero for the parameters without a value."""
+        written, found = [], []
         for param, rows in zip(self.params, self.by_param, strict=True):
             if param in values:
-                rows[k] = values[param]
+                written.append(rows[k])
+                found.append(values[param])
             else:
                 rows[k] = 0.0
+        if written:
+            torch._foreach_copy_(written, found)
         self.stale.add(k)
 
-    def products(self, grads: Sequence[Tensor | None]) -> tuple[list[int], Products]:
-        """Multiply by the gradients: indices and products of the parameters that have one."""
+    def products(self, grads: Sequence[Tensor | None]) -> tuple[list[int], Tensor]:
+        """Multiply by the gradients: indices and products of the parameters that have one.
+
+        Returns:
+            The indices, and [n, t + 1, t + 1] float64: Q, then c and ‖g‖² in the last row. (The
+            last column may be zero.)
+        """
         size = len(self)
         used = [i for i, grad in enumerate(grads) if grad is not None]
         index = None if len(used) == len(grads) else on_device(used, self.gram.device)
@@ -119,20 +133,22 @@ class MemoryRows:
             # a gradient needs its Q all the same, for a later step.
             pairs = zip(self.by_param, grads, strict=True)
             fill = [rows[0] if grad is None else grad for rows, grad in pairs]
-            whole = gram_ops.gram_per_tensor(self.by_param, fill)
-            self.gram = whole[:, :size, :size].clone()
-            dots = whole[:, size] if index is None else whole[:, size].index_select(0, index)
-        else:
-            for k in sorted(self.stale):
-                row = [rows[k] for rows in self.by_param]
-                column = gram_ops.dots_per_tensor(self.by_param, row)
-                self.gram[:, k] = column[:, :size]
-                self.gram[:, :, k] = column[:, :size]
-            given = [grad for grad in grads if grad is not None]
-            dots = gram_ops.dots_per_tensor([self.by_param[i] for i in used], given)
+            packed = gram_ops.gram_per_tensor(self.by_param, fill)
+            self.gram = packed[:, :size, :size].clone()
+            self.stale.clear()
+            return used, packed if index is None else packed.index_select(0, index)
+        for k in sorted(self.stale):
+            row = [rows[k] for rows in self.by_param]
+            column = gram_ops.dots_per_tensor(self.by_param, row)
+            self.gram[:, k] = column[:, :size]
+            self.gram[:, :, k] = column[:, :size]
         self.stale.clear()
-        gram = self.gram if index is None else self.gram.index_select(0, index)
-        return used, Products(gram, dots[:, :size], dots[:, size])
+        given = [grad for grad in grads if grad is not None]
+        dots = gram_ops.dots_per_tensor([self.by_param[i] for i in used], given)
+        packed = dots.new_zeros(len(used), size + 1, size + 1)
+        packed[:, :size, :size] = self.gram if index is None else self.gram.index_select(0, index)
+        packed[:, size] = dots
+        return used, packed
 
     def state_dict(self, places: Sequence[int], shards: Shards) -> dict[str, Any]:
         """Return rows by the parameters' places among all, Q, and which of it is to be computed."""

@@ -85,7 +85,7 @@ class GEM(Wrapper):
     on the same samples in every process, or with ``ranks="mean"`` each on its own. Where the model
     is spread over processes (DTensors of ``fully_shard`` or tensor parallelism), they run it as
     training does, each process on its own samples; products are summed over processes, in one
-    order, so that all find the same v: 8 (t² + t + 1) bytes per block are sent in a step.
+    order, so that all find the same v: 8 (t + 1)² bytes per block are sent in a step.
 
     Nothing here waits for a GPU, with one exception: to skip a step that is invalid, it must be
     known to be. The wrapped optimizer finds out by itself where it supports this

@@ -590,7 +590,7 @@ class TestGEM:
     def test_bytes_that_a_step_sends(self, results):
         for told in results["sent"]:
             assert told == {
-                "EWCAdamW": [0, 0, 0], "EWC": [0, 0, 0], "GEM": [8 * (3 * 3 + 3 + 1)] * 3
+                "EWCAdamW": [0, 0, 0], "EWC": [0, 0, 0], "GEM": [8 * (3 + 1) ** 2] * 3
             }  # fmt: skip
 
     def test_state_of_the_whole_and_memory_that_moves(self, results):

@@ -363,6 +363,80 @@ def growth() -> list[str]:
     return in_rows(made)
 
 
+# Columns of the tables beside Avalanche: scenario and optimizer.
+BESIDE = [(name, inner) for name in ("permuted", "split") for inner in ("AdamW", "SGD")]
+
+
+def avalanche_runs() -> dict[tuple[str, str, str], list[dict[str, Any]]]:
+    """Return the runs of each scenario, optimizer and method."""
+    rows = load("avalanche.json")["rows"]
+    return {(row["scenario"], row["optimizer"], row["method"]): row["runs"] for row in rows}
+
+
+def avalanche() -> list[str]:
+    """Return the rows of what Avalanche's methods and ours end at, in its own loop."""
+    from bench.retention.avalanche import METHODS
+    from cl_optim.demo.metrics import Interval
+    from cl_optim.demo.report import in_percent
+
+    runs = avalanche_runs()
+    made = []
+    for method in METHODS:
+        shown = runs["permuted", "AdamW", method.key]
+        accs = [Interval.of([run["acc"] for run in runs[(*one, method.key)]]) for one in BESIDE]
+        made.append(
+            [
+                method.label.removeprefix("cl_optim: "),
+                *map(in_percent, accs),
+                f"{statistics.fmean(run['cpu_seconds'] for run in shown):.2f}",
+                f"{shown[0]['state_bytes'] / 1e6:.1f}",
+            ]
+        )
+    return in_rows(made)
+
+
+def avalanche_pairs() -> list[str]:
+    """Return the rows of ours beside Avalanche's: ACC, and the time."""
+    from bench.retention.avalanche import PAIRS
+    from cl_optim.demo.metrics import Interval
+    from cl_optim.demo.report import in_percent
+
+    made = []
+    for ours, theirs in PAIRS:
+        row = [ours.label.removeprefix("cl_optim: ")]
+        for one in BESIDE:
+            more = Interval.of(
+                [a["acc"] - b["acc"] for a, b in avalanche_paired(one, ours, theirs)]
+            )
+            said = in_percent(more, signed=True).replace("-", "\N{MINUS SIGN}")
+            row.append(f"{said}; {avalanche_time(one, ours, theirs):.2f}")
+        made.append(row)
+    return in_rows(made)
+
+
+def avalanche_paired(one: tuple[str, str], ours: Any, theirs: Any) -> list[tuple[Any, Any]]:
+    """Return the runs of two methods with the same seed."""
+    runs = avalanche_runs()
+    return list(zip(runs[(*one, ours.key)], runs[(*one, theirs.key)], strict=True))
+
+
+def avalanche_time(one: tuple[str, str], ours: Any, theirs: Any) -> float:
+    """Return how many times as long ours takes."""
+    pairs = avalanche_paired(one, ours, theirs)
+    return statistics.fmean(a["cpu_seconds"] / b["cpu_seconds"] for a, b in pairs)
+
+
+def avalanche_numbers() -> dict[str, str]:
+    """Return what is said of GEM's time beside Avalanche's."""
+    from bench.retention.avalanche import OUR_GEM, OUR_GEM_10, THEIR_GEM
+
+    numbers = {}
+    for key, ours in (("gem", OUR_GEM), ("gem10", OUR_GEM_10)):
+        times = [avalanche_time(one, ours, THEIR_GEM) for one in BESIDE]
+        numbers |= {key: f"{min(times):.2f}", f"{key}_most": f"{max(times):.2f}"}
+    return numbers
+
+
 def van_de_ven() -> list[str]:
     """Return the rows of three types of incremental learning: what each method ends at."""
     from bench.retention.van_de_ven import methods, scenarios
@@ -407,6 +481,20 @@ def van_de_ven_pairs() -> list[str]:
             row.append(f"{said}; {statistics.fmean(ratios):.2f}")
         made.append(row)
     return in_rows(made)
+
+
+def class_incremental() -> dict[str, str]:
+    """Return what Kronecker importance, fine-tuning and joint training end at, in per cent."""
+    from bench.retention.van_de_ven.methods import JOINT, KRONECKER, NONE
+    from bench.retention.van_de_ven.runs import from_record
+    from cl_optim.demo import metrics
+
+    results = from_record(load("van-de-ven.json"))
+    told = {"kronecker": KRONECKER, "none": NONE, "joint": JOINT}
+    return {
+        key: f"{100 * results.interval('class', method, metrics.acc).mean:.0f}"
+        for key, method in told.items()
+    }
 
 
 def van_de_ven_numbers() -> dict[str, str]:
@@ -461,6 +549,12 @@ PLACES: list[Table | Sentence] = [
         "takes {foreach} to {foreach_most} times as long as `EWCAdamW`, with one by autograd "
         "{autograd} to {autograd_most} times",
         step_numbers,
+    ),
+    Sentence(
+        "README.md",
+        "importance it ended at {kronecker} %, fine-tuning at {none} and training on all classes "
+        "at once at {joint}",
+        class_incremental,
     ),
     Sentence(
         "README.md",
@@ -539,6 +633,24 @@ PLACES: list[Table | Sentence] = [
         "it, our diagonal {diagonal_task}, {diagonal_domain} and {diagonal_class} %, Kronecker "
         "importance {kronecker_task}, {kronecker_domain} and {kronecker_class} %",
         van_de_ven_numbers,
+    ),
+    Table(
+        "docs/results.md",
+        "| ACC | permuted, AdamW | permuted, SGD | split, AdamW | split, SGD | s, permuted, AdamW "
+        "| MB |",
+        avalanche,
+    ),
+    Table(
+        "docs/results.md",
+        "| ours − Avalanche's, paired by seed: ACC; time ÷ theirs | permuted, AdamW | permuted, "
+        "SGD | split, AdamW | split, SGD |",
+        avalanche_pairs,
+    ),
+    Sentence(
+        "docs/results.md",
+        "GEM with the same rows takes {gem} to {gem_most} of its time, with rows that are computed "
+        "every ten steps {gem10} to {gem10_most}.**",
+        avalanche_numbers,
     ),
     Table(
         "bench/RESULTS.md",

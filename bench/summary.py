@@ -29,12 +29,30 @@ HEAD = ("", "ms", "÷ best peer", "range", "÷ {base}", "% of the floor", "MB be
 
 
 def record(report: dict[str, Any]) -> dict[str, Any]:
-    """Return what is kept of a report."""
-    groups: Groups = report["told"]
+    """Return what is kept of a report.
+
+    Raises:
+        SystemExit: A contender was not asked in each turn, or not the one that others are divided
+            by: ratios are of what was measured in the same turn.
+    """
+    asked: dict[tuple[str, str], Turns] = {}
     for benchmark in report["benchmarks"]:
         info = benchmark["extra_info"]
-        about = groups[benchmark["group"]]["contenders"][info["contender"]]
-        about.setdefault("seconds", []).append(float(f"{benchmark['stats']['median']:.4g}"))
+        of_contender = asked.setdefault((benchmark["group"], info["contender"]), {})
+        of_contender[info["turn"]] = float(f"{benchmark['stats']['median']:.4g}")
+    groups: Groups = report["told"]
+    for name, group in groups.items():
+        every = {turn for (of, _), found in asked.items() if of == name for turn in found}
+        for label, about in group["contenders"].items():
+            if "not here" in about:
+                continue
+            found = asked.get((name, label), {})
+            if found.keys() != every:
+                raise SystemExit(
+                    f"{name}: {label} was asked in {len(found)} of {len(every)} turns; ask the "
+                    "whole question, without -k on its contenders."
+                )
+            about["seconds"] = [found[turn] for turn in sorted(found)]
     return {"machine": report["machine_info"], "groups": groups}
 
 

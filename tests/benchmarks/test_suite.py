@@ -184,6 +184,21 @@ def test_rows_have_ratios_to_the_best_peer_base_and_floor():
     ]
 
 
+def test_turns_are_paired_by_their_number():
+    report = a_report()
+    expected = summary.record(a_report())
+    report["benchmarks"].reverse()
+    assert summary.record(report) == expected
+
+
+@pytest.mark.parametrize("missing", [0, 3, 11], ids=["ours", "base", "floor"])
+def test_a_turn_that_is_missing_is_an_error(missing):
+    report = a_report()
+    del report["benchmarks"][missing]
+    with pytest.raises(SystemExit, match=r"was asked in 2 of 3 turns; ask the whole question"):
+        summary.record(report)
+
+
 def test_a_record_is_written_and_read(tmp_path, monkeypatch, capsys):
     report, kept = tmp_path / "report.json", tmp_path / "kept.json"
     report.write_text(json.dumps(a_report()))

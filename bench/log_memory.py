@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import argparse
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from log_round_trip import fisher
+from suite import Work, peak_bytes
 
 from cl_optim import ImportanceLog
 from cl_optim.importance import codecs
@@ -21,18 +21,11 @@ from cl_optim.importance import codecs
 TENSORS, SIDE = 12, 8000
 
 
-def peak(work: Callable[[], object]) -> float:
-    """How much resident memory rose at most during ``work``, in MB."""
-    Path("/proc/self/clear_refs").write_text("5")  # the peak is the present from here on
-    before = resident("VmRSS")
-    work()
-    return resident("VmHWM") - before
-
-
-def resident(field: str) -> float:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    line = next(line for line in lines if line.startswith(field))
-    return int(line.split()[1]) * 1024 / 1e6
+def megabytes(work: Work) -> float:
+    peak = peak_bytes(work)
+    if peak is None:
+        raise SystemExit("The peak of a process's memory is told by Linux: run this there.")
+    return peak / 1e6
 
 
 def read(log: ImportanceLog) -> None:
@@ -49,8 +42,8 @@ def main() -> None:
     for name in codecs.NAMES:
         with tempfile.TemporaryDirectory(dir=folder) as path:
             log = ImportanceLog(path)
-            writing = peak(lambda: log.record("task", importance, codec=name))  # noqa: B023
-            reading = peak(lambda: read(log))  # noqa: B023
+            writing = megabytes(lambda: log.record("task", importance, codec=name))  # noqa: B023
+            reading = megabytes(lambda: read(log))  # noqa: B023
             mapped = log["task"].nbytes / 1e6
         print(f"{name}: writing {writing:.0f} MB, reading {reading:.0f}, files {mapped:.0f}")
 

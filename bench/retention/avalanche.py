@@ -25,18 +25,16 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor, nn
 
-from bench.retention.fashion_mnist import fashion_mnist
+from bench.retention.saved_runs import Run, once
 from bench.retention.training import tensor_bytes
 from cl_optim import EWC, GEM, EWCAdamW
 from cl_optim.demo import metrics
 from cl_optim.demo.metrics import Interval, Matrix
 from cl_optim.demo.report import in_percent, number_table, versions, with_interval, write_markdown
 from cl_optim.demo.scenarios import (
-    DataError,
     Scenario,
     Split,
     Task,
-    digits,
     generator,
     permuted,
     split,
@@ -140,40 +138,7 @@ SCENARIOS: dict[str, Callable[[Task, int, int], Scenario]] = {"permuted": permut
 INNERS: tuple[Inner, ...] = ("AdamW", "SGD")
 
 
-@dataclass(frozen=True)
-class Run:
-    """One method, trained with one seed.
-
-    Attributes:
-        matrix: R [T, T], the accuracies on all tasks after each.
-        seconds: Of training and of what the plugin does at the ends of tasks, by the clock.
-        cpu_seconds: The same, of the process alone.
-        state_bytes: What the method keeps beside the weights, and beside what the optimizer alone
-            has: importance, anchors, samples, rows.
-    """
-
-    matrix: tuple[tuple[float, ...], ...]
-    seconds: float
-    cpu_seconds: float
-    state_bytes: int
-
-    @property
-    def r(self) -> Matrix:
-        """Return the accuracies as an array."""
-        return np.asarray(self.matrix)
-
-
 # --- data -----------------------------------------------------------------------------------------
-
-
-def load(setting: Setting, folder: Path | None) -> tuple[str, Task]:
-    """Return Fashion-MNIST where it is, else the digits of scikit-learn; with its name."""
-    try:
-        return "Fashion-MNIST", fashion_mnist(folder)
-    except DataError:
-        if folder is not None:
-            raise
-        return "digits", digits()
 
 
 def scenario_of(name: str, data: Task, setting: Setting, seed: int) -> Scenario:
@@ -365,21 +330,15 @@ def measure(
     def run(
         name: str, inner: Inner, method: Method, strength: float, seed: int, held_out: HeldOut
     ) -> Run:
-        where = f"{name}-{inner}-{method.key}-{strength:g}-{held_out}-{seed}.json"
         on_run(f"{name}, {inner}: {method.label}")
-        path = folder / where
-        common = json.loads(json.dumps({"data": data[0], **asdict(setting)}))
-        if path.exists():
-            saved = json.loads(path.read_text(encoding="utf-8"))
-            if saved.pop("setting") == common:
-                matrix = tuple(map(tuple, saved.pop("matrix")))
-                return Run(matrix, **saved)
-        scenario = scenario_of(name, data[1], setting, seed)
-        done = train(scenario, method, strength, inner, setting, seed, held_out)
-        partial = path.with_suffix(".partial")
-        partial.write_text(json.dumps({"setting": common, **asdict(done)}) + "\n", encoding="utf-8")
-        partial.replace(path)
-        return done
+        path = folder / f"{name}-{inner}-{method.key}-{strength:g}-{held_out}-{seed}.json"
+
+        def make() -> Run:
+            scenario = scenario_of(name, data[1], setting, seed)
+            return train(scenario, method, strength, inner, setting, seed, held_out)
+
+        about = {"data": data[0], "avalanche": _version(), "options": method.options}
+        return once(path, Run, {**about, **asdict(setting)}, make)
 
     folder.mkdir(parents=True, exist_ok=True)
     for name in SCENARIOS:

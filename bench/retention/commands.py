@@ -20,7 +20,7 @@ from bench.retention import (
     sweep,
     sweep_report,
 )
-from bench.retention.fashion_mnist import fashion_mnist
+from bench.retention.fashion_mnist import fashion_mnist, load
 from bench.retention.grids import GRIDS, sweep_seeds
 from bench.retention.sweep import Score
 from cl_optim.demo import report
@@ -190,7 +190,7 @@ def run_avalanche(
         ModuleNotFoundError: Avalanche is not installed.
     """
     console, setting = new_console(), avalanche.Setting()
-    data = avalanche.load(setting, folder)
+    data = load("fashion-mnist", folder)
     with one_thread(), progress_bar(console) as progress:
         total = avalanche.count_runs(seeds, avalanche.SWEEP_SEEDS, inners)
         bar = progress.add_task("", total=total)

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cl_optim.demo.scenarios import DataError, Split, Task, generator
+from cl_optim.demo.scenarios import DataError, Split, Task, digits, generator
 
 # Where Debian's package dataset-fashion-mnist puts the files.
 DEBIAN_FOLDER = Path("/usr/share/datasets/fashion-mnist")
@@ -49,6 +49,28 @@ def mnist(folder: Path) -> Task:
         DataError: The files are missing, damaged, or of another data set.
     """
     return _task(*_from_files(folder, "MNIST"))
+
+
+def load(data: str, folder: Path | None) -> tuple[str, Task]:
+    """Return a data set with its name; without its files, digits in place of Fashion-MNIST.
+
+    Args:
+        data: ``"fashion-mnist"`` or ``"mnist"``.
+        folder: Of the four IDX files; MNIST needs one.
+
+    Raises:
+        DataError: The folder has no such files.
+    """
+    if data == "mnist":
+        if folder is None:
+            raise DataError("MNIST's four IDX files are needed: name their folder with --data-dir.")
+        return "MNIST", mnist(folder)
+    try:
+        return "Fashion-MNIST", fashion_mnist(folder)
+    except DataError:
+        if folder is not None:
+            raise
+        return "digits", digits()
 
 
 def _task(x: Tensor, y: Tensor, test_x: Tensor, test_y: Tensor) -> Task:

@@ -13,6 +13,7 @@ from rich import box
 
 from bench.retention import __main__ as retention
 from bench.retention import avalanche as benchmark
+from bench.retention import commands
 from bench.retention.avalanche import (
     METHODS,
     NAIVE,
@@ -141,7 +142,7 @@ def test_the_command_writes_what_was_run(tmp_path, monkeypatch, capsys):
     methods = [few(m) for m in METHODS if avalanche_cases.IS_REAL or m.library != "Avalanche"]
     monkeypatch.setattr(benchmark, "METHODS", tuple(methods))
     monkeypatch.setattr(benchmark, "Setting", lambda: SMALL)
-    monkeypatch.setattr(benchmark, "load", lambda setting, folder: ("digits", digits()))
+    monkeypatch.setattr(commands, "load", lambda name, folder: ("digits", digits()))
     arguments = ["avalanche", "--seeds", "2", "--optimizers", "AdamW", "--out", str(tmp_path)]
     assert retention.main(arguments) == 0
     assert "Kronecker" in capsys.readouterr().out

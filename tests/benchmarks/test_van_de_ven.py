@@ -15,7 +15,8 @@ from rich import box
 from torch import nn
 
 from bench.retention import __main__ as retention
-from bench.retention.van_de_ven import report, runs, scenarios
+from bench.retention import fashion_mnist
+from bench.retention.van_de_ven import report, runs
 from bench.retention.van_de_ven.methods import (
     DIAGONAL,
     INTERPOLATION,
@@ -280,7 +281,7 @@ def test_every_method_has_as_many_candidates():
 
 
 def run_of(acc: float, seconds: float) -> Run:
-    return Run(((acc + 0.1, 0.1), (acc, acc)), 2 * seconds, seconds, 0.5, 10**6)
+    return Run(((acc + 0.1, 0.1), (acc, acc)), 2 * seconds, seconds, 10**6, 0.5)
 
 
 def results_of(accs: dict[str, tuple[float, float]]) -> Results:
@@ -339,7 +340,7 @@ def test_the_command_writes_what_was_run(tmp_path, data, monkeypatch, capsys):
         for method in METHODS
     ]
     monkeypatch.setattr(runs, "METHODS", tuple(few))
-    monkeypatch.setattr(scenarios, "load", lambda name, folder: ("digits", data))
+    monkeypatch.setattr(fashion_mnist, "load", lambda name, folder: ("digits", data))
     arguments = ["van-de-ven", "--seeds", "2", "--iterations", "3", "--fisher-samples", "4"]
     assert retention.main([*arguments, "--scenarios", "class", "--out", str(tmp_path)]) == 0
     assert "Class-incremental: 5 contexts, 3 iterations each" in capsys.readouterr().out
@@ -368,7 +369,7 @@ def test_the_command_writes_what_was_run(tmp_path, data, monkeypatch, capsys):
 )
 def test_wrong_arguments_are_told(tmp_path, data, monkeypatch, capsys, arguments, message):
     if "--contexts" in arguments:
-        monkeypatch.setattr(scenarios, "load", lambda name, folder: ("digits", data))
+        monkeypatch.setattr(fashion_mnist, "load", lambda name, folder: ("digits", data))
     with pytest.raises(SystemExit) as error:
         retention.main(["van-de-ven", *arguments, "--out", str(tmp_path)])
     assert error.value.code == 2
@@ -381,7 +382,7 @@ def test_mnist_is_read_from_its_own_files(tmp_path):
         images = numbers.integers(0, 256, (count, 2, 2))
         write_idx(tmp_path / f"{part}-images-idx3-ubyte.gz", images)
         write_idx(tmp_path / f"{part}-labels-idx1-ubyte.gz", np.arange(count) % 10)
-    name, task = scenarios.load("mnist", tmp_path)
+    name, task = fashion_mnist.load("mnist", tmp_path)
     assert (name, len(task.train.y), len(task.test.y)) == ("MNIST", 10, 20)
     with pytest.raises(DataError, match=r"does not exist"):
-        scenarios.load("fashion-mnist", tmp_path / "nowhere")
+        fashion_mnist.load("fashion-mnist", tmp_path / "nowhere")

@@ -7,7 +7,7 @@ import resource
 import shutil
 import statistics
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
@@ -21,6 +21,7 @@ from bench.retention.pretrained import base
 from bench.retention.pretrained.methods import Method, Setting
 from bench.retention.pretrained.probes import ask
 from bench.retention.pretrained.texts import Domain, Part, code, german, prose, sayings
+from bench.retention.saved_runs import write
 from bench.retention.training import part_of, rate_factor
 from cl_optim import EWCAdamW, Importance, KroneckerImportance, estimate_fisher
 from cl_optim.demo.methods import WEIGHT_DECAY, Structure
@@ -272,13 +273,6 @@ def learn(
     memory = _most_memory()
     merged = model if lora is None else lora.merge_and_unload()
     return merged.eval().requires_grad_(True), statistics.median(seconds), memory
-
-
-def write(path: Path, record: Mapping[str, Any]) -> None:
-    """Write JSON: the whole file or none."""
-    beside = path.with_suffix(".partial")
-    beside.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    beside.replace(path)
 
 
 def _importance(method: Method, place: Place, seed: int) -> Importance | None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from bench.retention.van_de_ven import report, runs, scenarios
+from bench.retention import fashion_mnist
+from bench.retention.van_de_ven import report, runs
 from bench.retention.van_de_ven.scenarios import Name, Setting
 from cl_optim.demo.commands import announce, new_console, progress_bar
 from cl_optim.demo.train import one_thread
@@ -23,7 +24,7 @@ def run_van_de_ven(
     Raises:
         DataError: The folder has no such data, or its classes cannot be dealt out.
     """
-    console, loaded = new_console(), scenarios.load(data, folder)
+    console, loaded = new_console(), fashion_mnist.load(data, folder)
     with one_thread(), progress_bar(console) as progress:
         bar = progress.add_task("", total=runs.count_runs([*settings], seeds))
 

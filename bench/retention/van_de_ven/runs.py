@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -14,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bench.retention import saved_runs
 from bench.retention.training import take_step, tensor_bytes
 from bench.retention.van_de_ven.methods import METHODS, Method
 from bench.retention.van_de_ven.scenarios import Name, Network, Setting, scenario_of
@@ -28,27 +28,14 @@ _FIRST_SWEEP_SEED = 100
 
 
 @dataclass(frozen=True)
-class Run:
+class Run(saved_runs.Run):
     """One method, trained with one seed.
 
     Attributes:
-        matrix: R [T, T], the accuracies on all contexts after each; [1, T] for joint training.
-        seconds: Of training and of what the method does at the ends of contexts, by the clock.
-        cpu_seconds: The same, of the process alone.
-        end_cpu_seconds: Of these, at the ends of contexts: the Fisher information.
-        state_bytes: What the method keeps beside the weights and Adam's moments.
+        end_cpu_seconds: Of ``cpu_seconds``, at the ends of contexts: the Fisher information.
     """
 
-    matrix: tuple[tuple[float, ...], ...]
-    seconds: float
-    cpu_seconds: float
     end_cpu_seconds: float
-    state_bytes: int
-
-    @property
-    def r(self) -> Matrix:
-        """Return the accuracies as an array."""
-        return np.asarray(self.matrix)
 
 
 class Stage(NamedTuple):
@@ -96,7 +83,7 @@ def train(
     weights = sum(param.numel() * param.element_size() for param in model.parameters())
     adam = 2 * weights + 4 * len([*model.parameters()])
     kept = tensor_bytes([learner.optimizer.state_dict(), learner.kept()])
-    return Run(tuple(rows), seconds, cpu_seconds, end_cpu_seconds, max(0, kept - adam))
+    return Run(tuple(rows), seconds, cpu_seconds, max(0, kept - adam), end_cpu_seconds)
 
 
 def batches(count: int, size: int, order: torch.Generator) -> Iterator[Tensor]:
@@ -197,17 +184,13 @@ def measure(
     def run(name: Name, method: Method, value: float, seed: int, held_out: HeldOut) -> Run:
         on_run(f"{name}: {method.label}")
         path = folder / f"{name}-{method.key}-{value:g}-{held_out}-{seed}.json"
-        common = {"data": data[0], **asdict(settings[name])}
-        if path.exists():
-            saved = json.loads(path.read_text(encoding="utf-8"))
-            if saved.pop("setting") == common:
-                return Run(tuple(map(tuple, saved.pop("matrix"))), **saved)
-        scenario = scenario_of(name, data[1], settings[name].contexts, seed)
-        done = train(name, scenario, method, value, settings[name], seed, held_out)
-        partial = path.with_suffix(".partial")
-        partial.write_text(json.dumps({"setting": common, **asdict(done)}) + "\n", encoding="utf-8")
-        partial.replace(path)
-        return done
+        setting = settings[name]
+
+        def make() -> Run:
+            scenario = scenario_of(name, data[1], setting.contexts, seed)
+            return train(name, scenario, method, value, setting, seed, held_out)
+
+        return saved_runs.once(path, Run, {"data": data[0], **asdict(setting)}, make)
 
     folder.mkdir(parents=True, exist_ok=True)
     for name in settings:
@@ -244,11 +227,5 @@ def from_record(record: Mapping[str, Any]) -> Results:
         key = (row["scenario"], row["method"])
         results.chosen[key] = row["chosen"]
         results.scores[key] = {float(one): acc for one, acc in row["validation_acc"].items()}
-        results.runs[key] = [
-            Run(
-                tuple(map(tuple, run["matrix"])), run["seconds"], run["cpu_seconds"],
-                run["end_cpu_seconds"], run["state_bytes"],
-            )
-            for run in row["runs"]
-        ]  # fmt: skip
+        results.runs[key] = [saved_runs.from_record(Run, run) for run in row["runs"]]
     return results

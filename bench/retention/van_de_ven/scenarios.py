@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from bench.retention.fashion_mnist import fashion_mnist, mnist
-from cl_optim.demo.scenarios import DataError, Scenario, Split, Task, digits, permuted, split
+from cl_optim.demo.scenarios import Scenario, Split, Task, permuted, split
 
 Name = Literal["task", "domain", "class", "permuted"]
 
@@ -53,28 +51,6 @@ def setting_of(
     given = {"iterations": iterations, "fisher_samples": fisher_samples, "contexts": contexts}
     changes: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
     return replace(_PERMUTED if name == "permuted" else Setting(), **changes)
-
-
-def load(data: str, folder: Path | None) -> tuple[str, Task]:
-    """Return a data set with its name; without its files, digits in place of Fashion-MNIST.
-
-    Args:
-        data: ``"fashion-mnist"`` or ``"mnist"``.
-        folder: Of the four IDX files; MNIST needs one.
-
-    Raises:
-        DataError: The folder has no such files.
-    """
-    if data == "mnist":
-        if folder is None:
-            raise DataError("MNIST's four IDX files are needed: name their folder with --data-dir.")
-        return "MNIST", mnist(folder)
-    try:
-        return "Fashion-MNIST", fashion_mnist(folder)
-    except DataError:
-        if folder is not None:
-            raise
-        return "digits", digits()
 
 
 def scenario_of(name: Name, data: Task, contexts: int, seed: int) -> Scenario:

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from factor_contenders import factors, ours, plain, scaled
-from fisher_contenders import PROBLEMS, Problem
+from factor_contenders import factors, ours, scaled
+from fisher_contenders import PROBLEMS, Problem, plain
 from peers import asdl, curvlinops
 from suite import Contender, Question, Work
 from torch import Tensor
@@ -18,16 +18,7 @@ from cl_optim import FisherEstimator
 
 def outcome(problem: Problem, work: Work) -> list[Tensor]:
     found = work()
-    if not isinstance(found, FisherEstimator):
-        return scaled(found)
-    widths = {name: p.flatten(1).shape[1] for name, p in problem.model.named_parameters()
-              if p.requires_grad}  # fmt: skip
-    return scaled(
-        {
-            name: (inputs[: widths[f"{name}.weight"], : widths[f"{name}.weight"]], gradients)
-            for name, (inputs, gradients) in factors(found).items()
-        }
-    )
+    return scaled(factors(found) if isinstance(found, FisherEstimator) else found)
 
 
 OURS = "cl_optim"

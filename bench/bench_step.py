@@ -13,7 +13,7 @@ from functools import partial
 import torch
 from contenders import CONTENDERS, Problem, compilable_foreach, gpt2_shapes
 from peers import avalanche, mammoth, optimizers, van_de_ven
-from suite import Contender, NotHereError, Question, Work
+from suite import Contender, Kind, NotHereError, Question, Work
 from torch import Tensor
 
 SMALL: list[tuple[int, ...]] = [(64,)] * 1000
@@ -46,23 +46,22 @@ def three_steps(problem: Problem, step: Work) -> list[Tensor]:
     return torch._foreach_sub([p.detach() for p in problem.params], before)
 
 
-OURS = "EWCAdamW gradient"
+OURS, BASE = "EWCAdamW gradient", "AdamW fused"
+# Of ours and torch's; the others are ours with another penalty, or in other formats.
+KINDS: dict[str, Kind] = {
+    OURS: "ours",
+    BASE: "other",
+    "AdamW fused + autograd penalty": "peer",
+    "AdamW fused + foreach penalty": "peer",
+    "36 B per parameter in place": "floor",
+    "36 B per parameter copied": "floor",
+}
 QUESTION = Question(
     # 85 M weights are shared, else 20 GB would not do.
     problems={name: (partial(Problem, shapes), steps) for name, (shapes, steps) in SETS.items()},
     once=(LARGE,),
     contenders={
-        **{
-            name: Contender(
-                make,
-                "ours" if name == OURS
-                else "floor" if name.startswith("36 B")
-                else "other" if name == "AdamW fused"
-                else "peer" if name.endswith("penalty")
-                else "variant",
-            )
-            for name, make in CONTENDERS.items()
-        },
+        **{name: Contender(make, KINDS.get(name, "variant")) for name, make in CONTENDERS.items()},
         "AdamW + foreach penalty, compiled": Contender(compiled, "peer"),
         "Avalanche's penalty": Contender(avalanche.penalty, "peer", "avalanche"),
         "van de Ven's penalty": Contender(van_de_ven.penalty, "peer"),
@@ -76,10 +75,10 @@ QUESTION = Question(
         ),
     },
     reference=OURS,
-    base="AdamW fused",
+    base=BASE,
     outcome=three_steps,
     before={COLD: OTHER_MEMORY.sum},
-)  # fmt: skip
+)
 
 
 def test_step(ask: Callable[[], None]) -> None:

@@ -47,13 +47,3 @@ def scaled(found: Factors) -> list[Tensor]:
     """Return upper triangles ÷ traces: by what the sums are divided, each decides for itself."""
     upper = [factor.double().triu() for name in sorted(found) for factor in found[name]]
     return [factor / factor.trace() for factor in upper]
-
-
-def plain(problem: Problem) -> Callable[[], None]:
-    """Forward and backward alone: the floor."""
-
-    def work() -> None:
-        problem.model.zero_grad()
-        problem.losses(problem.model).sum().backward()
-
-    return work

@@ -1,1 +1,1 @@
-"""What others do of the suite's work: a module for each, which imports its package when run."""
+"""What others do of the suite's work; a package is imported when its work is asked for."""

@@ -167,13 +167,17 @@ def _add_seeded(
 ) -> None:
     whole = whole_number(2, MAX_SEEDS)
     parser.add_argument("--seeds", type=whole, default=seeds, metavar="N", help=f"{what} ({seeds})")
+    _add_run(parser, lambda arguments: function(arguments.seeds, arguments.out))
+
+
+def _add_run(
+    parser: argparse.ArgumentParser, command: Callable[[argparse.Namespace], None]
+) -> None:
+    """Add the folder of results, and what is done with all arguments."""
     add_out(parser, OUT)
 
     def run_it(arguments: argparse.Namespace) -> int:
-        def command() -> None:
-            function(arguments.seeds, arguments.out)
-
-        return train(parser, "this", arguments.out, command)
+        return train(parser, "this", arguments.out, lambda: command(arguments))
 
     parser.set_defaults(run=run_it)
 
@@ -194,15 +198,11 @@ def _add_avalanche(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     whole = whole_number(2, MAX_SEEDS)
     parser.add_argument("--seeds", type=whole, default=5, metavar="N", help="runs of each row (5)")
-    add_out(parser, OUT)
 
-    def run_it(arguments: argparse.Namespace) -> int:
-        def command() -> None:
-            run_avalanche(arguments.seeds, arguments.data_dir, arguments.optimizers, arguments.out)
+    def command(arguments: argparse.Namespace) -> None:
+        run_avalanche(arguments.seeds, arguments.data_dir, arguments.optimizers, arguments.out)
 
-        return train(parser, "this", arguments.out, command)
-
-    parser.set_defaults(run=run_it)
+    _add_run(parser, command)
 
 
 def _add_van_de_ven(parser: argparse.ArgumentParser) -> None:
@@ -234,20 +234,14 @@ def _add_van_de_ven(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--seeds", type=whole(2, MAX_SEEDS), default=5, metavar="N", help="runs of each row (5)"
     )
-    add_out(parser, OUT)
 
-    def run_it(arguments: argparse.Namespace) -> int:
+    def command(arguments: argparse.Namespace) -> None:
         length = arguments.iterations, arguments.fisher_samples, arguments.contexts
         settings = {name: setting_of(name, *length) for name in arguments.scenarios}
+        data = arguments.data, arguments.data_dir
+        run_van_de_ven(settings, arguments.seeds, *data, arguments.out)
 
-        def command() -> None:
-            run_van_de_ven(
-                settings, arguments.seeds, arguments.data, arguments.data_dir, arguments.out
-            )
-
-        return train(parser, "this", arguments.out, command)
-
-    parser.set_defaults(run=run_it)
+    _add_run(parser, command)
 
 
 def _add_pretrained(parser: argparse.ArgumentParser) -> None:
@@ -272,20 +266,15 @@ def _add_pretrained(parser: argparse.ArgumentParser) -> None:
         "--methods", nargs="+", choices=known, default=list(known), metavar="METHOD",
         help="beside AdamW (all)",
     )  # fmt: skip
-    add_out(parser, OUT)
 
-    def run_it(arguments: argparse.Namespace) -> int:
+    def command(arguments: argparse.Namespace) -> None:
         setting = QUICK if arguments.quick else Setting()
         place = Place(arguments.out / setting.base, arguments.texts)
         methods = [known[label] for label in arguments.methods]
         seeds, processes, out = arguments.seeds, arguments.processes, arguments.out
+        run_pretrained(place, setting, seeds, processes, methods, out, new_console())
 
-        def command() -> None:
-            run_pretrained(place, setting, seeds, processes, methods, out, new_console())
-
-        return train(parser, "this", out, command)
-
-    parser.set_defaults(run=run_it)
+    _add_run(parser, command)
 
 
 def _add_text(parser: argparse.ArgumentParser) -> None:

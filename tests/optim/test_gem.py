@@ -551,6 +551,22 @@ class TestMemories:
             assert (rows[4] == 0).all() == (step < 3)
             assert rows[5].shape == (1, 2)
 
+    def test_rows_of_lazily_negated_gradients(self, model):
+        rows = []
+        for lazily in (False, True):
+            hooks = [
+                p.register_hook(lambda grad: torch._neg_view(grad.neg()))
+                for p in model.parameters()
+                if lazily
+            ]
+            optimizer = GEM(torch.optim.SGD(model.parameters()))
+            optimizer.remember("a", Memory(model, 1))
+            rows.append(flat([*optimizer.state_dict()["gem"]["rows"].values()]))
+            for hook in hooks:
+                hook.remove()
+        assert rows[0].any()
+        assert torch.equal(*rows)
+
 
 class TestReports:
     def test_conflicts_are_cosines(self, model):
@@ -631,6 +647,34 @@ class TestReports:
             expected = torch.stack([flat([r[k] for r in rows.values()]) @ moved for k in range(3)])
             actual = optimizer.last_projection.update_dot
             torch.testing.assert_close(actual, expected.double(), rtol=1e-4, atol=1e-7)
+
+    @pytest.mark.parametrize("blocks", ["global", "group", "tensor"])
+    @pytest.mark.parametrize("refresh_every", [1, None])
+    def test_is_of_its_step_whenever_it_is_read(self, model, blocks, refresh_every):
+        optimizer = GEM(torch.optim.SGD(model.parameters(), lr=0.1), blocks=blocks)
+        for k in range(3):
+            optimizer.remember(f"task {k}", Memory(model, k), refresh_every)
+        for step in range(2):  # Q of the second is the first one's, where rows are kept
+            backward(model, seed=100 + step)
+            uphill = Memory(model, 0).gradient(list(model.parameters()))
+            for param, grad in zip(model.parameters(), uphill, strict=True):
+                param.grad.copy_(-grad)
+            optimizer.step()
+        read = [value.clone() for value in optimizer.last_projection[:6]]
+        read.append(optimizer.conflicts().clone())
+        assert read[2].any()
+        optimizer.remember("task 0", Memory(model, 7), refresh_every)
+        optimizer.forget("task 1")
+        for rows in optimizer.state_dict()["gem"]["rows"].values():
+            rows.fill_(9.0)
+        optimizer.state_dict()["gem"]["gram"].fill_(9.0)
+        with torch.no_grad():
+            for param in model.parameters():
+                param.zero_()
+                param.grad.fill_(9.0)
+        again = [*optimizer.last_projection[:6], optimizer.conflicts()]
+        for before, after in zip(read, again, strict=True):
+            assert torch.equal(before, after)
 
     def test_nothing_to_report(self, model):
         optimizer = GEM(torch.optim.SGD(model.parameters()))

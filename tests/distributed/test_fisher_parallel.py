@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from processes import results_of
-from shared_fisher import all_said, same, told
+from shared_fisher import all_said, observed_by_two, same, told
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -272,16 +272,9 @@ def tied(rank: int) -> list[Any]:
 def resumed(rank: int) -> list[Any]:
     """Go on in another estimator from a state."""
     model, _ = parallel("sequences", (2, 2))
-    fisher = FisherEstimator(model)
-    for step in range(3):
-        if step == 2:
-            state = fisher.state_dict()
-            fisher = FisherEstimator(model)
-            fisher.load_state_dict(state)
-        x = tokens(rank // 2, step)
-        with fisher.observe(len(x)):
-            loss_of(model(x), x).backward()
-    return [told(fisher.finalize()), alone(2)[0]]
+    batches = [(tokens(rank // 2, step),) for step in range(3)]
+    found = observed_by_two(model, batches, lambda batch: loss_of(model(batch[0]), batch[0]))
+    return [found, alone(2)[0]]
 
 
 def overflowed(rank: int) -> list[Any]:

@@ -12,7 +12,7 @@ import shared_fisher
 import torch
 import torch.nn.functional as F
 from processes import results_of
-from shared_fisher import all_said, told
+from shared_fisher import all_said, observed_by_two, told
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -270,16 +270,8 @@ def _stepped(model: nn.Module) -> EWCAdamW:
 
 def resumed(rank: int) -> dict[str, Any]:
     model = spread(network(), "fsdp")
-    fisher = FisherEstimator(model)
-    for step in range(3):
-        if step == 2:
-            state = fisher.state_dict()
-            fisher = FisherEstimator(model)
-            fisher.load_state_dict(state)
-        x, y = samples(rank, step, uneven)
-        with fisher.observe(len(x)):
-            F.cross_entropy(model(x), y).backward()
-    return told(fisher.finalize())
+    batches = [samples(rank, step, uneven) for step in range(3)]
+    return observed_by_two(model, batches, lambda batch: F.cross_entropy(model(batch[0]), batch[1]))
 
 
 def in_a_pass_of_its_own(rank: int) -> dict[str, Any]:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from cl_optim import FisherEstimator
 from cl_optim.distributed import whole
 
 
@@ -24,6 +26,27 @@ def told(importance: Any) -> dict[str, Any]:
         "parts": [name for name, value in importance.items() if isinstance(value, DTensor)],
         **{key: importance.metadata.get(key) for key in ("ranks", "rank")},
     }
+
+
+def observed_by_two(
+    model: nn.Module, batches: Sequence[Any], loss: Callable[[Any], Tensor]
+) -> dict[str, Any]:
+    """Observe batches, the last one in another estimator, which goes on from a state.
+
+    Args:
+        model: Is trained.
+        batches: One after another.
+        loss: Of a batch, whose first tensor has the samples.
+    """
+    fisher = FisherEstimator(model)
+    for step, batch in enumerate(batches):
+        if step == len(batches) - 1:
+            state = fisher.state_dict()
+            fisher = FisherEstimator(model)
+            fisher.load_state_dict(state)
+        with fisher.observe(len(batch[0])):
+            loss(batch).backward()
+    return told(fisher.finalize())
 
 
 def same(

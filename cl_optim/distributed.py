@@ -110,6 +110,9 @@ class Together:
 
         The others would wait for it for ever.
         """
+        if not self._groups:
+            yield
+            return
         error: Exception | None = None
         try:
             yield

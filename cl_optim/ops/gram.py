@@ -174,9 +174,9 @@ def total(per_tensor: Tensor) -> Tensor:
     if len(per_tensor) == 0:
         return per_tensor.new_zeros(per_tensor.shape[1:])
     while len(per_tensor) > 1:
-        half = len(per_tensor) // 2
+        half, rest = divmod(len(per_tensor), 2)
         pairs = per_tensor[:half] + per_tensor[half : 2 * half]
-        per_tensor = torch.cat([pairs, per_tensor[2 * half :]])
+        per_tensor = torch.cat([pairs, per_tensor[-1:]]) if rest else pairs
     return per_tensor[0]
 
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from operator import is_
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.hooks import RemovableHandle
 
 from cl_optim.distributed import MeanRanks, Together
 from cl_optim.ops import nnqp
@@ -79,7 +81,12 @@ class Memories:
         else:
             kept = [*self._room_for(memory.name, capacity, evict), memory]
         self._follow(shards)
-        values = self._mean(kept, shards) if self.average else self._row(memory, shards)
+        with _Passes() as passes:
+            values = (
+                self._mean(kept, shards, passes)
+                if self.average
+                else self._row(memory, shards, passes)
+            )
         # From here on nothing raises.
         for old in [m for m in self.kept if m not in kept and m.name != memory.name]:
             self._remove(old)
@@ -140,25 +147,29 @@ class Memories:
                     f"memory {memory.name!r} has no closure, since none is saved: call "
                     f"remember({memory.name!r}, closure) to attach one, or forget it."
                 )
-        if self.average:
-            if self._mean_is_outdated or any(memory.due for memory in self.kept):
-                self._write_mean(self._mean(self.kept, shards))
-            return
-        for memory in [memory for memory in self.kept if memory.due]:
-            gradient = self._row(memory, shards)
-            if memory in self.kept:  # its closure may forget it
-                self.rows.write(self.kept.index(memory), gradient)
-                memory.age = 0
+        due = [memory for memory in self.kept if memory.due]
+        with _Passes() as passes:
+            if self.average:
+                if self._mean_is_outdated or due:
+                    self._write_mean(self._mean(self.kept, shards, passes))
+                return
+            for memory in due:
+                gradient = self._row(memory, shards, passes)
+                if memory in self.kept:  # its closure may forget it
+                    self.rows.write(self.kept.index(memory), gradient)
+                    memory.age = 0
 
-    def _mean(self, memories: Sequence[Memory], shards: Shards) -> dict[Tensor, Tensor]:
+    def _mean(
+        self, memories: Sequence[Memory], shards: Shards, passes: _Passes
+    ) -> dict[Tensor, Tensor]:
         """Return the mean of the memories' gradients, by parameter."""
         mean: dict[Tensor, Tensor] = {}
         for memory in memories:
-            for param, value in self._row(memory, shards).items():
+            for param, value in self._row(memory, shards, passes).items():
                 mean[param] = mean[param] + value if param in mean else _wide(value)
         return {param: value / len(memories) for param, value in mean.items()}
 
-    def _row(self, memory: Memory, shards: Shards) -> dict[Tensor, Tensor]:
+    def _row(self, memory: Memory, shards: Shards, passes: _Passes) -> dict[Tensor, Tensor]:
         """Return a memory's gradient, which is the same in all processes that train the model.
 
         Raises:
@@ -168,7 +179,7 @@ class Memories:
         if not shards.any:
             together = Together("mean" if self.ranks is None else self.ranks)
         with together.agreeing():
-            gradient = _gradient(memory, shards)
+            gradient = _gradient(memory, shards, passes)
         # The model that is spread has made it that of all processes.
         gradient = shards.of_params(gradient) if shards.any else gradient
         if together.size == 1 or shards.any:
@@ -283,7 +294,49 @@ def _places(shards: Shards) -> list[int]:
     return [place for place, param in enumerate(params) if shards.size(param) > 0]
 
 
-def _gradient(memory: Memory, shards: Shards) -> dict[Tensor, Tensor]:
+class _Passes:
+    """Counts the backward passes through parameters, by hooks that it takes away at the end."""
+
+    def __init__(self) -> None:
+        self._params: list[Tensor] = []
+        self._handles: list[RemovableHandle] = []
+        self._number: dict[Tensor, int] = {}
+        self._sums: dict[Tensor, Tensor | None] = {}
+        self.reset = False
+
+    def __enter__(self) -> _Passes:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def begin(self, params: list[Tensor]) -> None:
+        """Count from 0, for these parameters: hooks are kept for the same as before."""
+        self._number.clear()
+        self._sums.clear()
+        self.reset = False
+        if len(params) == len(self._params) and all(map(is_, params, self._params)):
+            return
+        self.__exit__()
+        self._params = params
+        self._handles = [
+            param.register_post_accumulate_grad_hook(self._count)  # type: ignore[no-untyped-call]
+            for param in params
+        ]
+
+    def _count(self, param: Tensor) -> None:
+        self._number[param] = self._number.get(param, 0) + 1
+        # Each pass adds to the tensor of the first one.
+        self.reset |= self._sums.setdefault(param, param.grad) is not param.grad
+
+    @property
+    def total(self) -> int:
+        """Return how many passes there were: not all need to reach each parameter."""
+        return max(self._number.values(), default=0)
+
+
+def _gradient(memory: Memory, shards: Shards, passes: _Passes) -> dict[Tensor, Tensor]:
     """Return the mean gradient of the closure's backward passes, by parameter."""
     if memory.closure is None:
         raise RuntimeError(
@@ -291,22 +344,9 @@ def _gradient(memory: Memory, shards: Shards) -> dict[Tensor, Tensor]:
             f"memories needs it: call remember({memory.name!r}, closure) first, or forget it."
         )
     params = [p for p in shards.whole() if p.requires_grad]
-    passes = dict.fromkeys(params, 0)
-    sums: dict[Tensor, Tensor | None] = {}
-    reset = False
-
-    def count(param: Tensor) -> None:
-        nonlocal reset
-        passes[param] += 1
-        # Each pass adds to the tensor of the first one.
-        reset |= sums.setdefault(param, param.grad) is not param.grad
-
     saved = [param.grad for param in params]
     versions = [None if grad is None else grad._version for grad in saved]
-    handles = [
-        param.register_post_accumulate_grad_hook(count)  # type: ignore[no-untyped-call]
-        for param in params
-    ]
+    passes.begin(params)
     try:
         for param in params:
             param.grad = None
@@ -314,8 +354,6 @@ def _gradient(memory: Memory, shards: Shards) -> dict[Tensor, Tensor]:
             memory.closure()
         grads = {param: param.grad for param in params if param.grad is not None}
     finally:
-        for handle in handles:
-            handle.remove()
         for param, grad in zip(params, saved, strict=True):
             param.grad = grad
     if versions != [None if grad is None else grad._version for grad in saved]:
@@ -324,22 +362,21 @@ def _gradient(memory: Memory, shards: Shards) -> dict[Tensor, Tensor]:
             "they are lost: under DistributedDataParallel with gradient_as_bucket_view=True it "
             "must run the bare module, model.module."
         )
-    total = max(passes.values(), default=0)
-    if total == 0 or not grads:
+    if passes.total == 0 or not grads:
         raise RuntimeError(
             f"the closure of memory {memory.name!r} left no gradient on any parameter of this "
             "optimizer: it must call backward() on a loss of the model that is trained."
         )
     for param, grad in grads.items():
         check_dense(shards.groups, shards.part(param), grad, f"in memory {memory.name!r} ")
-    if reset:
+    if passes.reset:
         raise RuntimeError(
             f"the closure of memory {memory.name!r} must not reset gradients between its "
             "backward passes: the row is made of their sum."
         )
-    if total == 1:
+    if passes.total == 1:
         return grads
-    return {param: _wide(grad) / total for param, grad in grads.items()}
+    return {param: _wide(grad) / passes.total for param, grad in grads.items()}
 
 
 def _wide(value: Tensor) -> Tensor:

@@ -109,11 +109,12 @@ class MemoryRows:
         """Replace a row; it is zero for the parameters without a value."""
         written, found = [], []
         for param, rows in zip(self.params, self.by_param, strict=True):
-            if param in values:
-                written.append(rows[k])
-                found.append(values[param])
+            row, value = rows.select(0, k), values.get(param)
+            if value is None:
+                row.zero_()
             else:
-                rows[k] = 0.0
+                written.append(row)
+                found.append(value)
         if written:
             torch._foreach_copy_(written, found)
         self.stale.add(k)

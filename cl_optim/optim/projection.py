@@ -102,8 +102,10 @@ class Solver:
         """
         gram = products.gram
         key = (tuple(used), tuple(gram.shape), gram.device)
-        if begin_anew or self._last is None or self._last[0] != key:
+        if self._last is None or self._last[0] != key:
             self._last = key, nnqp.new_state(len(gram), gram.shape[1], gram.device)
+        elif begin_anew:
+            self._last[1].zero_()
         return nnqp.nnqp(
             gram,
             products.linear,

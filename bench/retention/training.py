@@ -2,11 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
+
+
+@contextmanager
+def flushed_denormals() -> Iterator[None]:
+    """Let this thread take numbers for 0 that are too small for all of their digits.
+
+    Adam's moments become such numbers where gradients have ended, as for pixels that are black in a
+    task, and the arithmetic of the processor many times slower: a run without a penalty took up to
+    2.5 times as long, to the same accuracies.
+    """
+    torch.set_flush_denormal(True)
+    try:
+        yield
+    finally:
+        torch.set_flush_denormal(False)
 
 
 def take_step(optimizer: torch.optim.Optimizer, value: Tensor) -> None:

@@ -16,6 +16,7 @@ from torch import nn
 
 from bench.retention import __main__ as retention
 from bench.retention import fashion_mnist
+from bench.retention.training import flushed_denormals
 from bench.retention.van_de_ven import report, runs
 from bench.retention.van_de_ven.methods import (
     DIAGONAL,
@@ -54,6 +55,14 @@ def data():
 def network(scenario, hidden=4, seed=0) -> Network:
     torch.manual_seed(seed)
     return Network(scenario, hidden).double()
+
+
+def test_denormals_are_flushed_for_a_while():
+    """Adam's moments of a black pixel cost no more than others."""
+    small = torch.full((64,), 1e-38)
+    with flushed_denormals():
+        assert not (small / 8).any()
+    assert (small / 8).all()
 
 
 # --- van de Ven's EWC -----------------------------------------------------------------------------

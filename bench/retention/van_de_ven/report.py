@@ -30,8 +30,8 @@ def render(results: Results, table_box: box.Box = box.SIMPLE_HEAD) -> Renderable
     parts: list[RenderableType] = [
         Text(
             f"{results.data}, the protocol of van de Ven et al. 2022: an MLP with two hidden "
-            "layers of ReLU, learned by Adam; one thread. Mean over seeds 0 to "
-            f"{seeds - 1} on the test split, ± half of the 95 % t-interval; λ, strengths, rates "
+            "layers of ReLU, learned by Adam; one thread, denormal numbers as 0. Mean over seeds 0 "
+            f"to {seeds - 1} on the test split, ± half of the 95 % t-interval; λ, strengths, rates "
             f"and parts by validation ACC with {results.sweep_seeds} other seed"
             f"{'s' * (results.sweep_seeds > 1)}, of as many candidates each. van de Ven's EWC: "
             "½ λ Σ F (θ − θ*)² of every context in the loss, F by its formula, one sample and one "

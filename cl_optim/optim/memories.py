@@ -154,10 +154,7 @@ class Memories:
                     self._write_mean(self._mean(self.kept, shards, passes))
                 return
             for memory in due:
-                gradient = self._row(memory, shards, passes)
-                if memory in self.kept:  # its closure may forget it
-                    self.rows.write(self.kept.index(memory), gradient)
-                    memory.age = 0
+                self._write_row(memory, self._row(memory, shards, passes))
 
     def _mean(
         self, memories: Sequence[Memory], shards: Shards, passes: _Passes
@@ -220,6 +217,11 @@ class Memories:
             self._mean_is_outdated = self.average
             self.outdate()
         self.rows.follow(params)
+
+    def _write_row(self, memory: Memory, values: Mapping[Tensor, Tensor]) -> None:
+        if memory in self.kept:  # its closure may have forgotten it
+            self.rows.write(self.kept.index(memory), values)
+            memory.age = 0
 
     def _write_mean(self, values: Mapping[Tensor, Tensor]) -> None:
         self.rows.write(0, values)
@@ -308,6 +310,9 @@ class _Passes:
         return self
 
     def __exit__(self, *exception: object) -> None:
+        self._remove_hooks()
+
+    def _remove_hooks(self) -> None:
         for handle in self._handles:
             handle.remove()
 
@@ -318,7 +323,7 @@ class _Passes:
         self.reset = False
         if len(params) == len(self._params) and all(map(is_, params, self._params)):
             return
-        self.__exit__()
+        self._remove_hooks()
         self._params = params
         self._handles = [
             param.register_post_accumulate_grad_hook(self._count)  # type: ignore[no-untyped-call]

@@ -16,7 +16,7 @@ OLD_TRITON := "from importlib.metadata import distributions; print(*('numpy<2.4'
   for d in distributions() if d.name == 'triton' and d.version.startswith('3.6.')))"
 SOURCES := pyproject.toml setup.py $(wildcard csrc/*)
 
-.PHONY: demo sweep test gpu-test gpu-prebuild bench gate figures bench-avalanche bench-retention bench-pretrained bench-van-de-ven lint site wheel install clean
+.PHONY: demo sweep test gpu-test gpu-prebuild bench gate bench-costs figures bench-avalanche bench-retention bench-pretrained bench-van-de-ven lint site wheel install clean
 
 demo: install
 	$(VENV)/bin/cl-optim demo
@@ -51,6 +51,21 @@ bench: install $(PEERS)/.installed
 # Ratios of times that a change must not make much worse, in two minutes; on a quiet machine.
 gate: install
 	$(RUN) bench/gate.py
+
+# What RESULTS.md says beside the suite: whole training steps, EWC around others, Kronecker importance,
+# distillation, the log, the guard, diagnose. Half an hour.
+COSTS = bench/results
+bench-costs: install
+	mkdir -p runs/costs
+	$(RUN) bench/training_step.py --batch 2 --length 128 --turns 20 --json $(COSTS)/training-step.json
+	$(RUN) bench/any_optimizer.py --json $(COSTS)/any-optimizer.json
+	$(RUN) bench/kronecker_cost.py --json $(COSTS)/kronecker-cost.json
+	$(RUN) bench/distillation_cost.py --json $(COSTS)/distillation-cost.json
+	$(RUN) bench/log_round_trip.py runs/costs --repeat 9 --json $(COSTS)/log-round-trip.json
+	$(RUN) bench/log_memory.py runs/costs --json $(COSTS)/log-memory.json
+	$(RUN) bench/guard.py runs/costs --json $(COSTS)/guard.json
+	$(RUN) bench/diagnose_files.py --json $(COSTS)/diagnose.json
+	$(RUN) bench/figures.py
 
 # What README, docs and RESULTS.md say, from the files in bench/results; a test compares.
 figures: install

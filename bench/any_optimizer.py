@@ -1,6 +1,6 @@
 """What EWC around another optimizer costs: its step, its pull alone, a step in the backward pass.
 
-    python bench/any_optimizer.py
+    python bench/any_optimizer.py [--json FILE]
 
 Contenders take turns on the CPU; times are medians, ratios medians of those within a turn. Memory
 is the most that a process of its own has had.
@@ -8,13 +8,16 @@ is the most that a process of its own has had.
 
 from __future__ import annotations
 
+import argparse
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import records
 import torch
 from contenders import LAMBDA, Problem, adamw, around_adamw, ewc, gpt2_shapes
 from torch import nn
@@ -44,9 +47,9 @@ def alone(problem: Problem) -> Callable[[], None]:
     return optimizer.step
 
 
-ALONE = "the pull alone"
+ADAMW, ALONE = "AdamW(fused)", "the pull alone"
 CONTENDERS: dict[str, Callable[[Problem], Callable[[], None]]] = {
-    "AdamW(fused)": adamw,
+    ADAMW: adamw,
     "EWC(AdamW), proximal": around_adamw(),
     "EWC(AdamW), proximal, every 4": around_adamw(every=4),
     "EWC(AdamW), gradient": around_adamw(penalty="gradient"),
@@ -56,31 +59,33 @@ CONTENDERS: dict[str, Callable[[Problem], Callable[[], None]]] = {
 }
 
 
-def steps() -> None:
-    for name, (shapes, turns, count) in SHAPES.items():
-        numbers: dict[str, list[float]] = {label: [] for label in CONTENDERS}
-        made = {}
-        for label, make in CONTENDERS.items():
-            torch.manual_seed(0)
-            made[label] = make(Problem(shapes))
-        for turn in range(turns + 2):
-            for label, step in made.items():
-                start = time.perf_counter()
-                for _ in range(count):
-                    step()
-                if turn >= 2:  # after plans are made
-                    numbers[label].append((time.perf_counter() - start) / count)
-        base = numbers["AdamW(fused)"]
-        print(f"\n{name}: ms a step, ÷ AdamW")
-        for label, found in numbers.items():
-            ratios = [one / other for one, other in zip(found, base, strict=True)]
-            low, middle, high = statistics.quantiles(ratios, n=4)
-            print(
-                f"  {label:30} {1e3 * statistics.median(found):9.3f}  {middle:5.2f} "
-                f"({low:.2f} to {high:.2f})"
-            )
-        each = 1e6 * statistics.median(numbers[ALONE]) / len(shapes)
-        print(f"  the pull alone: {each:.2f} µs a tensor")
+def seconds(shapes: list[tuple[int, ...]], turns: int, count: int) -> dict[str, list[float]]:
+    """Return each contender's seconds a step, by turn."""
+    found: dict[str, list[float]] = {label: [] for label in CONTENDERS}
+    made = {}
+    for label, make in CONTENDERS.items():
+        torch.manual_seed(0)
+        made[label] = make(Problem(shapes))
+    for turn in range(turns + 2):
+        for label, step in made.items():
+            start = time.perf_counter()
+            for _ in range(count):
+                step()
+            if turn >= 2:  # after plans are made
+                found[label].append((time.perf_counter() - start) / count)
+    return found
+
+
+def show(name: str, found: dict[str, list[float]]) -> None:
+    """Print times, and ratios to AdamW's."""
+    print(f"\n{name}: ms a step, ÷ AdamW")
+    for label, times in found.items():
+        ratios = [one / other for one, other in zip(times, found[ADAMW], strict=True)]
+        low, middle, high = statistics.quantiles(ratios, n=4)
+        print(
+            f"  {label:30} {1e3 * statistics.median(times):9.3f}  {middle:5.2f} "
+            f"({low:.2f} to {high:.2f})"
+        )
 
 
 def peak_of(kind: str) -> None:
@@ -116,22 +121,33 @@ def peak_of(kind: str) -> None:
     print(int(line.split()[1]) / 1024)
 
 
-def memory() -> None:
-    gradients = 4 * (WIDTH * WIDTH + WIDTH) * DEPTH / 2**20
-    print(f"\nThe most memory of a step, MiB; the gradients are {gradients:.0f}")
+def memory() -> dict[str, list[float]]:
+    """Return the most memory of a step, plain and in the backward pass, in MiB."""
+    found: dict[str, list[float]] = {}
     for kind in ("EWCAdamW", "EWC(AdamW)"):
-        found = []
         for how in ("plain", "in the backward pass"):
-            command = [sys.executable, __file__, f"{kind}, {how}"]
+            command = [sys.executable, __file__, "--peak-of", f"{kind}, {how}"]
             shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-            found.append(float(shown))
-            print(f"  {kind}, {how:21} {found[-1]:7.0f}")
-        print(f"  saved: {(found[0] - found[1]) / gradients:.2f} of the gradients")
+            found.setdefault(kind, []).append(float(shown))
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--json", type=Path, help="where the figures go")
+    parser.add_argument("--peak-of", help=argparse.SUPPRESS)  # a process of its own
+    arguments = parser.parse_args()
+    if arguments.peak_of:
+        peak_of(arguments.peak_of)
+        return
+    found = {name: seconds(*sizes) for name, sizes in SHAPES.items()}
+    for name, times in found.items():
+        show(name, times)
+    peaks, gradients = memory(), 4 * (WIDTH * WIDTH + WIDTH) * DEPTH / 2**20
+    print(f"\nThe most memory of a step, MiB; the gradients are {gradients:.0f}: {peaks}")
+    if arguments.json:
+        records.write(arguments.json, seconds=found, peaks=peaks, gradients=gradients)
 
 
 if __name__ == "__main__":
-    if len(sys.argv) > 1:
-        peak_of(sys.argv[1])
-    else:
-        steps()
-        memory()
+    main()

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import datetime
-import platform
-import subprocess
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
+from records import machine
 from suite import Kind, NotHereError, Question, Work, peak_bytes
 
 # Of what takes part, by the name of its distribution.
@@ -80,21 +76,6 @@ def _quiet(question: Question, contender: str) -> Iterator[None]:
         yield
 
 
-def _processor() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.partition(":")[2].replace("(R)", "").strip()
-    return platform.processor()
-
-
-def _commit() -> str:
-    command = ["git", "describe", "--always", "--dirty"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-
-
 def _versions() -> dict[str, str]:
     found = {}
     for name in PEERS:
@@ -106,20 +87,9 @@ def _versions() -> dict[str, str]:
 
 
 def pytest_benchmark_update_machine_info(config: Any, machine_info: dict[str, Any]) -> None:
-    """What the figures depend on, and no host name."""
-    from cl_optim.ops import library
-
+    """What the figures depend on."""
     machine_info.clear()
-    machine_info.update(
-        processor=_processor(),
-        threads=torch.get_num_threads(),
-        python=platform.python_version(),
-        torch=torch.__version__,
-        commit=_commit(),
-        date=datetime.date.today().isoformat(),
-        peers=_versions(),
-        backends={name: backend.info for name, backend in library.backends().items()},
-    )
+    machine_info.update(machine(), peers=_versions())
 
 
 def pytest_benchmark_update_json(config: Any, benchmarks: Any, output_json: dict[str, Any]) -> None:

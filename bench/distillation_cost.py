@@ -1,6 +1,6 @@
 """What distillation on stored outputs costs: a step in which a quarter of the batch is old text.
 
-    python bench/distillation_cost.py [--sequences 4] [--length 128] [--turns 7]
+    python bench/distillation_cost.py [--json FILE] [--sequences 4] [--length 128] [--turns 7]
 
 GPT-2 small with random weights. Plain: cross-entropy of all sequences, fused AdamW. With old text:
 as many sequences, of which a quarter have KL to 64 stored outputs of each position in place of it.
@@ -15,7 +15,9 @@ import resource
 import statistics
 import time
 from collections.abc import Callable
+from pathlib import Path
 
+import records
 import torch
 from training_step import adamw
 from transformers import GPT2Config, GPT2LMHeadModel
@@ -64,6 +66,7 @@ def peak(kind: str, sequences: int, length: int) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--json", type=Path, help="where the figures go")
     parser.add_argument("--sequences", type=int, default=4)
     parser.add_argument("--length", type=int, default=128)
     parser.add_argument("--turns", type=int, default=7)
@@ -89,6 +92,8 @@ def main() -> None:
             f"({ratios[0]:.2f}-{ratios[-1]:.2f}); {memory[kind]:.0f} MB, "
             f"{memory[kind] / memory[KINDS[0]]:.3f} of plain"
         )
+    if arguments.json:
+        records.write(arguments.json, shape=sizes, seconds=taken, megabytes=memory)
 
 
 if __name__ == "__main__":

@@ -10,93 +10,16 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import re
 import statistics
 import sys
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
+import cost_figures
 import summary
+from places import RESULTS, ROOT, Sentence, Table, in_rows, load, three
 
-ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "bench" / "results"
 sys.path.insert(0, str(ROOT))
-
-
-@dataclass(frozen=True)
-class Table:
-    """A table of a page, but for its head.
-
-    Attributes:
-        page: The file, from the root on.
-        head: Its first line; of several such tables the one after ``after`` is meant.
-        rows: Makes the lines under the head and its rule.
-        after: A line that comes before it.
-    """
-
-    page: str
-    head: str
-    rows: Callable[[], Iterable[str]]
-    after: str = ""
-
-    def fill(self, text: str) -> str:
-        """Return the page's text with these rows."""
-        begin = text.index(self.after + "\n") if self.after else 0
-        head = re.compile(re.escape(self.head) + r"\n\|[-:|]+\|\n").search(text, begin)
-        if head is None:
-            raise SystemExit(f"{self.page} has no table that begins with {self.head!r}.")
-        end = head.end()
-        while text[end:].startswith("|"):
-            end = text.index("\n", end) + 1
-        return text[: head.end()] + "".join(f"{row}\n" for row in self.rows()) + text[end:]
-
-
-@dataclass(frozen=True)
-class Sentence:
-    """Numbers in a sentence.
-
-    Attributes:
-        page: The file, from the root on.
-        text: The sentence, with ``{name}`` for each number; lines may break anywhere.
-        numbers: Makes what stands there, by name.
-    """
-
-    page: str
-    text: str
-    numbers: Callable[[], dict[str, str]]
-
-    def fill(self, text: str) -> str:
-        """Return the page's text with these numbers."""
-        parts = re.split(r"\{(\w+)\}", self.text)
-        pattern = ""
-        for i, part in enumerate(parts):
-            words = r"\s+".join(map(re.escape, part.split(" ")))
-            pattern += words if i % 2 == 0 else rf"(?P<{part}>[^ \n()|*]+)"
-        found = re.search(pattern, text)
-        if found is None:
-            raise SystemExit(f"{self.page} does not say {self.text!r}.")
-        numbers = self.numbers()
-        for name in sorted(found.groupdict(), key=found.start, reverse=True):
-            text = text[: found.start(name)] + numbers[name] + text[found.end(name) :]
-        return text
-
-
-def load(name: str) -> Any:
-    """Read one of the result files."""
-    return json.loads((RESULTS / name).read_text())
-
-
-def in_rows(cells: Iterable[Sequence[str]]) -> list[str]:
-    """Return lines of a table."""
-    return ["| " + " | ".join(row) + " |" for row in cells]
-
-
-def three(number: float) -> str:
-    """Return a number with three digits."""
-    return f"{number:#.3g}".rstrip(".")
 
 
 # --- the suite ------------------------------------------------------------------------------------
@@ -499,7 +422,10 @@ def class_incremental() -> dict[str, str]:
 
 
 def van_de_ven_numbers() -> dict[str, str]:
-    """Return how much of the way from fine-tuning to joint training EWC goes, in per cent."""
+    """Return how much of the way from fine-tuning to joint training EWC goes, in per cent.
+
+    And, in the class-incremental scenario, how many times as long as fine-tuning it takes.
+    """
     from bench.retention.van_de_ven import methods, scenarios
     from bench.retention.van_de_ven.report import part_of_gap
     from bench.retention.van_de_ven.runs import from_record
@@ -507,17 +433,22 @@ def van_de_ven_numbers() -> dict[str, str]:
     results = from_record(load("van-de-ven.json"))
     told = {"their": methods.THEIRS, "diagonal": methods.DIAGONAL}
     told["kronecker"] = methods.KRONECKER
-    return {
-        f"{key}_{name}": str(round(100 * part_of_gap(results, name, method)))
-        for key, method in told.items()
-        for name in scenarios.SPLITS
-    }
+    plain = results.runs["class", methods.NONE.key]
+    numbers = {}
+    for key, method in told.items():
+        pairs = zip(results.runs["class", method.key], plain, strict=True)
+        each = statistics.fmean(run.cpu_seconds / other.cpu_seconds for run, other in pairs)
+        numbers[f"{key}_time"] = f"{each:.2g}"
+        for name in scenarios.SPLITS:
+            numbers[f"{key}_{name}"] = str(round(100 * part_of_gap(results, name, method)))
+    return numbers
 
 
 # --- where they stand -----------------------------------------------------------------------------
 
-PLACES: list[Table | Sentence] = [
+PLACES = [
     *suite_tables(),
+    *cost_figures.PLACES,
     Sentence(
         "bench/RESULTS.md",
         "cores, {processor}, {threads} threads, {simd}; Python {python}, torch {torch}, "
@@ -633,6 +564,12 @@ PLACES: list[Table | Sentence] = [
         "in these three, van de Ven's EWC goes {their_task}, {their_domain} and {their_class} % of "
         "it, our diagonal {diagonal_task}, {diagonal_domain} and {diagonal_class} %, Kronecker "
         "importance {kronecker_task}, {kronecker_domain} and {kronecker_class} %",
+        van_de_ven_numbers,
+    ),
+    Sentence(
+        "docs/results.md",
+        "A run takes {their_time} times as long as fine-tuning with van de Ven's EWC, "
+        "{diagonal_time} with our diagonal and {kronecker_time} with Kronecker importance**",
         van_de_ven_numbers,
     ),
     Table(

@@ -11,13 +11,13 @@ The demo's steps with diagonal and with Kronecker importance take turns first.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import records
 import torch
 from torch import Tensor
 from training_step import adamw, step
@@ -156,19 +156,18 @@ def main() -> None:
         (with_ + pull / _EVERY) / without
         for without, with_, pull in zip(*found.values(), strict=True)
     ]
-    report = {
-        "torch": torch.__version__,
-        "arguments": {k: str(v) for k, v in vars(arguments).items()},
-        "demo": demo,
-        "demo, Kronecker / diagonal": demo_ratio,
-        "passes": passes,
-        "decompositions": sum(decomposing),
-        "seconds": found,
-        "whole step / AdamW": statistics.median(ratios),
-        "ranks": kept,
-        "bytes per weight": state_bytes(protected),
-    }
-    arguments.json.write_text(json.dumps(report, indent=1) + "\n")
+    bytes_per_weight = state_bytes(protected)
+    records.write(
+        arguments.json,
+        arguments={key: str(value) for key, value in vars(arguments).items()},
+        demo=demo,
+        passes=passes,
+        decompositions=sum(decomposing),
+        every=_EVERY,
+        seconds=found,
+        ranks=kept,
+        bytes_per_weight=bytes_per_weight,
+    )
     diagonal, kronecker = (min(times) for times in passes.values())
     ratio = kronecker / diagonal
     print(
@@ -179,7 +178,7 @@ def main() -> None:
         print(f"{name:20}{1e3 * statistics.median(values):10.1f} ms")
     print(f"whole step, every {_EVERY}: {statistics.median(ratios):.3f} of AdamW's")
     print(f"mean ranks: {[statistics.mean(r[i] for r in kept.values()) for i in (0, 1)]}")
-    print({key: round(value, 2) for key, value in report["bytes per weight"].items()})
+    print({key: round(value, 2) for key, value in bytes_per_weight.items()})
 
 
 if __name__ == "__main__":

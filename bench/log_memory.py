@@ -1,6 +1,6 @@
 """Peak memory of writing and reading an importance log, beyond the importance: Linux only.
 
-    python bench/log_memory.py FOLDER
+    python bench/log_memory.py FOLDER [--json FILE]
 
 The importance is 12 tensors of 64 M weights in float32, 256 MB each; the folder takes 3.3 GB.
 """
@@ -11,6 +11,7 @@ import argparse
 import tempfile
 from pathlib import Path
 
+import records
 import torch
 from log_round_trip import fisher
 from suite import Work, peak_bytes
@@ -36,16 +37,20 @@ def read(log: ImportanceLog) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("folder", type=Path, help="a folder with 4 GB of room")
-    folder = parser.parse_args().folder
+    parser.add_argument("--json", type=Path, help="where the figures go")
+    arguments, made = parser.parse_args(), {}
     generator = torch.Generator().manual_seed(0)
     importance = {f"{i}.weight": fisher((SIDE, SIDE), generator) for i in range(TENSORS)}
     for name in codecs.NAMES:
-        with tempfile.TemporaryDirectory(dir=folder) as path:
+        with tempfile.TemporaryDirectory(dir=arguments.folder) as path:
             log = ImportanceLog(path)
             writing = megabytes(lambda: log.record("task", importance, codec=name))  # noqa: B023
             reading = megabytes(lambda: read(log))  # noqa: B023
             mapped = log["task"].nbytes / 1e6
+        made[name] = {"writing": writing, "reading": reading, "mapped": mapped}
         print(f"{name}: writing {writing:.0f} MB, reading {reading:.0f}, files {mapped:.0f}")
+    if arguments.json:
+        records.write(arguments.json, megabytes=made)
 
 
 if __name__ == "__main__":

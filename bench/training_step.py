@@ -9,12 +9,12 @@ and the ratios are medians of those within a turn.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
 
+import records
 import torch
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel
@@ -108,9 +108,7 @@ def main() -> None:
             f"{name:16}{statistics.median(times):10.1f} ms, at best {min(times):.1f}; "
             f"{middle:6.3f} x AdamW fused (quartiles {low:.3f}, {high:.3f})"
         )
-    shape = [arguments.batch, arguments.length]
-    report = {"device": "cpu", "torch": torch.__version__, "shape": shape, "ms": turns}
-    arguments.json.write_text(json.dumps(report))
+    records.write(arguments.json, shape=[arguments.batch, arguments.length], ms=turns)
 
 
 if __name__ == "__main__":

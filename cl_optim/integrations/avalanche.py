@@ -232,8 +232,8 @@ class GEMPlugin(SupervisedPlugin):  # type: ignore[misc]  # Avalanche is not the
 
     Args:
         patterns_per_experience: How many samples are kept of each; all, where there are fewer.
-        refresh_every: Steps after which a row is computed anew; 1 is Avalanche's GEM. 10 added a
-            third of the time, and kept as much but where tasks were short.
+        refresh_every: Steps after which a row is computed anew; 1 is Avalanche's GEM. 10 added
+            less than half of the time, and kept as much but where tasks were short.
 
     Attributes:
         memory_x: Inputs by number of the memory, [patterns, ...], where the data set had them.

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
+
 import figures
+import places
 import pytest
-from figures import Sentence, Table
+import records
+from places import Hardware, Sentence, Table
 
 PAGE = """# A page
 
@@ -56,3 +60,22 @@ def test_numbers_are_filled_in():
 def test_what_a_page_no_longer_has_is_told(place, message):
     with pytest.raises(SystemExit, match=message):
         place.fill(PAGE)
+
+
+def test_the_machine_of_a_file_is_told(tmp_path, monkeypatch):
+    """The line of its own section, and of no other."""
+    monkeypatch.setattr(places, "RESULTS", tmp_path)
+    records.write(tmp_path / "a.json", seconds=[1.5])
+    page = "## First\n\nText.\n\nOn a machine with\n\n## Second\n\nText.\n"
+    made = Hardware("a.md", "a.json", "## First").fill(page)
+    line = made.splitlines()[4]
+    told = json.loads((tmp_path / "a.json").read_text())
+    assert told["seconds"] == [1.5]
+    for key in ("processor", "python", "torch", "commit", "date"):
+        assert told["machine"][key] in line
+    assert line.startswith(f"On a machine with {told['machine']['threads']} threads: ")
+    assert made == page.replace("On a machine with", line)
+    with pytest.raises(SystemExit, match=r"a\.md does not say on what machine, after '## Second'"):
+        Hardware("a.md", "a.json", "## Second").fill(page)
+    with pytest.raises(SystemExit, match="after '## First'"):
+        Hardware("a.md", "a.json", "## First").fill("## First\n\n## Second\n\nOn a machine with\n")

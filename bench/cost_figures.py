@@ -1,0 +1,233 @@
+"""What RESULTS.md says of costs that are not asked for in the suite."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+
+from places import Hardware, Sentence, Table, in_rows, load
+
+PAGE = "bench/RESULTS.md"
+
+
+def beside(times: Sequence[float], base: Sequence[float]) -> list[float]:
+    """Return the ratios of turns."""
+    return [one / other for one, other in zip(times, base, strict=True)]
+
+
+def with_quartiles(values: Sequence[float]) -> str:
+    """Return the median, and the quartiles."""
+    low, middle, high = statistics.quantiles(values, n=4)
+    return f"{middle:.2f} ({low:.2f}–{high:.2f})"
+
+
+def with_range(values: Sequence[float], digits: int = 2) -> str:
+    """Return the median, the least and the most."""
+    low, middle, high = min(values), statistics.median(values), max(values)
+    return f"{middle:.{digits}f} ({low:.{digits}f}–{high:.{digits}f})"
+
+
+def formats(weights: str) -> list[str]:
+    """Return the rows of compact formats, for one dtype of the weights."""
+    from compact_formats import ROWS
+
+    base, contenders = ROWS[weights]
+    found = [load(f"compact-formats-{simd}.json")["ratios"] for simd in ("avx2", "avx512")]
+    return in_rows(
+        [
+            label,
+            f"{count / base:.2f}",
+            *(with_quartiles(ratios[f"{weights}: {label}"]) for ratios in found),
+        ]
+        for label, (_, count) in contenders.items()
+    )
+
+
+def training_step() -> list[str]:
+    """Return the rows of a whole training step."""
+    turns = load("training-step.json")["ms"]
+    base = turns["AdamW fused"]
+    return in_rows(
+        [
+            label,
+            f"{statistics.median(times):.0f}",
+            f"{min(times):.0f}",
+            "" if times is base else with_quartiles(beside(times, base)),
+        ]
+        for label, times in turns.items()
+    )
+
+
+def whole_step() -> dict[str, str]:
+    """Return how many times as long a whole training step takes with protection."""
+    turns = load("training-step.json")["ms"]
+    each = beside(turns["EWCAdamW"], turns["AdamW fused"])
+    return {"whole": f"{statistics.median(each):.2f}"}
+
+
+def kronecker() -> list[str]:
+    """Return the rows of what Kronecker importance costs."""
+    told = load("kronecker-cost.json")
+    adamw, between, pull = (told["seconds"][key] for key in told["seconds"])
+    whole = [
+        (one + settled / told["every"]) / plain
+        for plain, one, settled in zip(adamw, between, pull, strict=True)
+    ]
+    passes, state = told["passes"], told["bytes_per_weight"]
+    demo = beside(*reversed(told["demo"].values()))
+    kinds = ", ".join(f"{key} {value:.2f}" for key, value in state.items() if value >= 0.005)
+    return in_rows(
+        [
+            ["a training step with `torch.optim.AdamW(fused=True)`, s", with_range(adamw)],
+            ["with Kronecker importance, between two pulls, s", with_range(between)],
+            ["a pull of all matrices, s", with_range(pull)],
+            [f"whole step at `every={told['every']}` ÷ AdamW's", with_range(whole)],
+            [
+                f"the Fisher's pass over {told['arguments']['samples']} samples ÷ the diagonal's",
+                f"{min(passes['kronecker']) / min(passes['diagonal']):.2f}",
+            ],
+            ["eigendecompositions beside it, once a task, s", f"{told['decompositions']:.1f}"],
+            ["bytes of state per weight beside AdamW's 8", f"{sum(state.values()):.2f}: {kinds}"],
+            ["a step of the demo's network ÷ with the diagonal", with_quartiles(demo)],
+        ]
+    )
+
+
+def any_optimizer() -> list[str]:
+    """Return the rows of EWC around another optimizer."""
+    found = load("any-optimizer.json")["seconds"].values()
+    first = next(iter(found))
+    return in_rows(
+        [
+            label,
+            *(with_quartiles(beside(times[label], times["AdamW(fused)"])) for times in found),
+        ]
+        for label in first
+        if label != "AdamW(fused)"
+    )
+
+
+def pull_numbers() -> dict[str, str]:
+    """Return what the pull alone takes of a tensor, in µs."""
+    times = load("any-optimizer.json")["seconds"]["1 000 tensors of 64"]["the pull alone"]
+    return {"pull": f"{1e6 * statistics.median(times) / 1000:.2f}"}
+
+
+def backward_memory() -> list[str]:
+    """Return the rows of a step in the backward pass."""
+    told = load("any-optimizer.json")
+    return in_rows(
+        [kind, f"{plain:.0f}", f"{within:.0f}", f"{(plain - within) / told['gradients']:.2f}"]
+        for kind, (plain, within) in told["peaks"].items()
+    )
+
+
+def distillation() -> list[str]:
+    """Return the rows of distillation on stored outputs."""
+    told = load("distillation-cost.json")
+    base, memory = told["seconds"]["plain"], told["megabytes"]
+    return in_rows(
+        [
+            label,
+            f"{statistics.median(times):.2f}",
+            "" if times is base else with_range(beside(times, base)),
+            f"{memory[label]:.0f}",
+            "" if times is base else f"{memory[label] / memory['plain']:.2f}",
+        ]
+        for label, times in told["seconds"].items()
+    )
+
+
+def log_codecs() -> list[str]:
+    """Return the rows of the importance log, by codec."""
+    from log_round_trip import rows
+
+    return in_rows(rows(load("log-round-trip.json")["codecs"]))
+
+
+def log_memory() -> list[str]:
+    """Return the rows of the log's memory."""
+    told = load("log-memory.json")["megabytes"]
+    kinds = {"writing": "writing", "reading": "reading", "mapped": "of it the mapped files"}
+    return in_rows(
+        [label, *(f"{of_codec[kind]:.0f}" for of_codec in told.values())]
+        for kind, label in kinds.items()
+    )
+
+
+def diagnose_numbers() -> dict[str, str]:
+    """Return what diagnose took."""
+    told = load("diagnose.json")
+    before, most = told["peaks"]
+    return {
+        "size": str(told["megabytes"]),
+        "seconds": f"{told['seconds']:.0f}",
+        "rate": f"{2 * told['megabytes'] / told['seconds']:.1f}",
+        "most": f"{most:.0f}",
+        "before": f"{before:.0f}",
+        "uncounted": f"{told['uncounted'] / 1e6:.1f}",
+    }
+
+
+def guard_numbers() -> dict[str, str]:
+    """Return what the guard took."""
+    told = load("guard.json")
+    numbers = {
+        "step": f"{1e6 * told['step']:.2f}",
+        "weights": f"{told['weights'] / 1e6:.0f}",
+        "size": f"{told['bytes'] / 1e6:.0f}",
+    }
+    for kind in ("check", "dd"):
+        times = [turn[kind] for turn in told["turns"]]
+        numbers |= {
+            kind: f"{statistics.median(times):.2f}",
+            f"{kind}_least": f"{min(times):.2f}",
+            f"{kind}_most": f"{max(times):.2f}",
+        }
+    return numbers
+
+
+PLACES: list[Table | Sentence | Hardware] = [
+    Table(PAGE, "| float32 weights | bytes | AVX2 | AVX-512 |", lambda: formats("float32")),
+    Table(PAGE, "| bfloat16 weights | bytes | AVX2 | AVX-512 |", lambda: formats("bfloat16")),
+    Hardware(PAGE, "training-step.json", "## A whole training step, CPU"),
+    Table(PAGE, "| | median ms | fastest ms | ÷ AdamW fused, quartiles |", training_step),
+    Sentence(
+        "README.md", "on a CPU: {whole} times a whole training step of GPT-2.", whole_step
+    ),
+    Hardware(PAGE, "kronecker-cost.json", "## Kronecker importance, CPU"),
+    Table(PAGE, "| Kronecker importance | |", kronecker),
+    Hardware(PAGE, "any-optimizer.json", "## EWC around another optimizer, CPU"),
+    Table(
+        PAGE, "| ÷ AdamW(fused) | 85 M in 144 tensors | 1 000 tensors of 64 |", any_optimizer
+    ),
+    Sentence(PAGE, "the pull of a small tensor takes {pull} µs", pull_numbers),
+    Table(PAGE, "| | plain | in the backward pass | saved ÷ gradients |", backward_memory),
+    Hardware(PAGE, "distillation-cost.json", "## Distillation on stored outputs, CPU"),
+    Table(PAGE, "| | s a step | ÷ plain | MB | ÷ plain |", distillation),
+    Hardware(PAGE, "log-round-trip.json", "## The importance log"),
+    Table(
+        PAGE,
+        "| codec | bytes per weight | ‖error‖/‖F‖ | largest error | top 5 % kept | MB | dd, s "
+        "| write, s | dd / write | read, s | dd / read | float32's dd / write | / read |",
+        log_codecs,
+    ),
+    Table(PAGE, "| MB | float32 | bfloat16 | log8 | topk | rank1 |", log_memory),
+    Hardware(PAGE, "diagnose.json", "## `diagnose` on two large files"),
+    Sentence(
+        PAGE,
+        "{seconds} s for two files of {size} MB ({rate} MB/s), peak resident memory {most} MB, of "
+        "which {before} MB were there before it began",
+        diagnose_numbers,
+    ),
+    Sentence(PAGE, "was full ({uncounted} million", diagnose_numbers),
+    Hardware(PAGE, "guard.json", "## The guard"),
+    Sentence(PAGE, "between two evaluations takes {step} µs", guard_numbers),
+    Sentence(
+        PAGE,
+        "of {weights} million protected float32 weights, {size} MB with moments, importance and "
+        "anchors, it took {check} s ({check_least} to {check_most}), and `dd conv=fsync` of as "
+        "many bytes {dd} s ({dd_least} to {dd_most})",
+        guard_numbers,
+    ),
+]  # fmt: skip

@@ -9,14 +9,13 @@ is the most that a process of its own has had.
 from __future__ import annotations
 
 import argparse
-import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
+import cost_figures
 import records
 import torch
 from contenders import LAMBDA, Problem, adamw, around_adamw, ewc, gpt2_shapes
@@ -76,18 +75,6 @@ def seconds(shapes: list[tuple[int, ...]], turns: int, count: int) -> dict[str, 
     return found
 
 
-def show(name: str, found: dict[str, list[float]]) -> None:
-    """Print times, and ratios to AdamW's."""
-    print(f"\n{name}: ms a step, ÷ AdamW")
-    for label, times in found.items():
-        ratios = [one / other for one, other in zip(times, found[ADAMW], strict=True)]
-        low, middle, high = statistics.quantiles(ratios, n=4)
-        print(
-            f"  {label:30} {1e3 * statistics.median(times):9.3f}  {middle:5.2f} "
-            f"({low:.2f} to {high:.2f})"
-        )
-
-
 def peak_of(kind: str) -> None:
     """Take three steps, and print the most memory in MiB."""
     torch.manual_seed(0)
@@ -133,20 +120,19 @@ def memory() -> dict[str, list[float]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--json", type=Path, help="where the figures go")
+    parser = records.parser(__doc__)
     parser.add_argument("--peak-of", help=argparse.SUPPRESS)  # a process of its own
     arguments = parser.parse_args()
     if arguments.peak_of:
         peak_of(arguments.peak_of)
         return
-    found = {name: seconds(*sizes) for name, sizes in SHAPES.items()}
-    for name, times in found.items():
-        show(name, times)
-    peaks, gradients = memory(), 4 * (WIDTH * WIDTH + WIDTH) * DEPTH / 2**20
-    print(f"\nThe most memory of a step, MiB; the gradients are {gradients:.0f}: {peaks}")
-    if arguments.json:
-        records.write(arguments.json, seconds=found, peaks=peaks, gradients=gradients)
+    figures = {
+        "seconds": {name: seconds(*sizes) for name, sizes in SHAPES.items()},
+        "peaks": memory(),
+        "gradients": 4 * (WIDTH * WIDTH + WIDTH) * DEPTH / 2**20,
+    }
+    cost_figures.show(cost_figures.any_optimizer(figures), cost_figures.backward_memory(figures))
+    records.write(arguments.json, figures)
 
 
 if __name__ == "__main__":

@@ -1,13 +1,18 @@
-"""What RESULTS.md says of costs that are not asked for in the suite."""
+"""What RESULTS.md says of costs that are not asked for in the suite: rows of their figures.
+
+The scripts that measure them print the same rows.
+"""
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from places import Hardware, Sentence, Table, in_rows, load
 
 PAGE = "bench/RESULTS.md"
+Figures = Mapping[str, Any]  # of one file, or of what will be in it
 
 
 def beside(times: Sequence[float], base: Sequence[float]) -> list[float]:
@@ -21,10 +26,14 @@ def with_quartiles(values: Sequence[float]) -> str:
     return f"{middle:.2f} ({low:.2f}–{high:.2f})"
 
 
-def with_range(values: Sequence[float], digits: int = 2) -> str:
+def with_range(values: Sequence[float]) -> str:
     """Return the median, the least and the most."""
-    low, middle, high = min(values), statistics.median(values), max(values)
-    return f"{middle:.{digits}f} ({low:.{digits}f}–{high:.{digits}f})"
+    return f"{statistics.median(values):.2f} ({min(values):.2f}–{max(values):.2f})"
+
+
+def show(*tables: Sequence[str]) -> None:
+    """Print rows."""
+    print("\n\n".join("\n".join(table) for table in tables))
 
 
 def formats(weights: str) -> list[str]:
@@ -43,9 +52,9 @@ def formats(weights: str) -> list[str]:
     )
 
 
-def training_step() -> list[str]:
+def training_step(told: Figures) -> list[str]:
     """Return the rows of a whole training step."""
-    turns = load("training-step.json")["ms"]
+    turns = told["ms"]
     base = turns["AdamW fused"]
     return in_rows(
         [
@@ -58,17 +67,16 @@ def training_step() -> list[str]:
     )
 
 
-def whole_step() -> dict[str, str]:
+def whole_step(told: Figures) -> dict[str, str]:
     """Return how many times as long a whole training step takes with protection."""
-    turns = load("training-step.json")["ms"]
+    turns = told["ms"]
     each = beside(turns["EWCAdamW"], turns["AdamW fused"])
     return {"whole": f"{statistics.median(each):.2f}"}
 
 
-def kronecker() -> list[str]:
+def kronecker(told: Figures) -> list[str]:
     """Return the rows of what Kronecker importance costs."""
-    told = load("kronecker-cost.json")
-    adamw, between, pull = (told["seconds"][key] for key in told["seconds"])
+    adamw, between, pull = told["seconds"].values()
     whole = [
         (one + settled / told["every"]) / plain
         for plain, one, settled in zip(adamw, between, pull, strict=True)
@@ -93,9 +101,9 @@ def kronecker() -> list[str]:
     )
 
 
-def any_optimizer() -> list[str]:
+def any_optimizer(told: Figures) -> list[str]:
     """Return the rows of EWC around another optimizer."""
-    found = load("any-optimizer.json")["seconds"].values()
+    found = told["seconds"].values()
     first = next(iter(found))
     return in_rows(
         [
@@ -107,24 +115,22 @@ def any_optimizer() -> list[str]:
     )
 
 
-def pull_numbers() -> dict[str, str]:
+def pull_numbers(told: Figures) -> dict[str, str]:
     """Return what the pull alone takes of a tensor, in µs."""
-    times = load("any-optimizer.json")["seconds"]["1 000 tensors of 64"]["the pull alone"]
+    times = told["seconds"]["1 000 tensors of 64"]["the pull alone"]
     return {"pull": f"{1e6 * statistics.median(times) / 1000:.2f}"}
 
 
-def backward_memory() -> list[str]:
+def backward_memory(told: Figures) -> list[str]:
     """Return the rows of a step in the backward pass."""
-    told = load("any-optimizer.json")
     return in_rows(
         [kind, f"{plain:.0f}", f"{within:.0f}", f"{(plain - within) / told['gradients']:.2f}"]
         for kind, (plain, within) in told["peaks"].items()
     )
 
 
-def distillation() -> list[str]:
+def distillation(told: Figures) -> list[str]:
     """Return the rows of distillation on stored outputs."""
-    told = load("distillation-cost.json")
     base, memory = told["seconds"]["plain"], told["megabytes"]
     return in_rows(
         [
@@ -138,26 +144,46 @@ def distillation() -> list[str]:
     )
 
 
-def log_codecs() -> list[str]:
-    """Return the rows of the importance log, by codec."""
-    from log_round_trip import rows
+def log_codecs(told: Figures) -> list[str]:
+    """Return the rows of the importance log, by codec; a ratio above 1 is faster than dd."""
+    made = []
+    for name, of_codec in told["codecs"].items():
+        error, turns = of_codec["error"], of_codec["turns"]
+        write, read, dd, dd_float32 = (
+            [turn[key] for turn in turns] for key in ("write", "read", "dd", "dd_float32")
+        )
+        largest = error["largest"]
+        made.append(
+            [
+                name,
+                f"{error['bytes_per_weight']:.3f}",
+                f"{100 * error['relative']:.2f} %",
+                f"{100 * largest:.2f} %" if largest < 10 else f"×{largest:.0e}",
+                f"{100 * error['top_overlap']:.2f} %",
+                f"{turns[0]['nbytes'] / 1e6:.0f}",
+                f"{statistics.median(dd):.3f}",
+                f"{statistics.median(write):.3f}",
+                with_range(beside(dd, write)),
+                f"{statistics.median(read):.3f}",
+                with_range(beside(dd, read)),
+                with_range(beside(dd_float32, write)),
+                with_range(beside(dd_float32, read)),
+            ]
+        )
+    return in_rows(made)
 
-    return in_rows(rows(load("log-round-trip.json")["codecs"]))
 
-
-def log_memory() -> list[str]:
+def log_memory(told: Figures) -> list[str]:
     """Return the rows of the log's memory."""
-    told = load("log-memory.json")["megabytes"]
     kinds = {"writing": "writing", "reading": "reading", "mapped": "of it the mapped files"}
     return in_rows(
-        [label, *(f"{of_codec[kind]:.0f}" for of_codec in told.values())]
+        [label, *(f"{of_codec[kind]:.0f}" for of_codec in told["megabytes"].values())]
         for kind, label in kinds.items()
     )
 
 
-def diagnose_numbers() -> dict[str, str]:
+def diagnose_numbers(told: Figures) -> dict[str, str]:
     """Return what diagnose took."""
-    told = load("diagnose.json")
     before, most = told["peaks"]
     return {
         "size": str(told["megabytes"]),
@@ -169,9 +195,8 @@ def diagnose_numbers() -> dict[str, str]:
     }
 
 
-def guard_numbers() -> dict[str, str]:
+def guard_numbers(told: Figures) -> dict[str, str]:
     """Return what the guard took."""
-    told = load("guard.json")
     numbers = {
         "step": f"{1e6 * told['step']:.2f}",
         "weights": f"{told['weights'] / 1e6:.0f}",
@@ -187,47 +212,66 @@ def guard_numbers() -> dict[str, str]:
     return numbers
 
 
+def _of(name: str, make: Callable[[Figures], Any]) -> Callable[[], Any]:
+    """Return what makes something of a file's figures."""
+    return lambda: make(load(name))
+
+
+TRAINING, KRONECKER, AROUND = "training-step.json", "kronecker-cost.json", "any-optimizer.json"
+DISTILLATION, LOG, GUARD = "distillation-cost.json", "log-round-trip.json", "guard.json"
+DIAGNOSE = "diagnose.json"
+LOG_HEAD = (
+    "| codec | bytes per weight | ‖error‖/‖F‖ | largest error | top 5 % kept | MB | dd, s "
+    "| write, s | dd / write | read, s | dd / read | float32's dd / write | / read |"
+)
+
 PLACES: list[Table | Sentence | Hardware] = [
     Table(PAGE, "| float32 weights | bytes | AVX2 | AVX-512 |", lambda: formats("float32")),
     Table(PAGE, "| bfloat16 weights | bytes | AVX2 | AVX-512 |", lambda: formats("bfloat16")),
-    Hardware(PAGE, "training-step.json", "## A whole training step, CPU"),
-    Table(PAGE, "| | median ms | fastest ms | ÷ AdamW fused, quartiles |", training_step),
+    Hardware(PAGE, TRAINING, "## A whole training step, CPU"),
+    Table(
+        PAGE, "| | median ms | fastest ms | ÷ AdamW fused, quartiles |",
+        _of(TRAINING, training_step),
+    ),
     Sentence(
-        "README.md", "on a CPU: {whole} times a whole training step of GPT-2.", whole_step
+        "README.md", "on a CPU: {whole} times a whole training step of GPT-2.",
+        _of(TRAINING, whole_step),
     ),
-    Hardware(PAGE, "kronecker-cost.json", "## Kronecker importance, CPU"),
-    Table(PAGE, "| Kronecker importance | |", kronecker),
-    Hardware(PAGE, "any-optimizer.json", "## EWC around another optimizer, CPU"),
+    Hardware(PAGE, KRONECKER, "## Kronecker importance, CPU"),
+    Table(PAGE, "| Kronecker importance | |", _of(KRONECKER, kronecker)),
+    Hardware(PAGE, AROUND, "## EWC around another optimizer, CPU"),
     Table(
-        PAGE, "| ÷ AdamW(fused) | 85 M in 144 tensors | 1 000 tensors of 64 |", any_optimizer
+        PAGE, "| ÷ AdamW(fused) | 85 M in 144 tensors | 1 000 tensors of 64 |",
+        _of(AROUND, any_optimizer),
     ),
-    Sentence(PAGE, "the pull of a small tensor takes {pull} µs", pull_numbers),
-    Table(PAGE, "| | plain | in the backward pass | saved ÷ gradients |", backward_memory),
-    Hardware(PAGE, "distillation-cost.json", "## Distillation on stored outputs, CPU"),
-    Table(PAGE, "| | s a step | ÷ plain | MB | ÷ plain |", distillation),
-    Hardware(PAGE, "log-round-trip.json", "## The importance log"),
+    Sentence(PAGE, "the pull of a small tensor takes {pull} µs", _of(AROUND, pull_numbers)),
     Table(
-        PAGE,
-        "| codec | bytes per weight | ‖error‖/‖F‖ | largest error | top 5 % kept | MB | dd, s "
-        "| write, s | dd / write | read, s | dd / read | float32's dd / write | / read |",
-        log_codecs,
+        PAGE, "| | plain | in the backward pass | saved ÷ gradients |",
+        _of(AROUND, backward_memory),
     ),
-    Table(PAGE, "| MB | float32 | bfloat16 | log8 | topk | rank1 |", log_memory),
-    Hardware(PAGE, "diagnose.json", "## `diagnose` on two large files"),
+    Hardware(PAGE, DISTILLATION, "## Distillation on stored outputs, CPU"),
+    Table(PAGE, "| | s a step | ÷ plain | MB | ÷ plain |", _of(DISTILLATION, distillation)),
+    Hardware(PAGE, LOG, "## The importance log"),
+    Table(PAGE, LOG_HEAD, _of(LOG, log_codecs)),
+    Table(
+        PAGE, "| MB | float32 | bfloat16 | log8 | topk | rank1 |",
+        _of("log-memory.json", log_memory),
+    ),
+    Hardware(PAGE, DIAGNOSE, "## `diagnose` on two large files"),
     Sentence(
         PAGE,
         "{seconds} s for two files of {size} MB ({rate} MB/s), peak resident memory {most} MB, of "
         "which {before} MB were there before it began",
-        diagnose_numbers,
+        _of(DIAGNOSE, diagnose_numbers),
     ),
-    Sentence(PAGE, "was full ({uncounted} million", diagnose_numbers),
-    Hardware(PAGE, "guard.json", "## The guard"),
-    Sentence(PAGE, "between two evaluations takes {step} µs", guard_numbers),
+    Sentence(PAGE, "was full ({uncounted} million", _of(DIAGNOSE, diagnose_numbers)),
+    Hardware(PAGE, GUARD, "## The guard"),
+    Sentence(PAGE, "between two evaluations takes {step} µs", _of(GUARD, guard_numbers)),
     Sentence(
         PAGE,
         "of {weights} million protected float32 weights, {size} MB with moments, importance and "
         "anchors, it took {check} s ({check_least} to {check_most}), and `dd conv=fsync` of as "
         "many bytes {dd} s ({dd_least} to {dd_most})",
-        guard_numbers,
+        _of(GUARD, guard_numbers),
     ),
 ]  # fmt: skip

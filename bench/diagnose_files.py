@@ -7,12 +7,12 @@ Lines of 20 words, whose ranks have a Zipf distribution of exponent 1.3 and go t
 
 from __future__ import annotations
 
-import argparse
 import resource
 import tempfile
 import time
 from pathlib import Path
 
+import cost_figures
 import numpy as np
 import records
 
@@ -32,9 +32,8 @@ def peak() -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = records.parser(__doc__)
     parser.add_argument("megabytes", type=int, nargs="?", default=500, help="of each file")
-    parser.add_argument("--json", type=Path, help="where the figures go")
     arguments = parser.parse_args()
     size = 1_000_000 * arguments.megabytes
     rng = np.random.default_rng(0)
@@ -45,14 +44,15 @@ def main() -> None:
         before, start = peak(), time.perf_counter()
         found = diagnose(read_corpus(old), read_corpus(new))
         seconds = time.perf_counter() - start
-    after = peak()
-    print(f"{seconds:.0f} s, {2e-6 * size / seconds:.1f} MB/s, {before:.0f} → {after:.0f} MB")
-    print(f"vocabularies {found.vocabulary}, uncounted {found.uncounted:,}")
-    if arguments.json:
-        records.write(
-            arguments.json, megabytes=arguments.megabytes, seconds=seconds, peaks=[before, after],
-            vocabulary=found.vocabulary, uncounted=found.uncounted,
-        )  # fmt: skip
+    figures = {
+        "megabytes": arguments.megabytes,
+        "seconds": seconds,
+        "peaks": [before, peak()],
+        "vocabulary": found.vocabulary,
+        "uncounted": found.uncounted,
+    }
+    print(cost_figures.diagnose_numbers(figures))
+    records.write(arguments.json, figures)
 
 
 if __name__ == "__main__":

@@ -9,14 +9,12 @@ They take turns; the memory is the largest of a process that does one of them on
 
 from __future__ import annotations
 
-import argparse
 import multiprocessing
 import resource
-import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 
+import cost_figures
 import records
 import torch
 from training_step import adamw
@@ -65,8 +63,7 @@ def peak(kind: str, sequences: int, length: int) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--json", type=Path, help="where the figures go")
+    parser = records.parser(__doc__)
     parser.add_argument("--sequences", type=int, default=4)
     parser.add_argument("--length", type=int, default=128)
     parser.add_argument("--turns", type=int, default=7)
@@ -85,15 +82,9 @@ def main() -> None:
             step()
             if turn > 0:
                 taken[kind].append(time.perf_counter() - start)
-    for kind, times in taken.items():
-        ratios = sorted(a / b for a, b in zip(times, taken[KINDS[0]], strict=True))
-        print(
-            f"{kind:36}{statistics.median(times):7.2f} s, {statistics.median(ratios):.3f} of plain "
-            f"({ratios[0]:.2f}-{ratios[-1]:.2f}); {memory[kind]:.0f} MB, "
-            f"{memory[kind] / memory[KINDS[0]]:.3f} of plain"
-        )
-    if arguments.json:
-        records.write(arguments.json, shape=sizes, seconds=taken, megabytes=memory)
+    figures = {"shape": sizes, "seconds": taken, "megabytes": memory}
+    cost_figures.show(cost_figures.distillation(figures))
+    records.write(arguments.json, figures)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from typing import Any
 
 import cost_figures
 import summary
-from places import RESULTS, ROOT, Sentence, Table, in_rows, load, three
+from places import RESULTS, ROOT, Hardware, Sentence, Table, in_rows, load, three
 
 sys.path.insert(0, str(ROOT))
 
@@ -90,23 +90,6 @@ def peer_numbers() -> dict[str, str]:
         found = [against_best(name) for name in groups if name.startswith(first)]
         numbers |= {key: min(found), f"{key}_most": max(found)}
     return {key: f"{number:.2g}" for key, number in numbers.items()}
-
-
-def machine() -> dict[str, str]:
-    """Return what the step was measured on; spaces are such that no line breaks in it."""
-    told = load(SUITE)["machine"]
-    cpu = told["backends"]["cpu"]
-    said = {
-        "processor": told["processor"],
-        "threads": str(told["threads"]),
-        "python": told["python"],
-        "torch": told["torch"],
-        "compiler": cpu["compiler"].rsplit(" ", 1)[-1],
-        "simd": cpu["simd"],
-        "commit": told.get("commit", "unknown"),
-        "date": told.get("date", "unknown"),
-    }
-    return {key: value.replace(" ", "\N{NO-BREAK SPACE}") for key, value in said.items()}
 
 
 def step_times() -> list[str]:
@@ -429,12 +412,16 @@ def van_de_ven_numbers() -> dict[str, str]:
     from bench.retention.van_de_ven import methods, scenarios
     from bench.retention.van_de_ven.report import part_of_gap
     from bench.retention.van_de_ven.runs import from_record
+    from cl_optim.demo import metrics
 
     results = from_record(load("van-de-ven.json"))
     told = {"their": methods.THEIRS, "diagonal": methods.DIAGONAL}
     told["kronecker"] = methods.KRONECKER
     plain = results.runs["class", methods.NONE.key]
     numbers = {}
+    for name in ("domain", "class"):
+        gain = results.paired(name, methods.KRONECKER, methods.THEIRS, metrics.acc)
+        numbers[f"more_{name}"] = f"{100 * gain.mean:.0f}"
     for key, method in told.items():
         pairs = zip(results.runs["class", method.key], plain, strict=True)
         each = statistics.fmean(run.cpu_seconds / other.cpu_seconds for run, other in pairs)
@@ -449,12 +436,7 @@ def van_de_ven_numbers() -> dict[str, str]:
 PLACES = [
     *suite_tables(),
     *cost_figures.PLACES,
-    Sentence(
-        "bench/RESULTS.md",
-        "cores, {processor}, {threads} threads, {simd}; Python {python}, torch {torch}, "
-        "GCC {compiler}; commit {commit}, {date}; float32.",
-        machine,
-    ),
+    Hardware("bench/RESULTS.md", SUITE, "## The suite, CPU"),
     Sentence(
         "bench/RESULTS.md",
         "On 85 M parameters protection costs {gpt2} AdamW steps, where the bytes ask for 36/28 = "
@@ -564,6 +546,11 @@ PLACES = [
         "in these three, van de Ven's EWC goes {their_task}, {their_domain} and {their_class} % of "
         "it, our diagonal {diagonal_task}, {diagonal_domain} and {diagonal_class} %, Kronecker "
         "importance {kronecker_task}, {kronecker_domain} and {kronecker_class} %",
+        van_de_ven_numbers,
+    ),
+    Sentence(
+        "docs/results.md",
+        "{more_domain} points more where it is not, {more_class} where all classes must be told.",
         van_de_ven_numbers,
     ),
     Sentence(

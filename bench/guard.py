@@ -7,10 +7,10 @@ The peer is ``dd conv=fsync`` of as many bytes into the same folder, in turns.
 
 from __future__ import annotations
 
-import argparse
 import tempfile
 from pathlib import Path
 
+import cost_figures
 import records
 import torch
 from log_round_trip import dd, seconds
@@ -23,9 +23,8 @@ STEPS = 200_000
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = records.parser(__doc__)
     parser.add_argument("folder", type=Path, help="a folder on the disk to measure")
-    parser.add_argument("--json", type=Path, help="where the figures go")
     arguments = parser.parse_args()
     model = nn.Sequential(*[nn.Linear(1024, 1024) for _ in range(40)])
     optimizer = EWCAdamW(model.named_parameters())
@@ -40,14 +39,11 @@ def main() -> None:
         guard.start()
         size = sum(file.stat().st_size for file in (path / "guard").iterdir())
         steps = seconds(lambda: [guard.step() for _ in range(STEPS)])
-        print(f"a step {1e6 * steps / STEPS:.2f} µs; a checkpoint has {size / 1e6:.0f} MB")
         turns = [{"check": seconds(guard.check), "dd": dd(path, size)} for _ in range(9)]
-    for turn in turns:
-        print(f"check {turn['check']:.2f} s, dd {turn['dd']:.2f} s")
-    if arguments.json:
-        weights = sum(param.numel() for param in model.parameters())
-        step = steps / STEPS
-        records.write(arguments.json, weights=weights, bytes=size, step=step, turns=turns)
+    weights = sum(param.numel() for param in model.parameters())
+    figures = {"weights": weights, "bytes": size, "step": steps / STEPS, "turns": turns}
+    print(cost_figures.guard_numbers(figures))
+    records.write(arguments.json, figures)
 
 
 if __name__ == "__main__":

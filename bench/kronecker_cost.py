@@ -10,13 +10,11 @@ The demo's steps with diagonal and with Kronecker importance take turns first.
 
 from __future__ import annotations
 
-import argparse
-import statistics
 import time
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
+import cost_figures
 import records
 import torch
 from torch import Tensor
@@ -105,8 +103,7 @@ def train_one(learner: Learner, x: Tensor, y: Tensor) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--json", type=Path, required=True, help="where the figures go")
+    parser = records.parser(__doc__)
     parser.add_argument("--energy", type=float, default=0.99)
     parser.add_argument("--max-rank", type=int, default=64)
     parser.add_argument("--length", type=int, default=256)
@@ -115,10 +112,6 @@ def main() -> None:
     arguments = parser.parse_args()
     with one_thread():
         demo = demo_steps()
-    demo_ratio = statistics.median(b / a for a, b in zip(*demo.values(), strict=True))
-    for label, values in demo.items():
-        print(f"demo, {label:14}{1e6 * statistics.median(values):10.1f} µs")
-    print(f"demo, Kronecker / diagonal: {demo_ratio:.3f}", flush=True)
     torch.manual_seed(0)
     model = GPT2LMHeadModel(GPT2Config()).eval()
     tokens = torch.randint(50257, (arguments.samples, arguments.length))
@@ -152,33 +145,18 @@ def main() -> None:
         if turn > 0:
             for name, taken in zip(found, times, strict=True):
                 found[name].append(taken)
-    ratios = [
-        (with_ + pull / _EVERY) / without
-        for without, with_, pull in zip(*found.values(), strict=True)
-    ]
-    bytes_per_weight = state_bytes(protected)
-    records.write(
-        arguments.json,
-        arguments={key: str(value) for key, value in vars(arguments).items()},
-        demo=demo,
-        passes=passes,
-        decompositions=sum(decomposing),
-        every=_EVERY,
-        seconds=found,
-        ranks=kept,
-        bytes_per_weight=bytes_per_weight,
-    )
-    diagonal, kronecker = (min(times) for times in passes.values())
-    ratio = kronecker / diagonal
-    print(
-        f"Fisher's pass: diagonal {diagonal:.1f} s, Kronecker {kronecker:.1f} s: {ratio:.2f}; "
-        f"decompositions {sum(decomposing):.1f} s"
-    )
-    for name, values in found.items():
-        print(f"{name:20}{1e3 * statistics.median(values):10.1f} ms")
-    print(f"whole step, every {_EVERY}: {statistics.median(ratios):.3f} of AdamW's")
-    print(f"mean ranks: {[statistics.mean(r[i] for r in kept.values()) for i in (0, 1)]}")
-    print({key: round(value, 2) for key, value in bytes_per_weight.items()})
+    figures = {
+        "arguments": {key: str(value) for key, value in vars(arguments).items()},
+        "demo": demo,
+        "passes": passes,
+        "decompositions": sum(decomposing),
+        "every": _EVERY,
+        "seconds": found,
+        "ranks": kept,
+        "bytes_per_weight": state_bytes(protected),
+    }
+    cost_figures.show(cost_figures.kronecker(figures))
+    records.write(arguments.json, figures)
 
 
 if __name__ == "__main__":

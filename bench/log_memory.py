@@ -7,10 +7,10 @@ The importance is 12 tensors of 64 M weights in float32, 256 MB each; the folder
 
 from __future__ import annotations
 
-import argparse
 import tempfile
 from pathlib import Path
 
+import cost_figures
 import records
 import torch
 from log_round_trip import fisher
@@ -35,9 +35,8 @@ def read(log: ImportanceLog) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = records.parser(__doc__)
     parser.add_argument("folder", type=Path, help="a folder with 4 GB of room")
-    parser.add_argument("--json", type=Path, help="where the figures go")
     arguments, made = parser.parse_args(), {}
     generator = torch.Generator().manual_seed(0)
     importance = {f"{i}.weight": fisher((SIDE, SIDE), generator) for i in range(TENSORS)}
@@ -48,9 +47,9 @@ def main() -> None:
             reading = megabytes(lambda: read(log))  # noqa: B023
             mapped = log["task"].nbytes / 1e6
         made[name] = {"writing": writing, "reading": reading, "mapped": mapped}
-        print(f"{name}: writing {writing:.0f} MB, reading {reading:.0f}, files {mapped:.0f}")
-    if arguments.json:
-        records.write(arguments.json, megabytes=made)
+    figures = {"megabytes": made}
+    cost_figures.show(cost_figures.log_memory(figures))
+    records.write(arguments.json, figures)
 
 
 if __name__ == "__main__":

@@ -12,29 +12,21 @@ written.
 
 from __future__ import annotations
 
-import argparse
 import shutil
-import statistics
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+import cost_figures
 import records
 import torch
-from rich import box
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
 from cl_optim import ImportanceLog
 from cl_optim.importance import codecs
 
-HEAD = (
-    "codec", "bytes per weight", "‖error‖/‖F‖", "largest error", "top 5 % kept", "MB", "dd, s",
-    "write, s", "dd / write", "read, s", "dd / read", "float32's dd / write", "/ read",
-)  # fmt: skip
 WIDTH, LAYERS, VOCABULARY, POSITIONS = 768, 12, 50257, 1024
 
 
@@ -104,10 +96,9 @@ def dd(folder: Path, nbytes: int) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = records.parser(__doc__)
     parser.add_argument("folder", type=Path, help="an empty or new folder on the disk to measure")
     parser.add_argument("--repeat", type=int, default=5)
-    parser.add_argument("--json", type=Path, help="where the figures go")
     arguments = parser.parse_args()
     arguments.folder.mkdir(parents=True, exist_ok=True)
     generator = torch.Generator().manual_seed(0)
@@ -119,45 +110,9 @@ def main() -> None:
         error = codecs.measure(codecs.codec(name), importance)
         turns = [turn(arguments.folder, importance, name) for _ in range(arguments.repeat)]
         made[name] = {"error": error._asdict(), "turns": [one._asdict() for one in turns]}
-    table = Table(box=box.MARKDOWN)
-    for i, column in enumerate(HEAD):
-        table.add_column(column, justify="right" if i else "left")
-    for row in rows(made):
-        table.add_row(*row)
-    console = Console(width=240)
-    console.print(f"{weights:,} weights in {len(importance)} tensors; median of {arguments.repeat}")
-    console.print(table)
-    if arguments.json:
-        records.write(arguments.json, weights=weights, tensors=len(importance), codecs=made)
-
-
-def rows(made: Mapping[str, Any]) -> Iterator[list[str]]:
-    """Yield the cells of each codec, of what was measured."""
-    for name, of_codec in made.items():
-        error, turns = of_codec["error"], [Turn(**one) for one in of_codec["turns"]]
-        largest = error["largest"]
-        yield [
-            name, f"{error['bytes_per_weight']:.3f}", f"{100 * error['relative']:.2f} %",
-            f"{100 * largest:.2f} %" if largest < 10 else f"×{largest:.0e}",
-            f"{100 * error['top_overlap']:.2f} %", f"{turns[0].nbytes / 1e6:.0f}",
-            f"{statistics.median(t.dd for t in turns):.3f}",
-            *cells([t.write for t in turns], [t.dd for t in turns]),
-            *cells([t.read for t in turns], [t.dd for t in turns]),
-            *(ratios([b / a for a, b in pairs]) for pairs in (
-                [(t.write, t.dd_float32) for t in turns], [(t.read, t.dd_float32) for t in turns]
-            )),
-        ]  # fmt: skip
-
-
-def cells(ours: list[float], peer: list[float]) -> list[str]:
-    return [
-        f"{statistics.median(ours):.3f}",
-        ratios([b / a for a, b in zip(ours, peer, strict=True)]),
-    ]
-
-
-def ratios(values: list[float]) -> str:
-    return f"{statistics.median(values):.2f} ({min(values):.2f}–{max(values):.2f})"
+    figures = {"weights": weights, "tensors": len(importance), "codecs": made}
+    cost_figures.show([cost_figures.LOG_HEAD, *cost_figures.log_codecs(figures)])
+    records.write(arguments.json, figures)
 
 
 if __name__ == "__main__":

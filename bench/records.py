@@ -1,17 +1,34 @@
-"""Files of results: what was measured, and on what."""
+"""Files of results: what was measured, on what machine, and by a script of which arguments."""
 
 from __future__ import annotations
 
+import argparse
 import datetime
 import json
 import platform
 import subprocess
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from cl_optim.ops import library
+
+
+def parser(doc: str) -> argparse.ArgumentParser:
+    """Return what parses a script's arguments, with the file of its figures among them.
+
+    Raises:
+        SystemExit: The compiled kernels are not here, whose costs are to be measured.
+    """
+    if not library.available("cpu"):
+        raise SystemExit(library.explain("cpu"))
+    made = argparse.ArgumentParser(
+        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    made.add_argument("--json", type=Path, help="where the figures go")
+    return made
 
 
 def machine() -> dict[str, Any]:
@@ -27,9 +44,10 @@ def machine() -> dict[str, Any]:
     }
 
 
-def write(path: Path, **figures: Any) -> None:
-    """Write figures as JSON, with the machine that they are of."""
-    path.write_text(json.dumps({"machine": machine(), **figures}, indent=1) + "\n")
+def write(path: Path | None, figures: Mapping[str, Any]) -> None:
+    """Write figures as JSON, with the machine that they are of, if a file was named."""
+    if path is not None:
+        path.write_text(json.dumps({"machine": machine(), **figures}, indent=1) + "\n")
 
 
 def _processor() -> str:
@@ -45,7 +63,9 @@ def _processor() -> str:
 
 def _commit() -> str:
     command = ["git", "describe", "--always", "--dirty"]
+    here = Path(__file__).parent
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        done = subprocess.run(command, cwd=here, capture_output=True, text=True, check=True)
+        return done.stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return "unknown"

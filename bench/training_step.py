@@ -8,19 +8,16 @@ and the ratios are medians of those within a turn.
 
 from __future__ import annotations
 
-import argparse
-import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 
+import cost_figures
 import records
 import torch
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from cl_optim import EWCAdamW
-from cl_optim.ops import library
 
 
 def adamw(model: nn.Module) -> torch.optim.Optimizer:
@@ -84,14 +81,11 @@ def milliseconds(work: Callable[[], None]) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--json", type=Path, required=True, help="where the samples go")
+    parser = records.parser(__doc__)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--turns", type=int, default=7)
     arguments = parser.parse_args()
-    if not library.available("cpu"):
-        raise SystemExit(library.explain("cpu"))
     config = GPT2Config()
     tokens = torch.randint(config.vocab_size, (arguments.batch, arguments.length))
     steps = {name: training_step(make, config, tokens) for name, make in OPTIMIZERS.items()}
@@ -101,14 +95,9 @@ def main() -> None:
             taken = milliseconds(step)
             if turn > 0:  # the first one warms up
                 turns[name].append(taken)
-    for name, times in turns.items():
-        ratios = [a / b for a, b in zip(times, turns["AdamW fused"], strict=True)]
-        low, middle, high = statistics.quantiles(ratios, n=4)
-        print(
-            f"{name:16}{statistics.median(times):10.1f} ms, at best {min(times):.1f}; "
-            f"{middle:6.3f} x AdamW fused (quartiles {low:.3f}, {high:.3f})"
-        )
-    records.write(arguments.json, shape=[arguments.batch, arguments.length], ms=turns)
+    figures = {"shape": [arguments.batch, arguments.length], "ms": turns}
+    cost_figures.show(cost_figures.training_step(figures))
+    records.write(arguments.json, figures)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -68,7 +69,7 @@ def once(
 
 
 def write(path: Path, record: Mapping[str, Any]) -> None:
-    """Write JSON: the whole file or none."""
-    beside = path.with_suffix(".partial")
+    """Write JSON: the whole file or none, whoever else writes the same one."""
+    beside = path.with_suffix(f".{os.getpid()}.partial")
     beside.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     beside.replace(path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import cost_figures
 import figures
 import places
 import pytest
@@ -65,7 +66,7 @@ def test_what_a_page_no_longer_has_is_told(place, message):
 def test_the_machine_of_a_file_is_told(tmp_path, monkeypatch):
     """The line of its own section, and of no other."""
     monkeypatch.setattr(places, "RESULTS", tmp_path)
-    records.write(tmp_path / "a.json", seconds=[1.5])
+    records.write(tmp_path / "a.json", {"seconds": [1.5]})
     page = "## First\n\nText.\n\nOn a machine with\n\n## Second\n\nText.\n"
     made = Hardware("a.md", "a.json", "## First").fill(page)
     line = made.splitlines()[4]
@@ -79,3 +80,49 @@ def test_the_machine_of_a_file_is_told(tmp_path, monkeypatch):
         Hardware("a.md", "a.json", "## Second").fill(page)
     with pytest.raises(SystemExit, match="after '## First'"):
         Hardware("a.md", "a.json", "## First").fill("## First\n\n## Second\n\nOn a machine with\n")
+
+
+def test_kernels_that_are_not_here_are_not_measured(monkeypatch):
+    monkeypatch.setattr(records.library, "available", lambda device: False)
+    monkeypatch.setattr(records.library, "explain", lambda device: "not built: build it")
+    with pytest.raises(SystemExit, match="not built: build it"):
+        records.parser("A script.")
+
+
+def test_without_a_file_nothing_is_written(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    records.write(None, {"seconds": [1.5]})
+    assert not [*tmp_path.iterdir()]
+
+
+def test_ratios_are_of_turns():
+    """Each turn is divided by the base's in it: not medians by medians."""
+    steps = {"AdamW fused": [1.0, 2.0, 4.0], "EWCAdamW": [2.0, 2.0, 12.0]}
+    (base, ours) = cost_figures.training_step({"ms": steps})
+    assert base == "| AdamW fused | 2 | 1 |  |"
+    assert ours == "| EWCAdamW | 2 | 2 | 2.00 (1.00–3.00) |"
+    assert cost_figures.whole_step({"ms": steps}) == {"whole": "2.00"}
+    told = {
+        "arguments": {"samples": "8"},
+        "demo": {"diagonal": [2.0, 2.0, 2.0], "Kronecker": [3.0, 4.0, 5.0]},
+        "passes": {"diagonal": [2.0, 4.0], "kronecker": [5.0, 3.0]},
+        "decompositions": 1.25,
+        "every": 10,
+        "seconds": {"AdamW": [1.0, 2.0], "between": [1.0, 2.0], "pull": [1.0, 4.0]},
+        "bytes_per_weight": {"anchor": 4.0, "tails": 0.001},
+    }
+    rows = cost_figures.kronecker(told)
+    assert "| whole step at `every=10` ÷ AdamW's | 1.15 (1.10–1.20) |" in rows
+    assert "| the Fisher's pass over 8 samples ÷ the diagonal's | 1.50 |" in rows
+    assert rows[-2].endswith("| 4.00: anchor 4.00 |")
+    assert rows[-1].endswith("| 2.00 (1.50–2.50) |")
+
+
+def test_the_log_is_compared_with_dd():
+    turn = {"nbytes": 2_000_000, "write": 2.0, "read": 0.5, "dd": 1.0, "dd_float32": 4.0}
+    error = {"bytes_per_weight": 1.0, "relative": 0.025, "largest": 20.0, "top_overlap": 0.5}
+    (row,) = cost_figures.log_codecs({"codecs": {"log8": {"error": error, "turns": [turn] * 2}}})
+    assert row == (
+        "| log8 | 1.000 | 2.50 % | ×2e+01 | 50.00 % | 2 | 1.000 | 2.000 | 0.50 (0.50–0.50) | 0.500 "
+        "| 2.00 (2.00–2.00) | 2.00 (2.00–2.00) | 8.00 (8.00–8.00) |"
+    )

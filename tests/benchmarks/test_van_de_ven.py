@@ -65,6 +65,12 @@ def test_denormals_are_flushed_for_a_while():
     assert (small / 8).all()
 
 
+def test_a_processor_that_cannot_flush_is_refused(monkeypatch):
+    monkeypatch.setattr(torch, "set_flush_denormal", lambda on: False)
+    with pytest.raises(RuntimeError, match=r"for 0, .*: measure on one that can"):
+        flushed_denormals().__enter__()
+
+
 # --- van de Ven's EWC -----------------------------------------------------------------------------
 
 

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from bench.retention import fashion_mnist
-from bench.retention.training import flushed_denormals
 from bench.retention.van_de_ven import report, runs
 from bench.retention.van_de_ven.scenarios import Name, Setting
 from cl_optim.demo.commands import announce, new_console, progress_bar
@@ -26,7 +25,7 @@ def run_van_de_ven(
         DataError: The folder has no such data, or its classes cannot be dealt out.
     """
     console, loaded = new_console(), fashion_mnist.load(data, folder)
-    with one_thread(), flushed_denormals(), progress_bar(console) as progress:
+    with one_thread(), progress_bar(console) as progress:
         bar = progress.add_task("", total=runs.count_runs([*settings], seeds))
 
         def on_run(what: str) -> None:

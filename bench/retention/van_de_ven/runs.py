@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from bench.retention import saved_runs
-from bench.retention.training import take_step, tensor_bytes
+from bench.retention.training import flushed_denormals, take_step, tensor_bytes
 from bench.retention.van_de_ven.methods import METHODS, Method
 from bench.retention.van_de_ven.scenarios import Name, Network, Setting, scenario_of
 from cl_optim.demo import metrics
@@ -54,6 +54,7 @@ class Stage(NamedTuple):
     contexts: Tensor
 
 
+@flushed_denormals()
 def train(
     name: Name, scenario: Scenario, method: Method, value: float, setting: Setting, seed: int,
     held_out: HeldOut,
@@ -190,7 +191,8 @@ def measure(
             scenario = scenario_of(name, data[1], setting.contexts, seed)
             return train(name, scenario, method, value, setting, seed, held_out)
 
-        return saved_runs.once(path, Run, {"data": data[0], **asdict(setting)}, make)
+        about = {"data": data[0], "denormals": "flushed"}
+        return saved_runs.once(path, Run, {**about, **asdict(setting)}, make)
 
     folder.mkdir(parents=True, exist_ok=True)
     for name in settings:

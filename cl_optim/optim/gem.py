@@ -22,7 +22,7 @@ from cl_optim.optim.groups import name_of
 from cl_optim.optim.invalid_steps import INVALID, InvalidSteps
 from cl_optim.optim.memories import Memories, Memory
 from cl_optim.optim.memory_rows import Products, check_dense, one_device
-from cl_optim.optim.projection import Blocks, Projection, Solver, cosines, report
+from cl_optim.optim.projection import Blocks, Projection, Solver, cosines, outcome, report
 from cl_optim.optim.settling import Settles
 from cl_optim.optim.shards import Shards
 from cl_optim.optim.wrapper import Forwarded, Wrapper, innermost, inside_step, layers
@@ -384,24 +384,24 @@ class GEM(Wrapper):
         blocks = Blocks(self.blocks, shards.sizes(), used)
         counted = [shards.counts(param) for param in params]
         (packed,) = shards.together.added(blocks.sum(_of_counted(packed, counted)))
-        products = Products.of(packed)
+        products = Products(packed)
         terms = sum(shards.size(param) for param in params)
         solution = self._solver.solve(
             products, self.memory_strength, used, terms, begin_anew=rows_have_changed
         )
-        invalid = solution.status < 0
-        v = torch.where(invalid[:, None], 0.0, solution.v)
+        v, is_invalid, may_move = outcome(solution)
         if self._is_fused():
             take_step = self._fused_step(params, rows, v, blocks.of_used)
         else:
-            given = [grad for grad in grads if grad is not None]
-            gram_ops.combine_(given, rows, v, blocks.of_used)
+            if may_move:
+                given = [grad for grad in grads if grad is not None]
+                gram_ops.combine_(given, rows, v, blocks.of_used)
             take_step = self.optimizer.step
 
         before = [param.detach().clone() for param in params] if self.track_update else None
         with inside_step(self.optimizer):
             is_refused = self._invalid_steps.take_step(
-                self.optimizer, take_step, invalid.any(), self.on_invalid
+                self.optimizer, take_step, is_invalid, self.on_invalid
             )
         update_dot = None
         if before is not None:

@@ -30,7 +30,7 @@ class InvalidSteps:
         self,
         optimizer: torch.optim.Optimizer,
         step: Callable[[], object],
-        invalid: Tensor,
+        invalid: bool | Tensor,
         on_invalid: str,
     ) -> bool:
         """Let the optimizer step, unless the step is invalid.
@@ -38,7 +38,7 @@ class InvalidSteps:
         Args:
             optimizer: The optimizer.
             step: Takes its step.
-            invalid: 0-dim bool.
+            invalid: A 0-dim bool on a device that is not to be waited for, or the number itself.
             on_invalid: ``"skip"``, ``"raw"`` (take it all the same) or ``"raise"``.
 
         Returns:
@@ -47,12 +47,12 @@ class InvalidSteps:
         """
         if on_invalid == "raw":
             step()
-        elif _skips_on_device(optimizer) and not (on_invalid == "raise" and invalid.is_cpu):
+        elif isinstance(invalid, Tensor) and _skips_on_device(optimizer):
             with _found_inf(optimizer, invalid):
                 step()
             if on_invalid == "raise":
                 self._pending = _to_host(invalid)
-        elif invalid.item():
+        elif invalid:
             return on_invalid == "raise"
         else:
             step()

@@ -81,7 +81,7 @@ class Memories:
         else:
             kept = [*self._room_for(memory.name, capacity, evict), memory]
         self._follow(shards)
-        with _Passes() as passes:
+        with unobserved(), _Passes() as passes:
             values = (
                 self._mean(kept, shards, passes)
                 if self.average
@@ -148,7 +148,7 @@ class Memories:
                     f"remember({memory.name!r}, closure) to attach one, or forget it."
                 )
         due = [memory for memory in self.kept if memory.due]
-        with _Passes() as passes:
+        with unobserved(), _Passes() as passes:
             if self.average:
                 if self._mean_is_outdated or due:
                     self._write_mean(self._mean(self.kept, shards, passes))
@@ -355,7 +355,7 @@ def _gradient(memory: Memory, shards: Shards, passes: _Passes) -> dict[Tensor, T
     try:
         for param in params:
             param.grad = None
-        with torch.enable_grad(), unobserved():
+        with torch.enable_grad():
             memory.closure()
         grads = {param: param.grad for param in params if param.grad is not None}
     finally:

@@ -7,8 +7,9 @@ A row is one gradient of the whole model. The rows of a parameter are its part o
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from operator import is_
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,17 +21,30 @@ from cl_optim.optim.groups import Groups, name_of
 from cl_optim.optim.shards import Shards
 
 
-class Products(NamedTuple):
-    """Of rows and gradient, by block: Q [n, t, t], c [n, t], ‖g‖² [n]; float64."""
+@dataclass(frozen=True)
+class Products:
+    """Of rows and gradient, by block: Q [n, t, t], c [n, t], ‖g‖² [n]; float64.
 
-    gram: Tensor
-    linear: Tensor
-    square: Tensor
+    Args:
+        packed: As :meth:`MemoryRows.products` returns them, of which these are views.
+    """
 
-    @classmethod
-    def of(cls, packed: Tensor) -> Products:
-        """Return views of what :meth:`MemoryRows.products` returns."""
-        return cls(packed[:, :-1, :-1], packed[:, -1, :-1], packed[:, -1, -1])
+    packed: Tensor
+
+    @property
+    def gram(self) -> Tensor:
+        """Return Q."""
+        return self.packed[:, :-1, :-1]
+
+    @property
+    def linear(self) -> Tensor:
+        """Return c."""
+        return self.packed[:, -1, :-1]
+
+    @property
+    def square(self) -> Tensor:
+        """Return ‖g‖²."""
+        return self.packed[:, -1, -1]
 
 
 class MemoryRows:

@@ -116,6 +116,23 @@ class Solver:
         )
 
 
+def outcome(solution: nnqp.Solution) -> tuple[Tensor, bool | Tensor, bool]:
+    """Return what is to be done with solutions.
+
+    Returns:
+        v, 0 where there is none; whether there is none for some problem, a 0-dim bool where a
+        device would be waited for; whether v may be other than 0.
+    """
+    status = solution.status
+    if status.is_cpu:
+        codes = status.tolist()
+        if all(code >= 0 for code in codes):
+            return solution.v, False, any(code != nnqp.Status.INACTIVE for code in codes)
+    invalid = status < 0
+    v = torch.where(invalid[:, None], 0.0, solution.v)
+    return v, True if status.is_cpu else invalid.any(), True
+
+
 def report(
     solution: nnqp.Solution, v: Tensor, products: Products, update_dot: Tensor | None
 ) -> Projection:

@@ -6,7 +6,7 @@ import math
 import pickle
 import sys
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeVar, cast
 
 import torch
@@ -104,15 +104,15 @@ class Together:
             found = [one for of_process in cast(list[list[_T]], lists) for one in of_process]
         return found
 
-    @contextmanager
-    def agreeing(self) -> Iterator[None]:
+    def agreeing(self) -> AbstractContextManager[None]:
         """Raise in all processes what one of them has raised within, that of the lowest rank.
 
         The others would wait for it for ever.
         """
-        if not self._groups:
-            yield
-            return
+        return self._agreeing() if self._groups else nullcontext()
+
+    @contextmanager
+    def _agreeing(self) -> Iterator[None]:
         error: Exception | None = None
         try:
             yield

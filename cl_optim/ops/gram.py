@@ -21,6 +21,7 @@ from cl_optim.ops import library
 MAX_ROWS = 1024
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _CHUNK = 2**16
+_FEW = 2**12
 
 library.define(
     "gram_per_tensor(Tensor[] memory, Tensor[] grads) -> Tensor", cpu="compiled", cuda="triton"
@@ -173,6 +174,8 @@ def total(per_tensor: Tensor) -> Tensor:
     """
     if len(per_tensor) == 0:
         return per_tensor.new_zeros(per_tensor.shape[1:])
+    if per_tensor.is_cpu and per_tensor.numel() <= _FEW:
+        return per_tensor.cumsum(0)[-1]  # one after the other: an operation instead of many
     while len(per_tensor) > 1:
         half, rest = divmod(len(per_tensor), 2)
         pairs = per_tensor[:half] + per_tensor[half : 2 * half]

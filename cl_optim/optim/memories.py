@@ -81,7 +81,7 @@ class Memories:
         else:
             kept = [*self._room_for(memory.name, capacity, evict), memory]
         self._follow(shards)
-        with unobserved(), _Passes() as passes:
+        with unobserved(), _Passes(self._together(shards)) as passes:
             values = (
                 self._mean(kept, shards, passes)
                 if self.average
@@ -148,7 +148,7 @@ class Memories:
                     f"remember({memory.name!r}, closure) to attach one, or forget it."
                 )
         due = [memory for memory in self.kept if memory.due]
-        with unobserved(), _Passes() as passes:
+        with unobserved(), _Passes(self._together(shards)) as passes:
             if self.average:
                 if self._mean_is_outdated or due:
                     self._write_mean(self._mean(self.kept, shards, passes))
@@ -166,15 +166,19 @@ class Memories:
                 mean[param] = mean[param] + value if param in mean else _wide(value)
         return {param: value / len(memories) for param, value in mean.items()}
 
+    def _together(self, shards: Shards) -> Together:
+        """Return the processes whose gradients make a row."""
+        if shards.any:
+            return shards.together
+        return Together("mean" if self.ranks is None else self.ranks)
+
     def _row(self, memory: Memory, shards: Shards, passes: _Passes) -> dict[Tensor, Tensor]:
         """Return a memory's gradient, which is the same in all processes that train the model.
 
         Raises:
             ValueError: It is not, and nothing says what is to be done about that.
         """
-        together = shards.together
-        if not shards.any:
-            together = Together("mean" if self.ranks is None else self.ranks)
+        together = passes.together
         with together.agreeing():
             gradient = _gradient(memory, shards, passes)
         # The model that is spread has made it that of all processes.
@@ -297,9 +301,14 @@ def _places(shards: Shards) -> list[int]:
 
 
 class _Passes:
-    """Counts the backward passes through parameters, by hooks that it takes away at the end."""
+    """Counts the backward passes through parameters, by hooks that it takes away at the end.
 
-    def __init__(self) -> None:
+    Args:
+        together: The processes that take part.
+    """
+
+    def __init__(self, together: Together) -> None:
+        self.together = together
         self._params: list[Tensor] = []
         self._handles: list[RemovableHandle] = []
         self._number: dict[Tensor, int] = {}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -80,13 +80,13 @@ class Solver:
     """Solves the problems of a step; where Q is the last step's, from where that one ended."""
 
     def __init__(self) -> None:
-        self._last: tuple[tuple[Any, ...], Tensor] | None = None
+        self._last: tuple[list[object], Tensor] | None = None
 
     def solve(
         self,
         products: Products,
         memory_strength: float,
-        used: Sequence[int],
+        used: list[int],
         terms: int,
         *,
         begin_anew: bool,
@@ -101,7 +101,7 @@ class Solver:
             begin_anew: Whether rows are others than at the last call.
         """
         gram = products.gram
-        key = (tuple(used), tuple(gram.shape), gram.device)
+        key: list[object] = [used, gram.shape, gram.device]
         if self._last is None or self._last[0] != key:
             self._last = key, nnqp.new_state(len(gram), gram.shape[1], gram.device)
         elif begin_anew:

@@ -64,6 +64,8 @@ bench-costs: install
 	$(RUN) bench/log_round_trip.py runs/costs --repeat 9 --json $(COSTS)/log-round-trip.json
 	$(RUN) bench/log_memory.py runs/costs --json $(COSTS)/log-memory.json
 	$(RUN) bench/guard.py runs/costs --json $(COSTS)/guard.json
+	$(RUN) bench/shards.py --json $(COSTS)/shards.json
+	$(RUN) bench/scaling.py --folder $(COSTS)
 	$(RUN) bench/diagnose_files.py --json $(COSTS)/diagnose.json
 	$(RUN) bench/figures.py
 

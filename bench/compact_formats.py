@@ -14,24 +14,19 @@ extension that CXX="c++ -DCL_OPTIM_WITHOUT_AVX512" has built.
 
 from __future__ import annotations
 
-import argparse
 import json
-import statistics
 import subprocess
 import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable
-from pathlib import Path
 
+import cost_figures
+import records
 import torch
 from contenders import Problem, adamw, ewc, gpt2_shapes
-from rich import box
-from rich.console import Console
-from rich.table import Table
 
 from cl_optim import EWCAdamW
-from cl_optim.demo.report import versions
 
 _STEPS = 3  # in a turn
 Make = Callable[[Problem], Callable[[], None]]
@@ -113,31 +108,12 @@ def measure(only: str, turns: int) -> dict[str, list[float]]:
     return found
 
 
-def tables(ratios: dict[str, list[float]]) -> list[Table]:
-    """Return a table for each dtype."""
-    made = []
-    for name, (base_bytes, rows) in ROWS.items():
-        table = Table(title=f"{name} weights", title_justify="left", box=box.MARKDOWN)
-        for column in ("", "÷ AdamW(fused)", "quartiles", "bytes", "÷ AdamW's bytes"):
-            table.add_column(column, justify="right" if column else "left")
-        for label, (_, count) in rows.items():
-            if found := ratios.get(f"{name}: {label}"):
-                low, middle, high = statistics.quantiles(found, n=4)
-                shown = [f"{middle:.2f}", f"{low:.2f}–{high:.2f}", f"{count:g}"]
-                table.add_row(label, *shown, f"{count / base_bytes:.2f}")
-        made.append(table)
-    return made
-
-
 def main() -> None:
     """Measure, print, and write JSON."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = records.parser(__doc__)
     parser.add_argument("--turns", type=int, default=9, help="of a process")
     parser.add_argument("--processes", type=int, default=3, help="one after another")
     parser.add_argument("--only", default="", help="rows whose name has this")
-    parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     if not arguments.processes:  # this is one of them
         print(json.dumps(measure(arguments.only, arguments.turns)))
@@ -150,17 +126,9 @@ def main() -> None:
         )
         for row, found in json.loads(done.stdout.splitlines()[-1]).items():
             ratios[row] += found
-    console = Console(width=120)
-    for table in tables(ratios):
-        console.print(table)
-    if arguments.json:
-        record = {
-            "versions": versions(),
-            "threads": torch.get_num_threads(),
-            "torch's kernels": torch.backends.cpu.get_cpu_capability(),
-            "ratios": ratios,
-        }
-        arguments.json.write_text(json.dumps(record, indent=1) + "\n")
+    figures = {"torch's kernels": torch.backends.cpu.get_cpu_capability(), "ratios": ratios}
+    cost_figures.show(*(cost_figures.formats(weights, figures) for weights in ROWS))
+    records.write(arguments.json, figures)
 
 
 if __name__ == "__main__":

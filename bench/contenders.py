@@ -59,11 +59,15 @@ class Problem:
         weights = [p.detach().clone() for p in self.params]
         importances, anchors = self.protection
         with torch.no_grad():
-            torch._foreach_copy_(self.params, anchors)
+            self._move_to(anchors)
             with warnings.catch_warnings():  # about rounded anchors
                 warnings.simplefilter("ignore")
                 optimizer.consolidate({str(i): f for i, f in enumerate(importances)})
-            torch._foreach_copy_(self.params, weights)
+            self._move_to(weights)
+
+    def _move_to(self, values: list[Tensor]) -> None:
+        for param, value in zip(self.params, values, strict=True):  # DTensors know no foreach
+            param.copy_(value)
 
 
 def adamw(problem: Problem) -> Callable[[], None]:

@@ -9,7 +9,7 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from places import Hardware, Sentence, Table, in_rows, load
+from places import Hardware, Sentence, Table, in_rows, load, three
 
 PAGE = "bench/RESULTS.md"
 Figures = Mapping[str, Any]  # of one file, or of what will be in it
@@ -36,20 +36,41 @@ def show(*tables: Sequence[str]) -> None:
     print("\n\n".join("\n".join(table) for table in tables))
 
 
-def formats(weights: str) -> list[str]:
-    """Return the rows of compact formats, for one dtype of the weights."""
+def formats(weights: str, *told: Figures) -> list[str]:
+    """Return the rows of compact formats, for one dtype of the weights; a column for each file."""
     from compact_formats import ROWS
 
     base, contenders = ROWS[weights]
-    found = [load(f"compact-formats-{simd}.json")["ratios"] for simd in ("avx2", "avx512")]
     return in_rows(
         [
             label,
             f"{count / base:.2f}",
-            *(with_quartiles(ratios[f"{weights}: {label}"]) for ratios in found),
+            *(with_quartiles(one["ratios"][f"{weights}: {label}"]) for one in told),
         ]
         for label, (_, count) in contenders.items()
+        if all(f"{weights}: {label}" in one["ratios"] for one in told)
     )
+
+
+def shards(told: Figures) -> list[str]:
+    """Return the rows of a step of DTensors."""
+    made = []
+    for name, contenders in told["seconds"].items():
+        base = contenders["AdamW(fused), DTensors"]
+        for i, (label, times) in enumerate(contenders.items()):
+            each = "" if times is base else with_quartiles(beside(times, base))
+            made.append(["" if i else name, label, three(1e3 * statistics.median(times)), each])
+    return in_rows(made)
+
+
+def looked_through(told: Figures) -> dict[str, str]:
+    """Return what it takes to look through 1 000 DTensors, ours and torch's, in ms."""
+    times = {
+        label: 1e3 * statistics.median(of_label)
+        for label, of_label in told["seconds"]["1 000 tensors of 64"].items()
+    }
+    ours, theirs = (times[f"{one}, DTensors"] - times[one] for one in ("EWCAdamW", "AdamW(fused)"))
+    return {"ours": f"{ours:.1f}", "theirs": f"{theirs:.0f}"}
 
 
 def training_step(told: Figures) -> list[str]:
@@ -212,6 +233,11 @@ def guard_numbers(told: Figures) -> dict[str, str]:
     return numbers
 
 
+def _formats(weights: str) -> Callable[[], list[str]]:
+    """Return what makes the rows of compact formats."""
+    return lambda: formats(weights, *map(load, FORMATS))
+
+
 def _of(name: str, make: Callable[[Figures], Any]) -> Callable[[], Any]:
     """Return what makes something of a file's figures."""
     return lambda: make(load(name))
@@ -219,15 +245,19 @@ def _of(name: str, make: Callable[[Figures], Any]) -> Callable[[], Any]:
 
 TRAINING, KRONECKER, AROUND = "training-step.json", "kronecker-cost.json", "any-optimizer.json"
 DISTILLATION, LOG, GUARD = "distillation-cost.json", "log-round-trip.json", "guard.json"
-DIAGNOSE = "diagnose.json"
+DIAGNOSE, SHARDS = "diagnose.json", "shards.json"
+FORMATS = ("compact-formats-avx2.json", "compact-formats-avx512.json")
 LOG_HEAD = (
     "| codec | bytes per weight | ‖error‖/‖F‖ | largest error | top 5 % kept | MB | dd, s "
     "| write, s | dd / write | read, s | dd / read | float32's dd / write | / read |"
 )
 
 PLACES: list[Table | Sentence | Hardware] = [
-    Table(PAGE, "| float32 weights | bytes | AVX2 | AVX-512 |", lambda: formats("float32")),
-    Table(PAGE, "| bfloat16 weights | bytes | AVX2 | AVX-512 |", lambda: formats("bfloat16")),
+    Hardware(PAGE, FORMATS[0], "## Compact formats, CPU"),
+    *(
+        Table(PAGE, f"| {weights} weights | bytes | AVX2 | AVX-512 |", _formats(weights))
+        for weights in ("float32", "bfloat16")
+    ),
     Hardware(PAGE, TRAINING, "## A whole training step, CPU"),
     Table(
         PAGE, "| | median ms | fastest ms | ÷ AdamW fused, quartiles |",
@@ -248,6 +278,13 @@ PLACES: list[Table | Sentence | Hardware] = [
     Table(
         PAGE, "| | plain | in the backward pass | saved ÷ gradients |",
         _of(AROUND, backward_memory),
+    ),
+    Hardware(PAGE, "scaling.json", "## How times grow"),
+    Hardware(PAGE, SHARDS, "## A step of DTensors, CPU"),
+    Table(PAGE, "| | | ms a step | ÷ AdamW(fused), DTensors |", _of(SHARDS, shards)),
+    Sentence(
+        PAGE, "takes {ours} ms; torch's own dispatch takes {theirs}.",
+        _of(SHARDS, looked_through),
     ),
     Hardware(PAGE, DISTILLATION, "## Distillation on stored outputs, CPU"),
     Table(PAGE, "| | s a step | ÷ plain | MB | ÷ plain |", _of(DISTILLATION, distillation)),

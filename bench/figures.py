@@ -239,20 +239,6 @@ def pretrained() -> list[str]:
     return in_rows(made)
 
 
-def shards() -> list[str]:
-    """Return the rows of a step of DTensors."""
-    made = []
-    for name, contenders in load("shards.json")["seconds"].items():
-        base = contenders["AdamW(fused), DTensors"]
-        for i, (label, times) in enumerate(contenders.items()):
-            each = [a / b for a, b in zip(times, base, strict=True)]
-            low, middle, high = statistics.quantiles(each, n=4)
-            median = three(1e3 * statistics.median(times))
-            quartiles = "" if times is base else f"{low:.2f}–{high:.2f}"
-            made.append(["" if i else name, label, median, f"{middle:.2f}", quartiles])
-    return in_rows(made)
-
-
 def growth() -> list[str]:
     """Return the rows of how times grow."""
     from scaling import exponent, medians
@@ -576,11 +562,6 @@ PLACES = [
         "GEM with the same rows takes {gem} to {gem_most} of its time, with rows that are computed "
         "every ten steps {gem10} to {gem10_most}.**",
         avalanche_numbers,
-    ),
-    Table(
-        "bench/RESULTS.md",
-        "| | | ms a step | ÷ AdamW(fused), DTensors | quartiles |",
-        shards,
     ),
 ]  # fmt: skip
 

@@ -10,7 +10,6 @@ proportion. Writes scaling.json, scaling.md and scaling.png; about four minutes.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import statistics
 import time
@@ -20,6 +19,7 @@ from typing import NamedTuple
 
 import contenders
 import fisher_contenders
+import records
 import torch
 from rich import box
 from rich.console import Console
@@ -27,7 +27,7 @@ from rich.table import Table
 from torch import Tensor
 
 from cl_optim import functional as F
-from cl_optim.demo.report import versions, write_markdown
+from cl_optim.demo.report import write_markdown
 
 Work = Callable[[], object]
 
@@ -217,15 +217,13 @@ def main() -> None:
         found.append((curve, measure(curve, 1 if arguments.quick else arguments.turns)))
         Console(width=120).print(table(*found[-1], box.SIMPLE_HEAD))
     arguments.folder.mkdir(parents=True, exist_ok=True)
-    record = {
-        "versions": versions(),
-        "threads": torch.get_num_threads(),
+    figures = {
         "curves": [
             {"name": curve.name, "axis": curve.axis, "seconds": measured}
             for curve, measured in found
         ],
     }
-    (arguments.folder / "scaling.json").write_text(json.dumps(record, indent=1) + "\n")
+    records.write(arguments.folder / "scaling.json", figures)
     from rich.console import Group
 
     tables = Group(*(table(*one, box.MARKDOWN) for one in found))

@@ -8,24 +8,17 @@ measured is the host's part of looking through DTensors, and the kernels. Conten
 
 from __future__ import annotations
 
-import argparse
-import json
-import statistics
 import tempfile
 import time
 from collections.abc import Callable
-from pathlib import Path
 
+import cost_figures
+import records
 import torch
 import torch.distributed as dist
 from contenders import Problem, adamw, ewc, gpt2_shapes
-from rich import box
-from rich.console import Console
-from rich.table import Table
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
-
-from cl_optim.demo.report import versions
 
 SHAPES = {"85 M weights in 144 tensors": gpt2_shapes(), "1 000 tensors of 64": [(64,)] * 1000}
 _STEPS = 3  # in a turn
@@ -80,12 +73,9 @@ def measure(shapes: list[tuple[int, ...]], device: str, turns: int) -> dict[str,
 
 def main() -> None:
     """Measure, print, and write JSON."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = records.parser(__doc__)
     parser.add_argument("--turns", type=int, default=21)
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as meeting:
         dist.init_process_group(
@@ -98,20 +88,9 @@ def main() -> None:
             for name, shapes in SHAPES.items()
         }
         dist.destroy_process_group()
-    table = Table(box=box.MARKDOWN)
-    for column in ("", "", "ms a step", "÷ AdamW(fused), DTensors", "quartiles"):
-        table.add_column(column)
-    for name, of_shapes in found.items():
-        base = of_shapes["AdamW(fused), DTensors"]
-        for label, times in of_shapes.items():
-            ratios = [a / b for a, b in zip(times, base, strict=True)]
-            low, middle, high = statistics.quantiles(ratios, n=4)
-            shown = f"{1e3 * statistics.median(times):.3g}"
-            table.add_row(name, label, shown, f"{middle:.2f}", f"{low:.2f}-{high:.2f}")
-    Console(width=120).print(table)
-    if arguments.json:
-        record = {"versions": versions(), "threads": torch.get_num_threads(), "seconds": found}
-        arguments.json.write_text(json.dumps(record, indent=1) + "\n")
+    figures = {"seconds": found}
+    cost_figures.show(cost_figures.shards(figures))
+    records.write(arguments.json, figures)
 
 
 if __name__ == "__main__":

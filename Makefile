@@ -53,7 +53,7 @@ gate: install
 	$(RUN) bench/gate.py
 
 # What RESULTS.md says beside the suite: whole training steps, EWC around others, Kronecker importance,
-# distillation, the log, the guard, diagnose. Half an hour.
+# distillation, the log, the guard, diagnose, DTensors, growth. Half an hour.
 COSTS = bench/results
 bench-costs: install
 	mkdir -p runs/costs

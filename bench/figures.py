@@ -250,7 +250,7 @@ def growth() -> list[str]:
         largest = str(max(points[0]))
         each = [a / b for a, b in zip(mine[largest], theirs[largest], strict=True)]
         both = [f"n^{exponent(one):.2f}" for one in points]
-        of = f"{int(largest):,} {curve['axis']}".replace(",", " ")
+        of = f"{int(largest):,}".replace(",", " ") + f" {curve['axis']}"
         ratio_ = f"{statistics.median(each):.2f}"
         made.append([curve["name"], of, ours, both[0], other, both[1], ratio_])
     return in_rows(made)

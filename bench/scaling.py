@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -40,12 +41,19 @@ class Curve(NamedTuple):
         axis: What grows.
         sizes: How far.
         make: Makes ours and the others', by name, of a size.
+        memory: Bytes that each takes; sizes are left out that would take more than there are.
     """
 
     name: str
     axis: str
     sizes: Sequence[int]
     make: Callable[[int], dict[str, Work]]
+    memory: int = 0
+
+    def fitting(self) -> list[int]:
+        """Return the sizes that the machine has the memory for."""
+        there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        return [size for size in self.sizes if size * self.memory < there]
 
 
 def steps(shapes: list[tuple[int, ...]]) -> dict[str, Work]:
@@ -61,6 +69,18 @@ def of_weights(count: int) -> dict[str, Work]:
     """Return steps of as many weights in a few tensors."""
     side = math.isqrt(count // 4)
     return steps([(side, side)] * 4)
+
+
+def of_compact_weights(count: int) -> dict[str, Work]:
+    """Return steps of as many bfloat16 weights: 9 bytes each, and torch's 8."""
+    side = math.isqrt(count // 16)
+    ours = contenders.ewc(
+        importance_dtype="log8", anchor_dtype="bfloat16", state_dtype="8bit", rounding="stochastic"
+    )
+    return {
+        label: make(contenders.Problem([(side, side)] * 16, dtype=torch.bfloat16))
+        for label, make in (("EWCAdamW", ours), ("AdamW(fused)", contenders.adamw))
+    }
 
 
 def of_tensors(count: int) -> dict[str, Work]:
@@ -117,12 +137,16 @@ def of_lengths(length: int) -> dict[str, Work]:
 
 CURVES = [
     Curve("A step", "weights", (10**4, 10**5, 10**6, 10**7, 10**8), of_weights),
+    Curve(
+        "A step", "bfloat16 weights, compact formats", tuple(10**k for k in range(4, 10)),
+        of_compact_weights, memory=20,
+    ),
     Curve("A step", "tensors of 64", (1, 10, 100, 1000, 10_000), of_tensors),
     Curve("GEM's products", "memories", (1, 4, 16, 64, 256, 1024), of_memories),
     Curve("Quadratic programs", "programs of 16 rows", (1, 16, 256, 4096), of_programs),
     Curve("A quadratic program", "rows", (1, 4, 16, 64, 256, 1024), of_rows),
     Curve("Fisher information", "tokens of a sequence", (16, 64, 256, 1024), of_lengths),
-]
+]  # fmt: skip
 QUICK = [curve._replace(sizes=curve.sizes[:2]) for curve in CURVES]
 
 # Seconds of the turns, by contender and size.
@@ -142,13 +166,14 @@ def taken(work: Work, least: float = 0.02) -> float:
 def measure(curve: Curve, turns: int) -> Measured:
     """Measure all sizes, the contenders of one in turns."""
     found: Measured = {}
-    for size in curve.sizes:
+    for size in curve.fitting():
         works = curve.make(size)
         for work in works.values():
             work()  # warms up
         for _ in range(turns):
             for name, work in works.items():
                 found.setdefault(name, {}).setdefault(size, []).append(taken(work))
+        del work, works  # before the next, ten times as large
     return found
 
 
@@ -171,7 +196,7 @@ def table(curve: Curve, measured: Measured, style: box.Box) -> Table:
     ours, other = points
     for column in (curve.axis, f"{ours}, ms", f"{other}, ms", "÷"):
         made.add_column(column, justify="right")
-    for size in curve.sizes:
+    for size in points[ours]:
         both = [points[name][size] for name in (ours, other)]
         ratios = [a / b for a, b in zip(*(measured[n][size] for n in points), strict=True)]
         shown = [f"{1e3 * one:.3g}" for one in both]
@@ -187,8 +212,11 @@ def draw(found: list[tuple[Curve, Measured]], path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(2, 3, figsize=(12, 7), layout="constrained")
-    for (curve, measured), axis in zip(found, axes.flat, strict=True):
+    columns = math.ceil(len(found) / 2)
+    figure, axes = plt.subplots(2, columns, figsize=(4 * columns, 7), layout="constrained")
+    for axis in axes.flat[len(found) :]:
+        axis.set_visible(False)
+    for (curve, measured), axis in zip(found, axes.flat, strict=False):
         for (name, of_sizes), color in zip(measured.items(), ("#0072b2", "#888888"), strict=True):
             points = medians(of_sizes)
             label = f"{name}: n^{exponent(points):.2f}"

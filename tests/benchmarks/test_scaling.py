@@ -25,11 +25,20 @@ def test_quick_writes_all_files(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["scaling.py", "--quick", "--folder", str(tmp_path)])
     scaling.main()
     told = json.loads((tmp_path / "scaling.json").read_text())
-    assert [len(curve["seconds"]) for curve in told["curves"]] == [2] * 6
-    for curve, (_, axis, sizes, _) in zip(told["curves"], scaling.QUICK, strict=True):
-        assert curve["axis"] == axis
+    assert [len(curve["seconds"]) for curve in told["curves"]] == [2] * 7
+    for curve, asked in zip(told["curves"], scaling.QUICK, strict=True):
+        assert curve["axis"] == asked.axis
         for times in curve["seconds"].values():
-            assert list(times) == [str(size) for size in sizes]
+            assert list(times) == [str(size) for size in asked.sizes]
             assert all(one > 0.0 for each in times.values() for one in each)
     assert "exponent" in (tmp_path / "scaling.md").read_text()
     assert (tmp_path / "scaling.png").stat().st_size > 10_000
+
+
+def test_sizes_that_do_not_fit_are_left_out():
+    curve = scaling.Curve(
+        "A sum", "numbers", (1, 2, 10**15), lambda size: {"ours": int, "other": int}, memory=8
+    )
+    measured = scaling.measure(curve, turns=3)
+    assert [list(times) for times in measured.values()] == [[1, 2], [1, 2]]
+    assert scaling.table(curve, measured, scaling.box.SIMPLE).row_count == 3  # and the exponents

@@ -182,16 +182,26 @@ def _add_run(
     parser.set_defaults(run=run_it)
 
 
-def _add_avalanche(parser: argparse.ArgumentParser) -> None:
-    parser.description = (
-        "Learn permuted and split Fashion-MNIST (digits, where it is not found) in Avalanche's own "
-        "loop, with its plugins for EWC and GEM and with ours; print what each keeps, in which "
-        "time. Runs that are done are not done again. make bench-avalanche brings Avalanche."
-    )
+def _add_images(parser: argparse.ArgumentParser) -> None:
+    """Add where the images are."""
+    parser.add_argument(
+        "--data", choices=("fashion-mnist", "mnist"), default="fashion-mnist",
+        help="what the files in DIR are: fashion-mnist or mnist (fashion-mnist)",
+    )  # fmt: skip
     parser.add_argument(
         "--data-dir", type=Path, metavar="DIR",
-        help="the folder of Fashion-MNIST's gzipped IDX files (Debian's)",
+        help="the folder of the four IDX files (Debian's, of Fashion-MNIST)",
     )  # fmt: skip
+
+
+def _add_avalanche(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Learn permuted and split Fashion-MNIST (digits, where it is not found) or MNIST in "
+        "Avalanche's own loop, with its plugins for EWC and GEM and with ours; print what each "
+        "keeps, in which time. Runs that are done are not done again. make bench-avalanche brings "
+        "Avalanche."
+    )
+    _add_images(parser)
     parser.add_argument(
         "--optimizers", nargs="+", choices=INNERS, default=list(INNERS), metavar="OPTIMIZER",
         help=f"{', '.join(INNERS)} (all)",
@@ -200,7 +210,8 @@ def _add_avalanche(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seeds", type=whole, default=5, metavar="N", help="runs of each row (5)")
 
     def command(arguments: argparse.Namespace) -> None:
-        run_avalanche(arguments.seeds, arguments.data_dir, arguments.optimizers, arguments.out)
+        data = arguments.data, arguments.data_dir
+        run_avalanche(arguments.seeds, *data, arguments.optimizers, arguments.out)
 
     _add_run(parser, command)
 
@@ -212,14 +223,7 @@ def _add_van_de_ven(parser: argparse.ArgumentParser) -> None:
         "keeps, in which time. On Fashion-MNIST (digits, where it is not found), or on MNIST. Runs "
         "that are done are not done again."
     )
-    parser.add_argument(
-        "--data", choices=("fashion-mnist", "mnist"), default="fashion-mnist",
-        help="what the files in DIR are: fashion-mnist or mnist (fashion-mnist)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--data-dir", type=Path, metavar="DIR",
-        help="the folder of the four IDX files (Debian's, of Fashion-MNIST)",
-    )  # fmt: skip
+    _add_images(parser)
     parser.add_argument(
         "--scenarios", nargs="+", choices=NAMES, default=list(SPLITS), metavar="SCENARIO",
         help=f"{', '.join(NAMES)} ({' '.join(SPLITS)}); permuted takes hours",

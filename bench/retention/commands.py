@@ -181,16 +181,16 @@ def run_optimizers(seeds: int, out: Path) -> None:
 
 
 def run_avalanche(
-    seeds: int, folder: Path | None, inners: Sequence[avalanche.Inner], out: Path
+    seeds: int, name: str, folder: Path | None, inners: Sequence[avalanche.Inner], out: Path
 ) -> None:
     """Train with Avalanche's plugins and with ours; print and write the tables.
 
     Raises:
-        DataError: The folder has no Fashion-MNIST.
+        DataError: The folder has no such data.
         ModuleNotFoundError: Avalanche is not installed.
     """
     console, setting = new_console(), avalanche.Setting()
-    data = load("fashion-mnist", folder)
+    data = load(name, folder)
     with one_thread(), progress_bar(console) as progress:
         total = avalanche.count_runs(seeds, avalanche.SWEEP_SEEDS, inners)
         bar = progress.add_task("", total=total)

@@ -20,13 +20,12 @@ from cl_optim.demo.scenarios import DataError, Split, Task, digits, generator
 DEBIAN_FOLDER = Path("/usr/share/datasets/fashion-mnist")
 _IMAGES = {"train": "train-images-idx3-ubyte.gz", "t10k": "t10k-images-idx3-ubyte.gz"}
 _LABELS = {"train": "train-labels-idx1-ubyte.gz", "t10k": "t10k-labels-idx1-ubyte.gz"}
-_VALIDATION_SIZE = 10_000
 
 
 def fashion_mnist(folder: Path | None = None) -> Task:
     """Load Fashion-MNIST, 784 pixels in [0, 1]: 50 000 + 10 000 + 10 000 samples.
 
-    The validation samples are drawn from the training files, always the same ones.
+    The validation samples, a sixth, are drawn from the training files, always the same ones.
 
     Args:
         folder: Has the four gzipped IDX files. Default: Debian's folder, else torchvision, which
@@ -75,7 +74,8 @@ def load(data: str, folder: Path | None) -> tuple[str, Task]:
 
 def _task(x: Tensor, y: Tensor, test_x: Tensor, test_y: Tensor) -> Task:
     shuffled = torch.randperm(len(x), generator=generator(0, "fashion-mnist validation"))
-    validation, train = shuffled[:_VALIDATION_SIZE], shuffled[_VALIDATION_SIZE:]
+    count = len(x) // 6  # 10 000 of 60 000
+    validation, train = shuffled[:count], shuffled[count:]
     return Task(
         Split(x[train], y[train]), Split(x[validation], y[validation]), Split(test_x, test_y)
     )

@@ -391,6 +391,36 @@ def van_de_ven_pairs() -> list[str]:
     return in_rows(made)
 
 
+def van_de_ven_permuted() -> list[str]:
+    """Return the rows of permuted images: what each method ends at, and beside van de Ven's EWC."""
+    from bench.retention.van_de_ven import methods
+    from bench.retention.van_de_ven.runs import from_record
+    from cl_optim.demo import metrics
+    from cl_optim.demo.report import in_percent
+
+    results = from_record(load("van-de-ven-permuted.json"))
+    plain = results.runs["permuted", methods.NONE.key]
+    made = []
+    for method in methods.METHODS:
+        runs = results.runs["permuted", method.key]
+        more = results.paired("permuted", method, methods.THEIRS, metrics.acc)
+        each = [a.cpu_seconds / b.cpu_seconds for a, b in zip(runs, plain, strict=True)]
+        shown = in_percent(more, signed=True).replace("-", "−")
+        made.append(
+            [
+                method.label,
+                in_percent(results.interval("permuted", method, metrics.acc)),
+                in_percent(results.interval("permuted", method, metrics.forgetting)).replace(
+                    "-", "−"
+                ),
+                "" if method is methods.THEIRS else shown,
+                f"{statistics.fmean(each):.2f}",
+                f"{runs[0].state_bytes / 1e6:.1f}",
+            ]
+        )
+    return in_rows(made)
+
+
 def class_incremental() -> dict[str, str]:
     """Return what Kronecker importance, fine-tuning and joint training end at, in per cent."""
     from bench.retention.van_de_ven.methods import JOINT, KRONECKER, NONE
@@ -541,6 +571,11 @@ PLACES = [
         "| − van de Ven's EWC, paired by seed: ACC; time ÷ its | task-incremental "
         "| domain-incremental | class-incremental |",
         van_de_ven_pairs,
+    ),
+    Table(
+        "docs/results.md",
+        "| permuted images | ACC | forgetting | − van de Ven's EWC | time ÷ fine-tuning | MB |",
+        van_de_ven_permuted,
     ),
     Sentence(
         "docs/results.md",

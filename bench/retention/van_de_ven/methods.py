@@ -220,7 +220,7 @@ INTERPOLATION = Method(
 # λ as published for MNIST is among them: 1e5, 1e10, 1e9 and 100.
 THEIRS = Method("their-ewc", "van de Ven's EWC", TheirEWC, "λ", _wide(3, 4, 5, 0))
 DIAGONAL = Method(
-    "ewc-diagonal", "cl_optim: EWC, diagonal", DiagonalEWC, "strength", _wide(-4, -2, -4, -4)
+    "ewc-diagonal", "cl_optim: EWC, diagonal", DiagonalEWC, "strength", _wide(-4, -2, -4, -6)
 )
 KRONECKER = Method(
     "ewc-kronecker", "cl_optim: EWC, Kronecker", KroneckerEWC, "strength",

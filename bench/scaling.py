@@ -41,7 +41,7 @@ class Curve(NamedTuple):
         axis: What grows.
         sizes: How far.
         make: Makes ours and the others', by name, of a size.
-        memory: Bytes that each takes; sizes are left out that would take more than there are.
+        memory: Bytes that each takes; sizes are left out, and said, that take more than there are.
     """
 
     name: str
@@ -51,9 +51,12 @@ class Curve(NamedTuple):
     memory: int = 0
 
     def fitting(self) -> list[int]:
-        """Return the sizes that the machine has the memory for."""
+        """Return the sizes that the machine has the memory for, and print the others."""
         there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        return [size for size in self.sizes if size * self.memory < there]
+        fitting = [size for size in self.sizes if size * self.memory < there]
+        for size in self.sizes[len(fitting) :]:
+            print(f"left out: {size:,} {self.axis} take more than the machine's {there:,} bytes")
+        return fitting
 
 
 def steps(shapes: list[tuple[int, ...]]) -> dict[str, Work]:

@@ -25,7 +25,7 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor, nn
 
-from bench.retention.saved_runs import Run, once
+from bench.retention.saved_runs import Run, about, once
 from bench.retention.training import tensor_bytes
 from cl_optim import EWC, GEM, EWCAdamW
 from cl_optim.demo import metrics
@@ -337,8 +337,8 @@ def measure(
             scenario = scenario_of(name, data[1], setting, seed)
             return train(scenario, method, strength, inner, setting, seed, held_out)
 
-        about = {"data": data[0], "avalanche": _version(), "options": method.options}
-        return once(path, Run, {**about, **asdict(setting)}, make)
+        others = {"avalanche": _version(), "options": method.options}
+        return once(path, Run, {**about(data), **others, **asdict(setting)}, make)
 
     folder.mkdir(parents=True, exist_ok=True)
     for name in SCENARIOS:

@@ -13,6 +13,7 @@ import numpy as np
 
 from cl_optim.demo.metrics import Matrix
 from cl_optim.demo.report import versions
+from cl_optim.demo.scenarios import Task
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,15 @@ def once(
     done = train()
     write(path, {"setting": common, **asdict(done)})
     return done
+
+
+def about(data: tuple[str, Task]) -> dict[str, Any]:
+    """Return what a run depends on of its data: other files of the same name are other data."""
+    name, task = data
+    return {
+        "data": name,
+        "samples": [len(part.y) for part in (task.train, task.validation, task.test)],
+    }
 
 
 def write(path: Path, record: Mapping[str, Any]) -> None:

@@ -51,3 +51,5 @@ def test_compact_formats(monkeypatch):
         "| log8, 8-bit moments, Kahan",
     ]
     assert rows[0].count(" | ") == 3  # bytes, and a column for each file
+    with pytest.raises(KeyError, match="Kahan"):  # no row is left out without a word
+        cost_figures.formats("bfloat16", told, {"ratios": {}})

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 
 from bench.retention import saved_runs
 from bench.retention.saved_runs import Run, from_record, once
 from bench.retention.van_de_ven import runs as van_de_ven
+from cl_optim.demo.scenarios import Split, Task
 
 RUNS = [Run(((0.5, 0.25), (0.125, 1.0)), 2.0, 1.5, 7), van_de_ven.Run(((1.0,),), 1.0, 0.5, 3, 0.25)]
 
@@ -45,3 +47,11 @@ def test_what_fails_leaves_no_file(tmp_path):
 def test_derived_values_of_a_record_are_left_out():
     record = {"matrix": [[0.5]], "seconds": 1, "cpu_seconds": 1, "state_bytes": 0, "acc": 0.5}
     assert from_record(Run, record) == Run(((0.5,),), 1, 1, 0)
+
+
+def test_other_files_of_the_same_name_are_other_data():
+    parts = [Split(torch.zeros(count, 2), torch.zeros(count)) for count in (5, 3, 2)]
+    more = Split(torch.zeros(6, 2), torch.zeros(6))
+    told = saved_runs.about(("MNIST", Task(*parts)))
+    assert told == {"data": "MNIST", "samples": [5, 3, 2]}
+    assert told != saved_runs.about(("MNIST", Task(more, *parts[1:])))

@@ -35,10 +35,11 @@ def test_quick_writes_all_files(tmp_path, monkeypatch):
     assert (tmp_path / "scaling.png").stat().st_size > 10_000
 
 
-def test_sizes_that_do_not_fit_are_left_out():
+def test_sizes_that_do_not_fit_are_left_out_and_said(capsys):
     curve = scaling.Curve(
         "A sum", "numbers", (1, 2, 10**15), lambda size: {"ours": int, "other": int}, memory=8
     )
     measured = scaling.measure(curve, turns=3)
     assert [list(times) for times in measured.values()] == [[1, 2], [1, 2]]
+    assert "left out: 1,000,000,000,000,000 numbers take more" in capsys.readouterr().out
     assert scaling.table(curve, measured, scaling.box.SIMPLE).row_count == 3  # and the exponents

@@ -230,12 +230,13 @@ def test_what_is_not_finite_stays_in_its_row(value, t, device):
         assert torch.equal(gram.dots_per_tensor([rows], [grad]).isfinite(), ~touched[:, -1])
 
 
-def test_total_keeps_the_order():
-    for n in (1, 2, 3, 7, 148):
-        parts = torch.randn(n, 5, 3, dtype=torch.float64)
-        torch.testing.assert_close(gram.total(parts), parts.sum(0))
-        columns = parts[:, :1, :1].expand(n, 37, 41).contiguous()
-        assert len(gram.total(columns).unique()) == 1
+@pytest.mark.parametrize("shape", [(5, 3), (37, 41)], ids=["few", "many"])
+@pytest.mark.parametrize("n", [1, 2, 3, 7, 148])
+def test_total_keeps_the_order(n, shape):
+    parts = torch.randn(n, *shape, dtype=torch.float64)
+    torch.testing.assert_close(gram.total(parts), parts.sum(0))
+    columns = parts[:, :1, :1].expand(n, *shape).contiguous()
+    assert len(gram.total(columns).unique()) == 1
 
 
 def test_functional():

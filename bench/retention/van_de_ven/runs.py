@@ -191,8 +191,8 @@ def measure(
             scenario = scenario_of(name, data[1], setting.contexts, seed)
             return train(name, scenario, method, value, setting, seed, held_out)
 
-        about = {"data": data[0], "denormals": "flushed"}
-        return saved_runs.once(path, Run, {**about, **asdict(setting)}, make)
+        of_data = {**saved_runs.about(data), "denormals": "flushed"}
+        return saved_runs.once(path, Run, {**of_data, **asdict(setting)}, make)
 
     folder.mkdir(parents=True, exist_ok=True)
     for name in settings:

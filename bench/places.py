@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import records
+
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results"
 
@@ -91,13 +93,7 @@ class Hardware:
         found = re.compile(r"^On a machine with.*$", re.MULTILINE).search(text, begin)
         if found is None or "\n## " in text[begin + 1 : found.start()]:
             raise SystemExit(f"{self.page} does not say on what machine, after {self.after!r}.")
-        told = load(self.name)["machine"]
-        cpu = told["backends"]["cpu"]
-        line = (
-            f"On a machine with {told['threads']} threads: {told['processor']}, {cpu['simd']}; "
-            f"Python {told['python']}, torch {told['torch']}, GCC {cpu['compiler'].split()[-1]}; "
-            f"commit {told['commit']}, {told['date']}."
-        )
+        line = records.sentence(load(self.name)["machine"])
         return text[: found.start()] + line + text[found.end() :]
 
 

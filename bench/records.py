@@ -34,7 +34,7 @@ def parser(doc: str) -> argparse.ArgumentParser:
 def machine() -> dict[str, Any]:
     """Return what figures depend on, and no host name."""
     return {
-        "processor": _processor(),
+        "processor": processor(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -44,13 +44,27 @@ def machine() -> dict[str, Any]:
     }
 
 
+def sentence(told: Mapping[str, Any]) -> str:
+    """Say on what machine figures were measured, which `machine` has told."""
+    cpu, threads = told["backends"]["cpu"], told["threads"]
+    simd, compiler = ("no kernels built", "")
+    if cpu:
+        simd, compiler = cpu["simd"], f", GCC {cpu['compiler'].split()[-1]}"
+    return (
+        f"On a machine with {threads} thread{'s' * (threads != 1)}: {told['processor']}, {simd}; "
+        f"Python {told['python']}, torch {told['torch']}{compiler}; "
+        f"commit {told['commit']}, {told['date']}."
+    )
+
+
 def write(path: Path | None, figures: Mapping[str, Any]) -> None:
     """Write figures as JSON, with the machine that they are of, if a file was named."""
     if path is not None:
         path.write_text(json.dumps({"machine": machine(), **figures}, indent=1) + "\n")
 
 
-def _processor() -> str:
+def processor() -> str:
+    """Return the processor's name, as far as the system tells it."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

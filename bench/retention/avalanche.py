@@ -8,7 +8,6 @@ and as many candidates for each method.
 
 from __future__ import annotations
 
-import json
 import math
 import time
 import warnings
@@ -25,12 +24,13 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor, nn
 
+from bench.retention import tables
 from bench.retention.saved_runs import Run, about, once
 from bench.retention.training import tensor_bytes
 from cl_optim import EWC, GEM, EWCAdamW
 from cl_optim.demo import metrics
 from cl_optim.demo.metrics import Interval, Matrix
-from cl_optim.demo.report import in_percent, number_table, versions, with_interval, write_markdown
+from cl_optim.demo.report import in_percent, number_table, with_interval
 from cl_optim.demo.scenarios import (
     Scenario,
     Split,
@@ -464,9 +464,8 @@ def _pairs_table(
 
 def write(results: Results, directory: Path) -> list[Path]:
     """Write ``avalanche.json`` and ``avalanche.md`` into an existing directory."""
-    paths = [directory / f"avalanche.{kind}" for kind in ("json", "md")]
     record = {
-        "versions": {**versions(), "avalanche": _version()},
+        "avalanche": _version(),
         "data": results.data,
         "setting": asdict(results.setting),
         "rows": [
@@ -488,9 +487,7 @@ def write(results: Results, directory: Path) -> list[Path]:
             for (name, inner, key), runs in results.runs.items()
         ],
     }  # fmt: skip
-    paths[0].write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    write_markdown(render(results, box.MARKDOWN), paths[1], width=400)
-    return paths
+    return tables.write(directory, "avalanche", record, render(results, box.MARKDOWN))
 
 
 def _version() -> str:

@@ -6,7 +6,6 @@ task is learned, and interpolation settles the rest; beside it interpolation alo
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -20,13 +19,14 @@ from rich.text import Text
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from bench.retention import tables
 from bench.retention.text import runs as text
 from bench.retention.text.corpora import Corpus, english, python_code
 from bench.retention.text.model import ByteTransformer, Sizes, bits_per_byte, loss
 from bench.retention.training import rate_factor, take_step
 from cl_optim import EWCAdamW, estimate_fisher
 from cl_optim.demo.metrics import Interval
-from cl_optim.demo.report import in_percent, number_table, versions, write_markdown
+from cl_optim.demo.report import in_percent, number_table
 from cl_optim.demo.scenarios import Scenario, Split, Task, digits, generator, permuted, split
 from cl_optim.demo.train import Network, network
 from cl_optim.retention import Evaluation, RetentionGuard
@@ -350,11 +350,8 @@ def render(runs: Sequence[Run], table_box: box.Box = box.SIMPLE_HEAD) -> Rendera
 
 def write(runs: Sequence[Run], directory: Path) -> list[Path]:
     """Write ``budget.json`` and ``budget.md`` into an existing directory."""
-    paths = [directory / f"budget.{kind}" for kind in ("json", "md")]
-    record = {"versions": versions(), "runs": [asdict(run) for run in runs]}
-    paths[0].write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    write_markdown(render(runs, box.MARKDOWN), paths[1], width=400)
-    return paths
+    record = {"runs": [asdict(run) for run in runs]}
+    return tables.write(directory, "budget", record, render(runs, box.MARKDOWN))
 
 
 def _percent(values: Sequence[float], digits: int = 1) -> str:

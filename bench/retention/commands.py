@@ -125,12 +125,13 @@ def run_sweeps(choice: Choice) -> None:
         _sweep(experiment, data, choice.seeds or sweep_seeds(experiment), choice.out)
 
 
+@one_thread()
 def _sweep(experiment: Experiment, data: Task, seeds: int, out: Path) -> None:
     """Score every candidate on the validation split."""
     grids, console = GRIDS[experiment.key], new_console()
     candidates = [method for grid in grids for method in grid.candidates()]
     scores: list[Score] = []
-    with one_thread(), progress_bar(console) as progress:
+    with progress_bar(console) as progress:
         bar = progress.add_task("", total=len(candidates))
         for method in candidates:
             progress.update(bar, description=f"{method.label}, lr={method.lr:g}")
@@ -140,6 +141,7 @@ def _sweep(experiment: Experiment, data: Task, seeds: int, out: Path) -> None:
     announce(sweep_report.write(experiment, grids, scores, seeds, out), console)
 
 
+@one_thread()
 def run_strength(seeds: int, out: Path) -> None:
     """Try every strength on every network; print and write the tables.
 
@@ -147,7 +149,7 @@ def run_strength(seeds: int, out: Path) -> None:
         DivergedError: Training failed.
     """
     data, console = digits(), new_console()
-    with one_thread(), progress_bar(console) as progress:
+    with progress_bar(console) as progress:
         bar = progress.add_task("", total=len(strength.NETWORKS) * len(strength.candidates()))
 
         def on_cell(network: str, method: Method) -> None:
@@ -158,10 +160,11 @@ def run_strength(seeds: int, out: Path) -> None:
     announce(strength.write(cells, out), console)
 
 
+@one_thread()
 def run_budget(seeds: int, out: Path) -> None:
     """Run every pair of tasks with every budget; print and write the table."""
     console = new_console()
-    with one_thread(), progress_bar(console) as progress:
+    with progress_bar(console) as progress:
         total = len(budget.PAIRS) * seeds * (1 + 2 * len(budget.BUDGETS))
         bar = progress.add_task("budgets", total=total)
         runs = budget.measure(seeds, on_run=partial(progress.advance, bar))
@@ -169,10 +172,11 @@ def run_budget(seeds: int, out: Path) -> None:
     announce(budget.write(runs, out), console)
 
 
+@one_thread()
 def run_optimizers(seeds: int, out: Path) -> None:
     """Train under each optimizer; print and write the table."""
     data, console = digits(), new_console()
-    with one_thread(), progress_bar(console) as progress:
+    with progress_bar(console) as progress:
         total = sum(len(methods) + 1 for methods in optimizers.candidates())
         bar = progress.add_task("optimizers", total=total)
         rows = optimizers.measure(data, seeds, on_run=partial(progress.advance, bar))
@@ -180,6 +184,7 @@ def run_optimizers(seeds: int, out: Path) -> None:
     announce(optimizers.write(rows, out), console)
 
 
+@one_thread()
 def run_avalanche(
     seeds: int, name: str, folder: Path | None, inners: Sequence[avalanche.Inner], out: Path
 ) -> None:
@@ -191,7 +196,7 @@ def run_avalanche(
     """
     console, setting = new_console(), avalanche.Setting()
     data = load(name, folder)
-    with one_thread(), progress_bar(console) as progress:
+    with progress_bar(console) as progress:
         total = avalanche.count_runs(seeds, avalanche.SWEEP_SEEDS, inners)
         bar = progress.add_task("", total=total)
 

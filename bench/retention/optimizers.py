@@ -8,7 +8,6 @@ rates, on the validation split and with seeds of their own.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -20,13 +19,14 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 from torch import nn
 
+from bench.retention import tables
 from bench.retention.sweep import score
 from cl_optim import EWC
 from cl_optim.demo import metrics
 from cl_optim.demo.experiments import EWC_KRONECKER, EWC_PROXIMAL, PERMUTED_DIGITS
 from cl_optim.demo.methods import WEIGHT_DECAY, Learner, Method, Protected, Structure, exact_fisher
 from cl_optim.demo.metrics import Interval
-from cl_optim.demo.report import in_percent, number_table, versions, write_markdown
+from cl_optim.demo.report import in_percent, number_table
 from cl_optim.demo.scenarios import Split, Task
 from cl_optim.demo.train import train
 
@@ -216,8 +216,5 @@ def render(rows: Sequence[Row], table_box: box.Box = box.SIMPLE_HEAD) -> Rendera
 
 def write(rows: Sequence[Row], directory: Path) -> list[Path]:
     """Write ``optimizers.json`` and ``optimizers.md`` into an existing directory."""
-    paths = [directory / f"optimizers.{kind}" for kind in ("json", "md")]
-    record = {"versions": versions(), "strength": STRENGTH, "rows": [asdict(row) for row in rows]}
-    paths[0].write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    write_markdown(render(rows, box.MARKDOWN), paths[1], width=400)
-    return paths
+    record = {"strength": STRENGTH, "rows": [asdict(row) for row in rows]}
+    return tables.write(directory, "optimizers", record, render(rows, box.MARKDOWN))

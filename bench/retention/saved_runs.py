@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from bench.records import processor
 from cl_optim.demo.metrics import Matrix
 from cl_optim.demo.report import versions
 from cl_optim.demo.scenarios import Task
@@ -51,7 +52,9 @@ def from_record(kind: type[_Run], record: Mapping[str, Any]) -> _Run:
 def once(
     path: Path, kind: type[_Run], setting: Mapping[str, Any], train: Callable[[], _Run]
 ) -> _Run:
-    """Return the run of a file, if it is of this setting and these versions; else train, and write.
+    """Return the run of a file, if it is of the same; else train, and write it.
+
+    The same are setting, versions, and the processor, whose seconds are told.
 
     Args:
         path: Of the file, in a folder that exists.
@@ -59,7 +62,7 @@ def once(
         setting: All that the run depends on and that the file's name does not say.
         train: Makes the run.
     """
-    common = json.loads(json.dumps({"versions": versions(), **setting}))
+    common = json.loads(json.dumps({"versions": versions(), "processor": processor(), **setting}))
     if path.exists():
         saved = json.loads(path.read_text(encoding="utf-8"))
         if saved["setting"] == common:

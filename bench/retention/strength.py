@@ -6,7 +6,6 @@ than a network has room for, and on heads; nothing is chosen: the table shows ev
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,6 +15,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from bench.retention import tables
 from cl_optim.demo import metrics
 from cl_optim.demo.experiments import (
     EWC_KRONECKER,
@@ -27,7 +27,7 @@ from cl_optim.demo.experiments import (
 )
 from cl_optim.demo.methods import Method, Projecting, Protected
 from cl_optim.demo.metrics import Interval
-from cl_optim.demo.report import in_percent, number_table, versions, write_markdown
+from cl_optim.demo.report import in_percent, number_table
 from cl_optim.demo.scenarios import Task
 from cl_optim.demo.train import train
 
@@ -145,9 +145,7 @@ def _table(cells: Sequence[Cell], values: Sequence[float], table_box: box.Box) -
 
 def write(cells: Sequence[Cell], directory: Path) -> list[Path]:
     """Write ``strength.json`` and ``strength.md`` into an existing directory."""
-    paths = [directory / f"strength.{kind}" for kind in ("json", "md")]
     record = {
-        "versions": versions(),
         "lr": LR,
         "cells": [
             {
@@ -160,6 +158,4 @@ def write(cells: Sequence[Cell], directory: Path) -> list[Path]:
             for cell in cells
         ],
     }
-    paths[0].write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    write_markdown(render(cells, box.MARKDOWN), paths[1], width=400)
-    return paths
+    return tables.write(directory, "strength", record, render(cells, box.MARKDOWN))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -13,7 +12,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from bench.retention import sweep
+from bench.retention import sweep, tables
 from bench.retention.grids import Grid
 from bench.retention.sweep import Score, choose
 from cl_optim.demo.experiments import Experiment
@@ -23,8 +22,6 @@ from cl_optim.demo.report import (
     number_table,
     setting_of,
     settings_of,
-    versions,
-    write_markdown,
 )
 
 
@@ -102,11 +99,9 @@ def write(
     directory: Path,
 ) -> list[Path]:
     """Write JSON and Markdown named after the experiment into an existing directory."""
-    paths = [directory / f"sweep-{experiment.key}.{kind}" for kind in ("json", "md")]
     chosen = choose(scores, experiment.learning_loss)
     record = {
         "experiment": experiment.name,
-        "versions": versions(),
         "seeds": list(range(sweep.FIRST_SEED, sweep.FIRST_SEED + seeds)),
         "scores": [
             {
@@ -118,6 +113,5 @@ def write(
         ],
         "chosen": {key: asdict(method) for key, method in chosen.items()},
     }
-    paths[0].write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    write_markdown(render(experiment, grids, scores, seeds, box.MARKDOWN), paths[1])
-    return paths
+    table = render(experiment, grids, scores, seeds, box.MARKDOWN)
+    return tables.write(directory, f"sweep-{experiment.key}", record, table, width=200)

@@ -155,3 +155,5 @@ def test_the_command_writes_what_was_run(tmp_path, monkeypatch, capsys):
             assert one["acc"] == pytest.approx(np.mean(one["matrix"][-1]))
     lines = (tmp_path / "avalanche.md").read_text().splitlines()
     assert sum(line.startswith("| cl_optim: EWC, Kronecker") for line in lines) >= 2
+    assert record["machine"]["threads"] == 1, "of the runs, not of what came before"
+    assert lines[-1].startswith("On a machine with 1 thread: ")

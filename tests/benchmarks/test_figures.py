@@ -74,12 +74,23 @@ def test_the_machine_of_a_file_is_told(tmp_path, monkeypatch):
     assert told["seconds"] == [1.5]
     for key in ("processor", "python", "torch", "commit", "date"):
         assert told["machine"][key] in line
-    assert line.startswith(f"On a machine with {told['machine']['threads']} threads: ")
+    assert line == records.sentence(told["machine"])
     assert made == page.replace("On a machine with", line)
     with pytest.raises(SystemExit, match=r"a\.md does not say on what machine, after '## Second'"):
         Hardware("a.md", "a.json", "## Second").fill(page)
     with pytest.raises(SystemExit, match="after '## First'"):
         Hardware("a.md", "a.json", "## First").fill("## First\n\n## Second\n\nOn a machine with\n")
+
+
+def test_a_machine_without_kernels_is_told():
+    """A benchmark of accuracy runs on the reference, too."""
+    told = records.machine()
+    assert told["backends"]["cpu"]["simd"] in records.sentence(told)
+    assert "GCC" in records.sentence(told)
+    bare = {**told, "threads": 1, "backends": {"cpu": {}, "cuda": {}}}
+    line = records.sentence(bare)
+    assert line.startswith(f"On a machine with 1 thread: {told['processor']}, no kernels built; ")
+    assert "GCC" not in line
 
 
 def test_kernels_that_are_not_here_are_not_measured(monkeypatch):

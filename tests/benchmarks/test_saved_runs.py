@@ -1,4 +1,4 @@
-"""Runs are done once: of the same setting and versions, and never half-written."""
+"""Runs are done once: of the same setting, versions and processor, and never half-written."""
 
 from __future__ import annotations
 
@@ -22,12 +22,14 @@ def test_a_run_that_is_there_is_read(tmp_path, run):
     assert once(path, type(run), {"data": "digits"}, lambda: pytest.fail("done again")) == run
 
 
-@pytest.mark.parametrize("change", ["setting", "versions"])
+@pytest.mark.parametrize("change", ["setting", "versions", "processor"])
 def test_a_run_of_something_else_is_done_anew(tmp_path, monkeypatch, change):
     path, setting = tmp_path / "run.json", {"data": "digits", "epochs": 1}
     once(path, Run, setting, lambda: RUNS[0])
     if change == "versions":
         monkeypatch.setattr(saved_runs, "versions", lambda: {"torch": "another"})
+    elif change == "processor":
+        monkeypatch.setattr(saved_runs, "processor", lambda: "another")
     else:
         setting = {**setting, "epochs": 2}
     other = Run(((0.75,),), 1.0, 1.0, 1)

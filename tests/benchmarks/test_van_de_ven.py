@@ -9,6 +9,7 @@ from itertools import islice
 
 import numpy as np
 import pytest
+import records
 import torch
 from idx_files import write_idx
 from rich import box
@@ -339,10 +340,11 @@ def test_findings_are_computed(tmp_path):
 
 def test_what_is_written_is_read(tmp_path):
     results = results_of(ACCS)
-    json_path, _ = report.write(results, tmp_path)
+    json_path, page = report.write(results, tmp_path)
     record = json.loads(json_path.read_text())
     assert runs.from_record(record) == results
-    assert {"torch", "cl_optim"} <= {*record["versions"]}
+    assert record["machine"]["torch"] == torch.__version__
+    assert page.read_text().splitlines()[-1] == records.sentence(record["machine"])
     by_method = {row["method"]: row["runs"][0] for row in record["rows"]}
     assert by_method[KRONECKER.key]["acc"] == pytest.approx(0.8)
     assert by_method[KRONECKER.key]["forgetting"] == pytest.approx(0.1)

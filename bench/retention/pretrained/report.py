@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 
@@ -12,14 +11,14 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from bench.retention import drift
+from bench.retention import drift, tables
 from bench.retention.pretrained.methods import ADAMW, Method
 from bench.retention.pretrained.probes import probes
 from bench.retention.pretrained.results import COSTS, Results
 from bench.retention.pretrained.runs import PROBES
 from cl_optim.demo.metrics import Interval
 from cl_optim.demo.picture import STYLE
-from cl_optim.demo.report import versions, with_interval, write_markdown
+from cl_optim.demo.report import with_interval
 
 
 def render(results: Results, table_box: box.Box = box.SIMPLE_HEAD) -> RenderableType:
@@ -79,11 +78,9 @@ def render(results: Results, table_box: box.Box = box.SIMPLE_HEAD) -> Renderable
 
 def write(results: Results, directory: Path) -> list[Path]:
     """Write JSON, Markdown and two PNGs into an existing directory."""
-    names = ("pretrained.json", "pretrained.md", "pretrained.png", "pretrained-drift.png")
-    paths = [directory / name for name in names]
-    record = {**results.record(), "versions": versions()}
-    paths[0].write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    write_markdown(render(results, box.MARKDOWN), paths[1], width=400)
+    table = render(results, box.MARKDOWN)
+    paths = tables.write(directory, "pretrained", results.record(), table)
+    paths += [directory / "pretrained.png", directory / "pretrained-drift.png"]
     draw(results, paths[2])
     colours = [colour(run.method) for run in results.runs]
     drifts = [run.drift for run in results.runs]

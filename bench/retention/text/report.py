@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -15,12 +14,11 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from bench.retention import drift
+from bench.retention import drift, tables
 from bench.retention.text.results import COSTS, Results
 from bench.retention.text.runs import ALPHAS, GUARD_EVERY, TOP, Method
 from cl_optim.demo.metrics import Interval
 from cl_optim.demo.picture import STYLE
-from cl_optim.demo.report import versions, write_markdown
 
 _COLOURS = {
     "AdamW": "#d55e00",
@@ -99,11 +97,11 @@ def render(results: Results, table_box: box.Box = box.SIMPLE_HEAD) -> Renderable
 
 def write(results: Results, directory: Path) -> list[Path]:
     """Write JSON, Markdown and two PNGs into an existing directory."""
-    paths = [directory / f"text-demo.{kind}" for kind in ("json", "md", "png")]
-    paths[0].write_text(json.dumps(_to_json(results), indent=1) + "\n", encoding="utf-8")
-    write_markdown(render(results, box.MARKDOWN), paths[1])
+    record = {**asdict(results), "alphas": ALPHAS, "verdicts": results.verdicts}
+    table = render(results, box.MARKDOWN)
+    paths = tables.write(directory, "text-demo", record, table, width=200)
+    paths += [directory / "text-demo.png", directory / "text-drift.png"]
     draw(results, paths[2])
-    paths.append(directory / "text-drift.png")
     drift.draw(
         [run.drift for run in results.runs],
         results.bits_lost,
@@ -112,11 +110,6 @@ def write(results: Results, directory: Path) -> list[Path]:
         paths[3],
     )
     return paths
-
-
-def _to_json(results: Results) -> dict[str, Any]:
-    record = {**asdict(results), "alphas": ALPHAS, "verdicts": results.verdicts}
-    return {**record, "versions": versions()}
 
 
 def draw(results: Results, path: Path) -> None:

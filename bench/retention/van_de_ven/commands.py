@@ -12,6 +12,7 @@ from cl_optim.demo.commands import announce, new_console, progress_bar
 from cl_optim.demo.train import one_thread
 
 
+@one_thread()
 def run_van_de_ven(
     settings: Mapping[Name, Setting],
     seeds: int,
@@ -25,7 +26,7 @@ def run_van_de_ven(
         DataError: The folder has no such data, or its classes cannot be dealt out.
     """
     console, loaded = new_console(), fashion_mnist.load(data, folder)
-    with one_thread(), progress_bar(console) as progress:
+    with progress_bar(console) as progress:
         bar = progress.add_task("", total=runs.count_runs([*settings], seeds))
 
         def on_run(what: str) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from bench.retention import tables
 from bench.retention.published import PUBLISHED
 from bench.retention.van_de_ven.methods import JOINT, NONE, OURS, THEIRS, Method
 from bench.retention.van_de_ven.runs import Results, Run
@@ -19,7 +19,7 @@ from bench.retention.van_de_ven.scenarios import Name, Setting, setting_of
 from cl_optim.demo import metrics
 from cl_optim.demo.experiments import ADAMW, EWC_GRADIENT
 from cl_optim.demo.metrics import Interval
-from cl_optim.demo.report import in_percent, number_table, versions, with_interval, write_markdown
+from cl_optim.demo.report import in_percent, number_table, with_interval
 
 _FINDINGS = "Paired with fine-tuning"
 
@@ -160,9 +160,7 @@ def _published() -> str:
 
 def write(results: Results, directory: Path) -> list[Path]:
     """Write ``van-de-ven.json`` and ``van-de-ven.md`` into an existing directory."""
-    paths = [directory / f"van-de-ven.{kind}" for kind in ("json", "md")]
     record = {
-        "versions": versions(),
         "data": results.data,
         "sweep_seeds": results.sweep_seeds,
         "settings": {name: asdict(setting) for name, setting in results.settings.items()},
@@ -181,9 +179,7 @@ def write(results: Results, directory: Path) -> list[Path]:
             for method in results.methods(name)
         ],
     }  # fmt: skip
-    paths[0].write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    write_markdown(render(results, box.MARKDOWN), paths[1], width=400)
-    return paths
+    return tables.write(directory, "van-de-ven", record, render(results, box.MARKDOWN))
 
 
 def _metrics(run: Run) -> dict[str, float]:

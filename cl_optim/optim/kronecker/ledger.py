@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TypeAlias
+from collections.abc import Mapping, Sequence
+from operator import is_
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -35,10 +37,32 @@ class Ledger:
         self.steps[number] = self.steps.get(number, 0) + 1
         return self.steps[number]
 
+    def renumber(self, numbers: Mapping[int, int]) -> None:
+        """Follow groups that have other numbers now, by the old ones; others owe nothing."""
+        self.steps = {numbers[n]: steps for n, steps in self.steps.items() if n in numbers}
+        self.due = {numbers[n]: due for n, due in self.due.items() if n in numbers}
+
     def take(self, number: int) -> dict[Moved, Amount]:
         """Return what a group owes, and begin anew."""
         self.steps.pop(number, None)
         return self.due.pop(number, {})
+
+
+def are_of(groups: Sequence[Mapping[str, Any]], seen: Sequence[Sequence[Tensor]]) -> bool:
+    """Tell whether groups have the parameters that were seen."""
+    return len(groups) == len(seen) and all(
+        len(group["params"]) == len(params) and all(map(is_, group["params"], params))
+        for group, params in zip(groups, seen, strict=True)
+    )
+
+
+def renumbered(
+    seen: Sequence[Sequence[Tensor]], groups: Sequence[Mapping[str, Any]]
+) -> dict[int, int]:
+    """Return by the number that a group had when it was seen the one that it has now."""
+    now = {tuple(map(id, group["params"])): number for number, group in enumerate(groups)}
+    numbers = {number: now.get(tuple(map(id, params))) for number, params in enumerate(seen)}
+    return {old: new for old, new in numbers.items() if new is not None}
 
 
 def amount(

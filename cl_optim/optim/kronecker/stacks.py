@@ -266,9 +266,10 @@ def stacked(matrices: Sequence[Matrix]) -> list[Stack]:
         blocks = [
             (state[key].dtype, state[key].shape[:2]) if key in state else None for key in BASES
         ]
-        size = (matrix.layout.outputs, matrix.layout.inputs)
+        layout = matrix.layout
+        alike_in = (layout.outputs, layout.inputs, layout.transposed, layout.bias is None)
         dtype = formats.arithmetic_dtype(weight)
-        key = (matrix.groups[0], weight.device, dtype, size, *blocks)
+        key = (matrix.groups[0], weight.device, dtype, alike_in, *blocks)
         alike.setdefault(key, []).append(matrix)
     return [Stack(members) for members in alike.values()]
 

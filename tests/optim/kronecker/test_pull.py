@@ -23,10 +23,11 @@ from kronecker_training import (
 )
 from torch import nn
 
-from cl_optim import GEM, EWCAdamW, ImportanceLog
+from cl_optim import GEM, EWCAdamW, ImportanceLog, estimate_fisher
 from cl_optim.importance import watch
 from cl_optim.importance.kronecker.factors import Layout
 from cl_optim.importance.kronecker.importance import KroneckerImportance
+from cl_optim.ops import kronecker_shrink as shrink
 from cl_optim.optim.kronecker import ledger
 from cl_optim.optim.kronecker import pull as pulling
 
@@ -265,6 +266,76 @@ def test_matrices_of_equal_shape_are_stacked():
     fresh = copy.deepcopy(optimizer)  # whose are stacked anew
     stacks = fresh._pull._looked(fresh.param_groups, fresh.state)
     assert sorted(len(stack.members) for stack in stacks) == [1, 1, 2]
+
+
+class Mixed(nn.Module):
+    """Matrices of one size: [out, in], [in, out], and one column less with a bias in its place."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.plain = nn.Linear(8, 6, bias=False)
+        self.other_way = nn.Parameter(torch.randn(8, 6))
+        self.biased = nn.Linear(7, 6)
+
+    def forward(self, x):
+        return self.plain(x) + x.tanh() @ self.other_way + self.biased(x[:, :7])
+
+
+def test_matrices_of_one_size_that_lie_differently(monkeypatch):
+    """The kernel of small ones pulls each as the general way does."""
+
+    def pulled():
+        model = Mixed()
+        x, y = torch.randn(64, 8), torch.randint(6, (64,))
+        importance = estimate_fisher(model, [(x, y)], structure="kronecker", progress=False)
+        optimizer = EWCAdamW(
+            model.named_parameters(),
+            lr=1.0,
+            weight_decay=0.0,
+            penalty="proximal",
+            ewc_lambda=1.0,
+            every=1,
+        )
+        optimizer.consolidate(importance)
+        for param in model.parameters():
+            param.data.add_(torch.randn_like(param))
+            param.grad = torch.zeros_like(param)
+        before = [param.detach().clone() for param in model.parameters()]
+        optimizer.step()
+        return before, [param.detach() for param in model.parameters()]
+
+    before, fused = pulled()
+    monkeypatch.setattr(shrink, "fits", lambda *arguments: False)
+    for was, found, expected in zip(before, fused, pulled()[1], strict=True):
+        assert (expected - was).abs().max() > 0.01
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("then", ["step", "settle"])
+def test_groups_that_are_taken_out(then):
+    """Each matrix is pulled with the options of its own group, whatever that one's number is."""
+    pulled = []
+    for is_taken_out in (True, False):
+        model = network(F64)
+        first, second = nn.Parameter(torch.ones(3, dtype=F64)), [*model.parameters()]
+        named = [*model.named_parameters()]
+        groups = [{"params": [("alone", first)], "lr": 1.0}, {"params": named, "lr": 0.01}]
+        optimizer = EWCAdamW(groups, penalty="proximal", ewc_lambda=3.0, every=3)
+        optimizer.consolidate(importance_of(model), strict=False)
+        for seed in range(5):  # two steps are due
+            if seed == 4 and is_taken_out and then == "step":
+                del optimizer.param_groups[0]
+            backward(model, seed)
+            optimizer.step()
+        if is_taken_out and then == "settle":
+            del optimizer.param_groups[0]
+            group = optimizer.param_groups[0]
+            group["params"] = list(group["params"])  # the same in another list
+        optimizer.settle()
+        pulled.append([param.detach().clone() for param in second])
+    for one, other in zip(*pulled, strict=True):
+        assert torch.equal(one, other)
 
 
 def test_a_pickle_does_not_hold_a_stack_for_each_of_its_matrices():

@@ -29,9 +29,10 @@ from cl_optim.optim.ewc_options import (
     check_options,
     check_wrapped,
     chosen,
+    given,
 )
 from cl_optim.optim.groups import name_of
-from cl_optim.optim.kronecker.ledger import Ledger, amount
+from cl_optim.optim.kronecker.ledger import Ledger, amount, renumbered
 from cl_optim.optim.kronecker.matrices import check_saved
 from cl_optim.optim.kronecker.pull import Pull
 from cl_optim.optim.kronecker.stacks import apart
@@ -152,7 +153,7 @@ class EWC(Protecting, Wrapper):
                 f"optimizer must be a torch.optim.Optimizer, not {type(optimizer).__name__}."
             )
         check_wrapped(optimizer)
-        own = [{**options, **chosen(group)} for group in optimizer.param_groups]
+        own = [{**options, **of_group} for of_group in chosen(optimizer.param_groups)]
         for group, values in zip(optimizer.param_groups, own, strict=True):
             check_group({**group, **values, **LEFT, **FIXED})
         super().__init__(optimizer)
@@ -169,9 +170,8 @@ class EWC(Protecting, Wrapper):
         self._ledger = Ledger()
         self._members: list[list[int]] | None = None
         self._whole: list[list[Batch]] = []  # each group's members, all of them, by device
-        self._seen: list[
-            tuple[list[Tensor], torch.dtype | None]
-        ] = []  # the groups' parameters then
+        # The groups' parameters then, their dtype, and how they are rounded.
+        self._seen: list[tuple[list[Tensor], torch.dtype | None, str]] = []
         self._frozen: dict[Tensor, Tensor] = {}
         self._fixed = []
         self._was_captured = False
@@ -224,7 +224,9 @@ class EWC(Protecting, Wrapper):
             shards = self._local()
             groups, state = shards.groups, shards.state
             self._check_groups()
-            self._seen = [(list(g["params"]), _dtype(g)) for g in groups]
+            if self._seen:
+                self._ledger.renumber(renumbered([params for params, *_ in self._seen], groups))
+            self._seen = [(list(g["params"]), _dtype(g), g["rounding"]) for g in groups]
             self._pulling.forget()
             self._pull.look_again()
             in_matrices = self._pull.members(self.param_groups, self._protection)
@@ -278,7 +280,7 @@ class EWC(Protecting, Wrapper):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group to the wrapped optimizer; it is unprotected until the next consolidate()."""
-        own = {**self._options, **chosen(param_group), **LEFT, **FIXED}
+        own = {**self._options, **given(param_group), **LEFT, **FIXED}
         rest = {key: value for key, value in param_group.items() if key not in OPTIONS}
         params = rest["params"]
         rest["params"] = [params] if isinstance(params, Tensor) else list(params)
@@ -307,12 +309,12 @@ class EWC(Protecting, Wrapper):
         return f"EWC ({options}) around {self.optimizer!r}"
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return what a pickle or a deep copy holds: everything but hooks; nothing is due."""
-        self.settle()
+        """Return what a pickle or a deep copy holds: all but hooks; what is due of pulls, too."""
         return {
             "optimizer": self.optimizer,
             "options": self._options,
             "protection": list(apart(self._protected_state).items()),
+            "ledgers": (self._ledger, self._pull.ledger),
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -320,6 +322,8 @@ class EWC(Protecting, Wrapper):
         super().__init__(state["optimizer"])
         self._options = state["options"]
         self._begin_anew(defaultdict(dict, state["protection"]))
+        if "ledgers" in state:  # else nothing was due
+            self._ledger, self._pull.ledger = state["ledgers"]
 
     # --- the step ---------------------------------------------------------------------------------
 
@@ -386,6 +390,8 @@ class EWC(Protecting, Wrapper):
         before: Mapping[Tensor, Tensor],
         moving: Sequence[Sequence[bool]],
     ) -> None:
+        if self._frozen or any(map(_is_damped, self.param_groups)):
+            self._settle_wrapped()
         self._damp(before)
         self._pull_weights(options, moving, before)
         steps = self._pull.ledger.steps
@@ -575,6 +581,8 @@ class EWC(Protecting, Wrapper):
         if self._is_stepping:
             return
         self._settle_wrapped()
+        if self._ledger.due:
+            self._look()
         for number in list(self._ledger.due):
             self._take_due(number)
         super().settle()
@@ -661,8 +669,13 @@ class EWC(Protecting, Wrapper):
 
     def _check_whole(self, state_dict: Mapping[str, Any]) -> None:
         check_groups(state_dict, self.param_groups)
-        marked = any(group.get(_MARK) for group in state_dict["param_groups"])
-        if _KEY not in state_dict and marked:
+        groups, states = state_dict["param_groups"], state_dict["state"].values()
+        if _KEY not in state_dict and any("importance" in state for state in states):
+            raise ValueError(
+                "the state dict is an EWCAdamW's, which keeps its protection with its moments: "
+                "load it into a cl_optim.EWCAdamW."
+            )
+        if _KEY not in state_dict and any(group.get(_MARK) for group in groups):
             raise ValueError(
                 f"the state dict is of protected weights and has no {_KEY!r}, which "
                 "torch.distributed.checkpoint.state_dict leaves out: save optimizer.state_dict() "
@@ -713,15 +726,15 @@ class EWC(Protecting, Wrapper):
 
 def _are_the_same(
     groups: Sequence[Mapping[str, Any]],
-    seen: Sequence[tuple[Sequence[Tensor], torch.dtype | None]],
+    seen: Sequence[tuple[Sequence[Tensor], torch.dtype | None, str]],
 ) -> bool:
     """Tell if groups have the parameters that were seen, the first of each with its dtype."""
     return len(groups) == len(seen) and all(
         len(group["params"]) == len(params)
         and all(map(operator.is_, group["params"], params))
         and _dtype(group) is dtype
-        and "ewc_lambda" in group
-        for group, (params, dtype) in zip(groups, seen, strict=True)
+        and group.get("rounding") == rounding
+        for group, (params, dtype, rounding) in zip(groups, seen, strict=True)
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from cl_optim.ops import formats
 from cl_optim.ops.checks import check_whole, dtype_name
 from cl_optim.ops.ewc_adamw_arguments import PENALTIES
 from cl_optim.ops.ewc_pull import Options
+from cl_optim.ops.warn import warn
 from cl_optim.optim.options import check_param, lr_stays_tensor
 from cl_optim.optim.protecting import Protecting
 from cl_optim.optim.wrapper import layers
@@ -28,13 +29,26 @@ OWN = (*OPTIONS, *LEFT, *FIXED)
 _ROUNDING = ("nearest", "stochastic")
 
 
-def chosen(group: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options that a user has given a group."""
+def given(group: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options that a group has."""
     return {
         key: dtype_name(group[key]) if key.endswith("_dtype") else group[key]
         for key in OPTIONS
         if key in group
     }
+
+
+def chosen(groups: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return the options that a user has given each group, and not those of an EWC before this."""
+    found = [(given(group), FIXED.keys() <= group.keys()) for group in groups]
+    before = [options for options, is_of_another in found if is_of_another]
+    if any(options != before[0] for options in before):
+        warn(
+            "the optimizer has been in an EWC before, whose options of single groups are replaced "
+            "by those of the new one: give them to the groups again, as "
+            "optimizer.param_groups[0]['ewc_lambda'] = 10.0."
+        )
+    return [{} if is_of_another else options for options, is_of_another in found]
 
 
 def check_wrapped(optimizer: torch.optim.Optimizer) -> None:

@@ -650,7 +650,6 @@ def test_a_bare_optimizers_state_dict_leaves_the_protection():
 def test_copies_go_on_alike(make):
     params, ewc = trained(3)
     other = make(ewc)
-    ewc.settle()
     copies = [(name, p) for name, p in zip(NAMES, other.param_groups[0]["params"], strict=True)]
     assert all(map(torch.equal, values(params), values(copies)))
     for step in range(7):
@@ -938,3 +937,132 @@ def test_around_optimizers_of_other_packages(name):
         pairs = zip(weights(model), before, strict=True)
         moved.append(max(float((a - b).abs().max()) for a, b in pairs))
     assert moved[1] < 0.05 * moved[0]
+
+
+# --- what another one had -------------------------------------------------------------------------
+
+
+def test_an_ewc_around_what_was_in_one_has_its_own_options():
+    inner = torch.optim.SGD(named(), lr=0.1)
+    EWC(inner, ewc_lambda=1.0, strength=0.1)
+    again = EWC(inner, ewc_lambda=100.0, penalty="gradient")
+    found = {key: again.param_groups[0][key] for key in ("ewc_lambda", "penalty", "strength")}
+    assert found == {"ewc_lambda": 100.0, "penalty": "gradient", "strength": None}
+
+
+def test_options_of_single_groups_that_are_replaced_are_said():
+    params = named()
+    inner = torch.optim.SGD([{"params": params[:1], "ewc_lambda": 5.0}, {"params": params[1:]}])
+    assert EWC(inner, ewc_lambda=1.0).param_groups[0]["ewc_lambda"] == 5.0
+    with pytest.warns(UserWarning, match="has been in an EWC before.* to the groups again"):
+        again = EWC(inner, ewc_lambda=2.0)
+    assert [group["ewc_lambda"] for group in again.param_groups] == [2.0, 2.0]
+
+
+def test_protection_is_not_lost_between_an_ewc_and_an_ewcadamw():
+    ewc = EWC(torch.optim.AdamW(named()))
+    whole = EWCAdamW(named(), penalty="proximal")
+    for optimizer in (ewc, whole):
+        optimizer.consolidate(importance())
+    saved = ewc.state_dict()
+    lost = {key: value for key, value in saved.items() if key != "ewc"}
+    for state_dict in (saved, lost):
+        with pytest.raises(ValueError, match=r"an EWC around AdamW.* consolidate\(\) anew"):
+            whole.load_state_dict(state_dict)
+    with pytest.raises(ValueError, match=r"is an EWCAdamW's.* into a cl_optim\.EWCAdamW"):
+        ewc.load_state_dict(whole.state_dict())
+    for optimizer in (ewc, whole):
+        assert len(list(optimizer.protected())) == len(NAMES)
+
+
+def test_a_model_that_is_copied_first_has_what_is_due():
+    model, ewc = nn.Linear(4, 4), None
+    ewc = EWC(torch.optim.SGD(model.named_parameters(), lr=0.1), ewc_lambda=5.0, every=4)
+    ewc.consolidate(None)
+    for _ in range(2):
+        for param in model.parameters():
+            param.grad = torch.ones_like(param)
+        ewc.step()
+    before = weights(model)
+    for copied, other in (
+        copy.deepcopy((model, ewc)), pickle.loads(pickle.dumps((model, ewc)))
+    ):  # fmt: skip
+        assert all(map(torch.equal, weights(model), before)), "a copy changes nothing"
+        other.settle()
+        assert not torch.equal(copied.weight, model.weight)
+        twin = copy.deepcopy((model, ewc))
+        twin[1].settle()
+        assert all(map(torch.equal, weights(copied), weights(twin[0])))
+
+
+@pytest.mark.parametrize("what", ["damping", "freeze"])
+def test_displacements_inside_are_projected_where_weights_are_written(what, recwarn):
+    """As with a projection in each step, but for what is damped between two."""
+    found = []
+    for every in (1, 3):
+        model = network(torch.float32)
+        factors = kronecker_importance(model)
+        damping = 0.5 if what == "damping" else 0.0
+        inner = InputProjection(torch.optim.SGD(model.named_parameters(), lr=0.5), every=every)
+        ewc = EWC(inner, ewc_lambda=0.0, importance_damping=damping)
+        inner.consolidate(factors)
+        ewc.consolidate({name: torch.ones_like(p) for name, p in model.named_parameters()})
+        if what == "freeze":
+            ewc.freeze(masks={"0.weight": torch.eye(*model[0].weight.shape, dtype=torch.bool)})
+        for seed in range(3):
+            backward(model, seed)
+            ewc.step()
+        ewc.settle()
+        found.append(weights(model))
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+    assert not [w for w in recwarn if "written between" in str(w.message)]
+
+
+def test_rounding_may_be_chosen_later():
+    params, ewc = trained(1)
+    ewc.param_groups[0]["rounding"] = "stochastic"
+    set_gradients(params, 3)
+    ewc.step()
+    assert all(value.isfinite().all() for value in values(params))
+
+
+def test_what_is_due_follows_its_group():
+    found = []
+    for is_taken_out in (True, False):
+        params = named()
+        groups = [{"params": params[:1], "ewc_lambda": 9.0}, {"params": params[1:]}]
+        ewc = EWC(torch.optim.SGD(groups, lr=0.1), ewc_lambda=0.3, every=4)
+        ewc.consolidate(importance())
+        for step in range(2):
+            set_gradients(params, step)
+            ewc.step()
+        if is_taken_out:
+            del ewc.param_groups[0]
+            del ewc._protection[params[0][1]]
+        ewc.settle()
+        found.append(values(params[1:]))
+    assert all(map(torch.equal, *found))
+
+
+def test_a_bare_optimizers_state_dict_may_have_an_ewcs_options():
+    params, ewc = named(), None
+    inner = torch.optim.SGD(params, lr=0.1, momentum=0.9)
+    ewc = EWC(inner)
+    set_gradients(params, 0)
+    ewc.step()
+    ewc.load_state_dict(inner.state_dict())
+    group = {**ewc.param_groups[0], "params": [nn.Parameter(torch.ones(2))], "ewc_lambda": 7.0}
+    group.pop("param_names", None)
+    other = EWC(torch.optim.SGD([nn.Parameter(torch.ones(2))], lr=0.1))
+    other.add_param_group(group)
+    assert other.param_groups[1]["ewc_lambda"] == 7.0
+
+
+def test_a_copy_of_an_earlier_version_has_nothing_due():
+    _, ewc = trained(1)
+    state = {key: value for key, value in ewc.__getstate__().items() if key != "ledgers"}
+    other = EWC.__new__(EWC)
+    other.__setstate__(state)
+    other.settle()
+    assert float(other.penalty()) == float(ewc.penalty())

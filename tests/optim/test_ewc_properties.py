@@ -146,8 +146,7 @@ def test_any_sequence_is_what_the_formulas_say(operations, every, begin):
             ewc = made(params)
             ewc.load_state_dict(state_dict)
         elif name == "copy":
-            ewc, params = copy.deepcopy((ewc, params))
-            hand.pull()
+            params, ewc = copy.deepcopy((params, ewc))  # with what is due, in this order, too
         for param, expected in zip(params, hand.weights, strict=True):
             torch.testing.assert_close(param.detach(), expected, rtol=1e-9, atol=1e-9)
         torch.testing.assert_close(float(ewc.penalty()), hand.penalty(), rtol=1e-7, atol=1e-7)

@@ -69,7 +69,9 @@ class Displacements:
         if _condition(self._condition) != self._condition:
             self._rebuild(frozen)
         if self._marks is None:
-            return
+            if self.due:
+                return
+            self._marks = {}  # what was due when it was loaded has been projected
         written: list[Tensor] = []
         for stack in self._stacks:
             fresh = [

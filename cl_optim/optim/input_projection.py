@@ -163,6 +163,7 @@ class InputProjection(Wrapper):
         for group in optimizer.param_groups:
             _check_group(group)
         super().__init__(optimizer)
+        self._settling: list[Settling] = []
         self._set_options(options)
         self._begin_anew([])
         if importance is not None:
@@ -180,6 +181,7 @@ class InputProjection(Wrapper):
         """Project by these inputs, from the weights of now on or some steps after others."""
         self._displacements = Displacements(found, self._parts, due, old)
         self._is_stepping = False
+        self._awaits_weights = False  # of a model that is loaded after this
 
     @property
     def strength(self) -> float:
@@ -250,6 +252,7 @@ class InputProjection(Wrapper):
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore from a pickle or for a deep copy."""
         super().__init__(state["optimizer"])
+        self._settling = []
         self._set_options(state["options"])
         self._begin_anew(state["subspaces"], state["due"], dict(state["old"]))
 
@@ -315,6 +318,11 @@ class InputProjection(Wrapper):
         """Return the inputs with another task's, in the optimizer's order."""
         importance = subspaces.kronecker(importance, strict=strict)
         named = named_params(self.param_groups, model)
+        if decay > 0.0:
+            self._refuse_exchanged(
+                "make a new InputProjection, and consolidate() the importance of every task that "
+                "is to stay protected."
+            )
         new = subspaces.from_importance(importance, named, strict=strict)
         hard = self._mode == "hard"  # which needs all directions of its share
         energy = max(ENERGY, self._energy) if hard else ENERGY
@@ -356,8 +364,12 @@ class InputProjection(Wrapper):
                 "who wrote the weights, which a replay would not: capture the forward and the "
                 "backward pass, and call step() outside of the graph."
             )
-        self._refuse_exchanged()
+        self._refuse_exchanged(
+            "call consolidate(decay=0.0) after that, with the importance of every task that is to "
+            "stay protected."
+        )
         self._displacements.begin_step(self._frozen())
+        self._awaits_weights = False
         self._is_stepping = True
         try:
             with inside_step(self.optimizer):
@@ -371,7 +383,7 @@ class InputProjection(Wrapper):
             self._displacements.end_step()
         return loss
 
-    def _refuse_exchanged(self) -> None:
+    def _refuse_exchanged(self, remedy: str) -> None:
         """Raise RuntimeError where a matrix is the optimizer's no longer."""
         params = {param for group in self.param_groups for param in group["params"]}
         lost = sum(one.weight not in params for one in self._subspaces())
@@ -379,7 +391,7 @@ class InputProjection(Wrapper):
             raise RuntimeError(
                 f"{lost} matrices whose inputs are protected are not the optimizer's any more: "
                 "something has exchanged its parameters, as a trainer's prepare() does where it "
-                "shards the model. Call consolidate() after that."
+                f"shards the model: {remedy}"
             )
 
     @_disable_dynamo
@@ -411,7 +423,13 @@ class InputProjection(Wrapper):
         Returns:
             What removes the hooks by its ``remove()``.
         """
-        return settle_before(self, model)
+        self._settling.append(settle_before(self, model))
+        return self._settling[-1]
+
+    @property
+    def awaits_weights(self) -> bool:
+        """Return whether what is due was loaded, and is of weights that may be loaded after it."""
+        return self._awaits_weights and self._displacements.due > 0
 
     def _frozen(self) -> Frozen:
         """Return what gives the mask of a parameter's frozen weights, or None."""
@@ -424,11 +442,14 @@ class InputProjection(Wrapper):
         """Return the wrapped optimizer's state dict, and inputs and options with it.
 
         They are under ``"input_projection"``, and with them, where a projection is due, the weights
-        that displacements are from. Around an :class:`cl_optim.EWCAdamW` nothing is: it settles.
+        that displacements are from. Around an :class:`cl_optim.EWCAdamW`, and after
+        :meth:`settle_before`, nothing is: it settles.
         Tensors are the optimizer's own, as always in torch.
         """
         self._before_saving()
-        if hasattr(self.optimizer, "settle"):  # it settles then, and that must not come first
+        # A model that settles when it is saved would be saved without what is due here; and a
+        # wrapped optimizer that settles must not do so first.
+        if hasattr(self.optimizer, "settle") or any(one.is_on for one in self._settling):
             self.settle()
         params = [param for group in self.param_groups for param in group["params"]]
         places = {param: place for place, param in enumerate(params)}
@@ -468,6 +489,7 @@ class InputProjection(Wrapper):
             options, found, due, old = own
             self._set_options(options)
             self._begin_anew(found, due, old)
+            self._awaits_weights = due > 0
         self._after_loading()
 
     def check_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -49,9 +49,11 @@ class Settling:
 
     def __init__(self, handles: list[RemovableHandle]) -> None:
         self._handles = handles
+        self.is_on = True
 
     def remove(self) -> None:
         """Let the model be looked at as it is."""
+        self.is_on = False
         for handle in self._handles:
             handle.remove()
 
@@ -86,7 +88,7 @@ def settle_before(optimizer: Settles, model: torch.nn.Module) -> Settling:
         # Before fully_shard gathers weights, if that was called before.
         model.register_forward_pre_hook(settle.before_evaluation, prepend=True),
         model.register_state_dict_pre_hook(settle),  # type: ignore[no-untyped-call]
-        model.register_load_state_dict_pre_hook(settle),  # type: ignore[no-untyped-call]
+        model.register_load_state_dict_pre_hook(settle.before_loading),  # type: ignore[no-untyped-call]
     ]
     return Settling(handles)
 
@@ -101,6 +103,15 @@ class _Settle:
         optimizer = self._optimizer()
         if optimizer is not None and not _unsettled.get():
             optimizer.settle()
+
+    def before_loading(self, *of: Any) -> None:
+        """Settle, unless what is due is of the weights that come."""
+        layer: Any = self._optimizer()
+        while layer is not None:
+            if getattr(layer, "awaits_weights", False):
+                return
+            layer = getattr(layer, "optimizer", None)
+        self()
 
     def before_evaluation(self, module: torch.nn.Module, *of: Any) -> None:
         """Settle unless the module is being trained."""

@@ -1025,3 +1025,68 @@ def test_parameters_that_were_exchanged_are_not_left_unprojected_in_silence():
     with pytest.raises(RuntimeError, match=r"^2 matrices .* not the optimizer's any more"):
         optimizer.step()
     assert plain([other.detach() for other in others]) == plain(weights(model))
+
+
+def test_a_copy_that_has_settled_begins_at_the_weights_of_then():
+    """As the original does: what is written after it is nobody's displacement."""
+    model = make_model()
+    optimizer = projected(model, every=3)
+    train(model, optimizer, 2)
+    twins = [(model, optimizer), copy.deepcopy((model, optimizer))]
+    loaded = make_model()
+    other = projected(loaded, every=3)
+    loaded.load_state_dict(model.state_dict())
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    twins.append((loaded, other))
+    for one, of in twins:
+        of.settle()
+        with torch.no_grad():
+            for param in one.parameters():
+                param.fill_(3.0)
+        for _ in range(3):
+            for param in one.parameters():
+                param.grad = torch.zeros_like(param)
+            of.step()
+        assert all((param == 3.0).all() for param in one.parameters())
+
+
+@pytest.mark.parametrize("order", ["model first", "optimizer first"])
+def test_what_is_due_is_of_the_weights_that_are_loaded(order):
+    """With a model that settles before it is loaded into."""
+    model = make_model()
+    optimizer = projected(model, every=3)
+    train(model, optimizer, 2)
+    saved = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+    again = make_model(1)
+    other = projected(again, every=3)
+    settle_before(other, again)
+    loads = [lambda: again.load_state_dict(saved[0]), lambda: other.load_state_dict(saved[1])]
+    for load in loads if order == "model first" else reversed(loads):
+        load()
+    for one, of in ((model, optimizer), (again, other)):
+        train(one, of, 2, seed=5)
+        of.settle()
+    assert same(model, again)
+
+
+def test_a_model_that_settles_is_saved_with_nothing_due():
+    model = make_model()
+    optimizer = projected(model, every=3)
+    settling = optimizer.settle_before(model)
+    train(model, optimizer, 2)
+    saved = {"optimizer": optimizer.state_dict(), "model": model.state_dict()}
+    assert saved["optimizer"]["input_projection"]["due"] == 0
+    settling.remove()
+    train(model, optimizer, 2)
+    assert optimizer.state_dict()["input_projection"]["due"] == 2
+
+
+def test_inputs_of_matrices_that_were_exchanged_are_not_forgotten_in_silence():
+    model = make_model()
+    optimizer = projected(model)
+    model[0].weight = nn.Parameter(model[0].weight.detach().clone())
+    optimizer.param_groups[0]["params"] = list(model.parameters())
+    with pytest.raises(RuntimeError, match=r"are not the optimizer's any more.* stay protected"):
+        optimizer.consolidate(importance(model, INPUTS))
+    optimizer.consolidate(importance(model, INPUTS), decay=0.0)
+    train(model, optimizer, 1)

@@ -138,11 +138,16 @@ class Together:
             raise ValueError("the processes must give numbers for the same names.")
         return {name: sum(one[name] for one in found) / len(found) for name in numbers}
 
-    def require_alike(self, numbers: Tensor, message: str) -> None:
-        """Raise ValueError in all processes where one has a vector that is 0.1 % off another's."""
+    def require_alike(self, numbers: Tensor, message: str) -> bool:
+        """Raise ValueError in all processes where one has a vector that is 0.1 % off another's.
+
+        Returns:
+            Whether all are the same, which is said in all processes alike.
+        """
         found = torch.tensor(self.gather(numbers.double().tolist()), dtype=torch.float64)
         if ((found - found[0]).norm(dim=1) > 1e-3 * found[0].norm()).any():
             raise ValueError(message)
+        return bool((found == found[0]).all())
 
     def sum_(self, tensors: Iterable[Tensor]) -> None:
         """Replace tensors by their sums over all processes, which are the same bits in each."""

@@ -73,6 +73,8 @@ class GEM(Wrapper):
     :class:`cl_optim.InputProjection`. Around another optimizer they are an AttributeError. What
     else it has is found at ``.optimizer``.
 
+    Weights that are frozen (``freeze``) count in the products as if they moved.
+
     What it guarantees is about the gradient. Momentum and Adam's preconditioning make another
     direction of it: ``track_update=True`` reports what the update itself does to each old loss.
     With :class:`cl_optim.EWCAdamW` inside, the task's gradient is projected and the penalty added

@@ -81,7 +81,7 @@ class Memories:
         else:
             kept = [*self._room_for(memory.name, capacity, evict), memory]
         self._follow(shards)
-        with unobserved(), _Passes(self._together(shards)) as passes:
+        with unobserved(), _Passes(self._together(shards), are_first=True) as passes:
             values = (
                 self._mean(kept, shards, passes)
                 if self.average
@@ -188,14 +188,16 @@ class Memories:
         params = shards.params()
         values = [gradient.get(param, torch.zeros_like(param)) for param in params]
         if self.ranks is None:
-            together.require_alike(
+            are_equal = together.require_alike(
                 torch.stack(torch._foreach_norm(values)).cpu(),
                 f"the closure of memory {memory.name!r} has found another gradient in each of "
                 f"{together.size} processes, whose weights would drift apart: make the GEM with "
                 "ranks='mean', where each has samples of its own, or with ranks='own', where each "
                 "trains a model of its own.",
             )
-            return gradient
+            if are_equal:
+                return gradient
+            # Passes are not reproducible here: with rows of its own each would drift away.
         wide = [
             value.to(torch.float32, copy=True) if value.dtype.itemsize < 4 else value.clone()
             for value in values
@@ -305,14 +307,18 @@ class _Passes:
 
     Args:
         together: The processes that take part.
+        are_first: Whether the closure is a new one, whose gradient is hardly zero.
     """
 
-    def __init__(self, together: Together) -> None:
+    def __init__(self, together: Together, *, are_first: bool = False) -> None:
         self.together = together
+        self.are_first = are_first
         self._params: list[Tensor] = []
         self._handles: list[RemovableHandle] = []
         self._number: dict[Tensor, int] = {}
-        self._sums: dict[Tensor, Tensor | None] = {}
+        # Of each parameter its sum, how often that has been written, and how often by hooks of
+        # others in each pass.
+        self._sums: dict[Tensor, tuple[Tensor, int, int]] = {}
         self.reset = False
 
     def __enter__(self) -> _Passes:
@@ -341,8 +347,19 @@ class _Passes:
 
     def _count(self, param: Tensor) -> None:
         self._number[param] = self._number.get(param, 0) + 1
-        # Each pass adds to the tensor of the first one.
-        self.reset |= self._sums.setdefault(param, param.grad) is not param.grad
+        grad = param.grad
+        if grad is None:  # a hook of others has taken it
+            return
+        before, version, writes = self._sums.get(param, (grad, grad._version, grad._version))
+        # Each pass adds to the tensor of the first one, and nobody else writes there.
+        self.reset |= before is not grad or grad._version > version + 1 + writes
+        self._sums[param] = grad, grad._version, writes
+
+    def zeroed(self) -> bool:
+        """Tell whether the sum was written after the last pass, and is zero."""
+        sums = self._sums.values()
+        was_written = [grad._version > version for grad, version, _ in sums]
+        return any(was_written) and all(was_written) and not any(bool(g.any()) for g, *_ in sums)
 
     @property
     def total(self) -> int:
@@ -383,10 +400,11 @@ def _gradient(memory: Memory, shards: Shards, passes: _Passes) -> dict[Tensor, T
         )
     for param, grad in grads.items():
         check_dense(shards.groups, shards.part(param), grad, f"in memory {memory.name!r} ")
-    if passes.reset:
+    if passes.reset or (passes.are_first and passes.zeroed()):
         raise RuntimeError(
             f"the closure of memory {memory.name!r} must not reset gradients between its "
-            "backward passes: the row is made of their sum."
+            "backward passes, nor after them, nor may hooks write into them in some passes only: "
+            "the row is made of their sum. Let it run the bare module, and reset before the first."
         )
     if passes.total == 1:
         return grads

@@ -149,7 +149,7 @@ class MemoryRows:
             pairs = zip(self.by_param, grads, strict=True)
             fill = [rows[0] if grad is None else grad for rows, grad in pairs]
             packed = gram_ops.gram_per_tensor(self.by_param, fill)
-            self.gram = packed[:, :size, :size].clone()
+            self.gram.copy_(packed[:, :size, :size])  # state dicts have it beside the rows
             self.stale.clear()
             return used, packed if index is None else packed.index_select(0, index)
         for k in sorted(self.stale):

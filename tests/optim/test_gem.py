@@ -1608,3 +1608,59 @@ def test_rows_of_parameters_that_were_exchanged(refresh_every, average):
     optimizer.step()
     assert optimizer.last_projection.v.item() == pytest.approx(1.0)
     torch.testing.assert_close(second.detach(), torch.tensor([0.9, 2.0]))
+
+
+def test_hooks_that_write_into_gradients_are_no_resets():
+    """Such as clipping parameter by parameter."""
+    param = nn.Parameter(torch.ones(2))
+
+    def clip(param):
+        param.grad.clamp_(max=4.0)
+
+    param.register_post_accumulate_grad_hook(clip)
+    optimizer = GEM(torch.optim.SGD([param], lr=0.1))
+
+    def closure():
+        for factor in (1.0, 2.0):
+            (param * factor).sum().backward()
+
+    optimizer.remember("a", closure)
+    assert optimizer.state_dict()["gem"]["rows"][0].tolist() == [[1.5, 1.5]]
+
+
+def test_a_gradient_that_has_become_zero_is_a_row():
+    """Of a loss with a margin, say, that is clipped in the closure."""
+    param, margin = nn.Parameter(torch.ones(2)), [3.0]
+    optimizer = GEM(torch.optim.SGD([param], lr=0.1))
+
+    def closure():
+        (margin[0] - param).clamp(min=0.0).sum().backward()
+        nn.utils.clip_grad_norm_([param], 1.0)
+
+    optimizer.remember("a", closure)
+    margin[0] = 0.0
+    for _ in range(2):
+        param.grad = torch.ones(2)
+        optimizer.step()
+    assert not optimizer.state_dict()["gem"]["rows"][0].any()
+
+
+def test_a_state_dict_in_memory_stays_whole():
+    """Its tensors are the optimizer's own: rows of now go with products of now."""
+    param, scale = nn.Parameter(torch.zeros(2)), [1.0]
+    optimizer = GEM(torch.optim.SGD([param], lr=0.0))
+    optimizer.remember("a", lambda: (param * scale[0]).sum().backward(), refresh_every=4)
+
+    def step():
+        param.grad = -torch.ones(2)
+        optimizer.step()
+
+    for _ in range(2):
+        step()
+    kept = optimizer.state_dict()
+    scale[0] = 10.0
+    for _ in range(3):
+        step()  # in one of them the row is made anew
+    optimizer.load_state_dict(kept)
+    step()
+    assert param.grad.abs().max() < 1e-6

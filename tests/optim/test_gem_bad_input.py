@@ -137,7 +137,20 @@ def resets_in_between(optimizer, memory):
         memory()
 
 
+def zeroes_in_between(optimizer, memory):
+    for _ in range(2):
+        optimizer.zero_grad(set_to_none=False)
+        memory()
+
+
+def zeroes_at_the_end(optimizer, memory):
+    memory()
+    optimizer.zero_grad(set_to_none=False)
+
+
 CLOSURE = {
+    "zeroes": ("must not reset gradients between its backward passes", zeroes_in_between),
+    "zeroes at the end": ("reset gradients .* nor after them", zeroes_at_the_end),
     "forgets": ("left no gradient", forgets_its_gradients),
     "no backward": ("left no gradient", lambda optimizer, memory: memory.loss()),
     "resets": ("must not reset gradients between its backward passes", resets_in_between),

@@ -41,11 +41,20 @@ def importance_from_adam(
         Li et al. 2025, arXiv:2507.18807.
     """
     check_integer("batch_size", batch_size, 1)
-    if hasattr(optimizer, "last_projection"):
-        raise ValueError(
-            "under GEM, Adam's second moment is that of projected gradients, not of the task's; "
-            "use estimate_fisher."
-        )
+    layer: Any = optimizer
+    while hasattr(layer, "optimizer"):  # a wrapper
+        if hasattr(type(layer), "last_projection"):
+            raise ValueError(
+                "under GEM, Adam's second moment is that of projected gradients, not of the "
+                "task's; use estimate_fisher."
+            )
+        penalties = {group.get("penalty") for group in layer.param_groups}
+        if "gradient" in penalties and any(True for _ in getattr(layer, "protected", tuple)()):
+            raise ValueError(
+                "after consolidate() with penalty='gradient', Adam's second moment includes the "
+                "penalty's gradient (2λFΔ)²; use estimate_fisher."
+            )
+        layer = layer.optimizer
     sums: dict[str, Tensor] = {}
     names = {parameter: name for name, parameter in model.named_parameters()}
     for group in optimizer.param_groups:

@@ -45,6 +45,13 @@ class Batch:
         output = model(**self.inputs) if self.named else model(self.inputs)
         return getattr(output, "logits", output)
 
+    def padding(self, logits: Tensor) -> Tensor | None:
+        """Return targets that leave out what ``attention_mask`` calls padding, if it does."""
+        mask = self.inputs.get("attention_mask") if self.named else None
+        if logits.dim() != 3 or not isinstance(mask, Tensor) or mask.shape != logits.shape[:-1]:
+            return None
+        return torch.where(mask == 0, IGNORED, 0).to(logits.device)
+
     def counted(self, samples: int) -> Tensor:
         """Return the samples that have a target that is not ignored."""
         targets = self.targets
@@ -80,6 +87,8 @@ def read(batch: Any, model: nn.Module, labels: Labels | None, causal: bool, wher
         given = with_labels(model, inputs, targets)
         if _are_arguments(given, model):  # what wraps it may do that itself
             inputs = given
+    if labels is not None and isinstance(targets, Tensor) and targets.is_floating_point():
+        _check_soft(targets, where)
     integers = isinstance(targets, Tensor) and targets.dtype in _INTEGERS
     aligned = targets.long() if isinstance(targets, Tensor) and integers else None
     if causal:
@@ -137,6 +146,12 @@ def check_logits(logits: object, samples: int, labels: Labels | None, where: str
             f"but returned {kind(logits)} in {where}; for a model with other outputs, pass "
             f"per_sample_loss with labels='empirical'."
         )
+    if labels is not None and logits.shape[-1] < 2:
+        raise ValueError(
+            f"model(inputs) must return logits of two classes at least, but returned "
+            f"{kind(logits)} in {where}, of which a softmax is constant: for a binary loss or a "
+            f"regression pass per_sample_loss with labels='empirical'."
+        )
     if labels == "exact" and not has_exact(logits):
         raise ValueError(
             f"labels='exact' is for logits [N, C] with at most {MAX_EXACT_CLASSES} classes, not "
@@ -145,14 +160,39 @@ def check_logits(logits: object, samples: int, labels: Labels | None, where: str
     return logits
 
 
-def check_targets(targets: Tensor | None, logits: Tensor, where: str) -> None:
-    """Refuse targets that are not aligned with the logits, or no class of theirs."""
-    classes = logits.shape[-1]
+def _check_soft(targets: Tensor, where: str) -> None:
+    """Refuse floating-point targets that are no probabilities of classes: of another loss."""
+    wide = targets.detach().float()
+    if targets.dim() < 2 and bool((wide == wide.round()).all()):
+        raise ValueError(
+            f"the targets of {where} are {kind(targets)}, and classes are integers: give "
+            f"targets.long()."
+        )
+    sums = [wide.sum(dim) for dim in {1, targets.dim() - 1} if 0 < dim < targets.dim()]
+    is_soft = any(bool(((s - 1.0).abs() < 1e-2).logical_or(s == 0.0).all()) for s in sums)
+    if not is_soft or bool((wide < 0.0).any()):
+        raise ValueError(
+            f"the targets of {where} are {kind(targets)}, which are neither classes nor their "
+            f"probabilities, so that the loss is none of a softmax: pass the loss of its samples "
+            f"as per_sample_loss, with labels='empirical'."
+        )
+
+
+def check_shape(targets: Tensor | None, logits: Tensor, where: str) -> Tensor:
+    """Refuse targets that are not aligned with the logits: whose loss is to be left out?"""
     if targets is None or targets.shape != logits.shape[:-1]:
         raise ValueError(
             f"targets must have shape {list(logits.shape[:-1])}, as the logits without their "
-            f"classes, not {kind(targets)}, in {where}."
+            f"classes, not {kind(targets)}, in {where}: bring classes to the last dimension, or "
+            f"pass per_sample_loss with labels='empirical'."
         )
+    return targets
+
+
+def check_targets(targets: Tensor | None, logits: Tensor, where: str) -> None:
+    """Refuse targets that are not aligned with the logits, or no class of theirs."""
+    classes = logits.shape[-1]
+    targets = check_shape(targets, logits, where)
     wrong = targets[((targets < 0) | (targets >= classes)) & (targets != IGNORED)]
     if len(wrong):
         raise ValueError(

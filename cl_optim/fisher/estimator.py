@@ -186,7 +186,8 @@ class FisherEstimator:
         Args:
             batch_size: Number of samples N, the leading dimension of every layer's input. (Layers
                 that see [N·T, features] are understood where another tensor shows T.)
-            loss_terms: What the loss, a mean, was divided by. Default: ``batch_size``; 1 for a sum
+            loss_terms: What the loss, a mean, was divided by: with weights of classes the sum of
+                the targets' (``weight[y].sum()``). Default: ``batch_size``; 1 for a sum
                 over samples; the number of loss tokens where it is a mean over tokens. A number or
                 a tensor of one element.
             loss_scale: What the loss was multiplied by: the scale of mixed-precision training,

@@ -104,8 +104,12 @@ class OwnPass:
             empirical = self._objective.labels == "empirical"
             if empirical:
                 data.check_targets(aligned, logits, where)
-            elif aligned is not None and aligned.shape != logits.shape[:-1]:
+            elif self._objective.labels is None:  # of no loss
                 aligned = None
+            elif aligned is not None:
+                data.check_shape(aligned, logits, where)
+            else:
+                aligned = labelled.padding(logits)
             data.check_losses(logits, aligned if empirical else None, where)
             return self._objective.seeds(logits, aligned)
 

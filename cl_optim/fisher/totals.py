@@ -116,8 +116,16 @@ class _Batches:
         self.spread_remains = 1.0  # and those over processes, each of which has another unit
 
     def begin(self, factor: Number) -> Into:
-        """Return what a batch is to be added to, whose gradients are to be multiplied by that."""
-        self.use(factor * factor)
+        """Return what a batch is to be added to, whose gradients are to be multiplied by that.
+
+        Of a batch without terms, whose targets are all ignored, gradients are 0: the unit stays.
+        """
+        unit, before = factor * factor, 1.0 if self.unit is None else self.unit
+        if isinstance(unit, Tensor):
+            unit = torch.where(unit == 0.0, before, unit)
+        elif unit == 0.0:
+            unit = before
+        self.use(unit)
         return self.into
 
     def use(self, unit: Number) -> None:

@@ -13,7 +13,7 @@ from bad_input import refused
 from fisher_cases import Uses, mean_loss, mlp, randn
 from torch import Tensor, nn
 
-from cl_optim import EWCAdamW, register_fisher_rule
+from cl_optim import EWC, GEM, EWCAdamW, register_fisher_rule
 from cl_optim.fisher import (
     FisherEstimator,
     convert_lambda,
@@ -318,6 +318,60 @@ def stores(moment: Tensor):
 
 
 FORMAT = r"'weight' must be .* its shape \(64, 64\).*use est"
+ONE = nn.Linear(7, 1)
+SEQUENCES = nn.Conv1d(3, 5, 1)  # [N, 5, T], where classes are to be last
+MISFITS = {
+    **{
+        f"one class, {labels}": (
+            "logits of two classes at least, .* pass per_sample_loss", ONE, (X, Y), labels
+        ) for labels in ("exact", "sample", "predicted")
+    },
+    **{
+        f"classes in the middle, {labels}": (
+            r"targets must have shape \[4, 5\].*not a int64 tensor of shape \[4, 20\]",
+            SEQUENCES, (torch.randn(4, 3, 20), torch.zeros(4, 20, dtype=torch.long)), labels
+        ) for labels in ("auto", "sample", "predicted")
+    },
+    "many labels": (
+        "neither classes nor their probabilities.*per_sample_loss", nn.Linear(7, 3),
+        (X, torch.tensor([[1.0, 1.0, 0.0]]).repeat(4, 1)), "auto"
+    ),
+    "numbers": (
+        "neither classes nor their probabilities", nn.Linear(7, 3), (X, torch.randn(4)), "auto"
+    ),
+    "classes in floating point": (
+        r"classes are integers: give targets\.long\(\)", nn.Linear(7, 3),
+        (X, torch.tensor([0.0, 2.0, 1.0, 1.0])), "auto"
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("given", MISFITS)
+def test_targets_of_another_loss_are_refused(given):
+    message, model, batch, labels = MISFITS[given]
+    with refused(ValueError, message):
+        estimate_fisher(model, [batch], labels)
+
+
+@pytest.mark.parametrize(
+    "targets",
+    [
+        torch.rand(4, 3).softmax(1),
+        torch.cat([torch.rand(3, 3).softmax(1), torch.zeros(1, 3)]),  # one without a target
+        torch.tensor([0, 7, -1, 2]),  # of classes that this head does not have
+    ],
+)
+def test_targets_that_do_not_matter_are_not_refused(targets):
+    model = nn.Linear(7, 3)
+    x = torch.randn(4, 7)
+    found, expected = estimate_fisher(model, [(x, targets)]), estimate_fisher(model, [x])
+    assert torch.equal(found["weight"], expected["weight"])
+    estimate_fisher(model, [(x, torch.zeros(4, 9))], kind="mas")
+    estimate_fisher(nn.Linear(7, 1), [(x, torch.zeros(4, 9, dtype=torch.long))], kind="mas")
+    soft = torch.rand(4, 5, 3).softmax(-1)
+    estimate_fisher(model, [(torch.randn(4, 5, 7), soft)], "sample")
+
+
 IMPORTANCE_FROM_ADAM = {
     "no step": ("has taken no step on a parameter of the model",
         lambda model: EWCAdamW(model.parameters())),
@@ -326,7 +380,12 @@ IMPORTANCE_FROM_ADAM = {
     "no second moment": ("SGD keeps no exp_avg_sq for parameter 'weight'",
         stepped(partial(torch.optim.SGD, lr=0.1, momentum=0.9))),
     "projected": ("under GEM, Adam's second moment is that of projected",
-        stepped(torch.optim.Adam, lambda each: setattr(each, "last_projection", None))),
+        stepped(lambda params: GEM(torch.optim.Adam(params)))),
+    "projected inside": ("under GEM, Adam's second moment is that of projected",
+        stepped(lambda params: EWC(GEM(torch.optim.Adam(params))))),
+    "pulled": (r"with penalty='gradient', Adam's second moment includes the penalty's",
+        stepped(lambda params: EWC(torch.optim.Adam(params), penalty="gradient"),
+                lambda each: each.consolidate(None))),
     "bytes": (FORMAT, stepped(torch.optim.Adam, stores(torch.zeros(16, 260, dtype=torch.uint8)))),
     "another shape": (FORMAT, stepped(torch.optim.Adam, stores(torch.zeros(64)))),
 }  # fmt: skip

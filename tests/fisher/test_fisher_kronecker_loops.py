@@ -439,7 +439,7 @@ def test_wide_products_are_formed_in_halves():
 
 
 def test_no_memory_for_a_width():
-    model = nn.Linear(2_000_000, 1)
+    model = nn.Linear(2_000_000, 2)
     with pytest.raises(RuntimeError, match=r"'weight'.* block=400000000: make block= smaller\.$"):
         own_pass(model, [torch.randn(2, 2_000_000)], labels="predicted", block=400_000_000)
 

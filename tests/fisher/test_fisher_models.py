@@ -832,3 +832,16 @@ def test_memory_of_a_pass(verify):
     fisher()
     plain, ours = peak_bytes(ordinary), peak_bytes(fisher)
     assert ours <= plain + parameters + chunks
+
+
+def test_padding_is_left_out_without_labels_too():
+    """Of a model that predicts each token, whose labels are drawn."""
+    model = make("bert").eval()
+    tokens, lengths = batch()
+    data = padded(tokens, lengths, "right")
+    given = estimate_fisher(model, [data], "sample", generator=torch.Generator().manual_seed(1))
+    del data["labels"]
+    found = estimate_fisher(model, [data], "sample", generator=torch.Generator().manual_seed(1))
+    assert found.tokens == given.tokens == int(lengths.sum())
+    for name, value in given.sums.items():
+        torch.testing.assert_close(found.sums[name], value)

@@ -298,24 +298,24 @@ def test_activation_checkpointing(reentrant):
     assert_sums(fisher.finalize(), decayed(parts), 1e-5)
 
 
+class TokenModel(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = nn.Embedding(9, 4), nn.Linear(4, 9)
+
+    def forward(self, ids: Tensor, labels: Tensor | None = None, num_items_in_batch=None):
+        logits = self.head(self.body(ids).tanh())
+        if labels is None:
+            return logits
+        total = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")
+        return total / (
+            (labels != -100).sum() if num_items_in_batch is None else num_items_in_batch
+        )
+
+
 def test_mean_over_tokens():
     """As the losses in transformers are; ``num_items_in_batch`` is what the Trainer divides by."""
-
-    class Model(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.body, self.head = nn.Embedding(9, 4), nn.Linear(4, 9)
-
-        def forward(self, ids: Tensor, labels: Tensor | None = None, num_items_in_batch=None):
-            logits = self.head(self.body(ids).tanh())
-            if labels is None:
-                return logits
-            total = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")
-            return total / (
-                (labels != -100).sum() if num_items_in_batch is None else num_items_in_batch
-            )
-
-    model = Model()
+    model = TokenModel()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     ids, labels = torch.randint(0, 9, (4, 6)), torch.randint(0, 9, (4, 6))
     labels[torch.rand(4, 6) < 0.3] = -100
@@ -326,6 +326,28 @@ def test_mean_over_tokens():
             model(ids, labels=labels, num_items_in_batch=items).backward()
             optimizer.step()
         assert_sums(fisher.finalize(), expected, 1e-5)
+
+
+@pytest.mark.parametrize("terms", ["tokens", lambda args, kw: int((kw["labels"] != -100).sum())])
+@pytest.mark.parametrize("place", [0, 1])
+def test_a_batch_without_a_target_adds_nothing(place, terms):
+    """Its loss is 0/0, and its gradients are 0: a truncated prompt, say."""
+    model = TokenModel()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    ids, labels = torch.randint(0, 9, (2, 4, 6)), torch.randint(0, 9, (2, 4, 6))
+    nothing = torch.full_like(labels[0], -100)
+    given = [*zip(ids, labels, strict=True)]
+    expected: dict[str, Tensor] = {}
+    for x, y in given:
+        for name, value in of_batch(model, x, y).items():
+            expected[name] = expected.get(name, 0.0) + value
+    fisher = FisherEstimator(model, during_training=True)
+    with fisher.attach(optimizer, loss_terms=terms):
+        for x, y in [*given[:place], (ids[0], nothing), *given[place:]]:
+            optimizer.zero_grad()
+            model(x, labels=y).backward()
+            optimizer.step()
+    assert_sums(fisher.finalize(), expected, 1e-5)
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -110,8 +110,18 @@ def test_module_without_a_rule(kind):
 
 # --- seen when the gradient comes -----------------------------------------------------------------
 
+
+def put_into(x: Tensor, value: Tensor) -> Tensor:
+    """As a mask token is put, or what stands for a condition that is left out."""
+    x = x * 1.0
+    x[:, 0] = value
+    return x
+
+
 # What the message must match, the use, and the shapes of the parameters.
 UNSEEN = {
+    "put into another": (r"__setitem__ uses parameter 'p\.0', and there is no rule",
+        lambda m, x: put_into(m.first(x), m.p[0]), [(4,)]),
     "alone": (r"^parameter 'p\.0' received", lambda m, x: Opaque.apply(x, m.p[0]), [(4,)]),
     "beside a seen one": (r"^parameter 'first\.b", lambda m, x: Opaque.apply(x, m.first.bias), []),
     "reentrant": (r"^parameter 'p\.0' received",

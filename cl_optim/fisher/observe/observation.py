@@ -459,8 +459,13 @@ class Observation(TorchFunctionMode):
             refused = no_rule(call.names(), func)
             if made := self._watched.watch_function(call, refused):
                 return made[0]
+        target = call.args[0] if call.changes_in_place() and call.args else None
+        before = getattr(target, "grad_fn", None)
         result = call.run()
         results = list(nested.tensors(result))
+        # As x[mask] = parameter does, which returns nothing.
+        if not results and getattr(target, "grad_fn", None) is not before:
+            raise no_rule(call.names(), func)
         if not any(t.requires_grad and id(t) not in found for t in results):
             return result
         if len(found) == 1:

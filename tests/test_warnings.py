@@ -220,10 +220,25 @@ def test_a_strength_without_a_lambda(model):
     warned("strength makes λ 0", lambda: optimizer.consolidate(ones))
 
 
+def test_options_of_an_ewc_before(model):
+    params = [{"params": [p], "ewc_lambda": float(i)} for i, p in enumerate(model.parameters())]
+    inner = torch.optim.SGD(params, lr=0.1)
+    EWC(inner)
+    warned("has been in an EWC before", lambda: EWC(inner))
+
+
 def test_batch_norms_between_two_models():
     model = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.BatchNorm1d(3))
     old = {name: value.clone() for name, value in model.state_dict().items()}
     warned("running statistics of 1 batch norms", lambda: interpolate(model, old, 0.5))
+
+
+def test_a_budget_that_nothing_fits():
+    model = torch.nn.Linear(1, 1)
+    old = {name: value.clone() for name, value in model.state_dict().items()}
+    one = Evaluation("old", lambda model: 2.0, higher_is_better=False)
+    given = {"evaluate": one, "budget": 0.1, "baselines": {"old": 1.0}}
+    warned("Nothing that was tried fits", lambda: interpolate(model, old, **given))
 
 
 def test_a_program_that_is_nothing_but_the_package():
@@ -259,11 +274,12 @@ def test_no_warning_is_missing_here():
         "ops/warn.py": 1,
         "optim/cuda_graphs.py": 2,
         "optim/displacements.py": 1,
+        "optim/ewc_options.py": 1,
         "optim/gem.py": 1,
         "optim/matching.py": 1,
         "optim/protection.py": 2,
         "optim/pulling.py": 1,
         "retention/checkpoint/checkpoints.py": 1,
         "retention/guard/guard.py": 1,
-        "retention/interpolation/between.py": 1,
+        "retention/interpolation/between.py": 2,
     }

@@ -217,13 +217,64 @@ def test_anchors_that_come_in_between_are_not_the_old_weights(tmp_path):
 def test_anchors_that_are_not_the_weights_at_the_start_are_not_taken():
     """Exact ones of two tasks are not, nor those from before some training."""
     guard, before = run(budget=0.05, anchors=True, optimizer_of=EWCAdamW)
+    guard._judge._plain[0] = moved_from(guard.model)
     guard.start()  # from the weights that it has trained to
     begin = weights(guard.model)
     assert (begin - before).norm() > 0.1
-    guard._judge._plain[0] = moved_from(guard.model)
     train(guard.model, guard.optimizer, guard)
     guard.finish()
     assert float((weights(guard.model) - begin).norm()) <= 0.05 + 1e-6
+
+
+def test_a_budget_is_of_the_baselines_that_were_given():
+    model = nn.Linear(1, 1, bias=False)
+    nn.init.constant_(model.weight, 1.04)
+    loss = Evaluation("loss", lambda m: float(m.weight), higher_is_better=False)
+    guard = RetentionGuard(model, torch.optim.SGD(model.parameters(), lr=0.1), [loss], budget=0.05)
+    guard.start(baselines={"loss": 1.0})
+    nn.init.constant_(model.weight, 1.08)
+    curve = guard.finish()
+    assert curve.alpha == pytest.approx(0.25, abs=0.02)
+    assert 1.045 < float(model.weight.detach()) <= 1.05 + 1e-6
+    assert not guard.history[-1].breached
+
+
+def test_anchors_are_known_in_whatever_order_they_are_added_up():
+    guard, _ = run(budget=0.05, anchors=True, optimizer_of=EWCAdamW)
+    saved = json.loads(json.dumps(guard.state_dict()))
+    again = RetentionGuard(guard.model, guard.optimizer, guard._judge._plain, budget=0.05, every=4)
+    again.load_state_dict(saved)
+    again._way_back.anchors = [total * (1 + 1e-14) for total in again._way_back.anchors]
+    assert again.finish() is not None
+
+
+def test_a_model_with_running_statistics_begins_at_a_copy_of_itself():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
+    model(torch.randn(32, 3))
+    optimizer = EWCAdamW(model.named_parameters(), lr=0.05)
+    optimizer.consolidate(None)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    x = torch.randn(20, 3)
+
+    def distance(model):
+        was = torch.func.functional_call(copy.deepcopy(model).eval(), before, (x,))
+        return 1.0 + float((model(x) - was).norm())
+
+    old = Evaluation("old", distance, higher_is_better=False)
+    guard = RetentionGuard(model, optimizer, [old], budget=1e-6)
+    guard.start()
+    for _ in range(5):
+        optimizer.zero_grad()
+        model.train()(10 + torch.randn(32, 3)).square().mean().backward()
+        optimizer.step()
+        guard.step()
+    with pytest.warns(UserWarning, match="batch norms are interpolated"):
+        curve = guard.finish()
+    assert curve.alpha == 0.0
+    for name, value in model.state_dict().items():
+        if "num_batches" not in name:
+            assert torch.equal(value, before[name]), name
 
 
 def test_a_consolidation_in_between_is_refused(tmp_path):

@@ -459,3 +459,17 @@ class _Wrapped(nn.Module):
 
     def forward(self, x):
         return {"scores": self.inner(x)}
+
+
+def test_anchors_of_a_model_with_running_statistics_are_no_old_model():
+    model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, 3))
+    model(torch.randn(64, 4))
+    optimizer = EWCAdamW(model.named_parameters(), lr=0.0)
+    optimizer.consolidate(None)
+    with refused(ValueError, r"do not have the running statistics .*'1.running_mean'.*state dict"):
+        OldModel(model, optimizer)
+    was = OldModel(model, {name: value.clone() for name, value in model.state_dict().items()})
+    x = torch.randn(5, 4)
+    before = was(x)
+    model.train()(100 + torch.randn(64, 4))
+    assert torch.equal(was(x), before)

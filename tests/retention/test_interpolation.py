@@ -154,6 +154,22 @@ def test_lora_is_scaled_in_the_space_of_the_weights():
         interpolate(model, other | {}, 0.5)
 
 
+def test_lora_of_an_embedding_begins_with_its_other_factor():
+    model = get_peft_model(gpt2(), LoraConfig(r=2, target_modules=["wte"]))
+    begin = weights(model)
+    layer = model.base_model.model.transformer.wte
+    with torch.no_grad():
+        for name, param in model.named_parameters():
+            if "lora_embedding" in name:
+                param.normal_()
+    delta = layer.get_delta_weight("default").clone()
+    assert delta.abs().max() > 0.0
+    interpolate(model, begin, 0.5)
+    torch.testing.assert_close(layer.get_delta_weight("default"), 0.5 * delta)
+    with pytest.raises(ValueError, match="did not begin at 0"):
+        interpolate(model, weights(model), 0.5)
+
+
 def test_each_weight_has_an_alpha_of_its_own_by_its_importance():
     old, model = weights(network(0)), network(1)
     new = weights(model)
@@ -308,6 +324,59 @@ def test_statistics_of_batch_norms_are_estimated_anew():
     model = normed(1)
     interpolate(model, old, 1.0, recalibrate=lambda model: model(x))
     same(weights(model), new)
+
+
+def test_anchors_without_statistics_are_refused():
+    """Old weights with statistics of now are no old model."""
+    model = normed(1)
+    optimizer = EWCAdamW(model.named_parameters())
+    optimizer.consolidate(None)
+    x = torch.randn(40, 5)
+    with refused(ValueError, r"no running statistics, of 2 buffers .*'1.running_mean'.*state dict"):
+        interpolate(model, optimizer, 0.5)
+    new = weights(model)
+    interpolate(model, optimizer, 0.0, recalibrate=lambda model: model(x))
+    torch.testing.assert_close(model[1].running_mean, model[0](x).mean(0))
+    # At the new end they are the model's own again.
+    model.load_state_dict(new)
+    old = Evaluation("old", lambda m: 1.0, higher_is_better=False)
+    options = {"evaluate": old, "recalibrate": lambda model: model(x)}
+    assert interpolate(model, optimizer, budget=0.1, **options).alpha == 1.0
+    same(weights(model), new)
+    interpolation_curve(model, optimizer, old, [0.5], recalibrate=lambda model: model(x))
+    same(weights(model), new)
+    with pytest.raises(ZeroDivisionError):
+        interpolate(model, optimizer, 0.5, recalibrate=lambda model: (model(x), 1 / 0))
+    same(weights(model), new)
+    with pytest.warns(InterpolationWarning, match="1 batch norms are left as they are"):
+        interpolate(model, optimizer, 0.5, strict=False)
+
+
+def test_old_statistics_are_those_of_the_old_end():
+    old = weights(normed(0))
+    model, x = normed(1), torch.randn(40, 5)
+    interpolate(model, old, 0.0, recalibrate=lambda model: model(x))
+    same(weights(model), old)
+
+
+def test_a_budget_of_given_baselines():
+    """Of another model, say, of which these old weights have lost something already."""
+    model = nn.Linear(1, 1, bias=False)
+    loss = Evaluation("loss", lambda m: float(m.weight), higher_is_better=False)
+    old = {"weight": torch.tensor([[1.04]])}
+    given = {"evaluate": loss, "baselines": {"loss": 1.0}, "tolerance": 0.01}
+    for new, budget, alpha in ((1.08, 0.06, 0.5), (1.05, 0.06, 1.0)):
+        nn.init.constant_(model.weight, new)
+        curve = interpolate(model, old, budget=budget, **given)
+        assert curve.alpha == pytest.approx(alpha, abs=0.02)
+    for new, alpha, least in ((1.08, "0", "4.0"), (1.035, "1", "3.5")):
+        nn.init.constant_(model.weight, new)
+        said = rf"Nothing that was tried fits a budget of 3.0%.* at α = {alpha}, {least}%\.$"
+        with pytest.warns(InterpolationWarning, match=said):
+            curve = interpolate(model, old, budget=0.03, **given)
+        assert float(model.weight.detach()) == pytest.approx(min(new, 1.04))
+    with refused(ValueError, "baselines has 'other', which is no evaluation's name"):
+        interpolate(model, old, evaluate=loss, budget=0.1, baselines={"other": 1.0})
 
 
 def test_statistics_of_batch_norms_in_between_are_said():

@@ -17,6 +17,7 @@ from cl_optim.retention.interpolation.old_weights import (
     check_local,
     matched,
     old_weights,
+    running_statistics,
 )
 
 
@@ -27,7 +28,8 @@ class OldModel:
     meanwhile.
 
     - ``old`` an optimizer with anchors: the model runs with its anchors in place of its weights. No
-      copy is made but of anchors that have another dtype, for the time of the pass.
+      copy is made but of anchors that have another dtype, for the time of the pass. Anchors have no
+      running statistics: for a model that has some give one of the following.
     - ``old=None``: the model of peft runs with its adapters switched off.
     - ``old`` another module: that is the old model, frozen.
     - ``old`` a state dict, a file or a folder: the model runs with these weights, which are read
@@ -38,7 +40,8 @@ class OldModel:
         old: As above.
 
     Raises:
-        ValueError: There are no anchors; there are no adapters to switch off; or names or shapes
+        ValueError: There are no anchors, or the model has running statistics that they lack; there
+            are no adapters to switch off; or names or shapes
             differ.
         TypeError: ``old`` is something else.
 
@@ -70,6 +73,13 @@ class OldModel:
             self._old = old
         elif hasattr(old, "param_groups"):
             self._matched(old)  # so that what is wrong is found now
+            statistics = running_statistics(model)
+            if statistics:
+                raise ValueError(
+                    f"an optimizer's anchors do not have the running statistics of the model "
+                    f"({statistics[0]!r}), which training changes: give the old weights as a state "
+                    "dict, {name: value.clone() for name, value in model.state_dict().items()}."
+                )
             self._old = old
         else:
             self._weights = {

@@ -310,7 +310,7 @@ class RetentionGuard:
         if self._way_back is None:
             return None
         settle(self.optimizer)
-        curve = self._way_back.go(self._judge.of_weights(), self.threshold)
+        curve = self._way_back.go(self._judge.of_weights(), self.threshold, self.baselines)
         check = self._compare(self._measured())
         if curve.alpha < 1.0:
             action = f"went back to α = {curve.alpha:.3g} of the way from the old weights."
@@ -334,7 +334,7 @@ class RetentionGuard:
             "baselines": dict(self.baselines),
             "history": [packed(check) for check in self.history],
             "controller": None if self._controller is None else self._controller.state_dict(),
-            "anchors": None if self._way_back is None else self._way_back.anchors,
+            "anchor_sums": None if self._way_back is None else self._way_back.anchors,
         }
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -354,7 +354,7 @@ class RetentionGuard:
         if self._controller is not None and state_dict["controller"] is not None:
             self._controller.load_state_dict(state_dict["controller"])
         if self._way_back is not None:
-            self._way_back.anchors = state_dict.get("anchors")  # earlier versions had none
+            self._way_back.anchors = state_dict.get("anchor_sums")  # earlier versions had none
 
     def check_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Raise ValueError if the state is of a guard with other evaluations, or an older one."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,11 +11,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from cl_optim.distributed import MeanRanks, Together, here, is_dtensor, mesh_of, reshard
+from cl_optim.distributed import MeanRanks, Together, here, is_counted, is_dtensor, mesh_of, reshard
 from cl_optim.retention.guard.evaluation import Evaluation
 from cl_optim.retention.interpolation.between import check_between, interpolate
 from cl_optim.retention.interpolation.curve import Curve
-from cl_optim.retention.interpolation.old_weights import Old, anchors_of
+from cl_optim.retention.interpolation.old_weights import Old, anchors_of, running_statistics
 
 _FILE = "old-weights.safetensors"
 
@@ -88,15 +89,17 @@ class WayBack:
         save_file(copy, unfinished)
         os.replace(unfinished, self._file)
 
-    def go(self, evaluations: Sequence[Evaluation], budget: float) -> Curve:
-        """Go back as far as a budget asks for.
+    def go(
+        self, evaluations: Sequence[Evaluation], budget: float, baselines: Mapping[str, float]
+    ) -> Curve:
+        """Go back as far as a budget asks for, which is a part of the baselines.
 
         Raises:
             ValueError: The old weights are not known any more, or as for ``interpolate``.
         """
         old = self._old
         if old is None and self.anchors is not None:
-            if self._sums() != self.anchors:
+            if not self._are_the_same(self._sums()):
                 raise ValueError(
                     "the optimizer's anchors are not those that the run began with, since it has "
                     "consolidated: give the guard the old weights as old=."
@@ -109,7 +112,15 @@ class WayBack:
                 "the weights that the run began with are not known in this process: give them as "
                 "old=, or the guard a folder from the start."
             )
-        return interpolate(self._model, old, evaluate=evaluations, budget=budget, ranks=self._ranks)
+        names = {evaluation.name for evaluation in evaluations}
+        return interpolate(
+            self._model,
+            old,
+            evaluate=evaluations,
+            budget=budget,
+            baselines={name: value for name, value in baselines.items() if name in names},
+            ranks=self._ranks,
+        )
 
     def _anchors(self) -> Mapping[str, Tensor]:
         try:
@@ -118,7 +129,12 @@ class WayBack:
             return {}
 
     def _begins_at_anchors(self) -> bool:
-        """Tell whether the anchors are the weights of now: exact ones of several tasks are not."""
+        """Tell whether the anchors are all the model of now.
+
+        Exact ones of several tasks are not, and they have no running statistics.
+        """
+        if running_statistics(self._model):
+            return False
         anchors = self._anchors()
         reshard(self._model)
         params = dict(self._model.named_parameters())
@@ -130,5 +146,21 @@ class WayBack:
         return all(Together(mesh=mesh_of(params.values())).gather(begins))
 
     def _sums(self) -> list[float]:
-        """Return sums of this process's parts."""
-        return [float(here(anchor).double().sum()) for anchor in self._anchors().values()]
+        """Return the sum of each anchor's absolute values, over all processes."""
+        params = dict(self._model.named_parameters())
+        mesh = mesh_of(params.values())
+        sums = [
+            float(here(anchor).double().abs().sum()) if is_counted(params[name], mesh) else 0.0
+            for name, anchor in self._anchors().items()
+        ]
+        (total,) = Together(mesh=mesh).added(torch.tensor(sums, dtype=torch.float64))
+        found: list[float] = total.tolist()
+        return found
+
+    def _are_the_same(self, sums: Sequence[float]) -> bool:
+        """Tell whether these are the sums at the start, in whatever order they were added up."""
+        assert self.anchors is not None
+        return len(sums) == len(self.anchors) and all(
+            math.isclose(one, other, rel_tol=1e-9)
+            for one, other in zip(sums, self.anchors, strict=True)
+        )

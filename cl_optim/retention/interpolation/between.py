@@ -31,7 +31,13 @@ from cl_optim.optim.settling import settle
 from cl_optim.retention.guard.evaluation import Evaluation
 from cl_optim.retention.guard.judge import Judge
 from cl_optim.retention.interpolation.curve import Curve, Point, ascending
-from cl_optim.retention.interpolation.old_weights import Old, check_local, matched, old_weights
+from cl_optim.retention.interpolation.old_weights import (
+    Old,
+    check_local,
+    matched,
+    old_weights,
+    running_statistics,
+)
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -53,6 +59,7 @@ def interpolate(
     importance: tuple[Mapping[str, Tensor], Mapping[str, Tensor]] | None = None,
     recalibrate: Callable[[nn.Module], object] | None = None,
     strict: bool = True,
+    baselines: Mapping[str, float] | None = None,
     ranks: MeanRanks = None,
 ) -> Curve:
     r"""Set a model's weights to θ* + α(θ − θ*), between the old ones and those that it has.
@@ -60,7 +67,8 @@ def interpolate(
     Either α is given, or the largest one is looked for that loses no more than ``budget`` of any
     old task: by bisection, so that about 1 + log₂(1/(α·tolerance)) α's are evaluated. What the new
     weights lose no more than the budget of stays as it is. Of losses that do not rise all the way
-    the result says so; the weights taken are always some that were measured to fit.
+    the result says so; the weights taken are always some that were measured to fit. (Where
+    ``baselines`` are given that no weights on the way reach, those that lose least; it warns.)
 
     With ``importance`` of both, each weight has an α of its own, α·F/((1 − α)·F* + α·F): the
     weights at which the sum of the two quadratics is least.
@@ -85,8 +93,10 @@ def interpolate(
         tolerance: How exactly α is found, as a part of it, in (0, 1); below its square, α is 0.
         importance: F* of the old task and F of the new one, by parameter name.
         recalibrate: Runs the model on some batches. Batch norms average their statistics over
-            these.
+            these, at each α between the two ends; and at the old one where ``old`` has none.
         strict: Refuse names that only one of the two has; False leaves such weights as they are.
+        baselines: What the budget is a part of, by an evaluation's name, in place of what the old
+            weights reach.
         ranks: Where several processes train the model: ``"mean"``: all call it, and the mean of
             what they measure counts, as it does in any case where the model is of DTensors, each
             process on its part; a process group: its members do; ``"own"``: this one alone calls
@@ -142,10 +152,12 @@ def interpolate(
     assert evaluate is not None
     assert budget is not None
     with line.or_back():
-        points = _Points(line, _all_of(evaluate))
+        points = _Points(line, _all_of(evaluate), baselines)
         chosen = _largest(points, budget, tolerance)
         line.go(chosen)
     curve = Curve(points.found, chosen, budget)
+    if points.at(chosen).loss > budget:
+        warn(curve.sentence, InterpolationWarning)
     _LOGGER.info("%s", curve.sentence)
     return curve
 
@@ -230,13 +242,22 @@ def _all_of(evaluate: Evaluation | Iterable[Evaluation]) -> list[Evaluation]:
 class _Points:
     """Measures a model on its way, and remembers what it has measured."""
 
-    def __init__(self, line: _Line, evaluations: Sequence[Evaluation]) -> None:
+    def __init__(
+        self,
+        line: _Line,
+        evaluations: Sequence[Evaluation],
+        baselines: Mapping[str, float] | None = None,
+    ) -> None:
         self._judge = Judge(evaluations, (), None, line.ranks)
         self._line = line
         line.go(0.0)
-        self._baselines = self._judge.measure(line.model)
+        values = self._judge.measure(line.model)
+        for name in baselines or ():
+            if name not in values:
+                raise ValueError(f"baselines has {name!r}, which is no evaluation's name.")
+        self._baselines = {**values, **(baselines or {})}
         self._judge.check_baselines(self._baselines)
-        first = Point(0.0, self._judge.compare(self._baselines, self._baselines))
+        first = Point(0.0, self._judge.compare(values, self._baselines))
         self._found = {0.0: first}
 
     @property
@@ -244,6 +265,8 @@ class _Points:
         return ascending(list(self._found.values()))
 
     def at(self, alpha: float) -> Point:
+        if alpha in self._found:
+            return self._found[alpha]
         self._line.go(alpha)
         values = self._judge.measure(self._line.model)
         self._found[alpha] = Point(alpha, self._judge.compare(values, self._baselines))
@@ -261,6 +284,8 @@ def _largest(points: _Points, budget: float, tolerance: float) -> float:
             low = middle
         else:
             high = middle
+    if points.at(low).loss > budget:  # of baselines that the old weights do not reach either
+        return min(points.found, key=lambda point: point.loss).alpha
     return low
 
 
@@ -321,10 +346,19 @@ class _Line:
             for module in model.modules()
             if isinstance(module, _BatchNorm) and module.running_mean is not None
         ]
+        lacking = [name for name in running_statistics(model) if name not in values]
+        if lacking and strict and (recalibrate is None or not self._norms):
+            raise ValueError(
+                f"old has no running statistics, of {len(lacking)} buffers ({listed(lacking, 1)}), "
+                "as an optimizer's anchors have none: give the old weights as a state dict, or "
+                "recalibrate= to estimate them anew, or strict=False to leave them as they are."
+            )
+        self._has_old_statistics = not lacking
         if self._norms and recalibrate is None:
+            done = "left as they are" if lacking else "interpolated"
             warn(
-                f"the running statistics of {len(self._norms)} batch norms are interpolated, which "
-                "are not those of the weights between: recalibrate= estimates them anew.",
+                f"the running statistics of {len(self._norms)} batch norms are {done}, which are "
+                "not those of the weights between: recalibrate= estimates them anew.",
                 InterpolationWarning,
             )
         self._parts: list[_Part] = []
@@ -338,11 +372,10 @@ class _Line:
             self._parts.append(_Part(part, read, new, ratio))
         if not self._parts:
             raise ValueError("old has nothing that the model has: give the old weights of it.")
-        self._counts = [
-            (module.num_batches_tracked, module.num_batches_tracked.clone())
-            for module in self._norms
-            if module.num_batches_tracked is not None
-        ]
+        # What recalibration writes and the way between the weights does not.
+        counts = [module.num_batches_tracked for module in self._norms]
+        written = [*(tensors[name] for name in lacking), *(c for c in counts if c is not None)]
+        self._kept = [(tensor, tensor.clone()) for tensor in written]
 
     @torch.no_grad()
     def go(self, alpha: float) -> None:
@@ -350,9 +383,10 @@ class _Line:
         for part in self._parts:
             new = part.tensor if part.new is None else part.new
             part.tensor.copy_(_between(part, new, alpha))
-        for count, kept in self._counts:
-            count.copy_(kept)
-        if self._norms and self._recalibrate is not None and alpha < 1.0:
+        for tensor, kept in self._kept:
+            tensor.copy_(kept)
+        ends = (0.0, 1.0) if self._has_old_statistics else (1.0,)
+        if self._norms and self._recalibrate is not None and alpha not in ends:
             self._average()
 
     def _average(self) -> None:
@@ -388,8 +422,8 @@ class _Line:
         for part in self._parts:
             if part.new is not None:
                 part.tensor.copy_(part.new)
-        for count, kept in self._counts:
-            count.copy_(kept)
+        for tensor, kept in self._kept:
+            tensor.copy_(kept)
 
 
 class _OrBack:
@@ -473,15 +507,20 @@ def _check_adapters(
 ) -> set[str]:
     """Return the names of LoRA's B that are to be scaled; A then stays as it is."""
     scaled = set()
-    for name in tensors:
-        if not _is_adapter(name):
-            continue
+    olds = {name: values.pop(name, None) for name in tensors if _is_adapter(name)}
+
+    def began_at_0(name: str) -> bool:
+        old = olds.get(name)
+        return old is not None and not any(together.gather(bool(old().any())))
+
+    for name, old in olds.items():
         if "lora_magnitude" in name:
             raise ValueError(f"{name!r} is of a DoRA adapter: merge it, and give merged weights.")
-        old = values.pop(name, None)
         if "lora_B" not in name and "lora_embedding_B" not in name:
             continue
-        if old is not None and any(together.gather(bool(old().any()))):
+        # Of an embedding's adapter it is A that peft begins with 0.
+        other = name.replace("lora_B", "lora_A").replace("lora_embedding_B", "lora_embedding_A")
+        if old is not None and not began_at_0(name) and not began_at_0(other):
             raise ValueError(
                 f"the adapter of {name!r} did not begin at 0: what is between two of them has "
                 "both their ranks. Merge both into the weights (merge_and_unload) and interpolate "

@@ -22,7 +22,8 @@ class Point:
 
     Attributes:
         alpha: How far from the old weights, 0, to the new ones, 1.
-        measured: One entry for each evaluation; the baseline is that of the old weights.
+        measured: One entry for each evaluation; the baseline is what was given for it, or else
+            that of the old weights.
         loss: The largest part of its baseline that an old task has lost; ∞ where a number is not
             finite.
     """
@@ -69,6 +70,11 @@ class Curve:
         if self.budget is None:
             return f"The model's weights are those of α = {self.alpha:g}."
         chosen = self.chosen
+        if chosen is not None and chosen.loss > self.budget:
+            return (
+                f"Nothing that was tried fits a budget of {self.budget:.1%}, nor do the old "
+                f"weights: least is lost at α = {chosen.alpha:.3g}, {chosen.loss:.1%}."
+            )
         lost = "" if chosen is None else f", which loses {chosen.loss:.1%}"
         text = f"Of a budget of {self.budget:.1%} the most that fits is α = {self.alpha:.3g}{lost}."
         if not self.monotone:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 
 from cl_optim.distributed import here, is_dtensor, whole
 from cl_optim.importance.errors import DamagedError
@@ -77,6 +78,20 @@ def anchors_of(optimizer: Any, model: nn.Module) -> Mapping[str, Tensor]:
             "old is an optimizer of another model: none of its anchors is of this one."
         )
     return found
+
+
+def running_statistics(model: nn.Module) -> list[str]:
+    """Return the names of the running means and variances of a model's norms.
+
+    Training changes them, and an optimizer's anchors do not have them.
+    """
+    return [
+        f"{name}.{kind}" if name else kind
+        for name, module in model.named_modules()
+        if isinstance(module, _NormBase)
+        for kind in ("running_mean", "running_var")
+        if getattr(module, kind) is not None
+    ]
 
 
 # --- files ----------------------------------------------------------------------------------------

@@ -106,7 +106,7 @@ class LoRAPenalty:
     Example:
         .. code-block:: python
 
-            importance = cl_optim.estimate_fisher(model, batches, labels="sample")
+            importance = cl_optim.estimate_fisher(model, old_batches, labels="sample")
             model = peft.get_peft_model(model, peft.LoraConfig())
             penalty = LoRAPenalty(model, importance, ewc_lambda=100.0)
             loss(model, batch).backward()
@@ -131,15 +131,18 @@ class LoRAPenalty:
         terms = [self._term(name) for name in self._layers]
         return torch.stack([term.to(terms[0].device) for term in terms]).sum()
 
-    def backward(self) -> Tensor:
+    def backward(self, scaler: torch.amp.GradScaler | None = None) -> Tensor:
         """Add the penalty's gradient to the adapters' ``grad``, layer by layer; returns its value.
 
         Under gradient accumulation call it once per optimizer step.
+
+        Args:
+            scaler: The one that scales the loss, if one does: what it unscales is both gradients.
         """
         values = []
         for name in self._layers:
             term = self._term(name)
-            torch.autograd.backward(term)
+            torch.autograd.backward(term if scaler is None else scaler.scale(term))
             values.append(term.detach())
         return torch.stack([value.to(values[0].device) for value in values]).sum()
 

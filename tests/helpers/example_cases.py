@@ -129,6 +129,7 @@ def language() -> dict[str, Any]:
     return {
         "cl_optim": cl_optim, "peft": peft, "model": transformers.LlamaForCausalLM(config),
         "batches": batches, "batch": batches[0],
+        "old_batches": batches[:1], "new_batches": batches[1:],
         "loss": lambda model, batch: model(**batch).loss,
     }  # fmt: skip
 

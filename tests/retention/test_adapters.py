@@ -294,3 +294,18 @@ def test_bad_input_about_layers_is_one_sentence_and_changes_nothing(given, error
     with refused(error, message):
         given(model)
     assert all(param.requires_grad for param in model.parameters())
+
+
+def test_under_a_scaler_the_penalty_is_scaled_as_the_loss_is():
+    model = randomised(lora(Classifier(), ["first", "second"]))
+    penalty = LoRAPenalty(model, importance_of(Classifier()), 3.0)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    expected = torch.autograd.grad(penalty(), trained)
+    optimizer = torch.optim.SGD(trained, lr=0.1)
+    scaler = torch.amp.GradScaler("cpu", init_scale=65536.0)
+    scaler.scale(sum(0.0 * p.sum() for p in trained)).backward()
+    value = penalty.backward(scaler)
+    scaler.unscale_(optimizer)
+    for param, gradient in zip(trained, expected, strict=True):
+        torch.testing.assert_close(param.grad, gradient)
+    assert float(value) == pytest.approx(float(penalty().detach()))

@@ -256,6 +256,26 @@ class TestDisk:
             assert torch.equal(a["y"][1], b["y"][1])
         assert (tmp_path / "samples.bin").stat().st_size == 12 * (2 + 8 + 24)
 
+    @pytest.mark.parametrize("loads", [False, True])
+    def test_fields_may_come_in_another_order(self, tmp_path, loads):
+        ids, mask = torch.arange(20).view(4, 5), torch.ones(4, 5, dtype=torch.long)
+        memory, disk = ReplayBuffer(16), ReplayBuffer(16, path=tmp_path)
+        for buffer in (memory, disk):
+            buffer.add({"ids": ids, "mask": mask})
+            buffer.add({"mask": mask, "ids": ids + 20})
+        if loads:
+            disk.load_state_dict(disk.state_dict())
+        disk.close()
+        again = ReplayBuffer(16, path=tmp_path)
+        again.add({"mask": mask, "ids": ids + 40})
+        memory.add({"mask": mask, "ids": ids + 40})
+        again.close()
+        with ReplayBuffer(16, path=tmp_path, read_only=True) as last:
+            found = last.samples()
+        assert torch.equal(found["mask"], torch.ones(12, 5, dtype=torch.long))
+        assert torch.equal(found["ids"], torch.arange(60).view(12, 5))
+        assert torch.equal(memory.samples()["ids"], found["ids"])
+
     def test_survives_its_process(self, tmp_path):
         disk = filled(tmp_path)
         disk.close()

@@ -170,3 +170,14 @@ BAD = [
 def test_refused(given, error, message):
     with refused(error, message):
         self_written(**{"model": gpt2(), "sequences": 4, "length": 8, **given})
+
+
+def test_a_buffer_of_another_call_is_not_mixed_with_this_ones(tmp_path):
+    model, path = gpt2(), tmp_path / "own"
+    self_written(model, 6, 8, path=path, seed=2).close()
+    with ReplayBuffer(6, path=path, read_only=True) as buffer:
+        before = tokens_of(buffer)
+    with pytest.raises(ValueError, match=r"own' has 6 samples already.* another path, remove it"):
+        self_written(model, 6, 8, path=path, seed=2)
+    with ReplayBuffer(6, path=path, read_only=True) as buffer:
+        assert torch.equal(tokens_of(buffer), before)

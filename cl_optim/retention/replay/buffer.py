@@ -169,7 +169,8 @@ class ReplayBuffer:
         before, layout_before = self._counters(), self._layout
         try:
             places = self._slots.take(size, classes)
-            self._layout, self._store = layout, store
+            # The first batch's, in whose order of fields records are written.
+            self._layout, self._store = self._layout or layout, store
             if places:
                 slots, rows = torch.tensor(list(places.items()), device="cpu").unbind(1)
                 kept = {k: leaf.detach()[rows.to(leaf.device)].cpu() for k, leaf in leaves.items()}
@@ -350,6 +351,8 @@ class ReplayBuffer:
                 store.write(
                     torch.arange(min(state["seen"], self.capacity), device="cpu"), state["samples"]
                 )
+        else:
+            layout = self._layout or layout  # of the files
         self._restore(state, layout, store)
 
     def check_state_dict(self, state: Mapping[str, Any]) -> None:

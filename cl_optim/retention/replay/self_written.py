@@ -72,9 +72,9 @@ def self_written(
         tokens, int64. It is flushed.
 
     Raises:
-        ValueError: An argument is out of range; a prompt is empty, too long, or of unknown tokens;
-            there is no start; positions do not suffice; outputs are NaN; or all that is written is
-            one token.
+        ValueError: An argument is out of range; ``path`` has samples already; a prompt is empty,
+            too long, or of unknown tokens; there is no start; positions do not suffice; outputs
+            are NaN; or all that is written is one token.
         TypeError: The model returns no logits.
         ModuleNotFoundError: ``progress=True`` where rich is not installed.
 
@@ -98,6 +98,12 @@ def self_written(
         )
     writer = _Writer(model, temperature, seed, logits)
     buffer = ReplayBuffer(sequences, seed=seed, path=path)
+    if buffer.seen:
+        buffer.close()
+        raise ValueError(
+            f"path {str(path)!r} has {buffer.seen} samples already, of another call: give another "
+            "path, remove it, or open what it has with ReplayBuffer."
+        )
     used: set[int] = set()
     shown = progress_bar(progress, "sequences", sequences)
     with torch.no_grad(), eval_mode(model), unobserved(), shown as advance:

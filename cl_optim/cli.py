@@ -39,7 +39,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: Its arguments; ``sys.argv`` if None.
 
     Returns:
-        The exit code: 0, or 1 where training failed.
+        The exit code: 0; 1 where training failed, or a log cannot be read; 3 where a model forgot
+        more than its budget.
 
     Raises:
         SystemExit: With code 2, after a sentence on stderr, where an argument is wrong.
@@ -254,7 +255,7 @@ def _check(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> in
         print(json.dumps(found.to_json(), ensure_ascii=False, indent=2))
     else:
         show(found)
-    return 2 if found.breached else 0
+    return 3 if found.breached else 0
 
 
 # --- cl-optim info ---

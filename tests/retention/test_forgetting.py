@@ -98,6 +98,16 @@ def test_of_a_prompt_and_an_answer_only_the_answer_counts():
     assert found.bits[1] == pytest.approx(nats / math.log(2) / 3, rel=1e-5)
 
 
+def test_a_long_answer_goes_on_in_further_windows():
+    base, tuned = language(0), language(1)
+    windows = [([0, *ids("abcdef")], 1), ([0, *ids("ghabcd")], 1), ([0, *ids("ef")], 1)]
+    found = compare_models(base, tuned, tokenizer(), {"x": [("h", "abcdefghabcdef")]}, length=7)
+    row = found.rows[0]
+    assert row.tokens == 14
+    nats = brute_force(tuned, windows)[0]
+    assert row.bits[1] == pytest.approx(nats / math.log(2) / 14, rel=1e-5)
+
+
 def test_the_same_model_has_forgotten_nothing():
     base = language()
     found = compare_models(base, base, tokenizer(), {"x": DOCUMENTS, "y": ["ab"]}, budget=0.01)
@@ -180,7 +190,7 @@ def test_command(folder, capsys):
 
 
 def test_above_a_budget_it_exits_with_2(folder, capsys):
-    assert cli.main(["check", "base", "tuned", "--texts", "a.txt", "--budget", "0.01"]) == 2
+    assert cli.main(["check", "base", "tuned", "--texts", "a.txt", "--budget", "0.01"]) == 3
     assert "Forgotten beyond 1.0%: a.txt." in capsys.readouterr().out
     assert cli.main(["check", "base", "base", "--texts", "a.txt", "--budget", "0.01"]) == 0
     assert "a.txt" in capsys.readouterr().out

@@ -139,7 +139,8 @@ def compare_models(
 
     Documents are cut into windows of ``length`` tokens. Each begins with the tokenizer's BOS; where
     it has none, a window's first token is not predicted, and its bytes do not count. Of a prompt
-    and an answer only the answer's tokens are predicted.
+    and an answer only the answer's tokens are predicted; what is longer than a window goes on in
+    further ones, without the prompt.
 
     Args:
         base: What the model was.
@@ -197,23 +198,26 @@ def _windows(text: Text, tokenizer: Any, length: int) -> Iterator[_Window]:
         return len(tokenizer.decode(tokens).encode())
 
     bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    whole = text[1] if isinstance(text, tuple) else text
+    tokens = ids(whole)
+    rest = tokens
     if isinstance(text, tuple):
-        prompt, answer = map(ids, text)
-        answer = answer[: length - 1]
+        prompt, answer, rest = ids(text[0]), tokens[: length - 1], tokens[length - 1 :]
         kept = prompt[max(0, len(prompt) + len(answer) + len(bos) - length) :]
         begin = len(bos) + len(kept)
-        if answer and begin > 0:
-            yield _Window([*bos, *kept, *answer], begin, len(text[1].encode()))
-        return
-    tokens = ids(text)
+        if begin == 0:  # nothing comes before it
+            rest = tokens
+        elif answer:
+            written = size(answer) if rest else len(whole.encode())
+            yield _Window([*bos, *kept, *answer], begin, written)
     step = length - len(bos)
-    for start in range(0, len(tokens), step):
-        part = tokens[start : start + step]
+    for start in range(0, len(rest), step):
+        part = rest[start : start + step]
         if len(bos) + len(part) < 2:
             continue
         uncounted = part[: 1 - len(bos)]
-        whole = len(text.encode()) if len(part) == len(tokens) else size(part)
-        yield _Window([*bos, *part], 1, max(1, whole - (size(uncounted) if uncounted else 0)))
+        written = len(whole.encode()) if len(part) == len(tokens) else size(part)
+        yield _Window([*bos, *part], 1, max(1, written - (size(uncounted) if uncounted else 0)))
 
 
 def _measured(

@@ -220,6 +220,18 @@ class TestVerdict:
         assert "Replay" in found.strategy
         assert "Progressive" in found.strategy
 
+    def test_a_small_sample_of_the_same_is_low(self):
+        """Smoothing alone makes it diverge, and most of the vocabulary is not in it."""
+        old = [[0] * 600_000 + list(range(1, 200_001)) * 2]
+        found = diagnose(old, [[0] * 600 + list(range(1, 401))])
+        assert found.kl > 2.0
+        assert found.jaccard < 0.05
+        assert (found.verdict, found.reasons) == ("low", ())
+        assert diagnose([[0] * 600 + list(range(1, 401))], old).verdict == "low"
+        other = diagnose(old, [list(range(300_000, 301_000))])
+        assert other.verdict == "high"
+        assert "nats more than sizes make them" in other.reasons[0]
+
     def test_kl_is_the_larger(self):
         found = diagnose([[0] * 100 + [1]], [[0, 1, 1, 1]])
         p, q = (np.array([100.5, 1.5]) / 102), np.array([1.5, 3.5]) / 5

@@ -41,8 +41,9 @@ def diagnose(
     vocabularies: p(t) = (count(t) + smoothing) / (tokens + smoothing·V). Near-same prompts, and
     same answers, differ in case, white space, and stops and quotes around words only. A prompt that
     has more than 8 different answers in the old data has no one answer to contradict, and is left
-    out. The vocabularies of corpora of very different sizes have a low Jaccard index even if they
-    are of one kind.
+    out. Corpora of very different sizes diverge, and share little of their vocabularies, even if
+    they are of one kind: the verdict is about what exceeds the figures of a random sample of the
+    larger one that is as large as the smaller.
 
     Args:
         old: Texts; sequences of token ids; pairs (prompt, answer) of texts; pairs (text, label)
@@ -93,10 +94,13 @@ def diagnose(
             raise ValueError(f"{name} must contain at least one token, but it is empty.")
     counts = vocabulary.counts()
     present = counts > 0
+    alike = _of_sizes(counts)
     return Diagnosis(
         kl_new_old=_kl(counts[1], counts[0], smoothing),
         kl_old_new=_kl(counts[0], counts[1], smoothing),
-        jaccard=float(present.all(axis=0).sum() / present.any(axis=0).sum()),
+        jaccard=_jaccard(counts),
+        kl_of_size=(_kl(alike[1], alike[0], smoothing), _kl(alike[0], alike[1], smoothing)),
+        jaccard_of_size=_jaccard(alike),
         tokens=(vocabulary.tokens[0], vocabulary.tokens[1]),
         vocabulary=(int(present[0].sum()), int(present[1].sum())),
         smoothing=smoothing,
@@ -111,6 +115,21 @@ def diagnose(
 def _kl(p_counts: NDArray[np.float64], q_counts: NDArray[np.float64], smoothing: float) -> float:
     p, q = ((c + smoothing) / (c.sum() + smoothing * len(c)) for c in (p_counts, q_counts))
     return float((p * np.log(p / q)).sum())
+
+
+def _jaccard(counts: NDArray[np.float64]) -> float:
+    present = counts > 0
+    return float(present.all(axis=0).sum() / present.any(axis=0).sum())
+
+
+def _of_sizes(counts: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return the larger counts, and in place of the smaller ones a sample of them as large."""
+    sizes = counts.sum(1)
+    smaller, larger = (0, 1) if sizes[0] < sizes[1] else (1, 0)
+    alike: NDArray[np.float64] = counts.copy()
+    draw = np.random.default_rng(0)
+    alike[smaller] = draw.multinomial(int(sizes[smaller]), counts[larger] / sizes[larger])
+    return alike
 
 
 def _drift(old: Counter[str], new: Counter[str]) -> LabelDrift | None:

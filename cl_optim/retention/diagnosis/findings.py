@@ -82,6 +82,9 @@ class Diagnosis:
         vocabulary: Different tokens in the old and in the new data.
         smoothing: What was added to each token's count.
         uncounted: Tokens, of both, that came after the vocabulary was full; they count as one.
+        kl_of_size: What both divergences would be, and
+        jaccard_of_size: what the index would be, of a random sample of the larger data that is as
+            large as the smaller ones: those are the figures of data that do not differ.
         conflicts: The first ones found.
         conflict_count: How many new records were in conflict, of those that were looked at.
         prompts_examined: The fraction of prompts that was looked at; below 1 they are a sample.
@@ -95,6 +98,8 @@ class Diagnosis:
     vocabulary: tuple[int, int]
     smoothing: float
     uncounted: int
+    kl_of_size: tuple[float, float]
+    jaccard_of_size: float
     conflicts: tuple[Conflict, ...]
     conflict_count: int
     prompts_examined: float
@@ -102,16 +107,23 @@ class Diagnosis:
 
     @property
     def kl(self) -> float:
-        """The larger of the two divergences, which the verdict is about."""
+        """The larger of the two divergences."""
         return max(self.kl_new_old, self.kl_old_new)
+
+    @property
+    def kl_beyond_size(self) -> float:
+        """What the larger of the two is beyond `kl_of_size`, which the verdict is about."""
+        new_old, old_new = self.kl_of_size
+        return max(self.kl_new_old - new_old, self.kl_old_new - old_new)
 
     @property
     def verdict(self) -> Verdict:
         """The risk of forgetting.
 
-        ``"high"`` above a divergence of 2 nats; ``"medium"`` for any of `reasons`; else ``"low"``.
+        ``"high"`` above a divergence of 2 nats beyond that of sizes; ``"medium"`` for any of
+        `reasons`; else ``"low"``.
         """
-        if self.kl > HIGH_KL:
+        if self.kl_beyond_size > HIGH_KL:
             return "high"
         return "medium" if self.reasons else "low"
 
@@ -119,15 +131,16 @@ class Diagnosis:
     def reasons(self) -> tuple[str, ...]:
         """What speaks for trouble, in sentences."""
         found = []
-        if self.kl > SOME_KL:
+        if self.kl_beyond_size > SOME_KL:
             found.append(
-                f"The token distributions diverge by {self.kl:.2f} nats (trouble above "
-                f"{SOME_KL:g}, high risk above {HIGH_KL:g})."
+                f"The token distributions diverge by {self.kl_beyond_size:.2f} nats more than "
+                f"sizes make them (trouble above {SOME_KL:g}, high risk above {HIGH_KL:g})."
             )
-        if self.jaccard < LOW_JACCARD:
+        if self.jaccard < LOW_JACCARD * self.jaccard_of_size:
             found.append(
-                f"The vocabularies share {self.jaccard:.0%} of their tokens (trouble below "
-                f"{LOW_JACCARD:.0%})."
+                f"The vocabularies share {self.jaccard:.0%} of their tokens, of "
+                f"{self.jaccard_of_size:.0%} that their sizes allow (trouble below "
+                f"{LOW_JACCARD:.0%} of that)."
             )
         if self.conflict_count:
             found.append(
@@ -179,11 +192,23 @@ class Diagnosis:
         from rich.table import Table
         from rich.text import Text
 
+        def above(of_size: float) -> str:
+            return f"> {SOME_KL + of_size:.3g}, high > {HIGH_KL + of_size:.3g}"
+
         table = Table("", "measured", "trouble")
         rows = [
-            ("KL(new ‖ old), nats", f"{self.kl_new_old:.3f}", f"> {SOME_KL:g}, high > {HIGH_KL:g}"),
-            ("KL(old ‖ new), nats", f"{self.kl_old_new:.3f}", f"> {SOME_KL:g}, high > {HIGH_KL:g}"),
-            ("Jaccard index of vocabularies", f"{self.jaccard:.3f}", f"< {LOW_JACCARD:g}"),
+            *(
+                (f"KL({name}), nats", f"{kl:.3f}", above(of_size))
+                for name, kl, of_size in (
+                    ("new ‖ old", self.kl_new_old, self.kl_of_size[0]),
+                    ("old ‖ new", self.kl_old_new, self.kl_of_size[1]),
+                )
+            ),
+            (
+                "Jaccard index of vocabularies",
+                f"{self.jaccard:.3f}",
+                f"< {LOW_JACCARD * self.jaccard_of_size:.3g}",
+            ),
             ("conflicts", f"{self.conflict_count:,}", "> 0"),
         ]
         if self.labels:

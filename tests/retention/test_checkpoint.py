@@ -18,7 +18,7 @@ from bad_input import each_of, refused
 from damage import flipped
 from guard_cases import flatten
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 from cl_optim import EWCAdamW, FisherEstimator
 from cl_optim.retention import (
@@ -527,3 +527,21 @@ def test_a_replay_buffers_stream_is_a_part_like_any_other(tmp_path):
     other = buffer()
     Checkpoints(tmp_path, {"replay": other}).restore()
     assert [batch.tolist() for batch in other.mix(new.split(4), ratio=0.5)] == future
+
+
+def test_a_sampler_that_shuffles_by_the_epoch_is_told_it():
+    """In every process, and where a position is gone back to."""
+
+    def made():
+        data = TensorDataset(torch.arange(8))
+        sampler = DistributedSampler(data, num_replicas=2, rank=0, seed=3)
+        return DataStream(DataLoader(data, 2, sampler=sampler), epochs=3)
+
+    whole = [batch[0].tolist() for batch in made()]
+    assert len({str(whole[at : at + 2]) for at in (0, 2, 4)}) == 3
+    stream = made()
+    parts = iter(stream)
+    first = [next(parts)[0].tolist() for _ in range(3)]
+    again = made()
+    again.load_state_dict(stream.state_dict())
+    assert first + [batch[0].tolist() for batch in again] == whole

@@ -23,7 +23,8 @@ class DataStream:
     process or in workers that start anew in each epoch; ``persistent_workers`` keep their own.
 
     Args:
-        loader: Its sampler draws from ``loader.generator``, or from torch's global generator.
+        loader: Its sampler draws from ``loader.generator``, or from torch's global generator, or
+            shuffles by the number of the epoch, which is given to its ``set_epoch()``.
         epochs: How many; ``None``: without end.
 
     Raises:
@@ -96,7 +97,17 @@ class DataStream:
         if self.loader.generator is not None:
             self.loader.generator.set_state(state_dict["generator"])
 
+    def _tell_epoch(self) -> None:
+        """Tell a sampler that shuffles by the number of the epoch which one this is."""
+        batch_sampler = self.loader.batch_sampler
+        inner = getattr(batch_sampler, "sampler", None)
+        for one in (self.loader, self.loader.sampler, batch_sampler, inner):
+            if callable(getattr(one, "set_epoch", None)):
+                one.set_epoch(self._epoch)  # type: ignore[union-attr]
+                return
+
     def _open(self) -> Iterator[Any]:
+        self._tell_epoch()
         if self._began is None:
             self._began = self._random_state()
             return iter(self.loader)

@@ -58,7 +58,11 @@ class RetentionCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Measure the baselines, or go on with those of the checkpoint."""
+        """Measure the baselines, or go on with those of the checkpoint.
+
+        Raises:
+            ValueError: Trainer would load other weights than those at which the guard stops.
+        """
         self.guard = RetentionGuard(
             kwargs["model"],
             unwrapped(kwargs["optimizer"]),
@@ -66,6 +70,17 @@ class RetentionCallback(TrainerCallback):
             scheduler=kwargs["lr_scheduler"],
             **self._options,
         )
+        asked = self._options.get("on_breach") or "stop"  # the guard's default
+        ends = {"stop", "rollback", "raise_lambda"}  # λ has a limit, at which it stops
+        acts = not ends.isdisjoint((asked,) if isinstance(asked, str) else asked)
+        goes_back = any(self._options.get(name) is not None for name in ("budget", "on_end"))
+        if acts and args.load_best_model_at_end and not goes_back:
+            raise ValueError(
+                "with load_best_model_at_end=True Trainer loads its own best checkpoint after the "
+                "guard has stopped, whatever that one has forgotten: leave it out, or give the "
+                "guard a budget in place of on_breach, which the weights are brought to that are "
+                "loaded."
+            )
         if self._key in _states(state):
             self.guard.continue_from(_states(state)[self._key])
         elif state.global_step > 0 and any(key.startswith(_KEY) for key in _states(state)):

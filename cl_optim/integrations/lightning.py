@@ -39,6 +39,7 @@ class RetentionCallback(Callback):
         self._evaluations = list(evaluations)
         self._options = options
         self._saved: dict[str, Any] | None = None
+        self._stage = "fit"
         self._global_step = 0
         self.guard: RetentionGuard | None = None
 
@@ -84,10 +85,15 @@ class RetentionCallback(Callback):
         assert self.guard is not None  # training has begun
         self.guard.finish()
 
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Note what begins: a checkpoint that is loaded to be tested is not gone on from."""
+        self._stage, self._saved = stage, None
+
     def state_dict(self) -> dict[str, Any]:
         """Return the guard's state; empty before training."""
         return {} if self.guard is None else self.guard.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep a state for the guard that the next training begins with."""
-        self._saved = state_dict or None
+        if self._stage == "fit":
+            self._saved = state_dict or None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import subprocess
 import sys
@@ -106,6 +107,27 @@ def test_huggingface_stops_and_rolls_back(tmp_path):
     huggingface_trainer(tmp_path / "b", other, protected(other), reference, steps=6).train()
     good = values(reference.guard)[1]
     assert distance(model) == dict(good)["distance"]  # of step 2
+
+
+@pytest.mark.parametrize("on_breach", [None, "stop", "rollback", ("rollback", "raise_lambda")])
+def test_huggingface_loads_no_other_weights_after_a_breach(tmp_path, on_breach):
+    from transformers import TrainerControl, TrainerState, TrainingArguments
+
+    from cl_optim.integrations.huggingface import RetentionCallback
+
+    args = TrainingArguments(
+        str(tmp_path), load_best_model_at_end=True, save_strategy="steps", eval_strategy="steps"
+    )
+    model = tiny_gpt2()
+    given = {"model": model, "optimizer": protected(model), "lr_scheduler": None}
+    for options in ({"on_breach": on_breach}, {"budget": 0.1}):
+        callback = RetentionCallback(watched(), folder=tmp_path / "guard", **options)
+        begin = functools.partial(callback.on_train_begin, args, TrainerState(), TrainerControl())
+        if "budget" in options:
+            begin(**given)
+            continue
+        with pytest.raises(ValueError, match=r"load_best_model_at_end.* give the guard a budget"):
+            begin(**given)
 
 
 def far(model, start):
@@ -350,6 +372,12 @@ def test_lightning_resumes_with_the_same_weights_and_guard(tmp_path):
     lightning_fit(tmp_path / "anew", again, resumed, 1)  # begins anew, from the weights now
     assert resumed.guard.history[0].step == 0
     assert resumed.guard.baselines["distance"] != callback.guard.baselines["distance"]
+    # A checkpoint that is tested meanwhile changes nothing.
+    saved = callback.state_dict()
+    callback.setup(trainer, again, "test")
+    callback.load_state_dict(saved)
+    lightning_fit(tmp_path / "again", again, callback, 1)
+    assert callback.guard.history[0].step == 0
 
 
 def test_lightning_stops_and_rolls_back(tmp_path):

@@ -26,7 +26,9 @@ def main() -> None:
     accelerator = Accelerator(fsdp_plugin=plugin, cpu=not torch.cuda.is_available())
     old, new = lm.tokens(args)
     model = lm.model_of(args)
-    optimizer = cl_optim.EWCAdamW(model.named_parameters(), lr=args.lr, strength=0.1)
+    optimizer = cl_optim.EWCAdamW(
+        model.named_parameters(), lr=args.lr, penalty="proximal", strength=0.1
+    )
     model, prepared = accelerator.prepare(model, optimizer)
 
     bare = accelerator.unwrap_model(model)

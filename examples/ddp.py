@@ -24,7 +24,9 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
     parallel = DistributedDataParallel(
         model, device_ids=[device] if device.type == "cuda" else None
     )
-    optimizer = cl_optim.EWCAdamW(model.named_parameters(), lr=args.lr, strength=0.1)
+    optimizer = cl_optim.EWCAdamW(
+        model.named_parameters(), lr=args.lr, penalty="proximal", strength=0.1
+    )
 
     # The estimator is of the bare model; it watches training, which goes through DDP's wrapper.
     fisher = cl_optim.FisherEstimator(model, during_training=True, decay=0.99)

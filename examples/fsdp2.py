@@ -25,7 +25,11 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
         fully_shard(layer)
     fully_shard(model)
     optimizer = cl_optim.EWCAdamW(
-        model.named_parameters(), lr=args.lr, strength=0.1, importance_dtype="log8"
+        model.named_parameters(),
+        lr=args.lr,
+        penalty="proximal",
+        strength=0.1,
+        importance_dtype="log8",
     )
 
     fisher = cl_optim.FisherEstimator(model, during_training=True, decay=0.99)

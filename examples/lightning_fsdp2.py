@@ -36,7 +36,9 @@ class Module(LightningModule):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Protect what the model knows, by a pass over the old task's samples."""
-        optimizer = cl_optim.EWCAdamW(self.model.named_parameters(), lr=1e-3, strength=0.1)
+        optimizer = cl_optim.EWCAdamW(
+            self.model.named_parameters(), lr=self._args.lr, penalty="proximal", strength=0.1
+        )
         batches = [
             {name: value.to(self.device) for name, value in batch.items()}
             for batch in lm.batches(self._old, 4)

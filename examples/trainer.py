@@ -30,7 +30,9 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
         dataloader_pin_memory=False,
     )
     model = lm.model_of(args).to(device)
-    optimizer = cl_optim.EWCAdamW(model.named_parameters(), lr=args.lr, strength=0.1)
+    optimizer = cl_optim.EWCAdamW(
+        model.named_parameters(), lr=args.lr, penalty="proximal", strength=0.1
+    )
 
     fisher = cl_optim.FisherEstimator(model, during_training=True)
     with fisher.attach(optimizer, loss_terms="tokens"):

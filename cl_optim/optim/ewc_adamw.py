@@ -86,7 +86,8 @@ class EWCAdamW(Protecting, torch.optim.Optimizer):
             strength · T / (mean F · mean θ*²), with the means over all protected weights that are
             not frozen and T the number of tasks in F. A drift of all weights by their own size, in
             root mean square, then costs ``strength`` per weight and task, whatever the scale of
-            loss, weights and learning rate. 0.1 to begin with. None: λ is ``ewc_lambda``.
+            loss, weights and learning rate. 0.1 to begin with where the penalty is ``"proximal"``;
+            with ``"gradient"`` smaller values. None: λ is ``ewc_lambda``.
         penalty: ``"gradient"``, ``"decoupled"`` or ``"proximal"``; may differ between groups.
         importance_dtype: How F is stored: ``"float32"``, ``"bfloat16"`` (here and below also a
             dtype) or ``"log8"``, one byte within 4.5 % (2⁻³¹ of the largest of 256 neighbours and
@@ -359,10 +360,11 @@ class EWCAdamW(Protecting, torch.optim.Optimizer):
         ``penalty="gradient"`` the gradients that the parameters have now; in the other forms
         Adam's direction m̂/(√v̂ + ε) of the last step.
 
-        Call it after :meth:`consolidate` and a ``backward()`` on the new task (on several batches,
-        for less noise), not scaled by a GradScaler; in the other forms after a step. Nothing is
-        changed: set ``group["ewc_lambda"]``. One λ for all groups, and only a place to begin: the
-        norms say nothing of how the two directions lie. Validate over factors of 10, smaller first.
+        Call it after :meth:`consolidate` and a ``backward()`` on the new task (of the mean over
+        several batches, for less noise), not scaled by a GradScaler; in the other forms after a
+        step. Nothing is changed: set ``group["ewc_lambda"]``. One λ for all groups, and only a
+        place to begin: the norms say nothing of how the two directions lie. Validate over factors
+        of 10, smaller first.
 
         Args:
             drift: How far weights may go before the pull is as large, relative to their size:

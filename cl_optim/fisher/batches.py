@@ -46,8 +46,11 @@ class Batch:
         return getattr(output, "logits", output)
 
     def padding(self, logits: Tensor) -> Tensor | None:
-        """Return targets that leave out what ``attention_mask`` calls padding, if it does."""
-        mask = self.inputs.get("attention_mask") if self.named else None
+        """Return targets that leave out what a mask calls padding: a decoder's, if there is one."""
+        if not self.named:
+            return None
+        decodes = any(name.startswith("decoder_") for name in self.inputs)
+        mask = self.inputs.get("decoder_attention_mask" if decodes else "attention_mask")
         if logits.dim() != 3 or not isinstance(mask, Tensor) or mask.shape != logits.shape[:-1]:
             return None
         return torch.where(mask == 0, IGNORED, 0).to(logits.device)
@@ -179,7 +182,7 @@ def _check_soft(targets: Tensor, where: str) -> None:
 
 
 def check_shape(targets: Tensor | None, logits: Tensor, where: str) -> Tensor:
-    """Refuse targets that are not aligned with the logits: whose loss is to be left out?"""
+    """Refuse targets that are not aligned with the logits."""
     if targets is None or targets.shape != logits.shape[:-1]:
         raise ValueError(
             f"targets must have shape {list(logits.shape[:-1])}, as the logits without their "

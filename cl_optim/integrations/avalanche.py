@@ -233,7 +233,7 @@ class GEMPlugin(SupervisedPlugin):  # type: ignore[misc]  # Avalanche is not the
     Args:
         patterns_per_experience: How many samples are kept of each; all, where there are fewer.
         refresh_every: Steps after which a row is computed anew; 1 is Avalanche's GEM. 2 kept as
-            much in 0.7 to 0.9 of the time of Avalanche's, 10 a little less in 0.5 to 0.7.
+            much in 0.7 to 0.9 of the time of Avalanche's, 10, in 0.5 to 0.7, perhaps less.
 
     Attributes:
         memory_x: Inputs by number of the memory, [patterns, ...], where the data set had them.

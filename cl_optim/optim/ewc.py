@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
@@ -31,8 +30,8 @@ from cl_optim.optim.ewc_options import (
     chosen,
     given,
 )
-from cl_optim.optim.groups import name_of
-from cl_optim.optim.kronecker.ledger import Ledger, amount, renumbered
+from cl_optim.optim.groups import are_of, name_of, renumbered
+from cl_optim.optim.kronecker.ledger import Ledger, amount
 from cl_optim.optim.kronecker.matrices import check_saved
 from cl_optim.optim.kronecker.pull import Pull
 from cl_optim.optim.kronecker.stacks import apart
@@ -729,12 +728,9 @@ def _are_the_same(
     seen: Sequence[tuple[Sequence[Tensor], torch.dtype | None, str]],
 ) -> bool:
     """Tell if groups have the parameters that were seen, the first of each with its dtype."""
-    return len(groups) == len(seen) and all(
-        len(group["params"]) == len(params)
-        and all(map(operator.is_, group["params"], params))
-        and _dtype(group) is dtype
-        and group.get("rounding") == rounding
-        for group, (params, dtype, rounding) in zip(groups, seen, strict=True)
+    return are_of(groups, [params for params, *_ in seen]) and all(
+        _dtype(group) is dtype and group.get("rounding") == rounding
+        for group, (_, dtype, rounding) in zip(groups, seen, strict=True)
     )
 
 

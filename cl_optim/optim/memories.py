@@ -189,7 +189,10 @@ class Memories:
         values = [gradient.get(param, torch.zeros_like(param)) for param in params]
         if self.ranks is None:
             are_equal = together.require_alike(
-                torch.stack(torch._foreach_norm(values)).cpu(),
+                # In float64, where a number's last bit is seen.
+                torch.stack(
+                    [torch.linalg.vector_norm(value, dtype=torch.float64) for value in values]
+                ).cpu(),
                 f"the closure of memory {memory.name!r} has found another gradient in each of "
                 f"{together.size} processes, whose weights would drift apart: make the GEM with "
                 "ranks='mean', where each has samples of its own, or with ranks='own', where each "

@@ -22,6 +22,7 @@ from cl_optim.distributed import (
     mesh_of,
     offset_of,
 )
+from cl_optim.optim.groups import are_of
 
 Groups: TypeAlias = "list[dict[str, Any]]"
 State: TypeAlias = "MutableMapping[Tensor, dict[str, Any]]"
@@ -74,13 +75,13 @@ class Shards:
 
     def look(self, groups: Groups, state: State = _NONE) -> Shards:
         """Follow the optimizer, whose parameters, options and state may be others now."""
-        if not self._are_seen(groups):
+        if not are_of(groups, self._seen):
             self._look_anew(groups)
         return self.follow(groups, state)
 
     def follow(self, groups: Groups, state: State) -> Shards:
         """Do what :meth:`look` does where no parameter is exchanged for a DTensor: in less time."""
-        if self.any and not self._are_seen(groups):
+        if self.any and not are_of(groups, self._seen):
             self._look_anew(groups)
         if not self.any:
             self.groups, self.state = groups, state
@@ -95,13 +96,6 @@ class Shards:
             own.update(group)
             own["params"] = params
         return self
-
-    def _are_seen(self, groups: Groups) -> bool:
-        return len(groups) == len(self._seen) and all(
-            len(group["params"]) == len(seen)
-            and all(a is b for a, b in zip(group["params"], seen, strict=True))
-            for group, seen in zip(groups, self._seen, strict=True)
-        )
 
     def _look_anew(self, groups: Groups) -> None:
         self._seen = [list(group["params"]) for group in groups]

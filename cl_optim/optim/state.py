@@ -203,7 +203,8 @@ def from_adamw(state_dict: dict[str, Any], param_groups: list[dict[str, Any]]) -
     groups = state_dict.get("param_groups", ())
     if not groups or not all("betas" in group and "penalty" not in group for group in groups):
         return state_dict
-    if "ewc" in state_dict or any(group.get("consolidations") for group in groups):
+    protected = state_dict.get("ewc", {}).get("state")
+    if protected or any(group.get("consolidations") for group in groups):
         raise ValueError(
             "the state dict is that of an EWC around AdamW, whose protection an EWCAdamW cannot "
             "load: load it into such an EWC; or remove its 'ewc' and its groups' 'consolidations', "

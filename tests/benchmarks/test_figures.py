@@ -87,6 +87,8 @@ def test_a_machine_without_kernels_is_told():
     told = records.machine()
     assert told["backends"]["cpu"]["simd"] in records.sentence(told)
     assert "GCC" in records.sentence(told)
+    two = records.sentence({**told, "threads": 2})
+    assert two.startswith(f"On a machine with 2 threads: {told['processor']}, ")
     bare = {**told, "threads": 1, "backends": {"cpu": {}, "cuda": {}}}
     line = records.sentence(bare)
     assert line.startswith(f"On a machine with 1 thread: {told['processor']}, no kernels built; ")

@@ -845,3 +845,28 @@ def test_padding_is_left_out_without_labels_too():
     assert found.tokens == given.tokens == int(lengths.sum())
     for name, value in given.sums.items():
         torch.testing.assert_close(found.sums[name], value)
+
+
+class Decodes(nn.Module):
+    """Takes an encoder's mask, and a decoder's, of sequences of one length."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = nn.Embedding(9, 4), nn.Linear(4, 9)
+
+    def forward(self, input_ids, attention_mask=None, decoder_input_ids=None,
+                decoder_attention_mask=None):  # fmt: skip
+        return self.head(self.body(decoder_input_ids) + self.body(input_ids).mean(1, keepdim=True))
+
+
+@pytest.mark.parametrize("has_mask", [True, False])
+def test_padding_of_a_decoder_is_its_own(has_mask):
+    ids = torch.randint(0, 9, (2, 4, 6))
+    mask = torch.ones(4, 6, dtype=torch.long)
+    mask[:, 2:] = 0
+    data = {"input_ids": ids[0], "attention_mask": mask, "decoder_input_ids": ids[1]}
+    if has_mask:
+        data["decoder_attention_mask"] = torch.ones(4, 6, dtype=torch.long)
+        data["decoder_attention_mask"][0, 5:] = 0
+    found = estimate_fisher(Decodes(), [data], "sample")
+    assert found.tokens == (23 if has_mask else 24)

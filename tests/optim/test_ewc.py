@@ -966,6 +966,7 @@ def test_protection_is_not_lost_between_an_ewc_and_an_ewcadamw():
         optimizer.consolidate(importance())
     saved = ewc.state_dict()
     lost = {key: value for key, value in saved.items() if key != "ewc"}
+    EWCAdamW(named()).load_state_dict(EWC(torch.optim.AdamW(named())).state_dict())  # has none
     for state_dict in (saved, lost):
         with pytest.raises(ValueError, match=r"an EWC around AdamW.* consolidate\(\) anew"):
             whole.load_state_dict(state_dict)

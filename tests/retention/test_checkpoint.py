@@ -545,3 +545,22 @@ def test_a_sampler_that_shuffles_by_the_epoch_is_told_it():
     again = made()
     again.load_state_dict(stream.state_dict())
     assert first + [batch[0].tolist() for batch in again] == whole
+
+
+def test_an_epoch_that_the_user_has_set_stays():
+    """A stream for each epoch: the sampler has been told before, and so has a resumed one."""
+    data = TensorDataset(torch.arange(8))
+
+    def made(epoch):
+        sampler = DistributedSampler(data, num_replicas=2, rank=0, seed=3)
+        sampler.set_epoch(epoch)
+        return DataLoader(data, 2, sampler=sampler)
+
+    for epoch in (0, 1, 5):
+        plain = [batch[0].tolist() for batch in made(epoch)]
+        stream = DataStream(made(epoch), epochs=1)
+        parts = iter(stream)
+        first = next(parts)[0].tolist()
+        again = DataStream(made(0), epochs=1)
+        again.load_state_dict(stream.state_dict())
+        assert [first, *(batch[0].tolist() for batch in again)] == plain

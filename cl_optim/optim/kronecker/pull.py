@@ -9,14 +9,8 @@ import torch
 from torch import Tensor
 
 from cl_optim.ops.capture import is_capturing
-from cl_optim.optim.kronecker.ledger import (
-    Amount,
-    Ledger,
-    Moved,
-    amount,
-    are_of,
-    renumbered,
-)
+from cl_optim.optim.groups import are_of, renumbered
+from cl_optim.optim.kronecker.ledger import Amount, Ledger, Moved, amount
 from cl_optim.optim.kronecker.matrices import Matrix, check_groups_of, find
 from cl_optim.optim.kronecker.stacks import Stack, stacked
 from cl_optim.optim.launch import HELD, PLAIN, Roles, Step
@@ -39,7 +33,6 @@ class Pull:
         self.ledger = Ledger()
         self._stacks: list[Stack] | None = None
         self._seen: list[tuple[Tensor, ...]] = []  # the groups' parameters, when it looked
-        self._lists: list[list[Tensor]] = []  # and what they were in
         self._members: dict[int, list[Tensor]] = {}  # a group's parameters in matrices
         self._of_groups: list[Matrix] = []  # one for each group, or pair of groups, that has some
         self._roles: dict[tuple[bool, ...], Roles] = {}
@@ -60,15 +53,14 @@ class Pull:
         return [member for stack in self._looked(groups, state) for member in stack.members]
 
     def _looked(self, groups: Groups, state: State) -> list[Stack]:
-        if not self._are_lists_of(groups) and not are_of(groups, self._seen):
+        if self._stacks and not are_of(groups, self._seen):
+            self._stacks = None
+        if self._stacks is None:
+            numbers = renumbered(self._seen, groups)
             if self._seen:
-                numbers = renumbered(self._seen, groups)
                 self.ledger.renumber(numbers)
                 self._sums = {numbers[n]: s for n, s in self._sums.items() if n in numbers}
             self._seen = [tuple(group["params"]) for group in groups]
-            self._lists = [group["params"] for group in groups]
-            self._stacks = None
-        if self._stacks is None:
             matrices = find(groups, state)
             self._stacks = stacked(matrices)
             self._roles = {}
@@ -80,13 +72,6 @@ class Pull:
             for matrix in matrices:
                 self._members.setdefault(matrix.groups[0], []).extend(matrix.params)
         return self._stacks
-
-    def _are_lists_of(self, groups: Groups) -> bool:
-        """Tell at once whether groups are as they were, as long as nobody exchanges a parameter."""
-        return len(groups) == len(self._lists) and all(
-            group["params"] is params and len(params) == len(seen)
-            for group, params, seen in zip(groups, self._lists, self._seen, strict=True)
-        )
 
     # --- a step -----------------------------------------------------------------------------------
 

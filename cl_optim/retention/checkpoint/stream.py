@@ -50,6 +50,7 @@ class DataStream:
         self.epochs = epochs
         self._epoch = 0
         self._taken = 0
+        self._first: int | None = None  # the sampler's epoch when the first one began
         self._began: torch.Tensor | None = None  # random state at the start of the epoch
         self._batches: Iterator[Any] | None = None
 
@@ -72,6 +73,7 @@ class DataStream:
         return {
             "epoch": self._epoch,
             "taken": self._taken,
+            "first": self._first,
             "began": self._began,
             "generator": None if self.loader.generator is None else self._random_state(),
         }
@@ -93,6 +95,7 @@ class DataStream:
         """Go back, or on, to a position."""
         self._epoch, self._taken = state_dict["epoch"], state_dict["taken"]
         self._began = state_dict["began"]
+        self._first = state_dict.get("first", self._first)  # earlier versions had none
         self._batches = None
         if self.loader.generator is not None:
             self.loader.generator.set_state(state_dict["generator"])
@@ -103,7 +106,9 @@ class DataStream:
         inner = getattr(batch_sampler, "sampler", None)
         for one in (self.loader, self.loader.sampler, batch_sampler, inner):
             if callable(getattr(one, "set_epoch", None)):
-                one.set_epoch(self._epoch)  # type: ignore[union-attr]
+                if self._first is None:  # as the user has set it, for a stream of one epoch, say
+                    self._first = getattr(one, "epoch", getattr(one, "iteration", 0))
+                one.set_epoch(self._first + self._epoch)  # type: ignore[union-attr]
                 return
 
     def _open(self) -> Iterator[Any]:

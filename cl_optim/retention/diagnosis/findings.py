@@ -82,9 +82,9 @@ class Diagnosis:
         vocabulary: Different tokens in the old and in the new data.
         smoothing: What was added to each token's count.
         uncounted: Tokens, of both, that came after the vocabulary was full; they count as one.
-        kl_of_size: What both divergences would be, and
-        jaccard_of_size: what the index would be, of a random sample of the larger data that is as
-            large as the smaller ones: those are the figures of data that do not differ.
+        kl_of_size: What both divergences would be if the smaller data were a random sample of the
+            larger ones: those of data that do not differ.
+        jaccard_of_size: What the index would be then.
         conflicts: The first ones found.
         conflict_count: How many new records were in conflict, of those that were looked at.
         prompts_examined: The fraction of prompts that was looked at; below 1 they are a sample.

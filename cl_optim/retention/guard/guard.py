@@ -217,18 +217,13 @@ class RetentionGuard:
                 evaluation; or the folder holds checkpoints of another run. Nothing has been changed
                 then.
         """
-        given = dict(baselines or {})
         if self._checkpoints is not None and self._checkpoints.steps:
             raise ValueError(
                 f"folder {str(self._checkpoints.folder)!r} holds checkpoints of an earlier run: "
                 "resume() goes on from them; choose another folder to begin anew."
             )
         values = self._measured()
-        for name in given:
-            if name not in values:
-                raise ValueError(f"baselines has {name!r}, which is no evaluation's name.")
-        start = {**values, **given}
-        self._judge.check_baselines(start)
+        start = self._judge.baselines(values, baselines)
         if self._way_back is not None:
             self._way_back.start()
         self.baselines = start

@@ -78,15 +78,21 @@ class Judge:
                     values[evaluation.name] = float(evaluation.measure(copy))
         return values
 
-    def check_baselines(self, baselines: Mapping[str, float]) -> None:
-        """Refuse baselines to which no loss can be compared.
+    def baselines(
+        self, values: Mapping[str, float], given: Mapping[str, float] | None
+    ) -> dict[str, float]:
+        """Return what losses are compared with: what was given, else what was measured.
 
         Raises:
-            ValueError: One is not finite, or it is zero and losses on its task are judged; or they
-                are others in another process.
+            ValueError: What was given names no evaluation, or one is not finite, or it is zero and
+                losses on its task are judged; or they are others in another process.
         """
+        for name in given or ():
+            if name not in values:
+                raise ValueError(f"baselines has {name!r}, which is no evaluation's name.")
+        baselines = {**values, **(given or {})}
         self._together.require_same(
-            dict(baselines), "baselines must be the same numbers in all processes."
+            baselines, "baselines must be the same numbers in all processes."
         )
         for evaluation in self._all:
             value, guarded = baselines[evaluation.name], self._guards(evaluation)
@@ -96,6 +102,7 @@ class Judge:
                     f"the baseline of evaluation {evaluation.name!r} must be "
                     f"{rule if guarded else 'finite'}; it is {value}."
                 )
+        return baselines
 
     def breached(self, measured: Iterable[Measured], threshold: float) -> tuple[str, ...]:
         """Name the guarded tasks that lost more than a threshold, and what is not finite."""

@@ -252,11 +252,7 @@ class _Points:
         self._line = line
         line.go(0.0)
         values = self._judge.measure(line.model)
-        for name in baselines or ():
-            if name not in values:
-                raise ValueError(f"baselines has {name!r}, which is no evaluation's name.")
-        self._baselines = {**values, **(baselines or {})}
-        self._judge.check_baselines(self._baselines)
+        self._baselines = self._judge.baselines(values, baselines)
         first = Point(0.0, self._judge.compare(values, self._baselines))
         self._found = {0.0: first}
 

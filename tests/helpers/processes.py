@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -43,3 +44,8 @@ def _start(rank: int, function: Rank, count: int, address: str, arguments: Any) 
         function(rank, *arguments)
     finally:
         torch.distributed.destroy_process_group()
+    # Gloo's threads outlive the group while a cache refers to it, and one that still holds a
+    # tensor aborts an interpreter that ends (pytorch#179291): this one is left as it is.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)

@@ -215,16 +215,19 @@ SMALL_RATE = Method(
     "small-rate", "A smaller rate", SmallRate, "lr", _alike(1e-4, 3e-5, 1e-5, 3e-6)
 )  # fmt: skip
 INTERPOLATION = Method(
-    "interpolation", "Part of the way back", Interpolation, "part", _alike(0.3, 0.6, 0.8, 0.9)
-)
+    "interpolation", "Part of the way back", Interpolation, "part",
+    _alike(0.3, 0.6, 0.8, 0.9) | {"permuted": (0.1, 0.3, 0.6, 0.8)},
+)  # fmt: skip
 # λ as published for MNIST is among them: 1e5, 1e10, 1e9 and 100.
 THEIRS = Method("their-ewc", "van de Ven's EWC", TheirEWC, "λ", _wide(3, 4, 5, 0))
 DIAGONAL = Method(
-    "ewc-diagonal", "cl_optim: EWC, diagonal", DiagonalEWC, "strength", _wide(-4, -2, -4, -6)
+    "ewc-diagonal", "cl_optim: EWC, diagonal", DiagonalEWC, "strength", _wide(-4, -2, -4, -7)
 )
 KRONECKER = Method(
     "ewc-kronecker", "cl_optim: EWC, Kronecker", KroneckerEWC, "strength",
-    _alike(1e-2, 1e-1, 1.0, 10.0) | {"task": (1e-3, 1e-2, 1e-1, 1.0)},
+    _alike(1e-2, 1e-1, 1.0, 10.0) | {
+        "task": (1e-3, 1e-2, 1e-1, 1.0), "permuted": (1e-4, 1e-3, 1e-2, 1e-1),
+    },
 )  # fmt: skip
 METHODS = (NONE, SMALL_RATE, INTERPOLATION, THEIRS, DIAGONAL, KRONECKER, JOINT)
 OURS = (DIAGONAL, KRONECKER)

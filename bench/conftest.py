@@ -9,8 +9,9 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import pytest
-from records import machine
 from suite import Kind, NotHereError, Question, Work, peak_bytes
+
+from cl_optim.demo.machine import machine
 
 # Of what takes part, by the name of its distribution.
 PEERS = (

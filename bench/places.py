@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import records
+from cl_optim.demo.machine import sentence
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results"
@@ -93,7 +93,7 @@ class Hardware:
         found = re.compile(r"^On a machine with.*$", re.MULTILINE).search(text, begin)
         if found is None or "\n## " in text[begin + 1 : found.start()]:
             raise SystemExit(f"{self.page} does not say on what machine, after {self.after!r}.")
-        line = records.sentence(load(self.name)["machine"])
+        line = sentence(load(self.name)["machine"])
         return text[: found.start()] + line + text[found.end() :]
 
 

@@ -23,11 +23,13 @@ import fisher_contenders
 import records
 import torch
 from rich import box
-from rich.console import Console
+from rich.console import Console, Group
 from rich.table import Table
+from rich.text import Text
 from torch import Tensor
 
 from cl_optim import functional as F
+from cl_optim.demo.machine import machine, sentence
 from cl_optim.demo.report import write_markdown
 
 Work = Callable[[], object]
@@ -255,9 +257,8 @@ def main() -> None:
         ],
     }
     records.write(arguments.folder / "scaling.json", figures)
-    from rich.console import Group
-
-    tables = Group(*(table(*one, box.MARKDOWN) for one in found))
+    line = Text(sentence(machine()))
+    tables = Group(*(table(*one, box.MARKDOWN) for one in found), Text(), line)
     write_markdown(tables, arguments.folder / "scaling.md")
     draw(found, arguments.folder / "scaling.png")
 

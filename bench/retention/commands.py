@@ -19,6 +19,7 @@ from bench.retention import (
     strength,
     sweep,
     sweep_report,
+    tables,
 )
 from bench.retention.fashion_mnist import fashion_mnist, load
 from bench.retention.grids import GRIDS, sweep_seeds
@@ -98,13 +99,14 @@ def run(choice: Choice) -> list[Results]:
     ]
 
 
+@one_thread()
 def run_published(choice: Choice) -> None:
     """Run likewise, and print and write published figures beside those that were measured."""
     results = run(choice)
     console = new_console()
     console.print(published.table(results))
     path = choice.out / f"published-{choice.data}.md"
-    report.write_markdown(published.table(results, box.MARKDOWN), path, width=400)
+    tables.write_page(published.table(results, box.MARKDOWN), path)
     announce([path], console)
 
 

@@ -11,9 +11,8 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from bench.records import processor
+from cl_optim.demo.machine import processor, versions
 from cl_optim.demo.metrics import Matrix
-from cl_optim.demo.report import versions
 from cl_optim.demo.scenarios import Task
 
 

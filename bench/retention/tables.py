@@ -10,6 +10,7 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 
 from bench import records
+from cl_optim.demo.machine import machine, sentence
 from cl_optim.demo.report import write_markdown
 
 
@@ -31,6 +32,10 @@ def write(
     """
     paths = [directory / f"{name}.{kind}" for kind in ("json", "md")]
     records.write(paths[0], record)
-    machine = records.sentence(records.machine())
-    write_markdown(Group(table, Text(), Text(machine)), paths[1], width)
+    write_page(table, paths[1], width)
     return paths
+
+
+def write_page(content: RenderableType, path: Path, width: int = 400) -> None:
+    """Write tables and sentences as Markdown, and the machine that they are of."""
+    write_markdown(Group(content, Text(), Text(sentence(machine()))), path, width)

@@ -60,6 +60,7 @@ def check(chosen: Sequence[Experiment], data: Task) -> None:
         experiment.build(data, experiment.config.tasks, 0)
 
 
+@one_thread()
 def run_demo(
     experiment: Experiment,
     data: Task,
@@ -82,7 +83,7 @@ def run_demo(
     """
     runs: list[Run] = []
     log = _new_log(out / f"{experiment.key}-log") if experiment.scenario == "permuted" else None
-    with one_thread(), progress_bar(console) as progress:
+    with progress_bar(console) as progress:
         bar = progress.add_task("", total=seeds * len(experiment.methods))
         for seed in range(seeds):
             scenario = experiment.build(data, experiment.config.tasks, seed)

@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import io
 import math
-import platform
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich import box
 from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-import cl_optim
 from cl_optim.demo import metrics
 from cl_optim.demo.experiments import ADAMW, ADAMW_SLOW, Experiment
+from cl_optim.demo.machine import machine, sentence
 from cl_optim.demo.methods import Method, Protected, Remembering
 from cl_optim.demo.metrics import Interval, Matrix
 from cl_optim.demo.train import Run
@@ -146,6 +144,7 @@ def render(
     parts += [_paired_table(results, table_box), *_headlines(results)]
     if any(run.conflicts.size for run in results.runs):
         parts += ["", _conflicts_table(results, table_box), _CONFLICTS]
+    parts += ["", sentence(machine())]
     return Group(*(Text(part) if isinstance(part, str) else part for part in parts))
 
 
@@ -258,21 +257,12 @@ def setting_of(method: Method) -> str:
     return f"λ = {method.ewc_lambda:g}" if isinstance(method, Protected) else ""
 
 
-def versions() -> dict[str, str]:
-    """Return those of everything that makes the numbers."""
-    return {
-        "cl_optim": cl_optim.__version__,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-    }
-
-
 def to_json(results: Results) -> dict[str, Any]:
-    """Return every run, and the versions that made it, as JSON knows it."""
+    """Return every run, and the machine that it ran on, as JSON knows it."""
     return {
         "experiment": results.experiment.name,
         "config": asdict(results.experiment.config),
-        "versions": versions(),
+        "machine": machine(),
         "runs": [
             {
                 **asdict(run),

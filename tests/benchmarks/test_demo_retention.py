@@ -129,4 +129,5 @@ def test_bench_prints_published_beside_measured(tmp_path, capsys, monkeypatch):
         for shown in (text, written):
             assert any(measured in line and figure in line for line in shown.splitlines())
     assert "arXiv:2502.11756v1, results, Split MNIST" in written
+    assert written.splitlines()[-1].startswith("On a machine with 1 thread: ")
     assert {p.scenario for p in published.PUBLISHED} == {"split", "permuted"}

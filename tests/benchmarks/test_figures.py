@@ -11,6 +11,9 @@ import pytest
 import records
 from places import Hardware, Sentence, Table
 
+import cl_optim
+from cl_optim.demo.machine import machine, sentence
+
 PAGE = """# A page
 
 ## First
@@ -74,7 +77,7 @@ def test_the_machine_of_a_file_is_told(tmp_path, monkeypatch):
     assert told["seconds"] == [1.5]
     for key in ("processor", "python", "torch", "commit", "date"):
         assert told["machine"][key] in line
-    assert line == records.sentence(told["machine"])
+    assert line == sentence(told["machine"])
     assert made == page.replace("On a machine with", line)
     with pytest.raises(SystemExit, match=r"a\.md does not say on what machine, after '## Second'"):
         Hardware("a.md", "a.json", "## Second").fill(page)
@@ -84,15 +87,25 @@ def test_the_machine_of_a_file_is_told(tmp_path, monkeypatch):
 
 def test_a_machine_without_kernels_is_told():
     """A benchmark of accuracy runs on the reference, too."""
-    told = records.machine()
-    assert told["backends"]["cpu"]["simd"] in records.sentence(told)
-    assert "GCC" in records.sentence(told)
-    two = records.sentence({**told, "threads": 2})
+    told = machine()
+    assert told["backends"]["cpu"]["simd"] in sentence(told)
+    assert "GCC" in sentence(told)
+    two = sentence({**told, "threads": 2})
     assert two.startswith(f"On a machine with 2 threads: {told['processor']}, ")
     bare = {**told, "threads": 1, "backends": {"cpu": {}, "cuda": {}}}
-    line = records.sentence(bare)
+    line = sentence(bare)
     assert line.startswith(f"On a machine with 1 thread: {told['processor']}, no kernels built; ")
     assert "GCC" not in line
+
+
+def test_an_installed_package_tells_its_version_in_place_of_a_commit(tmp_path, monkeypatch):
+    """And not the commit of a repository that it was installed into."""
+    package = tmp_path / "repository" / "site-packages" / "cl_optim"
+    (tmp_path / "repository" / ".git").mkdir(parents=True)
+    monkeypatch.setattr(cl_optim, "__file__", str(package / "__init__.py"))
+    told = machine()
+    assert told["commit"] is None
+    assert f"; cl_optim {cl_optim.__version__}, {told['date']}." in sentence(told)
 
 
 def test_kernels_that_are_not_here_are_not_measured(monkeypatch):

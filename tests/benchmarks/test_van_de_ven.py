@@ -9,7 +9,6 @@ from itertools import islice
 
 import numpy as np
 import pytest
-import records
 import torch
 from idx_files import write_idx
 from rich import box
@@ -42,6 +41,7 @@ from bench.retention.van_de_ven.scenarios import (
     setting_of,
 )
 from cl_optim import EWCAdamW, estimate_fisher
+from cl_optim.demo.machine import sentence
 from cl_optim.demo.report import write_markdown
 from cl_optim.demo.scenarios import DataError, digits
 
@@ -344,7 +344,7 @@ def test_what_is_written_is_read(tmp_path):
     record = json.loads(json_path.read_text())
     assert runs.from_record(record) == results
     assert record["machine"]["torch"] == torch.__version__
-    assert page.read_text().splitlines()[-1] == records.sentence(record["machine"])
+    assert page.read_text().splitlines()[-1] == sentence(record["machine"])
     by_method = {row["method"]: row["runs"][0] for row in record["rows"]}
     assert by_method[KRONECKER.key]["acc"] == pytest.approx(0.8)
     assert by_method[KRONECKER.key]["forgetting"] == pytest.approx(0.1)

@@ -22,6 +22,7 @@ from bench.retention.sweep import Score
 from cl_optim import ImportanceLog, cli
 from cl_optim.demo import experiments, metrics, scenarios
 from cl_optim.demo.experiments import PERMUTED_DIGITS, SPLIT_DIGITS, Experiment
+from cl_optim.demo.machine import sentence
 from cl_optim.demo.methods import MEMORY_SAMPLES, Learner, Method, Protected, Remembering
 from cl_optim.demo.metrics import Interval
 from cl_optim.demo.report import Results
@@ -462,7 +463,9 @@ class TestCommands:
         record = json.loads((written / "permuted-digits.json").read_text())
         markdown = (written / "permuted-digits.md").read_text()
         assert record["config"]["epochs"] == 1
-        assert record["versions"]["torch"] == torch.__version__
+        assert record["machine"]["torch"] == torch.__version__
+        assert markdown.splitlines()[-1] == sentence(record["machine"])
+        assert markdown.splitlines()[-1].startswith("On a machine with 1 thread: ")
         assert len(record["runs"]) == 2 * len(PERMUTED)
         for method in PERMUTED_DIGITS.methods:
             runs = [run for run in record["runs"] if run["method"]["key"] == method.key]

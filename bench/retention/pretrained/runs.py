@@ -24,8 +24,8 @@ from bench.retention.pretrained.texts import Domain, Part, code, german, prose, 
 from bench.retention.saved_runs import write
 from bench.retention.training import part_of, rate_factor
 from cl_optim import EWCAdamW, Importance, KroneckerImportance, estimate_fisher
+from cl_optim.demo.machine import versions
 from cl_optim.demo.methods import WEIGHT_DECAY, Structure
-from cl_optim.demo.report import versions
 from cl_optim.demo.scenarios import generator
 from cl_optim.optim.settling import settle
 from cl_optim.retention import (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import errno
 import os
 import random
@@ -18,7 +19,15 @@ from bad_input import each_of, refused
 from damage import flipped
 from guard_cases import flatten
 from torch import nn
-from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    DistributedSampler,
+    RandomSampler,
+    Sampler,
+    TensorDataset,
+    WeightedRandomSampler,
+)
 
 from cl_optim import EWCAdamW, FisherEstimator
 from cl_optim.retention import (
@@ -338,7 +347,7 @@ OTHERS = [
     ("another shape", lambda parts: {**parts, "model": wider()},
      CheckpointError, r"'0.weight' has shape \(8, 6\) there, \(9, 6\)"),
     ("another kind of loader", lambda parts: {**parts, "data": seeded()},
-     CheckpointError, r"'data' .* of a loader with torch's global generator, and this one"),
+     CheckpointError, r"'data' .* draws from torch's global generator, and this one"),
 ]  # fmt: skip
 
 
@@ -509,6 +518,69 @@ def test_a_loop_over_a_stream_jumps_back_and_the_random_numbers_of_others_do_not
     stream.load_state_dict({**position, "taken": 9})
     with pytest.raises(ValueError, match="after 9 batches of an epoch, but the loader has only 4"):
         next(iter(stream))
+
+
+class Shuffled(Sampler):
+    """A sampler that is no torch's, with a generator of its own."""
+
+    def __init__(self, samples, generator):
+        self.samples, self.generator = samples, generator
+
+    def __iter__(self):
+        return iter(torch.randperm(self.samples, generator=self.generator).tolist())
+
+    def __len__(self):
+        return self.samples
+
+
+@pytest.mark.parametrize("of_loader", [False, True], ids=["global", "loader's"])
+@pytest.mark.parametrize("batched", [False, True], ids=["sampler", "batch_sampler"])
+@pytest.mark.parametrize("kind", [Shuffled, WeightedRandomSampler])
+def test_a_sampler_with_a_generator_of_its_own_goes_back_too(kind, batched, of_loader):
+    def made(seed):
+        generator = torch.Generator().manual_seed(seed)
+        samples = [0.1] * 10 if kind is WeightedRandomSampler else 10
+        more = {"num_samples": 10} if kind is WeightedRandomSampler else {}
+        sampler = kind(samples, generator=generator, **more)
+        given = {"generator": torch.Generator().manual_seed(seed + 10)} if of_loader else {}
+        given |= (
+            {"batch_sampler": BatchSampler(sampler, 3, False)} if batched
+            else {"sampler": sampler, "batch_size": 3}
+        )  # fmt: skip
+        return DataStream(DataLoader(TensorDataset(torch.arange(10)), **given), epochs=2)
+
+    whole = [batch[0].tolist() for batch in made(0)]
+    stream = made(0)
+    parts = iter(stream)
+    first = [next(parts)[0].tolist() for _ in range(3)]
+    position = copy.deepcopy(stream.state_dict())
+    rest = [batch[0].tolist() for batch in parts]
+    assert first + rest == whole
+    for again in (stream, made(1)):
+        again.check_state_dict(position)
+        again.load_state_dict(position)
+        assert [batch[0].tolist() for batch in again] == rest
+
+
+def test_a_position_of_other_batches_is_refused():
+    data = TensorDataset(torch.arange(8))
+    stream = DataStream(DataLoader(data, 2, shuffle=True), epochs=2)
+    begin = stream.state_dict()
+    next(iter(stream))
+    position = stream.state_dict()
+    for other, is_said in (
+        (DataLoader(data, 4, shuffle=True), "this loader has 8 with batch_size=4: make it"),
+        (DataLoader(data, batch_sampler=BatchSampler(RandomSampler(data), 4, True)),
+         "this loader has 8 with batch_size=4: make it"),
+        (DataLoader(range(9), 2, shuffle=True), "this loader has 9 with batch_size=2: make it"),
+        (DataLoader(data, 2, shuffle=True, generator=torch.Generator()),
+         "draws from torch's global generator, and this one draws from a generator of its loader"),
+        (DataLoader(data, 2, sampler=Shuffled(8, torch.Generator())),
+         "draws from torch's global generator, and this one draws from a generator of its sampler"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=is_said):
+            DataStream(other).check_state_dict(position)
+    DataStream(DataLoader(data, 4, shuffle=True)).check_state_dict(begin)  # in no epoch yet
 
 
 def test_a_replay_buffers_stream_is_a_part_like_any_other(tmp_path):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -14,17 +14,18 @@ from cl_optim.retention.checkpoint.random_state import rng_state, set_rng_state
 class DataStream:
     """The batches of a DataLoader, epoch after epoch, from any position.
 
-    The position is the number of the epoch, the batches taken from it, and the random state from
-    which the loader shuffled it. After :meth:`load_state_dict`, also in the middle of a loop over
-    the stream, the next batch is the one that followed that position. The batches before it are
-    loaded again and dropped.
+    The position is the number of the epoch, the batches taken from it, and the random states from
+    which the loader and its sampler shuffled it. After :meth:`load_state_dict`, also in the middle
+    of a loop over the stream, the next batch is the one that followed that position. The batches
+    before it are loaded again and dropped.
 
     Random numbers that the dataset itself draws, for augmentation, repeat where it runs in this
     process or in workers that start anew in each epoch; ``persistent_workers`` keep their own.
 
     Args:
-        loader: Its sampler draws from ``loader.generator``, or from torch's global generator, or
-            shuffles by the number of the epoch, which is given to its ``set_epoch()``.
+        loader: Its sampler draws from ``sampler.generator``, ``loader.generator`` or torch's global
+            generator, or shuffles by the number of the epoch, which is given to its
+            ``set_epoch()``.
         epochs: How many; ``None``: without end.
 
     Raises:
@@ -51,7 +52,7 @@ class DataStream:
         self._epoch = 0
         self._taken = 0
         self._first: int | None = None  # the sampler's epoch when the first one began
-        self._began: torch.Tensor | None = None  # random state at the start of the epoch
+        self._began: dict[str, torch.Tensor] | None = None  # random states as the epoch began
         self._batches: Iterator[Any] | None = None
 
     def __iter__(self) -> Iterator[Any]:
@@ -75,51 +76,57 @@ class DataStream:
             "taken": self._taken,
             "first": self._first,
             "began": self._began,
-            "generator": None if self.loader.generator is None else self._random_state(),
+            "generators": {name: one.get_state() for name, one in self._generators().items()},
+            "size": self._size(),
         }
 
     def check_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Raise ValueError if the position is of a loader that drew from another generator."""
-        for key in ("epoch", "taken", "began", "generator"):
+        """Raise ValueError if the same position of this loader would be before other batches."""
+        for key in ("epoch", "taken", "first", "began", "generators", "size"):
             if key not in state_dict:
                 raise ValueError(f"it is not a stream's position: it has no {key!r}.")
-        own, saved = self.loader.generator is not None, state_dict["generator"] is not None
+        own, saved = self._generators().keys(), state_dict["generators"].keys()
         if own != saved:
-            kinds = {True: "a generator of its own", False: "torch's global generator"}
             raise ValueError(
-                f"it is the position of a loader with {kinds[saved]}, and this one has "
-                f"{kinds[own]}."
+                f"it is the position of a loader that draws from {_drawn(saved)}, and this one "
+                f"draws from {_drawn(own)}: make this one like that."
+            )
+        here, there = self._size(), state_dict["size"]
+        if state_dict["taken"] and there != here:
+            raise ValueError(
+                f"it is a position in an epoch of {there['samples']} samples with batch_size="
+                f"{there['batch_size']}, and this loader has {here['samples']} with batch_size="
+                f"{here['batch_size']}: make it like that."
             )
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go back, or on, to a position."""
         self._epoch, self._taken = state_dict["epoch"], state_dict["taken"]
-        self._began = state_dict["began"]
-        self._first = state_dict.get("first", self._first)  # earlier versions had none
+        self._first, self._began = state_dict["first"], state_dict["began"]
         self._batches = None
-        if self.loader.generator is not None:
-            self.loader.generator.set_state(state_dict["generator"])
+        for name, generator in self._generators().items():
+            generator.set_state(state_dict["generators"][name])
 
     def _tell_epoch(self) -> None:
         """Tell a sampler that shuffles by the number of the epoch which one this is."""
-        batch_sampler = self.loader.batch_sampler
-        inner = getattr(batch_sampler, "sampler", None)
-        for one in (self.loader, self.loader.sampler, batch_sampler, inner):
+        for _, one in (("loader", self.loader), *self._samplers()):
             if callable(getattr(one, "set_epoch", None)):
                 if self._first is None:  # as the user has set it, for a stream of one epoch, say
                     self._first = getattr(one, "epoch", getattr(one, "iteration", 0))
-                one.set_epoch(self._first + self._epoch)  # type: ignore[union-attr]
+                one.set_epoch(self._first + self._epoch)
                 return
 
     def _open(self) -> Iterator[Any]:
         self._tell_epoch()
         if self._began is None:
-            self._began = self._random_state()
+            self._began = self._random_states()
             return iter(self.loader)
         # Repeat the epoch's shuffle and skip. The numbers drawn for it are the loader's own; a
         # global generator must not have moved.
         now = rng_state()
-        self._set_random_state(self._began)
+        torch.set_rng_state(self._began["torch"])
+        for name, generator in self._generators().items():
+            generator.set_state(self._began[name])
         batches = iter(self.loader)
         for number in range(self._taken):
             if next(batches, self) is self:
@@ -130,12 +137,36 @@ class DataStream:
         set_rng_state(now)
         return batches
 
-    def _random_state(self) -> torch.Tensor:
-        generator = self.loader.generator
-        return torch.get_rng_state() if generator is None else generator.get_state()
+    def _generators(self) -> dict[str, torch.Generator]:
+        """Return whose numbers are drawn, beside torch's global ones."""
+        found = {} if self.loader.generator is None else {"loader": self.loader.generator}
+        for name, one in self._samplers():
+            generator = getattr(one, "generator", None)
+            is_known = any(generator is other for other in found.values())
+            is_told_epoch = hasattr(one, "set_epoch")  # and draws from nothing else
+            if isinstance(generator, torch.Generator) and not (is_known or is_told_epoch):
+                found[name] = generator
+        return found
 
-    def _set_random_state(self, state: torch.Tensor) -> None:
-        if self.loader.generator is None:
-            torch.set_rng_state(state)
-        else:
-            self.loader.generator.set_state(state)
+    def _samplers(self) -> list[tuple[str, Any]]:
+        batch_sampler = self.loader.batch_sampler
+        inner = getattr(batch_sampler, "sampler", self.loader.sampler)
+        return [("batch sampler", batch_sampler), ("sampler", inner)]
+
+    def _random_states(self) -> dict[str, torch.Tensor]:
+        """Return the states of everything that an epoch's order is drawn from."""
+        own = {name: generator.get_state() for name, generator in self._generators().items()}
+        return {"torch": torch.get_rng_state(), **own}
+
+    def _size(self) -> dict[str, int | None]:
+        """Return what says which batches a number of them is."""
+        loader = self.loader
+        batch_size = getattr(loader.batch_sampler, "batch_size", loader.batch_size)
+        samples = len(loader.dataset) if hasattr(loader.dataset, "__len__") else None
+        return {"batch_size": batch_size, "samples": samples}
+
+
+def _drawn(names: Iterable[str]) -> str:
+    """Say from which generators a loader draws."""
+    own = " and ".join(f"a generator of its {name}" for name in names)
+    return own or "torch's global generator"

@@ -235,7 +235,9 @@ class Attachment:
         self._reach(batch)
         state = getattr(self._scaler, "_per_optimizer_states", None)
         parameters = trained(self._model).values()
-        if state is not self._scaler_state or all(p.grad is None for p in parameters):
+        # Gradients that processes have not exchanged yet are where fully_shard keeps them.
+        is_first = all(p.grad is None for p in parameters) and not self._totals.are_open()
+        if is_first or state is not self._scaler_state:
             self._scaler_state = state
             self._undivided = 0  # a step was left out, or this is the first batch after one
             self._claims.clear()

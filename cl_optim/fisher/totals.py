@@ -327,6 +327,10 @@ class Totals(_Batches):
         """Do what :meth:`reduce` does, where batches are added to now."""
         (self if self.staged is None else self.staged).reduce(name)
 
+    def are_open(self) -> bool:
+        """Tell whether there are squares that have not been added up over processes."""
+        return bool(self.open.whole or (self.staged and self.staged.open.whole))
+
     def reduce_all(self) -> None:
         """Add up over processes all that was squared, where that is to be done."""
         for batches in (self, self.staged):

@@ -319,6 +319,33 @@ def mixed_precision(rank: int) -> dict[str, Any]:
     return told(fisher.finalize())
 
 
+def without_sync(rank: int) -> dict[str, Any]:
+    """Accumulate in the whole gradients, which hide while parameters are parts again."""
+    found: dict[str, Any] = {}
+    half = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    for name, policy in (("float32", {}), ("mixed", {"mp_policy": half})):
+        for steps in (2, None):
+            model = spread(network(), "fsdp", **policy)
+            optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+            fisher = FisherEstimator(model, during_training=True)
+            try:
+                with fisher.attach(optimizer, accumulation_steps=steps):
+                    for step in range(4):
+                        model.set_requires_gradient_sync(step % 2 == 1)
+                        x, y = samples(rank, step % 3, uneven)
+                        (0.5 * F.cross_entropy(model(x).float(), y)).backward()
+                        if step % 2 == 1:
+                            optimizer.step()
+                            optimizer.zero_grad()
+            except RuntimeError as error:
+                found[f"{name}, {steps}"] = str(error)
+            else:
+                found[f"{name}, {steps}"] = told(fisher.finalize())
+    batches = [samples(None, step, uneven) for step in (0, 1, 2, 0)]
+    found["alone"] = told(estimate_fisher(network(), batches, "empirical", None, ranks="own"))
+    return found
+
+
 def refused(rank: int) -> list[str]:
     said = []
 
@@ -361,6 +388,7 @@ SCENES = (
         resumed,
         in_a_pass_of_its_own,
         mixed_precision,
+        without_sync,
         refused,
     ),
 )
@@ -440,6 +468,14 @@ def test_one_record_is_written_by_all(results):
 def test_in_mixed_precision(results):
     for one, other in zip(results["mixed_precision"], results["observing"], strict=True):
         same(one, other["alone"], tolerance=0.1)
+
+
+@pytest.mark.parametrize("policy", ["float32", "mixed"])
+def test_accumulation_without_sync_is_seen(results, policy):
+    for one in results["without_sync"]:
+        assert "2 backward passes came before this step" in one[f"{policy}, None"]
+        tolerance = 0.1 if policy == "mixed" else 1e-6
+        same(one[f"{policy}, 2"], one["alone"], tolerance=tolerance)
 
 
 SAID = (

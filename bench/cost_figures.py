@@ -257,6 +257,24 @@ LOG_HEAD = (
     "| write, s | dd / write | read, s | dd / read | float32's dd / write | / read |"
 )
 
+
+def growth() -> list[str]:
+    """Return the rows of how times grow."""
+    from scaling import exponent, medians
+
+    made = []
+    for curve in load("scaling.json")["curves"]:
+        (ours, mine), (other, theirs) = curve["seconds"].items()
+        points = [medians(of_sizes) for of_sizes in (mine, theirs)]
+        largest = str(max(points[0]))
+        each = [a / b for a, b in zip(mine[largest], theirs[largest], strict=True)]
+        both = [f"n^{exponent(one):.2f}" for one in points]
+        of = f"{int(largest):,}".replace(",", " ") + f" {curve['axis']}"
+        ratio_ = f"{statistics.median(each):.2f}"
+        made.append([curve["name"], of, ours, both[0], other, both[1], ratio_])
+    return in_rows(made)
+
+
 PLACES: list[Table | Sentence | Hardware] = [
     Hardware(PAGE, FORMATS[-1], "## Compact formats, CPU"),
     *(
@@ -285,6 +303,7 @@ PLACES: list[Table | Sentence | Hardware] = [
         _of(AROUND, backward_memory),
     ),
     Hardware(PAGE, "scaling.json", "## How times grow"),
+    Table(PAGE, "| | of | ours | | beside | | ÷ at the largest |", growth),
     Hardware(PAGE, SHARDS, "## A step of DTensors, CPU"),
     Table(PAGE, "| | | ms a step | ÷ AdamW(fused), DTensors |", _of(SHARDS, shards)),
     Sentence(

@@ -79,7 +79,7 @@ class Hardware:
 
     Attributes:
         page: The file, from the root on.
-        name: The file of results.
+        name: The file of results, JSON or Markdown.
         after: The heading that comes before it.
     """
 
@@ -93,8 +93,16 @@ class Hardware:
         found = re.compile(r"^On a machine with.*$", re.MULTILINE).search(text, begin)
         if found is None or "\n## " in text[begin + 1 : found.start()]:
             raise SystemExit(f"{self.page} does not say on what machine, after {self.after!r}.")
-        line = sentence(load(self.name)["machine"])
-        return text[: found.start()] + line + text[found.end() :]
+        return text[: found.start()] + self.line() + text[found.end() :]
+
+    def line(self) -> str:
+        """Return what the file says: its figures have the machine, or its last line is that."""
+        if self.name.endswith(".json"):
+            return sentence(load(self.name)["machine"])
+        line = (RESULTS / self.name).read_text().splitlines()[-1]
+        if not line.startswith("On a machine with"):
+            raise SystemExit(f"{self.name} does not say on what machine it was made.")
+        return line
 
 
 def load(name: str) -> Any:

@@ -85,6 +85,17 @@ def test_the_machine_of_a_file_is_told(tmp_path, monkeypatch):
         Hardware("a.md", "a.json", "## First").fill("## First\n\n## Second\n\nOn a machine with\n")
 
 
+def test_the_machine_of_a_page_is_its_last_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(places, "RESULTS", tmp_path)
+    line = sentence(machine())
+    page = "## First\n\nOn a machine with\n"
+    (tmp_path / "a.md").write_text(f"| table |\n\n{line}\n")
+    assert Hardware("b.md", "a.md", "## First").fill(page) == f"## First\n\n{line}\n"
+    (tmp_path / "a.md").write_text("| table |\n")
+    with pytest.raises(SystemExit, match=r"a\.md does not say on what machine it was made"):
+        Hardware("b.md", "a.md", "## First").fill(page)
+
+
 def test_a_machine_without_kernels_is_told():
     """A benchmark of accuracy runs on the reference, too."""
     told = machine()

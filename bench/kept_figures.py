@@ -445,6 +445,16 @@ def van_de_ven_numbers() -> dict[str, str]:
 
 
 PLACES: list[Table | Sentence | Hardware] = [
+    *(
+        Hardware("docs/results.md", name, after)
+        for name, after in (
+            ("strength.json", "## One strength on many networks"),
+            ("optimizers.json", "## Around other optimizers"),
+            ("gem-permuted-digits.md", "## GEM"),
+            ("van-de-ven-permuted.json", "### Permuted images"),
+            ("budget.json", "## A budget in place of λ"),
+        )
+    ),
     Sentence(
         "README.md",
         "importance it ended at {kronecker} %, fine-tuning at {none} and training on all classes "

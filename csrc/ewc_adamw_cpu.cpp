@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <type_traits>
 
+#include "denormals.h"
 #include "ewc_adamw_operator.h"
 #include "multi_tensor.h"
 #include "simd.h"
@@ -424,6 +425,7 @@ void ewc_adamw_cpu(const std::vector<EWCAdamWTensor>& tensors, const EWCAdamWOpt
   std::vector<PenaltySums> sums(numbers.sums ? units.units() : 0);
   const int64_t grain = kElementsPerThread / kUnit;
   torch::stable::parallel_for(0, units.units(), grain, [&](int64_t begin, int64_t end) {
+    const DenormalsAsZeros zeros;
     units.for_each(begin, end, [&](const Piece& piece) {
       const TensorWork& w = work[piece.tensor];
       PenaltySums* piece_sums = sums.empty() ? nullptr : &sums[units.unit(piece)];

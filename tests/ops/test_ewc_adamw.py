@@ -239,7 +239,10 @@ class TestStrongPulls:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])
 def test_conversions_round_as_torch_does(dtype):
-    """An infinite pull stores the float32 anchor itself: every rounding case, and every value."""
+    """An infinite pull stores the float32 anchor itself: every rounding case, and every value.
+
+    But for those that are denormal in float32, which are 0.
+    """
     from cl_optim import functional as F
 
     everything = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype).float()
@@ -249,6 +252,10 @@ def test_conversions_round_as_torch_does(dtype):
     ties = torch.cat([ties, *(torch.nextafter(ties, torch.tensor(end)) for end in (-9e9, 9e9))])
     overflow = torch.tensor([65504.0, 65519.996, 65520.0, -65520.0, 3.3e38])
     anchor = torch.cat([everything, between[between.isfinite()], ties, overflow])
+
+    def without_denormals(values):
+        return values.where(values.abs() >= torch.finfo(torch.float32).tiny, 0.0)
+
     param = torch.zeros_like(anchor, dtype=dtype)
     zeros = [torch.zeros_like(anchor) for _ in range(2)]
     F.ewc_adamw_(
@@ -265,10 +272,9 @@ def test_conversions_round_as_torch_does(dtype):
         penalty="proximal",
         fused=True,
     )
-    assert torch.equal(param, anchor.to(dtype))
+    assert torch.equal(param, without_denormals(anchor).to(dtype))
     # And what is loaded is what was stored.
-    before = everything.to(dtype)
-    after = before.clone()
+    before, after = without_denormals(everything).to(dtype), everything.to(dtype)
     zeros = [torch.zeros_like(everything) for _ in range(2)]
     F.ewc_adamw_(
         [after], [torch.zeros_like(after)], [zeros[0]], [zeros[1]], [], [], [torch.tensor(0.0)],

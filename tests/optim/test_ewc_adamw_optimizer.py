@@ -606,3 +606,46 @@ class TestWithoutTheExtension:
             warnings.simplefilter("error")
             train(model, EWCAdamW(model.parameters(), foreach=True), 1)
             train(model, EWCAdamW(model.parameters(), fused=False), 1)
+
+
+class TestDenormals:
+    """Moments of units that get no gradient any more decay to them, and cost much on Intel."""
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+    @pytest.mark.parametrize("threads", [1, 2])
+    def test_moments_become_zeros_and_others_stay(self, dtype, threads):
+        tiny = torch.finfo(dtype).tiny
+        params = [nn.Parameter(torch.linspace(-1, 1, 200_000, dtype=dtype)) for _ in range(2)]
+        ours = EWCAdamW(params[:1], lr=0.1, weight_decay=0.0)
+        theirs = torch.optim.AdamW(params[1:], lr=0.1, weight_decay=0.0)
+        for one, optimizer in zip(params, (ours, theirs), strict=True):
+            one.grad = torch.zeros_like(one)
+            optimizer.step()
+            state = optimizer.state[one]
+            state["exp_avg"][::2] = tiny / 8
+            state["exp_avg"][1::2] = 0.25
+            state["exp_avg_sq"][1::2] = 0.5
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        try:
+            ours.step()
+            theirs.step()
+        finally:
+            torch.set_num_threads(before)
+        mine, other = ours.state[params[0]]["exp_avg"], theirs.state[params[1]]["exp_avg"]
+        assert (mine[::2] == 0.0).all()
+        assert (other[::2] != 0.0).all(), "torch keeps them: this test would tell nothing"
+        torch.testing.assert_close(mine, other, rtol=1e-6, atol=tiny)
+        torch.testing.assert_close(params[0], params[1], rtol=1e-6, atol=0.0)
+
+    @pytest.mark.parametrize("flushes", [False, True])
+    def test_the_thread_is_left_as_it_was(self, flushes):
+        param = nn.Parameter(torch.ones(4))
+        param.grad = torch.ones(4)
+        denormal = torch.full((4,), 1e-40)
+        try:
+            assert torch.set_flush_denormal(flushes)
+            EWCAdamW([param]).step()
+            assert bool((denormal * 0.5 == 0.0).all()) is flushes
+        finally:
+            torch.set_flush_denormal(False)

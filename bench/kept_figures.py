@@ -445,9 +445,12 @@ def van_de_ven_numbers() -> dict[str, str]:
 
 
 PLACES: list[Table | Sentence | Hardware] = [
+    Hardware("README.md", "permuted-digits.md", "## What it keeps"),
     *(
         Hardware("docs/results.md", name, after)
         for name, after in (
+            ("permuted-digits.md", "## Five permutations of digits"),
+            ("split-digits.md", "## Pairs of classes, one head each, and larger images"),
             ("strength.json", "## One strength on many networks"),
             ("optimizers.json", "## Around other optimizers"),
             ("gem-permuted-digits.md", "## GEM"),

@@ -10,16 +10,12 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import sys
 from typing import Any
 
 import cost_figures
 import kept_figures
 import summary
 from places import ROOT, Hardware, Sentence, Table, in_rows, load, three
-
-sys.path.insert(0, str(ROOT))
-
 
 SUITE = "suite.json"
 ADAMW, OURS, FLOOR = "AdamW fused", "EWCAdamW gradient", "36 B per parameter in place"

@@ -121,7 +121,7 @@ def pairs_of_classes() -> list[str]:
         assert seeds is not None
         row = [f"[{name}](../bench/results/{page}), {seeds[1]} seeds", _mean(rows["AdamW"]["ACC"])]
         for method in ("EWC, gradient", "EWC, exact anchors"):
-            row += [_mean(rows[method]["ACC"]), gains[method].replace("-", "−")]
+            row += [_mean(rows[method]["ACC"]), with_minus(gains[method])]
         steps = (rows[method]["Step, µs"] for method in ("AdamW", "EWC, gradient"))
         made.append([*row, *(in_ms(step) for step in steps)])
     return in_rows(made)
@@ -129,6 +129,11 @@ def pairs_of_classes() -> list[str]:
 
 def _mean(shown: str) -> str:
     return shown.split()[0]
+
+
+def with_minus(shown: str) -> str:
+    """Return a number with a minus sign in place of a hyphen."""
+    return shown.replace("-", "\N{MINUS SIGN}")
 
 
 def in_ms(microseconds: str) -> str:
@@ -191,7 +196,7 @@ def around_others() -> list[str]:
         alone = rows.get((label.removeprefix("EWC(").rstrip(")"), None))
         of = kronecker["strength"]
         more = [a - b for a, b in zip(kronecker["acc"], best, strict=True)]
-        said = in_percent(Interval.of(more), signed=True).replace("-", "\N{MINUS SIGN}")
+        said = with_minus(in_percent(Interval.of(more), signed=True))
         shown = ("" if row is None else in_percent(Interval.of(row["acc"]))
                  for row in (alone, diagonal, kronecker))  # fmt: skip
         made.append(
@@ -296,7 +301,7 @@ def avalanche_pairs() -> list[str]:
             more = Interval.of(
                 [a["acc"] - b["acc"] for a, b in avalanche_paired(one, ours, theirs)]
             )
-            said = in_percent(more, signed=True).replace("-", "\N{MINUS SIGN}")
+            said = with_minus(in_percent(more, signed=True))
             row.append(f"{said}; {avalanche_time(one, ours, theirs):.2f}")
         made.append(row)
     return in_rows(made)
@@ -381,7 +386,7 @@ def van_de_ven_pairs() -> list[str]:
             acc = results.paired(name, method, methods.THEIRS, metrics.acc)
             both = (results.runs[name, one.key] for one in (method, methods.THEIRS))
             ratios = [a.cpu_seconds / b.cpu_seconds for a, b in zip(*both, strict=True)]
-            said = in_percent(acc, signed=True).replace("-", "−")
+            said = with_minus(in_percent(acc, signed=True))
             row.append(f"{said}; {statistics.fmean(ratios):.2f}")
         made.append(row)
     return in_rows(made)
@@ -401,14 +406,12 @@ def van_de_ven_permuted() -> list[str]:
         runs = results.runs["permuted", method.key]
         more = results.paired("permuted", method, methods.THEIRS, metrics.acc)
         each = [a.cpu_seconds / b.cpu_seconds for a, b in zip(runs, plain, strict=True)]
-        shown = in_percent(more, signed=True).replace("-", "−")
+        shown = with_minus(in_percent(more, signed=True))
         made.append(
             [
                 method.label,
                 in_percent(results.interval("permuted", method, metrics.acc)),
-                in_percent(results.interval("permuted", method, metrics.forgetting)).replace(
-                    "-", "−"
-                ),
+                with_minus(in_percent(results.interval("permuted", method, metrics.forgetting))),
                 "" if method is methods.THEIRS else shown,
                 f"{statistics.fmean(each):.2f}",
                 f"{runs[0].state_bytes / 1e6:.1f}",

@@ -10,7 +10,7 @@
 namespace cl_optim {
 
 // Takes denormal numbers for 0 in this thread until it ends, and leaves none. Moments of units that
-// get no gradient any more decay to such, and each costs an Intel core more than a hundred cycles.
+// get no gradient any more decay to such, with which Intel's cores calculate many times slower.
 class DenormalsAsZeros {
  public:
   DenormalsAsZeros() : before_(control()) { set_control(before_ | kZeros); }

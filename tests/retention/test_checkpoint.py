@@ -583,6 +583,20 @@ def test_a_position_of_other_batches_is_refused():
     DataStream(DataLoader(data, 4, shuffle=True)).check_state_dict(begin)  # in no epoch yet
 
 
+def test_a_position_among_another_number_of_processes_is_refused():
+    """Of the same data in batches of the same size, of which each process has another part."""
+    data = TensorDataset(torch.arange(8))
+
+    def among(count):
+        return DataStream(DataLoader(data, 2, sampler=DistributedSampler(data, count, rank=0)))
+
+    stream = among(2)
+    next(iter(stream))
+    among(2).check_state_dict(stream.state_dict())
+    with pytest.raises(ValueError, match=r"epoch of 4 samples .* loader has 2 with batch_size"):
+        among(4).check_state_dict(stream.state_dict())
+
+
 def test_a_replay_buffers_stream_is_a_part_like_any_other(tmp_path):
     def buffer():
         return ReplayBuffer(8, seed=3)

@@ -160,10 +160,12 @@ class DataStream:
 
     def _size(self) -> dict[str, int | None]:
         """Return what says which batches a number of them is."""
-        loader = self.loader
+        loader, (_, sampler) = self.loader, self._samplers()[-1]
         batch_size = getattr(loader.batch_sampler, "batch_size", loader.batch_size)
-        samples = len(loader.dataset) if hasattr(loader.dataset, "__len__") else None
-        return {"batch_size": batch_size, "samples": samples}
+        has_samples = hasattr(loader.dataset, "__len__")
+        # A sampler knows how many are of this process.
+        sized: Any = sampler if hasattr(sampler, "__len__") else loader.dataset
+        return {"batch_size": batch_size, "samples": len(sized) if has_samples else None}
 
 
 def _drawn(names: Iterable[str]) -> str:

@@ -14,6 +14,7 @@ from typing import Any
 
 import cost_figures
 import kept_figures
+import language_figures
 import summary
 from places import ROOT, Hardware, Sentence, Table, in_rows, load, three
 
@@ -110,6 +111,7 @@ PLACES = [
     *suite_tables(),
     *cost_figures.PLACES,
     *kept_figures.PLACES,
+    *language_figures.PLACES,
     Hardware("bench/RESULTS.md", SUITE, "## The suite, CPU"),
     Sentence(
         "bench/RESULTS.md",

@@ -229,33 +229,6 @@ def budgets() -> list[str]:
     return in_rows(made)
 
 
-def pretrained() -> list[str]:
-    """Return the rows of the pretrained language model."""
-    from bench.retention.pretrained.results import Results
-
-    results = Results.from_record(load("pretrained.json"))
-
-    def shown(value: float, digits: int = 0) -> str:
-        return "–" if value != value else f"{100 * value:.{digits}f}"
-
-    made = []
-    for method in results.methods:
-        of = results.of(method)
-        made.append(
-            [
-                method.label,
-                shown(results.cost(method).mean, 2),
-                *(f"{results.lost(method, one).mean:.3f}" for one in results.known),
-                shown(results.kept(method).mean),
-                shown(results.kept_at(method, 0.01).mean),
-                shown(results.kept_at(method, 0.02).mean),
-                f"{statistics.median(run.seconds for run in of):.2f}",
-                f"{max(run.gib for run in of):.1f}",
-            ]
-        )
-    return in_rows(made)
-
-
 # Columns of the tables beside Avalanche: scenario and optimizer.
 BESIDE = [(name, inner) for name in ("permuted", "split") for inner in ("AdamW", "SGD")]
 
@@ -455,7 +428,7 @@ def van_de_ven_numbers() -> dict[str, str]:
     for key, method in told.items():
         pairs = zip(results.runs["class", method.key], plain, strict=True)
         each = statistics.fmean(run.cpu_seconds / other.cpu_seconds for run, other in pairs)
-        numbers[f"{key}_time"] = f"{each:.2g}"
+        numbers[f"{key}_time"] = f"{each:#.2g}"
         for name in scenarios.SPLITS:
             numbers[f"{key}_{name}"] = str(round(100 * part_of_gap(results, name, method)))
     return numbers
@@ -471,6 +444,7 @@ PLACES: list[Table | Sentence | Hardware] = [
             ("strength.json", "## One strength on many networks"),
             ("optimizers.json", "## Around other optimizers"),
             ("gem-permuted-digits.md", "## GEM"),
+            ("van-de-ven.json", "## Three types of incremental learning"),
             ("van-de-ven-permuted.json", "### Permuted images"),
             ("budget.json", "## A budget in place of λ"),
         )
@@ -535,12 +509,6 @@ PLACES: list[Table | Sentence | Hardware] = [
         "docs/results.md",
         "| | AdamW, no budget | λ steered, then back | AdamW, then back |",
         budgets,
-    ),
-    Table(
-        "docs/results.md",
-        "| | cost on German, % | lost: prose | Python | sayings | kept, % | on the way back, at "
-        "1 % | at 2 % | s a step | GiB |",
-        pretrained,
     ),
     Table(
         "docs/results.md",

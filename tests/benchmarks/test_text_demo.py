@@ -218,6 +218,11 @@ def test_kept_and_cost_are_what_their_formulas_say():
     assert math.isnan(one.kept_at(REPLAY, 0.009).mean)
 
 
+def test_what_is_written_is_read_as_it_was():
+    one = results(0.8)
+    assert Results.from_record(json.loads(json.dumps(asdict(one)))) == one
+
+
 @pytest.mark.parametrize(
     ("kept", "how"), [(0.8, "more"), (0.2, "less"), (0.4995, "neither more nor less")]
 )

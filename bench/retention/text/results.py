@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
+from bench.retention.drift import Drift
 from bench.retention.text.model import Sizes
 from bench.retention.text.runs import (
     ADAMW,
@@ -71,6 +73,20 @@ class Results:
     runs: tuple[Run, ...]
     guard: str
     seconds: float
+
+    @classmethod
+    def from_record(cls, record: Mapping[str, Any]) -> Results:
+        """Return what JSON holds of them."""
+        runs = tuple(
+            Run(
+                Method(**run["method"]), run["seed"], tuple(run["old"]), tuple(run["new"]),
+                Drift(**run["drift"]),
+            )
+            for run in record["runs"]
+        )  # fmt: skip
+        before = tuple(Before(**one) for one in record["before"])
+        same = {name: record[name] for name in ("old", "new", "guard", "seconds")}
+        return cls(sizes=Sizes(**record["sizes"]), before=before, runs=runs, **same)
 
     @property
     def base(self) -> list[Method]:

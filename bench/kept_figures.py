@@ -5,12 +5,9 @@ from __future__ import annotations
 import itertools
 import re
 import statistics
-import sys
 from typing import Any
 
-from places import RESULTS, ROOT, Hardware, Sentence, Table, in_rows, load
-
-sys.path.insert(0, str(ROOT))
+from places import RESULTS, Hardware, Sentence, Table, in_rows, load, with_minus
 
 
 def table_of(name: str, first: str) -> list[str]:
@@ -129,11 +126,6 @@ def pairs_of_classes() -> list[str]:
 
 def _mean(shown: str) -> str:
     return shown.split()[0]
-
-
-def with_minus(shown: str) -> str:
-    """Return a number with a minus sign in place of a hyphen."""
-    return shown.replace("-", "\N{MINUS SIGN}")
 
 
 def in_ms(microseconds: str) -> str:

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import statistics
-import sys
-from collections.abc import Sequence
 from typing import Any
 
-from places import ROOT, Hardware, Sentence, Table, in_rows, load
-
-sys.path.insert(0, str(ROOT))
+from places import Hardware, Sentence, Table, in_rows, load, with_minus
 
 # Rows of the tables of two texts, and which methods they tell of.
 BESIDE_REPLAY = {
@@ -60,15 +57,15 @@ def kept_at_cost(results: Any, method: Any) -> str:
 def in_points(fraction: float) -> str:
     """Return a part in per cent; a cost that rounds to nothing has no sign."""
     shown = f"{100 * fraction:.1f}"
-    return "0.0" if shown == "-0.0" else shown.replace("-", "\N{MINUS SIGN}")
+    return "0.0" if shown == "-0.0" else with_minus(shown)
 
 
 def on_the_way(results: Any, decayed: Any, cost: float) -> str:
     """Return what is kept on the way back to the old weights; a dash: some seed costs more."""
+    from cl_optim.demo.report import in_percent
+
     kept = results.kept_at(decayed, cost)
-    if kept.mean != kept.mean:
-        return "–"
-    return f"{in_points(kept.mean)} ± {in_points(kept.half_width)}"
+    return "–" if math.isnan(kept.mean) else with_minus(in_percent(kept))
 
 
 def beside_replay() -> list[str]:
@@ -122,18 +119,12 @@ def text_numbers() -> dict[str, str]:
     return numbers
 
 
-def drifts(results: Any, lost: Sequence[float]) -> list[Any]:
-    """Return how well each measure tells what is forgotten, the best first."""
-    from bench.retention.drift import predictions
-
-    found = predictions([run.drift for run in results.runs], lost)
-    return sorted(found, key=lambda one: -one.r_squared)
-
-
 def measures() -> list[str]:
     """Return the rows of what tells how much is forgotten."""
+    from bench.retention.drift import best_first
+
     results = text()
-    found = drifts(results, results.bits_lost)
+    found = best_first([run.drift for run in results.runs], results.bits_lost)
     made = []
     for one in found:
         r_squared = f"{one.r_squared:.2f}"
@@ -154,7 +145,7 @@ def pretrained() -> list[str]:
     results = smollm()
 
     def shown(value: float, digits: int = 0) -> str:
-        return "–" if value != value else f"{100 * value:.{digits}f}"
+        return "–" if math.isnan(value) else f"{100 * value:.{digits}f}"
 
     made = []
     for method in results.methods:
@@ -176,9 +167,11 @@ def pretrained() -> list[str]:
 
 def pretrained_numbers() -> dict[str, str]:
     """Return how well each measure tells what the pretrained model forgets."""
+    from bench.retention.drift import predictions
+
     results = smollm()
     numbers = {}
-    for one in drifts(results, results.nats_lost):
+    for one in predictions([run.drift for run in results.runs], results.nats_lost):
         numbers[one.measure] = f"{one.r_squared:.2f}"
         numbers[f"{one.measure}_rank"] = f"{one.rank:.2f}"
     return numbers

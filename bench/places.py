@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from cl_optim.demo.machine import sentence
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results"
+sys.path.insert(0, str(ROOT))  # bench.retention is not installed
 
 
 @dataclass(frozen=True)
@@ -113,6 +115,11 @@ def load(name: str) -> Any:
 def in_rows(cells: Iterable[Sequence[str]]) -> list[str]:
     """Return lines of a table."""
     return ["| " + " | ".join(row) + " |" for row in cells]
+
+
+def with_minus(shown: str) -> str:
+    """Return a number with a minus sign in place of a hyphen."""
+    return shown.replace("-", "\N{MINUS SIGN}")
 
 
 def three(number: float) -> str:

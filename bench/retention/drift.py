@@ -98,13 +98,18 @@ def predictions(drifts: Sequence[Drift], forgotten: Sequence[float]) -> list[Pre
     return found
 
 
+def best_first(drifts: Sequence[Drift], forgotten: Sequence[float]) -> list[Prediction]:
+    """Return these, beginning with what predicts best."""
+    return sorted(predictions(drifts, forgotten), key=lambda one: -one.r_squared)
+
+
 def table(drifts: Sequence[Drift], forgotten: Sequence[float], table_box: box.Box) -> Table:
     """Return the measures, the best first."""
     shown = Table(box=table_box)
     shown.add_column("Measure")
     for name in ("R² of a line", "rank correlation"):
         shown.add_column(name, justify="right")
-    for one in sorted(predictions(drifts, forgotten), key=lambda p: -p.r_squared):
+    for one in best_first(drifts, forgotten):
         shown.add_row(NAMES[one.measure], f"{one.r_squared:.2f}", f"{one.rank:.2f}")
     return shown
 
